@@ -1,0 +1,181 @@
+// Message building for argument checks; see common.h.
+#include "common.h"
+
+namespace fastinfer {
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Float8_e4m3fn:
+      return DType::f8e4m3;
+    case ScalarType::Char:
+      return DType::i8;
+    case ScalarType::Byte:
+      return DType::u8;
+    case ScalarType::Int:
+      return DType::i32;
+    case ScalarType::Long:
+      return DType::i64;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Bool:
+      return DType::boolean;
+    default:
+      return DType::other;
+  }
+}
+
+namespace {
+
+const char* name_of(DType t) {
+  switch (t) {
+    case DType::f32:
+      return "torch.float32";
+    case DType::f16:
+      return "torch.float16";
+    case DType::bf16:
+      return "torch.bfloat16";
+    case DType::f8e4m3:
+      return "torch.float8_e4m3fn";
+    case DType::i8:
+      return "torch.int8";
+    case DType::u8:
+      return "torch.uint8";
+    case DType::i32:
+      return "torch.int32";
+    case DType::i64:
+      return "torch.int64";
+    case DType::f64:
+      return "torch.float64";
+    case DType::boolean:
+      return "torch.bool";
+    default:
+      return "an unsupported dtype";
+  }
+}
+
+std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+}
+
+template <class Sizes>
+std::string list(const Sizes& sizes, const char* wildcard) {
+  std::ostringstream text;
+  text << '[';
+  bool first = true;
+  for (int64_t s : sizes) {
+    text << (first ? "" : ", ");
+    if (s < 0)
+      text << wildcard;
+    else
+      text << s;
+    first = false;
+  }
+  text << ']';
+  return text.str();
+}
+
+}  // namespace
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "torch.float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "torch.float8_e5m2";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Short:
+      return "torch.int16";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Bool:
+      return "torch.bool";
+    default:
+      return "an unsupported dtype";
+  }
+}
+
+std::string shape_of(const Tensor& t) { return list(t.sizes(), "*"); }
+
+std::string describe(const Tensor& t) {
+  return std::string(dtype_name(t.scalar_type())) + " " + shape_of(t) + " on " + device_of(t);
+}
+
+void check_last_dim(const char* op, const char* arg, const Tensor& t) {
+  const int64_t d = t.dim();
+  FI_CHECK(d > 0 && (t.size(d - 1) <= 1 || t.stride(d - 1) == 1 || t.numel() == 0), op, ": ", arg,
+           " must be contiguous in its last dimension, got ", shape_of(t), " with strides ",
+           list(t.strides(), "*"), "; call .contiguous() on it first");
+}
+
+void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim) {
+  FI_CHECK(t.dim() == dim, op, ": ", arg, " must have ", dim, " dimensions, got ", describe(t));
+}
+
+void check_dtype(const char* op, const char* arg, const Tensor& t,
+                 std::initializer_list<DType> allowed) {
+  const DType got = dtype_of(t);
+  for (DType a : allowed)
+    if (a == got) return;
+  std::string names;
+  for (DType a : allowed) names += (names.empty() ? "" : " or ") + std::string(name_of(a));
+  fail(op, ": ", arg, " must be ", names, ", got ", describe(t), "; convert it with .to(dtype)");
+}
+
+void check_same_dtype(const char* op, const char* arg, const Tensor& t, const char* like_arg,
+                      const Tensor& like) {
+  FI_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", arg, " must have the dtype of ",
+           like_arg, " (", dtype_name(like.scalar_type()), "), got ", describe(t),
+           "; convert one of them with .to(dtype)");
+}
+
+void check_shape(const char* op, const char* arg, const Tensor& t,
+                 std::initializer_list<int64_t> want) {
+  bool ok = t.dim() == static_cast<int64_t>(want.size());
+  int64_t i = 0;
+  if (ok)
+    for (int64_t w : want) {
+      ok = ok && (w < 0 || t.size(i) == w);
+      ++i;
+    }
+  FI_CHECK(ok, op, ": ", arg, " must have shape ", list(want, "*"), ", got ", describe(t));
+}
+
+void check_device(const char* op, const Tensor& first,
+                  std::initializer_list<std::pair<const char*, const Tensor*>> rest) {
+  for (const auto& [arg, t] : rest) {
+    if (!t) continue;
+    const bool same = t->is_cpu() == first.is_cpu() && t->is_cuda() == first.is_cuda() &&
+                      (first.is_cpu() || t->get_device_index() == first.get_device_index());
+    FI_CHECK(same, op, ": ", arg, " must be on the same device as the first tensor (",
+             device_of(first), "), got ", describe(*t), "; move it with .to(device)");
+  }
+}
+
+void no_cuda_kernel(const char* op) {
+  fail(op,
+       ": this build has no CUDA kernel for this operator; move the tensors to the CPU, or install "
+       "a build that has it ",
+       "(`python -m fastinfer.env` lists what was built)");
+}
+
+}  // namespace fastinfer

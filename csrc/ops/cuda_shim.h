@@ -1,0 +1,32 @@
+// The two things a launch needs from torch: its device made current, and torch's current stream on
+// it. The stream comes from libtorch_cuda, which is looked up at the first CUDA call and never
+// linked: one library then loads under CPU-only torch too. Compiled only when the build has CUDA.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common.h"
+
+namespace fastinfer {
+
+// torch's current stream (a cudaStream_t) on `device`.
+void* current_stream(int32_t device);
+
+// Makes the tensor's device current for the scope and holds its current stream.
+class CudaLaunch {
+ public:
+  explicit CudaLaunch(const Tensor& t)
+      : guard_(static_cast<torch::stable::accelerator::DeviceIndex>(t.get_device_index())),
+        stream_(current_stream(t.get_device_index())) {}
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+};
+
+// Launchers return a CUDA error code; 0 is success. Code 209 (no binary for this GPU) is explained
+// with the architectures built.
+void check_launch(const char* op, int error);
+
+}  // namespace fastinfer

@@ -1,0 +1,95 @@
+"""Loads `_ops.so`, once, and holds what every operator module shares: the operator namespace, fake kernels, argument checks."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_ops.so")
+LOAD_ERROR: str | None = None
+
+
+def _load() -> str | None:
+    if not LIBRARY.is_file():
+        return (
+            f"{LIBRARY.name} is missing beside {Path(__file__).name}: the package was not built; "
+            "run `pip install .` (or `make dev` for an editable tree) in the source folder"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError:
+        try:  # torch's message hides the loader's own text
+            ctypes.CDLL(str(LIBRARY))
+        except OSError as plain:
+            error = plain
+        return f"{LIBRARY.name} could not be loaded: {error}; `python -m fastinfer.env` says more"
+    return None
+
+
+class _MissingOps:
+    """Stands in for the operators when the library is not there; any use says why and what to do."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(f"fastinfer: {LOAD_ERROR}")
+
+
+LOAD_ERROR = _load()
+ops: Any = _MissingOps() if LOAD_ERROR else torch.ops.fastinfer
+
+
+def op(name: str) -> Any:
+    """The default overload of operator `name` (cheaper to call than the packet), or a stand-in that explains why there is none."""
+    return ops if LOAD_ERROR else getattr(ops, name).default
+
+
+def register_fake(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`torch.library.register_fake` for fastinfer::name; does nothing when the library is missing."""
+    if LOAD_ERROR:
+        return lambda fn: fn
+    return torch.library.register_fake(f"fastinfer::{name}")
+
+
+def refuse_grad(name: str, *tensors: torch.Tensor | None) -> None:
+    """Raise when autograd would record this call: the kernels are forward only and would drop the gradient silently."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                raise RuntimeError(
+                    f"{name}: an input requires grad, but fastinfer is inference only; call it under torch.no_grad() "
+                    "or torch.inference_mode(), or detach the input"
+                )
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise RuntimeError, as the C++ checks do, for fake kernels and wrappers."""
+    if not condition:
+        raise RuntimeError(message)
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
+
+
+def describe(t: torch.Tensor) -> str:
+    return f"{t.dtype} {list(t.shape)} on {t.device}"
+
+
+def check_dtype(name: str, arg: str, t: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if t.dtype not in allowed:
+        raise RuntimeError(
+            f"{name}: {arg} must be {' or '.join(map(str, allowed))}, got {describe(t)}; convert it with .to(dtype)"
+        )
+
+
+def cpu_isa() -> str:
+    """Instruction-set level the CPU kernels use now: generic, avx2, avx512 or vnni (FASTINFER_CPU_ISA can lower it)."""
+    return ops.cpu_isa()
+
+
+def build_info() -> dict[str, str]:
+    """What the library was built with: version, compiler, torch, and with CUDA the toolkit, architectures and driver found."""
+    return dict(entry.split("=", 1) for entry in ops.build_info())

@@ -1,0 +1,97 @@
+"""What the operator tests share: devices, instruction-set levels, numerics rules, opcheck and compile checks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastinfer import _lib
+
+# Operators with a CUDA kernel: their tests also run on the GPU where there is one.
+CUDA_OPS: frozenset[str] = frozenset()
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+ISA_LEVELS = ("generic", "avx2", "avx512", "vnni")
+
+
+def devices(op: str) -> list[str]:
+    """Devices on which `op` can run here."""
+    return ["cpu", "cuda"] if op in CUDA_OPS and torch.cuda.is_available() else ["cpu"]
+
+
+def generator(seed: int, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def randn(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator(seed)).to(dtype).to(device)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    """A tensor full of NaN (integers: of a value nobody wants): what an output or an unused slot holds before a call."""
+    if dtype.is_floating_point:
+        return torch.full(shape, float("nan"), device=device).to(dtype)
+    return torch.full(shape, -77 if dtype.is_signed else 77, dtype=dtype, device=device)
+
+
+def assert_close_to_reference(
+    out: torch.Tensor, reference: torch.Tensor, baseline: torch.Tensor, *, factor: float = 2.0
+) -> None:
+    """max|out - reference| <= factor * max|baseline - reference| + rounding slack.
+
+    reference is fp64 from the same inputs, baseline the same maths in torch at out's dtype. The slack is twice the effect of one
+    extra rounding of the reference at out's dtype (the rule FlashAttention's tests use), plus 1e-5.
+    """
+    assert out.shape == reference.shape, (out.shape, reference.shape)
+    if out.numel() == 0:
+        return
+    reference = reference.double()
+    assert torch.isfinite(out.double()).all() or not torch.isfinite(reference).all(), (
+        "non-finite values in the output"
+    )
+    rounded = reference.to(out.dtype)
+    slack = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().double() + 1e-5
+    error = (out.double() - reference).abs().max()
+    allowed = factor * (baseline.double() - reference).abs().max() + slack
+    assert error <= allowed, f"max error {error:.3e} > allowed {allowed:.3e}"
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative Frobenius error."""
+    return float(
+        (out.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-300)
+    )
+
+
+def opcheck(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """torch.library.opcheck, all four checks: schema, autograd registration, fake kernel, AOT dispatch with dynamic shapes."""
+    torch.library.opcheck(op, args, kwargs or {})
+
+
+def compiles(fn: Callable[..., Any], *args: Any, backend: str = "aot_eager") -> Any:
+    """fn(*args) under torch.compile(fullgraph=True, dynamic=True); in-place effects happen on args."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(fn, fullgraph=True, dynamic=True, backend=backend)(*args)
+
+
+def refuses(fn: Callable[[], Any], *words: str) -> None:
+    """fn must raise one sentence that contains every word (operator, argument, ...)."""
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
+        fn()
+    text = str(caught.value)
+    for word in words:
+        assert re.search(re.escape(word), text), f"{word!r} not in: {text}"
+    assert "\n" not in text.strip(), f"more than one line: {text}"
+    assert "Error in" not in text and ".cpp" not in text, text
+
+
+def available_isa_levels() -> list[str]:
+    best = _lib.cpu_isa()
+    return list(ISA_LEVELS[: ISA_LEVELS.index(best) + 1])
