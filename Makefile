@@ -1,41 +1,92 @@
-# Everything a fresh machine needs: `make demo` and `make test` create .venv, install what they use, build and run.
-# PYTHON=/path/to/python uses an environment that already has torch instead of creating .venv.
+# Everything a fresh machine needs: `make demo` and `make test` create .venv, install what they use,
+# build and run. PYTHON=/path/to/python uses an environment that already has torch instead.
 SHELL := /bin/bash
 BASE_PYTHON ?= python3
 VENV := .venv
 ifdef PYTHON
   PY := $(PYTHON)
-  STAMPS :=
 else
   PY := $(VENV)/bin/python
 endif
-BIN = $(dir $(PY))
-PIP := $(PY) -m pip install --progress-bar on --disable-pip-version-check -q
+PIP = $(PY) -m pip install --disable-pip-version-check --progress-bar on -q
 MODEL ?= examples/tiny/model
 PROMPT ?= Once upon a time, Anna
+TEST_JOBS ?= 2
 TEST_ARGS ?=
+# Long tests and short ones are told apart by the marker `full`.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
+CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv deps-build deps-run deps-test deps-lint dev build demo test test-full bench wheel lint format clean
+.PHONY: help dev demo test test-full bench wheel lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-ifndef PYTHON
-$(VENV)/bin/python:
-	$(BASE_PYTHON) -m venv $(VENV)
-define install_once
-$(VENV)/.$(1): requirements/$(1).txt | $(VENV)/bin/python
-	@echo "== installing requirements/$(1).txt"
-	$(PIP) -r requirements/$(1).txt
-	@touch $$@
-endef
-$(foreach set,torch build runtime test lint,$(eval $(call install_once,$(set))))
-need = $(foreach set,$(1),$(VENV)/.$(set))
+# Requirement sets are installed once each; touching a requirements file installs it again. With PYTHON=...
+# torch is taken as it is and only what is missing is installed.
+ifdef PYTHON
+STAMP := build/.stamps-$(shell echo '$(PYTHON)' | cksum | cut -d' ' -f1)
+$(STAMP)/python:
+	@$(PY) -c 'import torch' || { echo "PYTHON=$(PYTHON) has no torch: install torch >= 2.11 there first"; exit 1; }
+	@mkdir -p $(@D) && touch $@
+$(STAMP)/torch: | $(STAMP)/python
+	@touch $@
 else
-need =
+STAMP := $(VENV)/stamps
+$(STAMP)/python:
+	@echo "== creating $(VENV)"
+	@$(BASE_PYTHON) -m venv $(VENV)
+	@mkdir -p $(@D) && touch $@
+$(STAMP)/torch: requirements/torch.txt | $(STAMP)/python
+	@echo "== installing requirements/torch.txt"
+	@$(PIP) -r requirements/torch.txt
+	@touch $@
 endif
+$(STAMP)/%: requirements/%.txt | $(STAMP)/torch
+	@echo "== installing requirements/$*.txt"
+	@$(PIP) -r requirements/$*.txt
+	@touch $@
 
-dev: $(call need,torch build)  ## build the libraries in place (python/fastinfer/*.so); FASTINFER_CUDA=auto|on|off
-	@echo "== building fastinfer in place"
-	$(PY) setup.py -q build_ext --inplace
+dev: $(STAMP)/torch $(STAMP)/build  ## build both libraries into python/fastinfer (FASTINFER_CUDA=auto|on|off)
+	@echo "== building fastinfer (FASTINFER_CUDA=$${FASTINFER_CUDA:-auto})"
+	@$(PY) setup.py -q build_ext --inplace
+
+# An editable install once, so that `import fastinfer` works from any folder; later builds only replace the libraries.
+$(STAMP)/installed: pyproject.toml | $(STAMP)/torch $(STAMP)/build $(STAMP)/runtime
+	@echo "== installing fastinfer into the environment (editable)"
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: export FASTINFER_CUDA ?= $(shell $(PY) -c 'import torch; print("auto" if torch.version.cuda else "off")' 2>/dev/null || echo off)
+demo: $(STAMP)/torch $(STAMP)/build $(STAMP)/runtime  ## text from the bundled checkpoint, through fastinfer's operators
+	@$(MAKE) --no-print-directory $(STAMP)/installed
+	@$(MAKE) --no-print-directory dev
+	$(PY) -m fastinfer generate --model $(MODEL) --prompt "$(PROMPT)" --max-tokens 160
+
+test: $(STAMP)/installed $(STAMP)/test dev  ## the test suite (at most 10 minutes on 2 cores)
+	$(PYTEST) -m "not full"
+
+test-full: $(STAMP)/installed $(STAMP)/test dev  ## the long tests too
+	$(PYTEST) -m "full or not full"
+
+bench: $(STAMP)/installed dev  ## the benchmarks of this machine's device, as tables
+	@for script in bench/bench_*.py; do echo "== $$script"; $(PY) $$script $(BENCH_ARGS) || exit 1; done
+
+wheel: $(STAMP)/torch $(STAMP)/build  ## dist/*.whl and dist/*.tar.gz
+	$(PY) -m build --no-isolation --wheel --sdist --outdir dist .
+
+lint: $(STAMP)/lint  ## ruff, clang-format, mypy on the engine
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(dir $(PY))clang-format --dry-run --Werror $(CXX_FILES)
+	$(PY) -m mypy
+	@! grep -nE '#include *[<"](torch|ATen|c10)/' $(filter %.cu %.cuh,$(CXX_FILES)) || { echo "torch headers do not belong in device code"; exit 1; }
+
+format: $(STAMP)/lint  ## rewrite the sources in the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(dir $(PY))clang-format -i $(CXX_FILES)
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist python/fastinfer/*.so python/*.egg-info

@@ -1,7 +1,10 @@
-"""Builds `_ops.so` and `_host` with CMake + ninja and puts them into the package; metadata is in pyproject.toml.
+"""Builds `_ops.so` and `_host` with CMake + ninja and puts them into the package; metadata is in
+pyproject.toml.
 
-Environment: FASTINFER_CUDA=auto|on|off, FASTINFER_CUDA_ARCHS ("8.0 9.0a"; else TORCH_CUDA_ARCH_LIST), CUDA_HOME, CUDACXX, MAX_JOBS,
-FASTINFER_TORCH_DIR (folder of the torch package to build against), FASTINFER_BUILD_DIR (kept between builds; default build/).
+Environment: FASTINFER_CUDA=auto|on|off, FASTINFER_CUDA_ARCHS ("8.0 9.0a"; else
+    TORCH_CUDA_ARCH_LIST), CUDA_HOME, CUDACXX, MAX_JOBS,
+FASTINFER_TORCH_DIR (folder of the torch package to build against), FASTINFER_BUILD_DIR (kept
+between builds; default build/).
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ def fail(message: str) -> None:
 
 
 def find_torch() -> Path:
-    """The installed torch, located without importing it (an isolated build environment has none of its own)."""
+    """The installed torch, located without importing it (an isolated build environment has none of
+    its own).
+    """
     candidates = []
     if os.environ.get("FASTINFER_TORCH_DIR"):
         candidates.append(Path(os.environ["FASTINFER_TORCH_DIR"]))
@@ -37,7 +42,8 @@ def find_torch() -> Path:
         if spec and spec.origin:
             candidates.append(Path(spec.origin).parent)
         candidates += [Path(sysconfig.get_paths()[key]) / "torch" for key in ("platlib", "purelib")]
-        # pip's isolated build runs the target interpreter with its own paths in front; its prefix still names the environment.
+        # pip's isolated build runs the target interpreter with its own paths in front; its prefix
+        # still names the environment.
         candidates.append(
             Path(sys.prefix)
             / "lib"
@@ -48,7 +54,8 @@ def find_torch() -> Path:
         if (path / "version.py").is_file():
             return path
     fail(
-        "no torch found; install torch >= 2.11 first, or set FASTINFER_TORCH_DIR to the folder of the torch package"
+        "no torch found; install torch >= 2.11 first, or set FASTINFER_TORCH_DIR to the folder of "
+        "the torch package"
     )
     raise AssertionError
 
@@ -63,7 +70,9 @@ def torch_version(torch_dir: Path) -> str:
 
 
 def cuda_archs() -> str:
-    """FASTINFER_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST in the same spelling (parts older than 8.0 are left out), else the default."""
+    """FASTINFER_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST in the same spelling (parts older than 8.0
+    are left out), else the default.
+    """
     if os.environ.get("FASTINFER_CUDA_ARCHS"):
         return " ".join(re.split(r"[ ;,]+", os.environ["FASTINFER_CUDA_ARCHS"].strip()))
     listed = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
@@ -87,9 +96,12 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and installs with CMake; the build folder is keyed by every option that changes objects."""
+    """Configures, builds and installs with CMake; the build folder is keyed by every option that
+    changes objects.
+    """
 
     def run(self) -> None:
+        in_place = self.inplace or getattr(self, "editable_mode", False)
         torch_dir = find_torch()
         cuda = os.environ.get("FASTINFER_CUDA", "auto").lower()
         if cuda not in ("auto", "on", "off", "1", "0"):

@@ -1,4 +1,6 @@
-"""What the operator tests share: devices, instruction-set levels, numerics rules, opcheck and compile checks."""
+"""What the operator tests share: devices, instruction-set levels, numerics rules, opcheck and
+compile checks.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def randn(
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
-    """A tensor full of NaN (integers: of a value nobody wants): what an output or an unused slot holds before a call."""
+    """A tensor full of NaN (integers: of a value nobody wants): what an output or an unused slot
+    holds before a call.
+    """
     if dtype.is_floating_point:
         return torch.full(shape, float("nan"), device=device).to(dtype)
     return torch.full(shape, -77 if dtype.is_signed else 77, dtype=dtype, device=device)
@@ -45,7 +49,8 @@ def assert_close_to_reference(
 ) -> None:
     """max|out - reference| <= factor * max|baseline - reference| + rounding slack.
 
-    reference is fp64 from the same inputs, baseline the same maths in torch at out's dtype. The slack is twice the effect of one
+    reference is fp64 from the same inputs, baseline the same maths in torch at out's dtype. The
+    slack is twice the effect of one
     extra rounding of the reference at out's dtype (the rule FlashAttention's tests use), plus 1e-5.
     """
     assert out.shape == reference.shape, (out.shape, reference.shape)
@@ -70,7 +75,9 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def opcheck(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-    """torch.library.opcheck, all four checks: schema, autograd registration, fake kernel, AOT dispatch with dynamic shapes."""
+    """torch.library.opcheck, all four checks: schema, autograd registration, fake kernel, AOT
+    dispatch with dynamic shapes.
+    """
     torch.library.opcheck(op, args, kwargs or {})
 
 

@@ -1,4 +1,6 @@
-"""Loads `_ops.so`, once, and holds what every operator module shares: the operator namespace, fake kernels, argument checks."""
+"""Loads `_ops.so`, once, and holds what every operator module shares: the operator namespace, fake
+kernels, argument checks.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ ops: Any = _MissingOps() if LOAD_ERROR else torch.ops.fastinfer
 
 
 def op(name: str) -> Any:
-    """The default overload of operator `name` (cheaper to call than the packet), or a stand-in that explains why there is none."""
+    """The default overload of operator `name` (cheaper to call than the packet), or a stand-in that
+    explains why there is none.
+    """
     return ops if LOAD_ERROR else getattr(ops, name).default
 
 
@@ -54,13 +58,15 @@ def register_fake(name: str) -> Callable[[Callable[..., None]], Callable[..., No
 
 
 def refuse_grad(name: str, *tensors: torch.Tensor | None) -> None:
-    """Raise when autograd would record this call: the kernels are forward only and would drop the gradient silently."""
+    """Raise when autograd would record this call: the kernels are forward only and would drop the
+    gradient silently.
+    """
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 raise RuntimeError(
-                    f"{name}: an input requires grad, but fastinfer is inference only; call it under torch.no_grad() "
-                    "or torch.inference_mode(), or detach the input"
+                    f"{name}: an input requires grad, but fastinfer is inference only; "
+                    "call it under torch.no_grad() or torch.inference_mode(), or detach the input"
                 )
 
 
@@ -81,15 +87,20 @@ def describe(t: torch.Tensor) -> str:
 def check_dtype(name: str, arg: str, t: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if t.dtype not in allowed:
         raise RuntimeError(
-            f"{name}: {arg} must be {' or '.join(map(str, allowed))}, got {describe(t)}; convert it with .to(dtype)"
+            f"{name}: {arg} must be {' or '.join(map(str, allowed))}, got {describe(t)}; "
+            "convert it with .to(dtype)"
         )
 
 
 def cpu_isa() -> str:
-    """Instruction-set level the CPU kernels use now: generic, avx2, avx512 or vnni (FASTINFER_CPU_ISA can lower it)."""
+    """Instruction-set level the CPU kernels use now: generic, avx2, avx512 or vnni
+    (FASTINFER_CPU_ISA can lower it).
+    """
     return ops.cpu_isa()
 
 
 def build_info() -> dict[str, str]:
-    """What the library was built with: version, compiler, torch, and with CUDA the toolkit, architectures and driver found."""
+    """What the library was built with: version, compiler, torch, and with CUDA the toolkit,
+    architectures and driver found.
+    """
     return dict(entry.split("=", 1) for entry in ops.build_info())
