@@ -125,9 +125,7 @@ class CMakeBuild(build_ext):
             root / f"cmake-{sys.implementation.cache_tag}-cuda_{options['FASTINFER_CUDA']}-{key}"
         )
         target = (
-            ROOT / "python/fastinfer"
-            if self.inplace
-            else Path(self.build_lib).resolve() / "fastinfer"
+            ROOT / "python/fastinfer" if in_place else Path(self.build_lib).resolve() / "fastinfer"
         )
         self.announce(
             f"fastinfer: torch {options['FASTINFER_TORCH_VERSION']}, build folder {build}", level=2

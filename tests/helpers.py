@@ -82,7 +82,9 @@ def opcheck(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 
 
 def compiles(fn: Callable[..., Any], *args: Any, backend: str = "aot_eager") -> Any:
-    """fn(*args) under torch.compile(fullgraph=True, dynamic=True); in-place effects happen on args."""
+    """fn(*args) under torch.compile(fullgraph=True, dynamic=True); in-place effects happen on
+    args.
+    """
     torch._dynamo.reset()
     with torch.no_grad():
         return torch.compile(fn, fullgraph=True, dynamic=True, backend=backend)(*args)

@@ -33,7 +33,9 @@ def _load() -> str | None:
 
 
 class _MissingOps:
-    """Stands in for the operators when the library is not there; any use says why and what to do."""
+    """Stands in for the operators when the library is not there; any use says why and what to
+    do.
+    """
 
     def __getattr__(self, name: str) -> Any:
         raise ImportError(f"fastinfer: {LOAD_ERROR}")
@@ -51,7 +53,9 @@ def op(name: str) -> Any:
 
 
 def register_fake(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`torch.library.register_fake` for fastinfer::name; does nothing when the library is missing."""
+    """`torch.library.register_fake` for fastinfer::name; does nothing when the library is
+    missing.
+    """
     if LOAD_ERROR:
         return lambda fn: fn
     return torch.library.register_fake(f"fastinfer::{name}")
@@ -104,3 +108,8 @@ def build_info() -> dict[str, str]:
     architectures and driver found.
     """
     return dict(entry.split("=", 1) for entry in ops.build_info())
+
+
+@register_fake("cuda_probe")
+def _(out: torch.Tensor) -> None:
+    check_dtype("cuda_probe", "out", out, (torch.int32,))
