@@ -1,0 +1,67 @@
+"""Rotary embedding of q and k, alone and together with the cache write."""
+
+from __future__ import annotations
+
+import torch
+from common import OURS, Bench, Call, randn
+
+import fastinfer
+
+HQ, HKV, D, POSITIONS, BLOCK = 32, 8, 128, 8192, 16
+
+
+def rotate_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def main() -> None:
+    bench = Bench("rotary", __doc__)
+    dtype, device = bench.dtype, bench.device
+    cos, sin = (torch.rand(POSITIONS, D // 2, device=device) for _ in range(2))
+    for t in (1, 64, 1024):
+
+        def inputs(t: int = t) -> list[torch.Tensor]:
+            return [randn(t, h, D, dtype=dtype, device=device) for h in (HQ, HKV, HKV)]
+
+        def ours(t: int = t) -> Call:
+            q, k, _ = inputs(t)
+            positions = torch.randint(POSITIONS, (t,), device=device)
+            return lambda: fastinfer.apply_rotary(q, k, cos, sin, positions, inplace=True)
+
+        def theirs(t: int = t) -> Call:
+            q, k, _ = inputs(t)
+            positions = torch.randint(POSITIONS, (t,), device=device)
+
+            def call() -> None:
+                c, s = (table[positions][:, None].to(dtype) for table in (cos, sin))
+                rotate_half(q, c, s)
+                rotate_half(k, c, s)
+
+            return call
+
+        def fused(t: int = t) -> Call:
+            q, k, v = inputs(t)
+            positions = torch.randint(POSITIONS, (t,), device=device)
+            blocks = max(64, t // BLOCK + 1)
+            caches = [torch.empty(blocks, BLOCK, HKV, D, dtype=dtype, device=device) for _ in "kv"]
+            slots = torch.randperm(blocks * BLOCK, device=device)[:t]
+            return lambda: fastinfer.apply_rotary_and_cache(
+                q, k, v, cos, sin, positions, *caches, slots
+            )
+
+        keys = {"op": "rotary", "tokens": t, "hq": HQ, "hkv": HKV, "d": D}
+        rotated = 2 * t * (HQ + HKV) * D * dtype.itemsize
+        bench.case(
+            {**keys, "case": "apply_rotary"}, {OURS: ours, "torch": theirs}, moved_bytes=rotated
+        )
+        bench.case(
+            {**keys, "case": "apply_rotary_and_cache"},
+            {OURS: fused},
+            moved_bytes=rotated + 3 * t * HKV * D * dtype.itemsize,
+        )
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
