@@ -3,7 +3,7 @@
 from .base import Tokenizer, TokenizerDependencyError, TokenizerError, TokenizerNotFoundError
 from .chat import ChatTemplateError, encode_chat, render_chat
 from .detokenizer import IncrementalDetokenizer
-from .sandbox import RenderLimits
+from .limits import RenderLimits
 from .tokenizer import load_tokenizer
 
 __all__ = [

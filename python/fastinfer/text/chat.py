@@ -13,7 +13,8 @@ from typing import Any
 import jinja2
 
 from .base import Tokenizer
-from .sandbox import ChatEnvironment, LimitExceeded, RenderLimits, TemplateRefusal, render_budget
+from .limits import LimitExceeded, RenderLimits, render_budget
+from .sandbox import ChatEnvironment, TemplateRefusal
 
 _MAX_TEMPLATE_CHARS = 2**20
 _MAX_DEPTH = 64
@@ -73,8 +74,8 @@ def render_chat(
         ) from error
     except LimitExceeded as error:
         raise ChatTemplateError(
-            f"render_chat: the chat template must stay within its limits, but {error}; "
-            "raise them with limits=RenderLimits(...) if the template is to be trusted"
+            f"render_chat: the chat template must stay within its limits, but {error}; pass "
+            "another chat_template=..., or wider limits=RenderLimits(...) if this one is trusted"
         ) from error
     except jinja2.TemplateSyntaxError as error:
         raise ChatTemplateError(

@@ -2,27 +2,20 @@
 
 A template comes with the checkpoint, so it is untrusted input. jinja2's immutable sandbox keeps it
 away from Python's internals and from changing its arguments. What it does not bound is work, so on
-top of it here:
+top of it here, by the checks of ``limits.py``:
 
-* a deadline, checked at every loop iteration, call, filter and concatenation;
-* a limit on every string or list that an operator, a call or a filter of known growth would build,
-  checked before it is built;
-* a limit on the output.
+* a deadline, checked at every loop iteration, call, filter, operator and concatenation;
+* a limit on every string or list that one of these builds, and on the output.
 
-That stops runaway templates in the ordinary ways; it is no substitute for a separate process with
-memory limits when a template is known to be hostile.
+That stops runaway templates in the ordinary ways. It is no substitute for a separate process with
+memory limits when a template is known to be hostile: lists nested in themselves many times over
+still print without bound.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
@@ -34,66 +27,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-
-@dataclass(slots=True, frozen=True)
-class RenderLimits:
-    """What one rendering may use.
-
-    Attributes:
-        max_chars: characters of output and of any string on the way to it.
-        max_seconds: wall time.
-    """
-
-    max_chars: int = 16 * 2**20
-    max_seconds: float = 10.0
+from .limits import (
+    check_binop,
+    check_format,
+    check_join,
+    check_replace,
+    check_result,
+    check_size,
+    check_width,
+    guard_filter,
+    tick,
+)
 
 
 class TemplateRefusal(jinja2.TemplateError):
     """The template called ``raise_exception``."""
 
 
-class LimitExceeded(SecurityError):
-    """The template used more than :class:`RenderLimits` allows."""
-
-
-# (deadline on time.monotonic(), max_chars, max_seconds) of the rendering under way.
-_BUDGET: ContextVar[tuple[float, int, float]] = ContextVar("fastinfer_render_budget")
-_MAX_INT_BITS = 1 << 16
-_MAX_WIDTH = 1000
-# Methods that only pad or re-encode; with a large argument each is a memory bomb.
+# No chat template needs these, and with large arguments each is a memory bomb.
 _DENIED_METHODS = frozenset(
-    {"center", "expandtabs", "format_map", "ljust", "rjust", "to_bytes", "translate", "zfill"}
+    {"center", "expandtabs", "ljust", "rjust", "to_bytes", "translate", "zfill"}
 )
-_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4,})")
-_WIDE_FORMAT = re.compile(r"\{[^{}]*:[^{}]*(?:\{|\d{4,})")
-
-
-@contextmanager
-def render_budget(limits: RenderLimits) -> Iterator[None]:
-    """Everything a :class:`ChatEnvironment` does inside counts against these limits."""
-    deadline = time.monotonic() + limits.max_seconds
-    token = _BUDGET.set((deadline, limits.max_chars, limits.max_seconds))
-    try:
-        yield
-    finally:
-        _BUDGET.reset(token)
-
-
-def _tick() -> None:
-    deadline, _, seconds = _BUDGET.get()
-    if time.monotonic() > deadline:
-        raise LimitExceeded(f"it ran longer than {seconds:g} seconds")
-
-
-def _check_size(size: int) -> None:
-    limit = _BUDGET.get()[1]
-    if size > limit:
-        raise LimitExceeded(f"it built more than {limit} characters or items")
-
-
-def _check_width(value: Any) -> None:
-    if isinstance(value, int) and abs(value) > _MAX_WIDTH:
-        raise LimitExceeded(f"it asked for a width of {value}, more than {_MAX_WIDTH}")
+_DENIED_FILTERS = ("urlize", "wordwrap", "xmlattr")
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
@@ -107,10 +62,11 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
         )
-        for name, function in self.filters.items():
-            self.filters[name] = _guard_filter(name, function)
+        for name in _DENIED_FILTERS:
+            del self.filters[name]
         self.filters["tojson"] = _to_json
-        self.globals.pop("lipsum", None)
+        self.filters = {name: guard_filter(name, call) for name, call in self.filters.items()}
+        del self.globals["lipsum"]
         self.globals.update(
             raise_exception=_raise_exception,
             strftime_now=_strftime_now,
@@ -119,58 +75,57 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         )
 
     def compile_chat(self, source: str) -> jinja2.Template:
-        """Compile a template with the checks above woven in."""
+        """Compile a template with the checks woven in."""
         return self.from_string(_Weaver(self).visit(self.parse(source)))
 
-    # ---- hooks of the sandbox ---------------------------------------------------------------
+    # ---- hooks of jinja2 and its sandbox ----------------------------------------------------
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if attr in _DENIED_METHODS and isinstance(obj, (str, bytes, int)):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        # jinja2 would hand out an undefined value, which prints as nothing.
+        raise SecurityError(
+            f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe"
+        )
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        _tick()
+        tick()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, (str, bytes)):
             method = getattr(__obj, "__name__", "")
             if method == "join" and args:
-                args = (_check_join(owner, args[0]), *args[1:])
+                args = (check_join(owner, args[0]), *args[1:])
             elif method == "replace" and len(args) >= 2:
-                _check_replace(owner, args[0], args[1])
-        return super().call(__context, __obj, *args, **kwargs)
+                check_replace(owner, args[0], args[1])
+        return check_result(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _tick()
-        if operator == "%":
-            _check_percent(left)
-        elif isinstance(left, int) and isinstance(right, int):
-            bits, more = left.bit_length(), right.bit_length()
-            growth = {"*": bits + more, "**": bits * max(right, 0), "+": 0}[operator]
-            if growth > _MAX_INT_BITS:
-                raise LimitExceeded(f"it computed an integer of more than {_MAX_INT_BITS} bits")
-        elif operator == "*":
-            for sequence, count in ((left, right), (right, left)):
-                if isinstance(count, int) and hasattr(sequence, "__len__"):
-                    _check_size(len(sequence) * count)
-        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-            _check_size(len(left) + len(right))
-        return super().call_binop(context, operator, left, right)
+        tick()
+        check_binop(operator, left, right)
+        return check_result(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
-        if wrapped is not None and _WIDE_FORMAT.search(str(value.__self__)):
-            raise LimitExceeded("it formatted with a computed width or one of four digits or more")
-        return wrapped
+        if wrapped is None:
+            return None
+
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            check_format(value.__self__, (*args, kwargs), percent=False)
+            return wrapped(*args, **kwargs)
+
+        return formatted
 
     def concat(self, parts: Iterable[str]) -> str:
         """Joins rendered pieces: the output, a macro's result, a block assignment."""
         kept, size = [], 0
         for part in parts:
             size += len(part)
-            _check_size(size)
+            check_size(size)
             kept.append(part)
-        _tick()
+        tick()
         return "".join(kept)
 
     # ---- called from woven code -------------------------------------------------------------
@@ -207,7 +162,7 @@ class _Weaver(NodeTransformer):
 class _GenerationTag(Extension):
     """``{% generation %}...{% endgeneration %}``: marks what the assistant wrote, for training.
 
-    Here it only opens a scope, as the macro behind it does in transformers.
+    Here it only opens a scope, as it does in transformers.
     """
 
     tags = {"generation"}  # noqa: RUF012
@@ -253,6 +208,7 @@ def _raise_exception(message: Any = "") -> None:
 
 
 def _strftime_now(format: str) -> str:
+    check_format(format, (), percent=True)
     return datetime.now().strftime(format)
 
 
@@ -264,54 +220,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON as it is, where jinja2's own filter would escape it for HTML."""
-    _tick()
-    _check_width(len(indent) if isinstance(indent, str) else indent)
+    check_width(indent)
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-# ---- filters and methods of known growth ----------------------------------------------------
-
-
-def _guard_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    # jinja2 passes a context, an evaluation context or the environment first where marked so.
-    skip = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        _tick()
-        values = args[skip:]
-        if name in ("center", "indent", "batch", "slice"):
-            for value in (*values[1:], *kwargs.values()):
-                _check_width(len(value) if isinstance(value, str) else value)
-        elif name == "replace" and len(values) >= 3:
-            _check_replace(str(values[0]), str(values[1]), str(values[2]))
-        elif name == "join" and values:
-            glue = str(values[1]) if len(values) > 1 else str(kwargs.get("d", ""))
-            items = _check_join(glue, values[0])
-            args = (*args[:skip], items, *values[1:])
-        elif name == "format" and values:
-            _check_percent(values[0])
-        return function(*args, **kwargs)
-
-    return guarded
-
-
-def _check_percent(template: Any) -> None:
-    if isinstance(template, bytes):
-        template = template.decode("latin-1")
-    if isinstance(template, str) and _WIDE_PERCENT.search(template):
-        raise LimitExceeded("it formatted with a computed width or one of four digits or more")
-
-
-def _check_replace(text: str | bytes, old: Any, new: Any) -> None:
-    if isinstance(old, type(text)) and isinstance(new, type(text)):
-        _check_size(len(text) + text.count(old) * len(new))
-
-
-def _check_join(glue: str | bytes, items: Any) -> list[Any]:
-    items = list(items)
-    strings = sum(len(item) for item in items if isinstance(item, (str, bytes)))
-    _check_size(strings + len(glue) * len(items))
-    return items
