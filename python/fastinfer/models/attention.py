@@ -1,0 +1,120 @@
+"""Self-attention over a paged key/value cache, and the two records that describe a step to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastinfer import ops
+
+from .config import ModelConfig
+from .layers import Linear, RMSNorm
+from .rotary import RotaryTable
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """One step: T packed tokens of B sequences, prefill chunks and decodes mixed in any order.
+
+    All tensors are on the model's device. Padding rows (for CUDA graphs) have slot -1 and sequence
+    length 0.
+    """
+
+    positions: Tensor  # int64 [T], position of each token in its sequence
+    slot_mapping: Tensor  # int64 [T], block * P + offset; -1: do not write
+    cu_seqlens_q: Tensor  # int32 [B+1], where the tokens of each sequence begin
+    seq_lens: Tensor  # int32 [B], keys visible after this step's write
+    block_table: Tensor  # int32 [B, max_blocks]; entries past a sequence's length may hold anything
+    max_seqlen_q: int
+    max_seqlen_k: int
+    plan: Tensor | None = None  # of `plan_decode`, shared by all layers
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """Keys and values of one layer, each [num_blocks, P, Hkv, D]; scales only for 8-bit caches."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None  # fp32 scalar, [Hkv] or [num_blocks, P, Hkv]
+    v_scale: Tensor | None = None
+
+
+class SelfAttention(nn.Module):
+    """Projections, per-head norms, rotary positions, cache write, attention.
+
+    Args:
+        config: of the model.
+        layer: index of the layer; decides its window.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.window = config.window_of(layer)
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv_proj = Linear(
+            config.hidden_size,
+            {"q": q_size, "k": kv_size, "v": kv_size},
+            bias=config.qkv_bias,
+            dtype=dtype,
+        )
+        self.o_proj = Linear(q_size, {"o": config.hidden_size}, bias=config.o_bias, dtype=dtype)
+        norms = config.qk_norm
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype) if norms else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype) if norms else None
+
+    def forward(
+        self, x: Tensor, meta: AttentionMetadata, cache: LayerCache, rotary: RotaryTable
+    ) -> Tensor:
+        """x [T, hidden] -> [T, hidden]; writes these tokens' keys and values into the cache."""
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        ops.apply_rotary_and_cache(
+            q,
+            k,
+            v,
+            rotary.cos,
+            rotary.sin,
+            meta.positions,
+            cache.k,
+            cache.v,
+            meta.slot_mapping,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
+        )
+        return self.o_proj(self._attend(q, meta, cache).flatten(1))
+
+    def _attend(self, q: Tensor, meta: AttentionMetadata, cache: LayerCache) -> Tensor:
+        """q [T, Hq, D], already rotated -> [T, Hq, D]."""
+        shared = {
+            "causal": True,
+            "window_size": self.window,
+            "block_table": meta.block_table,
+            "k_scale": cache.k_scale,
+            "v_scale": cache.v_scale,
+            "plan": meta.plan,
+        }
+        if meta.max_seqlen_q == 1 and q.shape[0] == meta.seq_lens.shape[0]:
+            out = ops.flash_attn_with_kvcache(
+                q.unsqueeze(1), cache.k, cache.v, cache_seqlens=meta.seq_lens, **shared
+            )
+            return out.squeeze(1)
+        return ops.flash_attn_varlen_func(
+            q,
+            cache.k,
+            cache.v,
+            meta.cu_seqlens_q,
+            None,
+            meta.max_seqlen_q,
+            meta.max_seqlen_k,
+            seqused_k=meta.seq_lens,
+            **shared,
+        )

@@ -1,0 +1,142 @@
+"""The safetensors files of a checkpoint folder: finding them, their headers, their tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# Converts every torch file of a folder without building the model, so it also serves architectures
+# whose code is not in transformers. `clone` because safetensors refuses tensors that share memory.
+_CONVERT = """\
+import glob, sys, torch
+from safetensors.torch import save_file
+for f in glob.glob(sys.argv[1] + "/*.bin") + glob.glob(sys.argv[1] + "/*.pt*"):
+    tensors = torch.load(f, map_location="cpu", weights_only=True)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, f.rsplit(".", 1)[0] + ".safetensors")"""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a file header says about one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: "BF16", "F32", ...
+
+
+class Checkpoint:
+    """All tensors of a folder, by name. Headers are read at once, data only on request.
+
+    Args:
+        folder: checkpoint folder.
+
+    Raises:
+        FileNotFoundError: there are no safetensors files, or a shard is missing.
+        ValueError: a file is truncated or malformed, or two files hold the same tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self.files = _find_files(folder)
+        for file in self.files:
+            with _open(file) as handle:
+                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    if name in self.tensors:
+                        raise ValueError(
+                            f"load_model: each tensor must be in one file only, got {name} in "
+                            f"{self.tensors[name].file.name} and {file.name}; remove the file that "
+                            "does not belong to the checkpoint"
+                        )
+                    header = handle.get_slice(name)
+                    self.tensors[name] = TensorInfo(
+                        file, tuple(header.get_shape()), header.get_dtype()
+                    )
+
+    def read(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, file by file, on the CPU."""
+        for file in self.files:
+            with _open(file) as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    if name in names:
+                        yield name, handle.get_tensor(name)
+
+
+def _find_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"load_model: {index} must hold a weight_map object, got {error!r}; download the "
+                "file again"
+            ) from error
+        files = [folder / name for name in names]
+    elif (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        files += [f for f in _rest_of_series(files) if f not in files]
+    if not files:
+        raise FileNotFoundError(_no_safetensors(folder))
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"load_model: {folder} must contain all {len(files)} shards, got no "
+            f"{', '.join(absent)}; download the missing files"
+        )
+    return files
+
+
+def _rest_of_series(files: list[Path]) -> list[Path]:
+    """All files of the series that names such as x-00002-of-00003 announce."""
+    series = []
+    for file in files:
+        match = re.fullmatch(r"(.+-)(\d+)(-of-)(\d+)", file.stem)
+        if match:
+            head, number, middle, count = match.groups()
+            series += [
+                file.with_name(f"{head}{i:0{len(number)}d}{middle}{count}.safetensors")
+                for i in range(1, int(count) + 1)
+            ]
+    return sorted(set(series))
+
+
+def _no_safetensors(folder: Path) -> str:
+    others = sorted(f.name for suffix in ("bin", "pt", "pth") for f in folder.glob(f"*.{suffix}"))
+    if not others:
+        return (
+            f"load_model: {folder} must contain {SINGLE} or {INDEX}, got no weight files; download "
+            "the checkpoint's weights"
+        )
+    command = f"python -c {shlex.quote(_CONVERT)} {shlex.quote(str(folder))}"
+    return (
+        f"load_model: {folder} must contain .safetensors files, got only {', '.join(others[:4])}; "
+        f"convert them once with:\n{command}"
+    )
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        with open(file, "rb") as stream:
+            is_pointer = stream.read(40).startswith(b"version https://git-lfs")
+        what = "a git-lfs pointer" if is_pointer else f"a truncated or damaged one ({error})"
+        remedy = "run `git lfs pull`" if is_pointer else "download the file again"
+        raise ValueError(
+            f"load_model: {file} must be a complete safetensors file, got {what}; {remedy}"
+        ) from error

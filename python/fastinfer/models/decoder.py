@@ -1,0 +1,174 @@
+"""The decoder-only transformer of every supported family: one class, flags from `ModelConfig`.
+
+Per layer, with the residual stream r kept separately so that each addition fuses with the norm
+after it:
+
+    r += x;  x = attention(norm1(r))        r += x;  x = W_down (silu(W_gate norm2(r)) * W_up
+    norm2(r))
+
+Every operator between the embedding lookup and the logits is one of `fastinfer.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastinfer import ops
+
+from .attention import AttentionMetadata, LayerCache, SelfAttention
+from .config import ModelConfig
+from .layers import Embedding, Linear, RMSNorm
+from .rotary import RotaryTable
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: down(silu(gate(x)) * up(x)), gate and up multiplied as one matrix."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        bias = config.mlp_bias
+        self.gate_up_proj = Linear(hidden, {"gate": inner, "up": inner}, bias=bias, dtype=dtype)
+        self.down_proj = Linear(inner, {"down": hidden}, bias=bias, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """One attention block and one feed-forward block."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attn = SelfAttention(config, layer, dtype=dtype)
+        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        meta: AttentionMetadata,
+        cache: LayerCache,
+        rotary: RotaryTable,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, residual), both [T, hidden] -> the same pair, not yet added together."""
+        if residual is None:
+            residual, x = x, self.input_norm(x)
+        else:
+            x = self.input_norm.add(x, residual)
+        x = self.attn(x, meta, cache, rotary)
+        x = self.post_norm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class CausalLM(nn.Module):
+    """A decoder with its output head.
+
+    Args:
+        config: of the checkpoint.
+        dtype: of the parameters; `config.dtype` of the model says the same.
+        max_model_len: positions the rotary tables cover, in tokens; None: `config.max_position`.
+
+    Attributes:
+        config: `ModelConfig`.
+        max_model_len: longest sequence (prompt + output) the model can run, in tokens.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, max_model_len: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.max_model_len = max_model_len or config.max_position
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, dtype=dtype) for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, {"head": config.vocab_size}, bias=False, dtype=dtype)
+        )
+        # One table per distinct embedding: layer types often share theirs.
+        distinct = list(dict.fromkeys(config.rope.values()))
+        self.rotary = nn.ModuleList(
+            RotaryTable(
+                rope,
+                config.head_dim,
+                length=self.max_model_len,
+                max_position=config.max_position,
+            )
+            for rope in distinct
+        )
+        self._rotary_of_layer = [distinct.index(config.rope[t]) for t in config.layer_types]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters and of the hidden states."""
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embed_tokens.weight.device
+
+    def forward(
+        self, input_ids: Tensor, meta: AttentionMetadata, caches: Sequence[LayerCache]
+    ) -> Tensor:
+        """Run one step.
+
+        Args:
+            input_ids: int64 [T], the packed tokens of all sequences in the step.
+            meta: where they sit in their sequences and in the cache.
+            caches: one per layer; keys and values of these tokens are written into them.
+
+        Returns:
+            [T, hidden], after the final norm.
+
+        Raises:
+            ValueError: `input_ids` is not one-dimensional, or there is not one cache per layer.
+        """
+        if input_ids.dim() != 1:
+            raise ValueError(
+                f"CausalLM: input_ids must be packed [T], got {list(input_ids.shape)}; flatten the "
+                "batch and describe it in AttentionMetadata"
+            )
+        if len(caches) != len(self.layers):
+            raise ValueError(
+                f"CausalLM: caches must hold one LayerCache per layer ({len(self.layers)}), got "
+                f"{len(caches)}; allocate config.num_layers of them"
+            )
+        x, residual = self.embed_tokens(input_ids), None
+        for layer, cache, table in zip(self.layers, caches, self._rotary_of_layer, strict=True):
+            x, residual = layer(x, residual, meta, cache, self.rotary[table])
+        return self.norm.add(x, residual)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            hidden: [n, hidden], rows of what `forward` returned (usually the last token of each
+                sequence).
+
+        Returns:
+            [n, vocab_size], in the dtype of the model.
+        """
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return ops.linear(hidden, self.embed_tokens.weight)
+
+    @torch.no_grad()
+    def finish_loading(self) -> None:
+        """What remains when all weights are in: rotary tables and Baichuan2's normalised head."""
+        for table in self.rotary:
+            table.fill()
+        if self.config.normalized_head and self.lm_head is not None:
+            # In slices, so that the fp32 copy stays small.
+            for rows in self.lm_head.weight.split(4096):
+                rows.copy_(torch.nn.functional.normalize(rows.float()))

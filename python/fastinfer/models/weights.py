@@ -1,0 +1,129 @@
+"""Which checkpoint tensor fills which parameter, for each family, and the check that all match.
+
+The expected tensors are enumerated from the configuration, so "every parameter filled, every tensor
+used" is a comparison of two sets of names, made from the file headers before any data is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import ModelConfig
+from .layers import Layer
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where one checkpoint tensor goes."""
+
+    module: str  # dotted path of a `Layer` in the model
+    param: str  # "weight" or "bias"
+    parts: tuple[str, ...] = ()  # row blocks of a fused layer, in the tensor's order; (): all
+
+
+def weight_targets(config: ModelConfig) -> dict[str, Target]:
+    """Checkpoint tensor name -> target, for every tensor such a checkpoint must hold."""
+    targets = {EMBEDDING: Target("embed_tokens", "weight")}
+    for i in range(config.num_layers):
+        targets.update(_layer_targets(config, f"model.layers.{i}.", f"layers.{i}."))
+    targets["model.norm.weight"] = Target("norm", "weight")
+    if not config.tie_word_embeddings:
+        targets[HEAD] = Target("lm_head", "weight")
+    return targets
+
+
+def _layer_targets(config: ModelConfig, theirs: str, ours: str) -> dict[str, Target]:
+    attn, mlp = theirs + "self_attn.", theirs + "mlp."
+    if config.packed_qkv:
+        fused = [(attn + "W_pack", "attn.qkv_proj", ("q", "k", "v"), config.qkv_bias)]
+    else:
+        fused = [
+            (f"{attn}{part}_proj", "attn.qkv_proj", (part,), config.qkv_bias) for part in "qkv"
+        ]
+    linears = [
+        *fused,
+        (attn + "o_proj", "attn.o_proj", (), config.o_bias),
+        (mlp + "gate_proj", "mlp.gate_up_proj", ("gate",), config.mlp_bias),
+        (mlp + "up_proj", "mlp.gate_up_proj", ("up",), config.mlp_bias),
+        (mlp + "down_proj", "mlp.down_proj", (), config.mlp_bias),
+    ]
+    targets = {}
+    for name, module, parts, bias in linears:
+        for param in ("weight", "bias") if bias else ("weight",):
+            targets[f"{name}.{param}"] = Target(ours + module, param, parts)
+    norms = {"input_layernorm": "input_norm", "post_attention_layernorm": "post_norm"}
+    if config.qk_norm:
+        norms |= {"self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm"}
+    for name, module in norms.items():
+        targets[f"{theirs}{name}.weight"] = Target(ours + module, "weight")
+    return targets
+
+
+def check_tensors(
+    model: nn.Module,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+) -> dict[str, Target]:
+    """Match the tensors of a checkpoint with the parameters of a model.
+
+    Args:
+        model: a `CausalLM`, on any device including meta.
+        config: of the model.
+        shapes: tensor name -> shape, for all tensors in the files.
+        dtypes: tensor name -> dtype as safetensors spells it.
+
+    Returns:
+        Tensor name -> target, for the tensors to read.
+
+    Raises:
+        ValueError: a tensor is missing, superfluous, of another shape, or not stored as floating
+            point.
+    """
+    targets = weight_targets(config)
+    missing = [name for name in targets if name not in shapes]
+    unused = [name for name in shapes if name not in targets and not _harmless(name, config)]
+    if missing or unused:
+        found = "; ".join(
+            f"{what} {_listed(names)}"
+            for what, names in (("missing", missing), ("not used by the model", unused))
+            if names
+        )
+        raise ValueError(
+            f"load_model: the checkpoint must hold exactly the tensors of {config.architecture} as "
+            f"config.json describes it, got {found}; check that config.json belongs to these "
+            "weights and that no shard is missing"
+        )
+    for name, target in targets.items():
+        layer = model.get_submodule(target.module)
+        assert isinstance(layer, Layer)
+        expected = layer.part_shape(target.param, target.parts)
+        if shapes[name] != expected:
+            raise ValueError(
+                f"load_model: {name} must have shape {list(expected)}, got {list(shapes[name])}; "
+                "check that config.json belongs to these weights"
+            )
+        if dtypes[name] not in ("F16", "BF16", "F32", "F64"):
+            raise ValueError(
+                f"load_model: {name} must be stored as F16, BF16, F32 or F64, got {dtypes[name]}; "
+                "use the unquantised checkpoint"
+            )
+    return targets
+
+
+def _harmless(name: str, config: ModelConfig) -> bool:
+    """What old files carry and nobody needs: frequency buffers, a copy of tied weights."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    return name == HEAD and config.tie_word_embeddings
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
