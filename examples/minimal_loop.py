@@ -60,7 +60,11 @@ class Llama:
 
     def __init__(self, folder: Path, device: str) -> None:
         c = json.loads((folder / "config.json").read_text())
-        if c["architectures"] != ["LlamaForCausalLM"] or c.get("attention_bias"):
+        if (
+            c["architectures"] != ["LlamaForCausalLM"]
+            or c.get("attention_bias")
+            or c.get("mlp_bias")
+        ):
             raise SystemExit("this example runs plain Llama; `fastinfer generate` runs the others")
         w: dict[str, Tensor] = {}
         for file in sorted(folder.glob("model*.safetensors")):
@@ -191,10 +195,9 @@ def main() -> None:
     sampling = (args.max_tokens, args.temperature, args.top_p, args.seed)
     start = time.perf_counter()
     outputs = generate(model, prompts, *sampling, args.block_size)
-    speed = sum(map(len, outputs)) / (time.perf_counter() - start)
+    print(f"{sum(map(len, outputs)) / (time.perf_counter() - start):.1f} tokens/s\n")
     for prompt, output in zip(prompts, outputs, strict=True):
         print(tokenizer.decode(prompt + output), end="\n\n")
-    print(f"{speed:.1f} tokens/s")
 
 
 if __name__ == "__main__":

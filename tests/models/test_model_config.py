@@ -187,6 +187,7 @@ def test_family_flags() -> None:
     assert baichuan.packed_qkv
     assert baichuan.normalized_head
     assert baichuan.num_kv_heads == 4
+    assert family("Mistral", num_key_value_heads=None).num_kv_heads == 4
     assert parse(tie_word_embeddings=True).tie_word_embeddings
     assert family("Mistral", head_dim=32).head_dim == 32
 
@@ -270,6 +271,8 @@ def test_generation_config_file_wins_for_eos(tmp_path: Path) -> None:
         ({"head_dim": 8}, ["head_dim", "between 16 and 256", "8"]),
         ({"head_dim": 264}, ["head_dim", "264"]),
         ({"vocab_size": ...}, ["vocab_size", "None"]),
+        ({"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
+        ({"layer_types": "full_attention"}, ["layer_types", "3 entries"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
         ({"hidden_size": "64"}, ["hidden_size", "'64'"]),
         ({"intermediate_size": True}, ["intermediate_size", "True"]),

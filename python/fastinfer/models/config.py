@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .families import FAMILIES, Family, find_architecture, refuse_unsupported
-from .rope_config import LAYER_TYPES, RopeConfig, parse_rope
+from .rope_config import LAYER_TYPES, RopeConfig, parse_rope, positive
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -117,9 +117,11 @@ def parse_config(
 
     hidden_size = _count(raw, "hidden_size")
     num_heads = _count(raw, "num_attention_heads")
-    num_kv_heads = _count(raw, "num_key_value_heads", family.num_kv_heads or num_heads)
-    if family.packed_qkv:
-        num_kv_heads = num_heads
+    num_kv_heads = num_heads
+    if "num_key_value_heads" not in raw:
+        num_kv_heads = family.num_kv_heads or num_heads
+    elif not family.packed_qkv:
+        num_kv_heads = _count(raw, "num_key_value_heads", num_heads)
     max_position = _count(raw, "max_position_embeddings", family.max_position)
     num_layers = _count(raw, "num_hidden_layers")
     layer_types, window = _layer_types(raw, family, num_layers)
@@ -140,7 +142,7 @@ def parse_config(
         num_kv_heads=num_kv_heads,
         head_dim=_head_dim(raw, family, hidden_size, num_heads),
         max_position=max_position,
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
         layer_types=layer_types,
         sliding_window=window,
         rope=parse_rope(raw, max_position, layer_types),
@@ -189,11 +191,11 @@ def _layer_types(
     if window is not None and (family.reads_window or given is not None):
         window = _count({"sliding_window": window}, "sliding_window")
     if given is not None:
-        types = tuple(given)
+        types = tuple(given) if isinstance(given, list) else ()
         if len(types) != num_layers or any(t not in LAYER_TYPES for t in types):
             raise ValueError(
                 f"load_config: layer_types must list {num_layers} entries out of "
-                f"{', '.join(LAYER_TYPES)}, got {list(given)}; use a checkpoint with these "
+                f"{', '.join(LAYER_TYPES)}, got {given}; use a checkpoint with these "
                 "attention types"
             )
         if "sliding_attention" in types and window is None:
@@ -205,7 +207,7 @@ def _layer_types(
     elif not family.reads_window or window is None:
         types = ("full_attention",) * num_layers
     else:
-        first = int(raw.get("max_window_layers", 28)) if family.window_needs_flag else 0
+        first = _count(raw, "max_window_layers", 28, least=0) if family.window_needs_flag else 0
         types = tuple(
             "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
         )
@@ -247,13 +249,14 @@ def _dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
     return dtype
 
 
-def _count(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _count(raw: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
     value = raw.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
-            f"load_config: {key} must be a positive integer, got {value!r}; fix config.json"
+            f"load_config: {key} must be an integer of at least {least}, got {value!r}; "
+            "fix config.json"
         )
     return value
 

@@ -98,12 +98,12 @@ def _parse_one(
             "load_config: partial_rotary_factor must be 1 (the whole head is rotated), got "
             f"{partial}; use a checkpoint with full rotary heads"
         )
-    theta = _number(settings.get("rope_theta") or raw.get("rope_theta") or 10000.0, "rope_theta")
+    theta = positive(settings.get("rope_theta") or raw.get("rope_theta") or 10000.0, "rope_theta")
     if rope_type == "default":
         return RopeConfig(theta=theta)
     factor = settings.get("factor")
     if rope_type in ("linear", "dynamic"):
-        return RopeConfig(rope_type=rope_type, theta=theta, factor=_number(factor, "factor"))
+        return RopeConfig(rope_type=rope_type, theta=theta, factor=positive(factor, "factor"))
 
     # A top-level original length wins, as in transformers.
     original = (
@@ -116,12 +116,12 @@ def _parse_one(
     common = {
         "rope_type": rope_type,
         "theta": theta,
-        "factor": _number(factor, "factor"),
-        "original_max_position": int(_number(original, "original_max_position_embeddings")),
+        "factor": positive(factor, "factor"),
+        "original_max_position": int(positive(original, "original_max_position_embeddings")),
     }
     if rope_type == "llama3":
-        low = _number(settings["low_freq_factor"], "low_freq_factor")
-        high = _number(settings["high_freq_factor"], "high_freq_factor")
+        low = positive(settings["low_freq_factor"], "low_freq_factor")
+        high = positive(settings["high_freq_factor"], "high_freq_factor")
         if high <= low:
             raise ValueError(
                 f"load_config: high_freq_factor must exceed low_freq_factor, got {high} and {low}; "
@@ -141,10 +141,11 @@ def _parse_one(
 
 def _optional(settings: Mapping[str, Any], key: str) -> float | None:
     value = settings.get(key)
-    return None if value in (None, 0) else _number(value, key)
+    return None if value in (None, 0) else positive(value, key)
 
 
-def _number(value: Any, key: str) -> float:
+def positive(value: Any, key: str) -> float:
+    """The number under `key`, or a ValueError when it is none or not above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
         raise ValueError(
             f"load_config: {key} must be a number above 0, got {value!r}; fix config.json"
