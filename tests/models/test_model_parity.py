@@ -20,7 +20,7 @@ from _model_harness import (
 
 from fastinfer.models import load_model
 
-LENGTHS = (23, 1, 37, 16)
+LENGTHS = (21, 1, 33, 16)
 TOLERANCE = 1e-4
 
 GetTiny = Callable[[str], Tiny]
@@ -73,13 +73,13 @@ def test_logits_match_transformers(
 @pytest.mark.parametrize("name", TINY)
 def test_greedy_tokens_match_generate(tiny: GetTiny, name: str) -> None:
     pair = tiny(name)
-    prompts = [random_ids(n, seed=100 + n) for n in (19, 3, 11)]
-    got = greedy(pair.model, prompts, 14, block_size=4)
+    prompts = [random_ids(n, seed=100 + n) for n in (19, 3)]
+    got = greedy(pair.model, prompts, 10, block_size=4)
     for prompt, tokens in zip(prompts, got, strict=True):
         expected = pair.reference.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=14,
+            max_new_tokens=10,
             do_sample=False,
         )
         assert tokens == expected[0, len(prompt) :].tolist()
