@@ -172,6 +172,7 @@ ODDS = """
 {% macro nested(k) %}<{{ k }}>{% endmacro %}{{ nested(n) }}{{ caller() }}
 {% endmacro %}
 {% call outer(3) %}called{% endcall %}
+{% for m in messages %}{{ m.content is defined }}{{ m.tool_calls is defined }}{% endfor %}
 {{ {'b': 1, 'a': [1, none, true]} | tojson(sort_keys=true, separators=(',', ':')) }}
 """
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "mistral": MISTRAL, "odds": ODDS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastinfer.text import IncrementalDetokenizer, Tokenizer, load_tokenizer
@@ -155,36 +155,46 @@ def test_valid_characters_before_a_broken_byte_survive(llama_json: Path) -> None
     assert "".join(stream(tok, ids)) == "\u00e9\U0001f642\ufffd"
 
 
+class FakeTokenizer(Tokenizer):
+    """Decodes 0 to U+FFFD, 1 to nothing, 2 to " x" with the text's first space dropped."""
+
+    vocab_size = 3
+
+    def __init__(self) -> None:
+        self.longest = 0
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return []
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        self.longest = max(self.longest, len(ids))
+        words = ["\ufffd", "", " x"]
+        return "".join(words[token_id] for token_id in ids).removeprefix(" ")
+
+    def convert_id_to_token(self, token_id: int) -> str | None:
+        return "x"
+
+    def convert_token_to_id(self, token: str) -> int | None:
+        return None
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return []
+
+
 def test_window_stream_is_bounded() -> None:
-    class Stuck(Tokenizer):
-        """Every id decodes to something that looks unfinished, at a recorded cost."""
-
-        def __init__(self) -> None:
-            self.longest = 0
-
-        def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-            return []
-
-        def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            self.longest = max(self.longest, len(ids))
-            return "".join("\ufffd" if i == 0 else "" for i in ids)
-
-        def convert_id_to_token(self, token_id: int) -> str | None:
-            return "x"
-
-        def convert_token_to_id(self, token: str) -> int | None:
-            return None
-
-        vocab_size = 2
-        all_special_ids: list[int] = []  # noqa: RUF012
-
-    tok = Stuck()
+    tok = FakeTokenizer()
     assert "".join(stream(tok, [0] * 100)) == "\ufffd" * 100
     detok = IncrementalDetokenizer(tok)
-    pieces = [detok.append(0) for _ in range(40)]
-    assert len(detok.text) >= 32 and pieces.count("") < 40
+    for _ in range(40):
+        detok.append(0)
+    assert len(detok.text) >= 32  # long before the end of the stream
     assert "".join(stream(tok, [1] * 100)) == ""
     assert tok.longest <= 16
+
+
+def test_window_keeps_context_over_ids_without_text() -> None:
+    assert "".join(stream(FakeTokenizer(), [2, 1, 2, 1, 1, 2])) == "x x x"
 
 
 def test_cost_per_token_is_constant(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +226,9 @@ def test_leading_space_depends_on_the_prompt(tok: Tokenizer) -> None:
     detok = IncrementalDetokenizer(tok, prompt_token_ids=bos)
     assert "".join(map(detok.append, ids)) + detok.finish() == tok.decode(ids)
     # Only the tail of a long prompt is read.
-    detok = IncrementalDetokenizer(tok, prompt_token_ids=prompt * 50)
-    assert "".join(map(detok.append, ids)) + detok.finish() == " brown fox"
+    for long in (prompt * 50, prompt + bos * 50):
+        detok = IncrementalDetokenizer(tok, prompt_token_ids=long)
+        assert "".join(map(detok.append, ids)) + detok.finish() == " brown fox"
 
 
 def test_character_split_between_prompt_and_output(byte_level: Path) -> None:
@@ -278,8 +289,11 @@ def test_stop_inside_one_token_and_in_multibyte_text(byte_level: Path) -> None:
 STOPS = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-@EXAMPLES
+@settings(EXAMPLES, max_examples=300)
 @given(STOPS, st.lists(st.text("abc", max_size=4), max_size=12))
+@example(["a", "ba"], ["ba"])  # end together: the longer counts
+@example(["abab", "ba"], ["a", "b", "a", "b"])  # the shorter is complete first
+@example(["aab"], ["aa", "ab"])
 def test_stop_matcher_against_search(stops: list[str], chunks: list[str]) -> None:
     text = "".join(chunks)
     ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in set(stops) if stop in text]

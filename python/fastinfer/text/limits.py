@@ -111,7 +111,7 @@ def check_format(template: str | bytes, values: Iterable[Any], *, percent: bool)
     check_size(len(text) + text.count("%" if percent else "{") * longest)
 
 
-def check_replace(text: str | bytes, old: Any, new: Any) -> None:
+def check_replace(text: Any, old: Any, new: Any) -> None:
     """Check of ``text.replace(old, new)``."""
     if isinstance(old, type(text)) and isinstance(new, type(text)):
         check_size(len(text) + text.count(old) * len(new))

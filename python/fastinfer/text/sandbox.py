@@ -144,7 +144,7 @@ class _Weaver(NodeTransformer):
     def __init__(self, environment: ChatEnvironment) -> None:
         self._environment = environment
 
-    def _call(self, name: str, arguments: list[nodes.Expr], lineno: int) -> nodes.Call:
+    def _call(self, name: str, arguments: list[nodes.Expr], lineno: int) -> Any:
         call = nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
         return call.set_lineno(lineno).set_environment(self._environment)
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 REPLACE_EACH_BYTE = "fastinfer_replace_each_byte"
 
-# Ids of the prompt that a stream looks at: enough for any character and for any run of spaces
-# that matters, and independent of the prompt's length.
+# Ids with text that a stream takes from the end of a prompt: enough for any unfinished character,
+# and independent of the prompt's length.
 _PROMPT_TAIL = 32
 # A UTF-8 character has at most 4 bytes and a token at least one, so a tail that is still broken
 # after this many ids will stay broken.
@@ -65,17 +65,16 @@ class ByteStream:
 
     __slots__ = ("_strip", "_token_bytes", "_utf8")
 
-    def __init__(
-        self, token_bytes: Callable[[int], bytes], *, errors: str = "replace", strip: int = 0
-    ) -> None:
+    def __init__(self, token_bytes: Callable[[int], bytes], *, errors: str, strip: int = 0) -> None:
         self._token_bytes = token_bytes
         self._strip = strip
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
     def prime(self, prompt_ids: Sequence[int]) -> None:
-        for token_id in prompt_ids[-_PROMPT_TAIL:]:
+        tail = _tail(prompt_ids, lambda token_id: bool(self._token_bytes(token_id)))
+        for token_id in tail:
             self.push(token_id)
-        if len(prompt_ids) > _PROMPT_TAIL:
+        if len(tail) == _PROMPT_TAIL:
             self._strip = 0
 
     def push(self, token_id: int) -> str:
@@ -111,7 +110,7 @@ class WindowStream:
         self._seen = ""  # the text of the window's printed ids
 
     def prime(self, prompt_ids: Sequence[int]) -> None:
-        self._ids = [i for i in prompt_ids[-_PROMPT_TAIL:] if self._adds_text(i)]
+        self._ids = _tail(prompt_ids, self._adds_text)
         self._seen = self._decode(self._ids)
 
     def push(self, token_id: int) -> str:
@@ -144,3 +143,13 @@ class WindowStream:
         self._held = 0
         self._seen = self._decode(self._ids)
         return new
+
+
+def _tail(prompt_ids: Sequence[int], adds_text: Callable[[int], bool]) -> list[int]:
+    tail: list[int] = []
+    for token_id in reversed(prompt_ids):
+        if adds_text(token_id):
+            tail.append(token_id)
+            if len(tail) == _PROMPT_TAIL:
+                break
+    return tail[::-1]
