@@ -1,0 +1,206 @@
+"""What a user decides: the engine's settings and the sampling settings of a request. No tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+GREEDY_BELOW = 1e-5  # temperatures under this are zero for all purposes: exp(x / T) overflows
+MAX_LOGPROBS = 128
+
+
+def _integer(owner: str, name: str, value: Any, low: int, fix: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{owner}: {name} must be an integer >= {low}, got {value!r}{fix}")
+
+
+def _number(owner: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of a request are chosen and when it ends. Names as in vLLM.
+
+    Args:
+        n: Independent completions of the prompt.
+        presence_penalty: Subtracted once from the logit of every token generated so far, -2..2.
+        frequency_penalty: Subtracted per earlier occurrence in the output, -2..2.
+        repetition_penalty: Divides positive and multiplies negative logits of every token seen in
+            prompt or output, > 0; 1 is off.
+        temperature: 0 is greedy.
+        top_p: Keep the most likely tokens whose probabilities add up to this, (0, 1].
+        top_k: Keep this many tokens; 0 or -1 is off.
+        min_p: Drop tokens less likely than this fraction of the most likely one, [0, 1].
+        seed: Makes the request reproducible whatever else runs; None takes one from the engine.
+            Completion i of n uses seed + i.
+        stop: A string or strings that end the text.
+        stop_token_ids: Token ids that end the request, besides the model's own.
+        ignore_eos: Do not end at the model's end-of-sequence tokens.
+        max_tokens: Most tokens to generate; None goes on to the model's limit.
+        min_tokens: No end-of-sequence and no stop token before this many tokens.
+        logprobs: Return the log-probability of each token and of this many most likely ones. They
+            belong to the distribution the token was drawn from, after penalties and filters.
+        detokenize: Produce text; without it stop strings cannot work.
+        skip_special_tokens: Leave special tokens out of the text.
+        include_stop_str_in_output: Keep the stop string (or stop token) in the text.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        me = "SamplingParams"
+        _integer(me, "n", self.n, 1)
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = _number(me, name, getattr(self, name))
+            if not -2.0 <= value <= 2.0:
+                raise ValueError(f"{me}: {name} must be in [-2, 2], got {value}")
+        if _number(me, "repetition_penalty", self.repetition_penalty) <= 0.0:
+            raise ValueError(f"{me}: repetition_penalty must be > 0, got {self.repetition_penalty}")
+        if _number(me, "temperature", self.temperature) < 0.0:
+            raise ValueError(f"{me}: temperature must be >= 0, got {self.temperature}")
+        if not 0.0 < _number(me, "top_p", self.top_p) <= 1.0:
+            raise ValueError(f"{me}: top_p must be in (0, 1], got {self.top_p}; use 1 for off")
+        _integer(me, "top_k", self.top_k, -1, "; use 0 or -1 for off")
+        if not 0.0 <= _number(me, "min_p", self.min_p) <= 1.0:
+            raise ValueError(f"{me}: min_p must be in [0, 1], got {self.min_p}")
+        if self.seed is not None:
+            _integer(me, "seed", self.seed, -(2**63))
+            if self.seed >= 2**63:
+                raise ValueError(f"{me}: seed must fit in 64 signed bits, got {self.seed}")
+        if self.max_tokens is not None:
+            _integer(me, "max_tokens", self.max_tokens, 1)
+        _integer(me, "min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"{me}: min_tokens must not exceed max_tokens, got {self.min_tokens} and "
+                f"{self.max_tokens}"
+            )
+        if self.logprobs is not None:
+            _integer(me, "logprobs", self.logprobs, 0)
+            if self.logprobs > MAX_LOGPROBS:
+                raise ValueError(
+                    f"{me}: logprobs must be at most {MAX_LOGPROBS}, got {self.logprobs}"
+                )
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        me = "SamplingParams"
+        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError(f"{me}: stop must hold non-empty strings, got {self.stop!r}")
+        if stops and not self.detokenize:
+            raise ValueError(f"{me}: stop needs the text, got detokenize=False; use stop_token_ids")
+        self.stop = stops
+        ids = list(self.stop_token_ids or [])
+        for token in ids:
+            _integer(me, "stop_token_ids", token, 0)
+        self.stop_token_ids = ids
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the distribution."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+    def copy(self) -> SamplingParams:
+        """A checked copy, so that later changes to this object do not reach running requests."""
+        return SamplingParams(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine; `LLM` takes them as keyword arguments.
+
+    Args:
+        model: Checkpoint folder in Hugging Face layout.
+        tokenizer: Another folder to take the tokenizer from; None is the model's own.
+        dtype: "auto" (what the checkpoint says), "float32", "float16" or "bfloat16".
+        device: "cpu", "cuda", "cuda:1", ...; None is CUDA where it is usable, else the CPU.
+        load_format: "auto", or "dummy" for random weights (benchmarks).
+        max_model_len: Longest prompt + output in tokens; None is what the model was trained for.
+        block_size: Tokens per block of the KV cache.
+        num_blocks: Blocks of the KV cache; None derives them from the memory settings below.
+        kv_cache_memory: Bytes for the KV cache; None takes a share of the memory that is free.
+        gpu_memory_utilization: Share of the GPU's memory the engine may use in all.
+        max_num_seqs: Most requests that run at once.
+        max_num_batched_tokens: Token budget of one step; longer prompts are cut into chunks.
+        long_prefill_token_threshold: Most tokens of one prompt per step; 0 is only the budget.
+        enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
+        seed: Where requests without a seed get theirs from.
+        progress: Show a bar while the weights are read.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int = 0
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        me = "LLM"
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _integer(me, name, getattr(self, name), 1)
+        for name in ("max_model_len", "num_blocks", "kv_cache_memory"):
+            if getattr(self, name) is not None:
+                _integer(me, name, getattr(self, name), 1)
+        _integer(me, "long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
+        _integer(me, "seed", self.seed, 0)
+        if not 0.0 < _number(me, "gpu_memory_utilization", self.gpu_memory_utilization) <= 1.0:
+            raise ValueError(
+                f"{me}: gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
+            )
+        if self.load_format not in ("auto", "dummy"):
+            raise ValueError(
+                f"{me}: load_format must be 'auto' or 'dummy', got {self.load_format!r}"
+            )
+        if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise ValueError(
+                f"{me}: dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got "
+                f"{self.dtype!r}"
+            )

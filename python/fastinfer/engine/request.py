@@ -1,0 +1,115 @@
+"""One request's state. No tensors, no text, no phase flag.
+
+A request needs `num_pending` more tokens run through the model; when that is 1 it is decoding.
+Whether it is "in prefill" is never stored, so preemption, prefix reuse, chunking and draft tokens
+need no special case:
+
+    tokens     p p p p p p o o o      prompt + output, one growing list
+    computed   ^^^^^^^^^^^            K/V of the first num_computed tokens is in the pool
+    pending                ^^^^^^^    what the next steps have to run
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from .config import SamplingParams
+from .metrics import RequestMetrics
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is; the arrows are all there are."""
+
+    WAITING = "waiting"  # -> RUNNING, FINISHED
+    RUNNING = "running"  # -> PREEMPTED, FINISHED
+    PREEMPTED = "preempted"  # waiting again, its tokens kept -> RUNNING, FINISHED
+    FINISHED = "finished"
+
+
+_NEXT = {
+    RequestStatus.WAITING: {RequestStatus.RUNNING, RequestStatus.FINISHED},
+    RequestStatus.RUNNING: {RequestStatus.PREEMPTED, RequestStatus.FINISHED},
+    RequestStatus.PREEMPTED: {RequestStatus.RUNNING, RequestStatus.FINISHED},
+    RequestStatus.FINISHED: set(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt on its way to a completion.
+
+    Args:
+        request_id: Unique among the unfinished requests of an engine.
+        tokens: The prompt's token ids; output is appended.
+        sampling: Checked parameters, this request's own copy.
+        seed: Seed of its random stream; the output position is the offset in the stream.
+        max_total_tokens: The request ends at this many tokens, prompt included.
+        stop_ids: Token ids that end it, each with what `stop_reason` says (None for the model's
+            end-of-sequence tokens).
+        metrics: Its timeline.
+    """
+
+    request_id: str
+    tokens: list[int]
+    sampling: SamplingParams
+    seed: int
+    max_total_tokens: int
+    metrics: RequestMetrics
+    stop_ids: dict[int, int | None] = field(default_factory=dict)
+    num_prompt: int = 0
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # chain, one per full block
+    num_registered: int = 0  # blocks of the table whose content the pool already knows
+    draft_tokens: list[int] = field(default_factory=list)  # proposals to verify in the next step
+    arrival_order: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None  # "stop", "length" or "abort"
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+        self.metrics.num_prompt_tokens = self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens, drafts included, that still have to be run."""
+        return len(self.tokens) + len(self.draft_tokens) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.status is RequestStatus.FINISHED
+
+    def move_to(self, status: RequestStatus) -> None:
+        """Change state.
+
+        Raises:
+            RuntimeError: The state machine has no such arrow.
+        """
+        if status not in _NEXT[self.status]:
+            raise RuntimeError(
+                f"Request: {self.request_id} must not go from {self.status.value} to {status.value}"
+            )
+        self.status = status
+
+    def append(self, token: int) -> bool:
+        """Take one generated token; True when it ends the request (which the caller then does)."""
+        self.tokens.append(token)
+        if self.num_output >= self.sampling.min_tokens and token in self.stop_ids:
+            self.finish_reason = "stop"
+            self.stop_reason = self.stop_ids[token]
+        elif len(self.tokens) >= self.max_total_tokens:
+            self.finish_reason = "length"
+        return self.finish_reason is not None

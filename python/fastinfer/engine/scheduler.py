@@ -1,0 +1,304 @@
+"""Who runs in the next step, and with how many tokens. No tensors, no models.
+
+One rule, no phases. Every step has a token budget. Running requests come first, in order of
+arrival, each with all its pending tokens (one when it decodes, a chunk of the prompt otherwise, the
+drafts on top when it speculates); what is left of the budget admits waiting ones. Decodes are thus
+never held up by more than one budget's worth of somebody's prompt.
+
+When blocks run out, the youngest running request is preempted: its blocks are freed, its tokens
+kept, and it waits at the head of the queue to be computed again. A request is admitted only when
+everything it has to run fits beside what the running ones still need, so that admission does not
+cause preemption at once. The oldest request is never preempted and a request that could not
+run alone is refused on arrival, therefore somebody always advances.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .._host_loader import load_host
+from .config import EngineConfig
+from .request import Request, RequestStatus
+
+if TYPE_CHECKING:
+    from .._host_py import BlockPool
+
+
+@dataclass(slots=True)
+class ScheduledChunk:
+    """`count` tokens of a request from position `start` on; drafts are the last `num_drafts`."""
+
+    request: Request
+    start: int
+    count: int
+    num_drafts: int
+    samples: bool  # reaches the end of the tokens, so the step yields tokens for it
+
+
+@dataclass(slots=True)
+class SchedulePlan:
+    """One step: what to run, what was preempted for it, which blocks to copy before it."""
+
+    chunks: list[ScheduledChunk] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination) blocks
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Queues of requests over one block pool.
+
+    Args:
+        config: Reads block_size, max_num_seqs, max_num_batched_tokens,
+            long_prefill_token_threshold, enable_prefix_caching.
+        num_blocks: Size of the pool.
+        max_model_len: Longest prompt + output in tokens.
+        clock: Monotonic time in seconds.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        host = load_host()
+        self._extend_hashes = host.extend_block_hashes
+        self.pool: BlockPool = host.BlockPool(num_blocks)
+        self.config = config
+        self.max_model_len = max_model_len
+        self.clock = clock
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of arrival
+        self.requests: dict[str, Request] = {}  # all that are not finished
+        self.num_preemptions = 0
+        self.prefix_hit_tokens = 0
+        self.prefix_query_tokens = 0
+        self.peak_blocks = 0
+        self._arrivals = 0
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens, prompt and output, that one request can have."""
+        # the last token is never run, so it needs no slot in the cache
+        return min(self.max_model_len, self.pool.num_blocks * self.config.block_size + 1)
+
+    def check_prompt_length(self, length: int) -> None:
+        """Refuse a prompt that could never run.
+
+        Raises:
+            ValueError: It is empty, or leaves no room for an output token.
+        """
+        if length < 1:
+            raise ValueError("LLM: prompt must hold at least one token, got an empty prompt")
+        slots = self.pool.num_blocks * self.config.block_size
+        if length > slots:
+            raise ValueError(
+                f"LLM: prompt must fit into the KV cache of {slots} tokens "
+                f"({self.pool.num_blocks} blocks of {self.config.block_size}), got {length} tokens; "
+                "raise num_blocks or kv_cache_memory, or shorten the prompt"
+            )
+        if length >= self.max_model_len:
+            raise ValueError(
+                f"LLM: prompt must be shorter than max_model_len {self.max_model_len} to leave "
+                f"room for output, got {length} tokens; raise max_model_len or shorten the prompt"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: Its prompt could never run, or its id is taken.
+        """
+        self.check_prompt_length(len(request.tokens))
+        if request.request_id in self.requests:
+            raise ValueError(
+                f"LLM: request_id must be unique among unfinished requests, got "
+                f"{request.request_id!r} twice"
+            )
+        request.arrival_order = self._arrivals
+        self._arrivals += 1
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def finish(
+        self, request: Request, reason: str, stop_reason: int | str | None = None
+    ) -> None:
+        """End a request in whatever state it is and free its blocks; no-op when it has ended."""
+        if request.finished:
+            return
+        was = request.status
+        request.move_to(RequestStatus.FINISHED)
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+        request.metrics.finished_time = self.clock()
+        request.metrics.failed = reason == "abort"
+        del self.requests[request.request_id]
+        if was is RequestStatus.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._release(request)
+
+    def schedule(self) -> SchedulePlan:
+        """Plan the next step and take the blocks it needs. An empty plan means nothing waits."""
+        plan = SchedulePlan()
+        budget = self.config.max_num_batched_tokens
+        for request in list(self.running):
+            if budget == 0:
+                break
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted for an older one
+            count = self._chunk(request, budget)
+            if count and self._grow(request, count, plan):
+                self._plan_chunk(plan, request, count)
+                budget -= count
+        if not plan.preempted:
+            self._admit(plan, budget)
+        self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
+        return plan
+
+    def commit(self, plan: SchedulePlan, sampled: Sequence[Sequence[int]]) -> list[Request]:
+        """Take the results of a step.
+
+        Args:
+            plan: What was run.
+            sampled: For each chunk the tokens it yielded: none when it did not reach the end,
+                one, or with drafts the accepted ones and one more.
+
+        Returns:
+            The requests that got tokens, among them those that just ended.
+        """
+        now = self.clock()
+        updated = []
+        for chunk, tokens in zip(plan.chunks, sampled, strict=True):
+            request = chunk.request
+            if request.status is not RequestStatus.RUNNING:
+                continue  # ended or preempted while the step ran
+            accepted = max(len(tokens) - 1, 0) if chunk.samples else 0
+            request.num_computed = chunk.start + chunk.count - chunk.num_drafts + accepted
+            request.draft_tokens = []
+            taken = 0
+            for token in tokens:
+                taken += 1
+                if request.append(token):
+                    break
+            # K/V behind a stop inside the accepted drafts belongs to tokens that were dropped.
+            request.num_computed = min(request.num_computed, len(request.tokens))
+            self._register(request)
+            if taken:
+                request.metrics.record_tokens(taken, now)
+                updated.append(request)
+            if request.finish_reason is not None:
+                self.finish(request, request.finish_reason, request.stop_reason)
+        return updated
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def _chunk(self, request: Request, budget: int) -> int:
+        limit = self.config.long_prefill_token_threshold
+        return min(request.num_pending, budget, limit or budget)
+
+    def _plan_chunk(self, plan: SchedulePlan, request: Request, count: int) -> None:
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = self.clock()
+        plan.chunks.append(
+            ScheduledChunk(
+                request=request,
+                start=request.num_computed,
+                count=count,
+                num_drafts=max(request.num_computed + count - len(request.tokens), 0),
+                samples=request.num_computed + count >= len(request.tokens),
+            )
+        )
+        plan.num_tokens += count
+
+    def _grow(self, request: Request, count: int, plan: SchedulePlan) -> bool:
+        """Get the blocks for `count` more tokens; False when the request itself had to give way."""
+        missing = self._blocks_for(request.num_computed + count) - len(request.block_table)
+        while missing > self.pool.num_free:
+            victim = self.running[-1]
+            self._preempt(victim, plan)
+            if victim is request:
+                return False
+        if missing > 0:
+            request.block_table += self.pool.allocate(missing)
+        return True
+
+    def _preempt(self, request: Request, plan: SchedulePlan) -> None:
+        self.running.remove(request)
+        request.move_to(RequestStatus.PREEMPTED)
+        self._release(request)
+        request.num_computed = 0
+        request.draft_tokens = []
+        request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+        plan.preempted.append(request.request_id)
+
+    def _admit(self, plan: SchedulePlan, budget: int) -> None:
+        reserved = sum(
+            # what a running request still has to get for the tokens it has, and one block to grow
+            max(self._blocks_for(len(r.tokens)) - len(r.block_table), 0) + 1
+            for r in self.running
+        )
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            cached = self._match_prefix(request)
+            total = self._blocks_for(request.num_pending + request.num_computed)
+            # blocks found in the cache that nobody holds leave the free list as well
+            needed = total - len(cached) + self.pool.count_free(cached)
+            if needed + (reserved if self.running else 0) > self.pool.num_free:
+                return
+            self.waiting.popleft()
+            request.move_to(RequestStatus.RUNNING)
+            self.running.append(request)
+            self._adopt_prefix(request, cached)
+            count = self._chunk(request, budget)
+            fresh = self._blocks_for(request.num_computed + count) - len(request.block_table)
+            request.block_table += self.pool.allocate(fresh)
+            reserved += total - len(request.block_table) + 1
+            self._plan_chunk(plan, request, count)
+            budget -= count
+
+    def _match_prefix(self, request: Request) -> list[int]:
+        if not self.config.enable_prefix_caching:
+            return []
+        self._extend_hashes(request.tokens, self.config.block_size, request.block_hashes)
+        # One token at least has to be run: without it there are no logits to sample from.
+        limit = (len(request.tokens) - 1) // self.config.block_size
+        return self.pool.match(request.block_hashes, limit)
+
+    def _adopt_prefix(self, request: Request, cached: list[int]) -> None:
+        self.pool.acquire(cached)
+        request.block_table = cached
+        request.num_registered = len(cached)
+        request.num_computed = len(cached) * self.config.block_size
+        if request.metrics.num_preemptions == 0:
+            request.metrics.num_cached_tokens = request.num_computed
+            self.prefix_hit_tokens += request.num_computed
+            self.prefix_query_tokens += len(request.tokens)
+
+    def _register(self, request: Request) -> None:
+        # Only now: a block becomes findable when its last token has been computed, not before.
+        if not self.config.enable_prefix_caching:
+            return
+        full = request.num_computed // self.config.block_size
+        if full <= request.num_registered:
+            return
+        self._extend_hashes(request.tokens, self.config.block_size, request.block_hashes)
+        for i in range(request.num_registered, full):
+            self.pool.register_hash(request.block_table[i], request.block_hashes[i])
+        request.num_registered = full
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.block_table[::-1])
+        request.block_table = []
+        request.num_registered = 0
