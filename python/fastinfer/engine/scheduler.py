@@ -101,7 +101,7 @@ class Scheduler:
         if length > slots:
             raise ValueError(
                 f"LLM: prompt must fit into the KV cache of {slots} tokens "
-                f"({self.pool.num_blocks} blocks of {self.config.block_size}), got {length} tokens; "
+                f"({self.pool.num_blocks} blocks of {self.config.block_size}), got {length}; "
                 "raise num_blocks or kv_cache_memory, or shorten the prompt"
             )
         if length >= self.max_model_len:
@@ -127,9 +127,7 @@ class Scheduler:
         self.requests[request.request_id] = request
         self.waiting.append(request)
 
-    def finish(
-        self, request: Request, reason: str, stop_reason: int | str | None = None
-    ) -> None:
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request in whatever state it is and free its blocks; no-op when it has ended."""
         if request.finished:
             return

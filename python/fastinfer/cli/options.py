@@ -1,0 +1,80 @@
+"""Options that several commands share. Defaults stay with the classes they configure."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..engine import LLM, SamplingParams
+
+_ENGINE = {
+    "tokenizer": (str, "DIR", "folder to take the tokenizer from (default: the model's)"),
+    "dtype": (str, "NAME", "auto, float32, float16 or bfloat16"),
+    "device": (str, "NAME", "cpu, cuda, cuda:1, ... (default: cuda where usable)"),
+    "load_format": (str, "NAME", "auto, or dummy for random weights"),
+    "max_model_len": (int, "N", "longest prompt + output in tokens"),
+    "block_size": (int, "N", "tokens per block of the KV cache"),
+    "num_blocks": (int, "N", "blocks of the KV cache"),
+    "kv_cache_memory": (int, "BYTES", "memory for the KV cache"),
+    "max_num_seqs": (int, "N", "most requests that run at once"),
+    "max_num_batched_tokens": (int, "N", "token budget of one step"),
+}
+_SAMPLING = {
+    "max_tokens": (int, "N", "most tokens to generate"),
+    "min_tokens": (int, "N", "no end before this many tokens"),
+    "temperature": (float, "T", "0 is greedy"),
+    "top_p": (float, "P", "nucleus sampling, 1 is off"),
+    "top_k": (int, "K", "keep the K most likely tokens, 0 is off"),
+    "min_p": (float, "P", "drop tokens below P times the most likely one, 0 is off"),
+    "repetition_penalty": (float, "X", "1 is off"),
+    "presence_penalty": (float, "X", "0 is off"),
+    "frequency_penalty": (float, "X", "0 is off"),
+    "seed": (int, "N", "makes the output reproducible"),
+}
+
+
+def _add(
+    group: argparse._ArgumentGroup, table: dict[str, tuple[type, str, str]], **defaults: Any
+) -> None:
+    for name, (kind, metavar, text) in table.items():
+        if name in defaults:
+            text += f" (default: {defaults[name]})"
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=kind, metavar=metavar, help=text, default=defaults.get(name))
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """--model and the settings of `LLM`."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    _add(group, _ENGINE)
+    group.add_argument(
+        "--no-prefix-caching", action="store_true", help="do not reuse the KV of common prefixes"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """The fields of `SamplingParams`; defaults of this command where they differ."""
+    group = parser.add_argument_group("sampling")
+    _add(group, _SAMPLING, **defaults)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end at this text; may be repeated"
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
+
+
+def make_llm(args: argparse.Namespace) -> LLM:
+    """The engine that the options describe."""
+    from ..engine import LLM
+
+    given = {name: getattr(args, name) for name in _ENGINE if getattr(args, name) is not None}
+    return LLM(args.model, enable_prefix_caching=not args.no_prefix_caching, **given)
+
+
+def make_sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
+    """The sampling parameters that the options describe."""
+    from ..engine import SamplingParams
+
+    given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    return SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **given, **more)

@@ -1,0 +1,254 @@
+"""The engine's loop: schedule, build, execute, commit, deliver.
+
+    plan = scheduler.schedule()      who runs            (no tensors)
+    batch = runner.build(plan)       arrays -> device
+    result = runner.execute(batch)   model and sampling
+    scheduler.commit(plan, tokens)   states, blocks
+    deliver                          text, stop strings, log-probabilities
+
+A step either happens or ends its requests: whatever goes wrong in it, their blocks are free
+afterwards and the next step starts from a clean state.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .config import EngineConfig, SamplingParams
+from .generation import Completion, Generation
+from .interrupt import interrupts_deferred
+from .metrics import EngineStats, RequestMetrics
+from .request import Request
+from .runner import ModelRunner
+from .sampler import SampleResult
+from .scheduler import SchedulePlan, Scheduler
+
+KEPT_RECORDS = 10_000  # timelines kept for `metrics`, the latest ones
+
+
+class EngineCore:
+    """One model, one cache, many prompts at once.
+
+    Args:
+        config: Settings.
+        runner: Owner of the model and the cache.
+        eos_token_ids: Tokens that end a request.
+        tokenizer: For text; None restricts the engine to token ids.
+        clock: Monotonic time in seconds.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        tokenizer: Any = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.clock = clock
+        self.scheduler = Scheduler(
+            config,
+            num_blocks=runner.num_blocks,
+            max_model_len=runner.max_model_len,
+            clock=clock,
+        )
+        self.lock = threading.RLock()
+        self.records: deque[RequestMetrics] = deque(maxlen=KEPT_RECORDS)
+        self.num_steps = 0
+        self._completions: dict[str, tuple[Generation, Completion]] = {}
+        self._abandoned: deque[Generation] = deque()
+        self._random = random.Random(config.seed)
+        self._next_id = 0
+
+    def check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Refuse what could never run, before anything is queued.
+
+        Raises:
+            ValueError: The prompt is empty, too long, or holds ids outside the vocabulary; or the
+                parameters ask for text without a tokenizer.
+        """
+        self.scheduler.check_prompt_length(len(token_ids))
+        vocab_size = self.runner.vocab_size
+        for token in (min(token_ids), max(token_ids)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"LLM: prompt token ids must be in [0, {vocab_size}), the vocabulary of the "
+                    f"model, got {token}"
+                )
+        for token in params.stop_token_ids or ():
+            if token >= vocab_size:
+                raise ValueError(
+                    f"SamplingParams: stop_token_ids must be in [0, {vocab_size}), got {token}"
+                )
+        if params.stop and self.tokenizer is None:
+            raise ValueError(
+                "SamplingParams: stop needs a tokenizer and this model folder has none; "
+                "use stop_token_ids"
+            )
+
+    def add(
+        self, prompts: Sequence[tuple[str | None, list[int], SamplingParams]]
+    ) -> list[Generation]:
+        """Queue prompts (text if known, token ids, parameters): all of them, or none.
+
+        Raises:
+            ValueError: One of them could never run.
+        """
+        with self.lock, interrupts_deferred():
+            for _, token_ids, params in prompts:
+                self.check(token_ids, params)
+            return [self._add(*prompt) for prompt in prompts]
+
+    def _add(self, text: str | None, token_ids: list[int], params: SamplingParams) -> Generation:
+        generation = Generation(str(self._next_id), text, token_ids)
+        self._next_id += 1
+        limit = self.scheduler.max_total_tokens
+        if params.max_tokens is not None:
+            limit = min(limit, len(token_ids) + params.max_tokens)
+        stop_ids: dict[int, int | None] = {}
+        if not params.ignore_eos:
+            stop_ids.update(dict.fromkeys(self.eos_token_ids))
+        for token in params.stop_token_ids or ():
+            stop_ids.setdefault(token, token)
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        now = self.clock()
+        for index in range(params.n):
+            request = Request(
+                request_id=f"{generation.request_id}.{index}",
+                tokens=list(token_ids),
+                sampling=params,
+                seed=(seed + index + 2**63) % 2**64 - 2**63,  # wraps around in 64 signed bits
+                max_total_tokens=limit,
+                metrics=RequestMetrics(arrival_time=now),
+                stop_ids=stop_ids,
+            )
+            completion = Completion(request, index, self._detokenizer(params))
+            if self.tokenizer is not None:
+                completion.decode = self.tokenizer.decode
+            generation.completions.append(completion)
+            self._completions[request.request_id] = (generation, completion)
+            self.scheduler.add(request)
+        return generation
+
+    def _detokenizer(self, params: SamplingParams) -> Any:
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        from ..text import IncrementalDetokenizer
+
+        return IncrementalDetokenizer(
+            self.tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            stop=params.stop,
+            include_stop_str=params.include_stop_str_in_output,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.scheduler.requests)
+
+    def advance(self, generation: Generation) -> None:
+        """Step, unless somebody else's step has already brought news for this generation."""
+        with self.lock:
+            if not generation.has_news and not generation.finished:
+                self.step()
+
+    def step(self) -> None:
+        """Run one step for whoever is due. After an exception its requests have ended."""
+        with self.lock, interrupts_deferred():
+            self._drop_abandoned()
+            plan: SchedulePlan | None = None
+            try:
+                plan = self.scheduler.schedule()
+                if plan.chunks:
+                    batch = self.runner.build(plan)
+                    self._deliver(plan, self.runner.execute(batch), batch.sampling)
+                    self.num_steps += 1
+            except BaseException as error:
+                self._fail(plan, error)
+                raise
+
+    def _deliver(
+        self, plan: SchedulePlan, result: SampleResult, sampled: Sequence[Request]
+    ) -> None:
+        rows = {request.request_id: row for row, request in enumerate(sampled)}
+        tokens = [
+            [result.token_ids[rows[chunk.request.request_id]]] if chunk.samples else []
+            for chunk in plan.chunks
+        ]
+        for request in self.scheduler.commit(plan, tokens):
+            _, completion = self._completions[request.request_id]
+            stop = completion.take(result, rows[request.request_id])
+            if stop is not None:
+                self.scheduler.finish(request, "stop")
+                request.finish_reason, request.stop_reason = "stop", stop
+            if request.finished:
+                self._forget(request)
+
+    def _fail(self, plan: SchedulePlan | None, error: BaseException) -> None:
+        failed = (
+            list(self.scheduler.requests.values())
+            if plan is None
+            else [chunk.request for chunk in plan.chunks]
+        )
+        for request in failed:
+            if request.request_id in self._completions:
+                self._completions[request.request_id][0].error = error
+                self._abort(request)
+
+    def _abort(self, request: Request) -> None:
+        self.scheduler.finish(request, "abort")
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        if self._completions.pop(request.request_id, None) is not None:
+            self.records.append(request.metrics)
+
+    def abort(self, generations: Sequence[Generation]) -> None:
+        """End these generations, if they have not ended, and free their blocks."""
+        with self.lock, interrupts_deferred():
+            for generation in generations:
+                for completion in generation.completions:
+                    if not completion.request.finished:
+                        completion.flush()
+                        self._abort(completion.request)
+
+    def abort_all(self) -> None:
+        """End everything."""
+        with self.lock:
+            self.abort([generation for generation, _ in list(self._completions.values())])
+
+    def abandon(self, generation: Generation) -> None:
+        """Like `abort`, at the next step: safe to call from a finalizer, at any moment."""
+        self._abandoned.append(generation)
+
+    def _drop_abandoned(self) -> None:
+        while self._abandoned:
+            self.abort([self._abandoned.popleft()])
+
+    def stats(self) -> EngineStats:
+        """What is in the engine now."""
+        with self.lock:
+            self._drop_abandoned()
+            scheduler = self.scheduler
+            return EngineStats(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                kv_blocks_used=scheduler.pool.num_used,
+                kv_blocks_total=scheduler.pool.num_blocks,
+                kv_blocks_peak=scheduler.peak_blocks,
+                kv_block_bytes=self.runner.block_bytes,
+                num_steps=self.num_steps,
+                num_preemptions=scheduler.num_preemptions,
+                prefix_hit_tokens=scheduler.prefix_hit_tokens,
+                prefix_query_tokens=scheduler.prefix_query_tokens,
+            )

@@ -1,0 +1,116 @@
+"""Memory of the KV cache: how many blocks, and the one tensor they live in.
+
+[2, layers, num_blocks, P, Hkv, D]     layers see views k, v [num_blocks, P, Hkv, D]
+block_bytes = 2 * layers * P * Hkv * D * itemsize
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..models import LayerCache, ModelConfig
+from .config import EngineConfig
+
+# Without instructions a CPU engine takes at most this, and at most a quarter of what is available.
+CPU_CACHE_BYTES = 4 << 30
+
+
+def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    return per_token * block_size
+
+
+def choose_num_blocks(
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    measure_peak: Callable[[], int],
+) -> int:
+    """How many blocks the pool gets.
+
+    Args:
+        config: num_blocks wins, then kv_cache_memory, then what the device has to give.
+        model: Sizes of the cache's inner dimensions.
+        max_model_len: Tokens; no more blocks than max_num_seqs requests of this length need.
+        dtype: Of the cache.
+        device: Where it lives.
+        measure_peak: Runs a full step and returns the bytes it needs beyond what stays allocated.
+            Only called on CUDA, when nothing was given.
+
+    Raises:
+        ValueError: The memory does not hold one block.
+    """
+    if config.num_blocks is not None:
+        return config.num_blocks
+    size = block_bytes(model, config.block_size, dtype)
+    if config.kv_cache_memory is not None:
+        if config.kv_cache_memory < size:
+            raise ValueError(
+                f"LLM: kv_cache_memory must hold at least one block of {size} bytes, got "
+                f"{config.kv_cache_memory}; raise it or lower block_size"
+            )
+        return config.kv_cache_memory // size
+    if device.type == "cuda":
+        peak = measure_peak()
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(total * config.gpu_memory_utilization) - (total - free) - peak
+        hint = "raise gpu_memory_utilization or lower max_num_batched_tokens"
+    else:
+        budget = min(CPU_CACHE_BYTES, _available_memory() // 4)
+        hint = "give kv_cache_memory or num_blocks"
+    useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+    blocks = min(budget // size, useful)
+    if blocks < 1:
+        raise ValueError(
+            f"LLM: memory for the KV cache must hold one block of {size} bytes, got {budget} bytes "
+            f"left on {device}; {hint}"
+        )
+    return blocks
+
+
+def _available_memory() -> int:
+    """Bytes a new process could use without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def allocate_cache(
+    model: ModelConfig,
+    *,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, list[LayerCache]]:
+    """The cache and each layer's views of it.
+
+    Not cleared: the operators never read a slot that was not written.
+
+    Raises:
+        ValueError: The device does not have that much memory.
+    """
+    shape = (2, model.num_layers, num_blocks, block_size, model.num_kv_heads, model.head_dim)
+    try:
+        cache = torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        size = num_blocks * block_bytes(model, block_size, dtype)
+        raise ValueError(
+            f"LLM: the KV cache must fit into the memory of {device}, got {size} bytes "
+            f"({num_blocks} blocks); lower num_blocks or kv_cache_memory"
+        ) from error
+    keys, values = cache.unbind(0)
+    return cache, [LayerCache(k=k, v=v) for k, v in zip(keys, values, strict=True)]

@@ -1,0 +1,344 @@
+"""`LLM`: a checkpoint folder in, text out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .config import EngineConfig, SamplingParams
+from .core import EngineCore
+from .device import choose_device
+from .generation import Generation
+from .metrics import EngineStats, summarize
+from .outputs import RequestOutput
+from .runner import ModelRunner
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: Checkpoint folder in Hugging Face layout.
+        tokenizer: Another folder to take the tokenizer from. A folder without a tokenizer works
+            with token ids.
+        dtype: "auto" (what the checkpoint says), "float32", "float16", "bfloat16" or the torch
+            dtype.
+        device: "cpu", "cuda", "cuda:1", ...; None is CUDA where it is usable, else the CPU.
+        load_format: "auto", or "dummy" for random weights (benchmarks).
+        max_model_len: Longest prompt + output in tokens; None is what the model was trained for.
+        block_size: Tokens per block of the KV cache.
+        num_blocks: Blocks of the KV cache; None derives them from kv_cache_memory.
+        kv_cache_memory: Bytes for the KV cache; None takes a share of the memory that is free.
+        max_num_seqs: Most requests that run at once.
+        max_num_batched_tokens: Token budget of one step; longer prompts are cut into chunks.
+        seed: Where requests without a seed get theirs from.
+        enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
+        progress: Show a bar while the weights are read.
+        **options: The remaining fields of `EngineConfig`.
+
+    Raises:
+        FileNotFoundError: The folder, or a file that it must hold, is not there.
+        ValueError: A setting is out of range, or the model cannot be run.
+
+    Example:
+        >>> with LLM("path/to/checkpoint") as llm:
+        ...     llm.generate("Once upon a time", SamplingParams(max_tokens=32))[0].text
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        load_format: str = "auto",
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_memory: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        seed: int = 0,
+        enable_prefix_caching: bool = True,
+        progress: bool = True,
+        **options: Any,
+    ) -> None:
+        self._core: EngineCore | None = None
+        config = EngineConfig(
+            model=os.fspath(model),
+            tokenizer=None if tokenizer is None else os.fspath(tokenizer),
+            dtype=str(dtype).removeprefix("torch."),
+            device=None if device is None else str(device),
+            load_format=load_format,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_cache_memory=kv_cache_memory,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            seed=seed,
+            enable_prefix_caching=enable_prefix_caching,
+            progress=progress,
+            **options,
+        )
+        runner = ModelRunner(config, choose_device(config.device))
+        self._start(config, runner, _load_tokenizer(config))
+
+    def _start(self, config: EngineConfig, runner: ModelRunner, tokenizer: Any) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._core = EngineCore(
+            config,
+            runner,
+            eos_token_ids=runner.model.config.eos_token_ids,
+            tokenizer=tokenizer,
+        )
+
+    @property
+    def _engine(self) -> EngineCore:
+        if self._core is None:
+            raise RuntimeError("LLM: this object is closed; create a new one")
+        return self._core
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._engine.runner.device
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt + output in tokens that fits both the model and the KV cache."""
+        return self._engine.scheduler.max_total_tokens
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many; they share the engine's steps.
+
+        Args:
+            prompts: Text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; or
+                a list of these.
+            sampling_params: One for all prompts or one per prompt; None is `SamplingParams()`.
+            use_tqdm: Progress bar; None shows it for several prompts on a terminal.
+
+        Returns:
+            One output per prompt, in their order.
+
+        Raises:
+            ValueError: A prompt could never run (too long, empty, ids outside the vocabulary), or
+                the numbers of prompts and parameters differ. Nothing was started then.
+            RuntimeError: A step failed. Requests of this call have ended, others go on.
+        """
+        core = self._engine
+        generations = core.add(self._parse(prompts, sampling_params))
+        if use_tqdm is None:
+            use_tqdm = len(generations) > 1 and sys.stderr.isatty()
+        left = generations
+        try:
+            with tqdm(total=len(left), unit="prompt", disable=not use_tqdm) as bar:
+                while left:
+                    core.step()
+                    done = len(left)
+                    left = [generation for generation in left if not generation.finished]
+                    bar.update(done - len(left))
+        finally:
+            core.abort(left)
+        for generation in generations:
+            _raise_failure(generation)
+        return [generation.output() for generation in generations]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, through the model's chat template.
+
+        Args:
+            messages: A list of {"role": ..., "content": ...}, or a list of such lists.
+            sampling_params: As in `generate`.
+            use_tqdm: As in `generate`.
+            **template_options: As in `chat_prompt`.
+
+        Returns:
+            One output per conversation.
+
+        Raises:
+            ValueError: As in `generate`; or there is no tokenizer or no chat template.
+        """
+        many = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        prompts = [self.chat_prompt(each, **template_options) for each in many]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Messages, **template_options: Any) -> dict[str, Any]:
+        """The prompt that the chat template makes of a conversation, for `generate` or `stream`.
+
+        Args:
+            messages: A list of {"role": ..., "content": ...}.
+            **template_options: Passed to `fastinfer.text.encode_chat`.
+        """
+        from ..text import encode_chat
+
+        if self.tokenizer is None:
+            raise ValueError("LLM: chat needs a tokenizer and this model folder has none")
+        ids = encode_chat(self.tokenizer, messages, **template_options)
+        return {"prompt_token_ids": ids}
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TextStream:
+        """Complete one prompt, handing out what is new after every step.
+
+        Args:
+            prompt: As in `generate`, a single one.
+            sampling_params: None is `SamplingParams()`.
+
+        Returns:
+            An iterator of `RequestOutput` whose `outputs` hold only new text and tokens; the last
+            one has `finished` set and carries the finish reason. Leaving the loop early, closing
+            or dropping the iterator ends the request.
+
+        Raises:
+            ValueError: The prompt could never run.
+        """
+        core = self._engine
+        (generation,) = core.add(self._parse([prompt], sampling_params))
+        return TextStream(core, generation)
+
+    def stats(self) -> EngineStats:
+        """Running and waiting requests, use of the KV cache, preemptions, prefix hits."""
+        return self._engine.stats()
+
+    def metrics(self, *, goodput: dict[str, float] | None = None) -> dict[str, float | int]:
+        """Aggregate latency and throughput of the latest finished requests; see `summarize`."""
+        return summarize(list(self._engine.records), goodput=goodput)
+
+    def close(self) -> None:
+        """End all requests and let go of model and cache. May be called twice."""
+        core, self._core = self._core, None
+        if core is None:
+            return
+        core.abort_all()
+        on_cuda = core.runner.device.type == "cuda"
+        core.runner.release()
+        if on_cuda:
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _parse(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[tuple[str | None, list[int], SamplingParams]]:
+        if hasattr(prompts, "tolist"):  # array or tensor of ids
+            prompts = prompts.tolist()
+        single = isinstance(prompts, (str, Mapping)) or (
+            len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
+        )
+        many: list[Any] = [prompts] if single else list(prompts)
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            params = [sampling_params.copy()] * len(many)
+        else:
+            params = [each.copy() for each in sampling_params]
+        if len(params) != len(many):
+            raise ValueError(
+                f"LLM: sampling_params must be one or one per prompt, got {len(params)} for "
+                f"{len(many)} prompts"
+            )
+        return [(*self._tokenize(prompt), each) for prompt, each in zip(many, params, strict=True)]
+
+    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
+        """(text if known, token ids) of one prompt."""
+        text: str | None = None
+        if isinstance(prompt, Mapping):
+            text = prompt.get("prompt")
+            prompt = prompt.get("prompt_token_ids", text)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"LLM: prompt must be token ids, because {self.config.model!r} holds no "
+                    "tokenizer; pass a list of ids, or tokenizer='folder with one'"
+                )
+            return prompt, list(self.tokenizer.encode(prompt))
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if not isinstance(ids, Sequence) or not all(isinstance(t, Integral) for t in ids):
+            raise ValueError(
+                "LLM: prompt must be text, a list of token ids, {'prompt': text} or "
+                f"{{'prompt_token_ids': ids}}, got {prompt!r:.80}"
+            )
+        return text, [int(token) for token in ids]
+
+
+class TextStream(Iterator[RequestOutput]):
+    """Outputs of one request as they come; see `LLM.stream`."""
+
+    def __init__(self, core: EngineCore, generation: Generation) -> None:
+        self._core = core
+        self._generation = generation
+
+    def __next__(self) -> RequestOutput:
+        try:
+            while not self._generation.has_news:
+                if self._generation.finished:
+                    raise StopIteration
+                self._core.advance(self._generation)
+        except KeyboardInterrupt:
+            self.close()
+            raise
+        _raise_failure(self._generation)
+        return self._generation.output(delta=True)
+
+    def close(self) -> None:
+        """End the request."""
+        self._core.abort([self._generation])
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._generation.finished:
+            self._core.abandon(self._generation)
+
+
+def _raise_failure(generation: Generation) -> None:
+    if generation.error is not None:
+        raise RuntimeError(
+            f"LLM: the request was ended because the step it was in failed: {generation.error}"
+        ) from generation.error
+
+
+def _load_tokenizer(config: EngineConfig) -> Any:
+    """The tokenizer of a folder; None when the model's own folder has none."""
+    from ..text import load_tokenizer
+
+    folder = Path(config.tokenizer or config.model)
+    files = ("tokenizer.json", "tokenizer.model")
+    if config.tokenizer is None and not any((folder / name).is_file() for name in files):
+        return None
+    return load_tokenizer(folder)

@@ -1,0 +1,123 @@
+"""Owns the model and the KV cache; runs one step and hands the tokens back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..models import load_model
+from .batch import StepBatch, build_batch
+from .config import EngineConfig, SamplingParams
+from .kv_cache import allocate_cache, block_bytes, choose_num_blocks
+from .metrics import RequestMetrics
+from .request import Request
+from .sampler import SampleResult, sample_tokens
+from .scheduler import ScheduledChunk, SchedulePlan
+
+
+class ModelRunner:
+    """Executes step batches on one device.
+
+    Args:
+        config: Of the engine.
+        device: Where to run.
+        model: Stands in for the model of `config.model`; for tests.
+
+    Attributes:
+        model: The decoder.
+        max_model_len: Longest prompt + output, in tokens.
+        num_blocks: Size of the KV cache.
+        block_bytes: Bytes of a block over all layers.
+    """
+
+    def __init__(self, config: EngineConfig, device: torch.device, model: Any = None) -> None:
+        self.device = device
+        self.block_size = config.block_size
+        if model is None:
+            model = load_model(
+                config.model,
+                dtype=config.dtype,
+                device=device,
+                load_format=config.load_format,
+                progress=config.progress,
+                max_model_len=config.max_model_len,
+            )
+        self.model = model
+        self.vocab_size: int = model.config.vocab_size
+        self.max_model_len: int = config.max_model_len or model.max_model_len
+        self.block_bytes = block_bytes(model.config, config.block_size, model.dtype)
+        self.num_blocks = choose_num_blocks(
+            config,
+            model.config,
+            max_model_len=self.max_model_len,
+            dtype=model.dtype,
+            device=device,
+            measure_peak=lambda: self._measure_peak(config),
+        )
+        self.cache, self.layers = allocate_cache(
+            model.config,
+            num_blocks=self.num_blocks,
+            block_size=config.block_size,
+            dtype=model.dtype,
+            device=device,
+        )
+
+    @torch.inference_mode()
+    def execute(self, batch: StepBatch) -> SampleResult:
+        """Run the model over a batch and draw the tokens of the requests that reached their end."""
+        if batch.copies:
+            mapping = torch.tensor(batch.copies, dtype=torch.int64, device=self.device)
+            ops.copy_blocks([c.k for c in self.layers], [c.v for c in self.layers], mapping)
+        hidden = self.model(batch.input_ids, batch.meta, self.layers)
+        if not batch.sampling:
+            return SampleResult(token_ids=[])
+        logits = self.model.compute_logits(hidden.index_select(0, batch.logits_index))
+        return sample_tokens(logits, batch.sampling)
+
+    def build(self, plan: SchedulePlan) -> StepBatch:
+        """The tensors of a plan."""
+        return build_batch(plan, block_size=self.block_size, device=self.device)
+
+    def release(self) -> None:
+        """Let go of the model and the cache."""
+        del self.model, self.cache, self.layers
+
+    def _measure_peak(self, config: EngineConfig) -> int:
+        """Bytes that the largest step needs on top of what stays allocated (CUDA only)."""
+        tokens = min(config.max_num_batched_tokens, self.max_model_len - 1)
+        blocks = -(-tokens // config.block_size)
+        cache, self.layers = allocate_cache(
+            self.model.config,
+            num_blocks=blocks,
+            block_size=config.block_size,
+            dtype=self.model.dtype,
+            device=self.device,
+        )
+        # one prompt of the full budget, sampled from as often as a full step would
+        request = Request(
+            request_id="profile",
+            tokens=[0] * tokens,
+            sampling=SamplingParams(temperature=1.0, top_p=0.9),
+            seed=0,
+            max_total_tokens=tokens + 1,
+            metrics=RequestMetrics(arrival_time=0.0),
+            block_table=list(range(blocks)),
+        )
+        chunk = ScheduledChunk(request=request, start=0, count=tokens, num_drafts=0, samples=True)
+        batch = self.build(SchedulePlan(chunks=[chunk], num_tokens=tokens))
+        rows = min(config.max_num_seqs, tokens)
+        batch.logits_index = batch.logits_index.expand(rows).contiguous()
+        batch.sampling = [request] * rows
+        self.execute(batch)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.execute(batch)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del cache, batch
+        self.layers = []
+        torch.cuda.empty_cache()
+        return peak
