@@ -8,6 +8,7 @@ shared with the wrong request, gives other tokens or raises.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,7 +69,7 @@ class ToyModel:
         bounds = meta.cu_seqlens_q.tolist()
         lens = meta.seq_lens.tolist()
         self.batch_sizes.append(len(lens))
-        assert meta.max_seqlen_q == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        assert meta.max_seqlen_q == max(b - a for a, b in pairwise(bounds))
         assert meta.max_seqlen_k == max(lens)
         rows = []
         for i, length in enumerate(lens):

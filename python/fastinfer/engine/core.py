@@ -131,7 +131,7 @@ class EngineCore:
                 metrics=RequestMetrics(arrival_time=now),
                 stop_ids=stop_ids,
             )
-            completion = Completion(request, index, self._detokenizer(params))
+            completion = Completion(request, index, self._detokenizer(params, token_ids))
             if self.tokenizer is not None:
                 completion.decode = self.tokenizer.decode
             generation.completions.append(completion)
@@ -139,7 +139,7 @@ class EngineCore:
             self.scheduler.add(request)
         return generation
 
-    def _detokenizer(self, params: SamplingParams) -> Any:
+    def _detokenizer(self, params: SamplingParams, prompt: list[int]) -> Any:
         if self.tokenizer is None or not params.detokenize:
             return None
         from ..text import IncrementalDetokenizer
@@ -149,6 +149,7 @@ class EngineCore:
             skip_special_tokens=params.skip_special_tokens,
             stop=params.stop,
             include_stop_str=params.include_stop_str_in_output,
+            prompt_token_ids=prompt,
         )
 
     @property

@@ -19,13 +19,13 @@ class Completion:
         request: The scheduler's view.
         index: Which of the n.
         detokenizer: Turns tokens into text and finds stop strings; None without a tokenizer.
-        decode: Text of a single token, for log-probabilities; None without a tokenizer.
+        decode: Text of tokens (ids, skip special ones); None without a tokenizer.
     """
 
     request: Request
     index: int
     detokenizer: Any | None = None
-    decode: Callable[[list[int]], str] | None = None
+    decode: Callable[[list[int], bool], str] | None = None
     text: str = ""
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
@@ -41,19 +41,17 @@ class Completion:
             self._take_logprobs(result, row, token)
         if self.detokenizer is None:
             return None
-        hidden = request.finish_reason == "stop" and not request.sampling.include_stop_str_in_output
-        stop = None
-        if not hidden:
+        ends = request.finish_reason == "stop"  # at a stop token, which is not part of the text
+        if not ends or request.sampling.include_stop_str_in_output:
             self.text += self.detokenizer.append(token)
-            stop = self.detokenizer.stopped_by
-        if request.finish_reason is not None and stop is None:
+        if request.finish_reason is not None:
             self.flush()
-        return stop
+        return self.detokenizer.stop_reason
 
     def flush(self) -> None:
         """Let go of text that was held back because more tokens could have changed it."""
         if self.detokenizer is not None:
-            self.text += self.detokenizer.flush()
+            self.text += self.detokenizer.finish()
 
     def _take_logprobs(self, result: SampleResult, row: int, token: int) -> None:
         if self.logprobs is None:
@@ -72,7 +70,7 @@ class Completion:
         self.logprobs.append(entry)
 
     def _decoded(self, token: int) -> str | None:
-        return None if self.decode is None else self.decode([token])
+        return None if self.decode is None else self.decode([token], False)
 
     @property
     def has_news(self) -> bool:

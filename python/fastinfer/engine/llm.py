@@ -74,7 +74,6 @@ class LLM:
         progress: bool = True,
         **options: Any,
     ) -> None:
-        self._core: EngineCore | None = None
         config = EngineConfig(
             model=os.fspath(model),
             tokenizer=None if tokenizer is None else os.fspath(tokenizer),
@@ -95,10 +94,17 @@ class LLM:
         runner = ModelRunner(config, choose_device(config.device))
         self._start(config, runner, _load_tokenizer(config))
 
+    @classmethod
+    def from_runner(cls, config: EngineConfig, runner: ModelRunner, tokenizer: Any = None) -> LLM:
+        """An engine around a model built elsewhere: `ModelRunner(config, device, model)`."""
+        llm = cls.__new__(cls)
+        llm._start(config, runner, tokenizer)
+        return llm
+
     def _start(self, config: EngineConfig, runner: ModelRunner, tokenizer: Any) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self._core = EngineCore(
+        self._core: EngineCore | None = EngineCore(
             config,
             runner,
             eos_token_ids=runner.model.config.eos_token_ids,

@@ -48,8 +48,8 @@ def sampling_tensors(requests: Sequence[Request], vocab_size: int, device: torch
         if any(value != off for value in values):
             out[name] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
-    column("temperature", [0.0 if p.greedy else p.temperature for p in params], 0.0, torch.float32)
-    if "temperature" in out:  # otherwise every row takes its most likely token
+    column("temperature", [0.0 if p.greedy else p.temperature for p in params], 1.0, torch.float32)
+    if not all(p.greedy for p in params):
         column("top_k", [max(p.top_k, 0) for p in params], 0, torch.int32)
         column("top_p", [p.top_p for p in params], 1.0, torch.float32)
         column("min_p", [p.min_p for p in params], 0.0, torch.float32)
