@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from .options import add_engine_options, add_sampling_options, make_llm, make_sampling_params
 
 if TYPE_CHECKING:
-    from ..engine import LLM, EngineStats, RequestOutput, SamplingParams
+    from ..engine import LLM, EngineStats, Logprob, RequestOutput, SamplingParams
 
 
 def add_parser(commands: Any) -> None:
@@ -114,6 +115,11 @@ def _ids(token_ids: list[int]) -> str:
     return " ".join(map(str, token_ids))
 
 
+def _logprob(value: Logprob) -> dict[str, Any]:
+    # JSON has no infinity: a token that could not have been drawn has no log-probability
+    return {**asdict(value), "logprob": value.logprob if isfinite(value.logprob) else None}
+
+
 def cache_use(stats: EngineStats) -> dict[str, float | int]:
     """Most blocks in use at once, of how many, in MB."""
     megabyte = stats.kv_block_bytes / 1e6
@@ -160,7 +166,7 @@ def to_json(outputs: list[RequestOutput], llm: LLM) -> dict[str, Any]:
                         "logprobs": None
                         if completion.logprobs is None
                         else [
-                            {str(token): asdict(value) for token, value in position.items()}
+                            {str(token): _logprob(value) for token, value in position.items()}
                             for position in completion.logprobs
                         ],
                         "finish_reason": completion.finish_reason,

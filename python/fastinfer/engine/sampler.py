@@ -7,7 +7,7 @@ batch, on the row it sits in or on preemption.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,25 +96,19 @@ def forbid_early_stops(logits: Tensor, requests: Sequence[Request]) -> None:
         ] = float("-inf")
 
 
-def sample_tokens(
-    logits: Tensor,
-    requests: Sequence[Request],
-    *,
-    sample: Callable[..., Any] | None = None,
-) -> SampleResult:
+def sample_tokens(logits: Tensor, requests: Sequence[Request]) -> SampleResult:
     """Draw the next token of each request.
 
     Args:
         logits: [B, V], one row per request; may be changed.
         requests: B of them.
-        sample: Stands in for the `sample` op; for tests.
 
     Returns:
         Tokens and, where asked for, log-probabilities. One copy to the host per tensor.
     """
     forbid_early_stops(logits, requests)
     options = sampling_tensors(requests, logits.shape[1], logits.device)
-    out = (sample or ops.sample)(logits, **options)
+    out = ops.sample(logits, **options)
     result = SampleResult(token_ids=out.token_ids.tolist())
     if options.get("return_logprobs"):
         result.logprobs = out.logprobs.tolist()
