@@ -112,7 +112,7 @@ def test_outputs_carry_vllm_names() -> None:
         finished=True,
         metrics=RequestMetrics(arrival_time=0.0),
     )
-    assert output.outputs[0].finished and output.text == "hi"
+    assert output.outputs[0].finished and output.text == str(output) == "hi"
     assert {"cumulative_logprob", "logprobs", "stop_reason"} <= set(CompletionOutput.__slots__)
     assert {"request_id", "prompt", "prompt_token_ids", "outputs", "finished", "metrics"} <= set(
         RequestOutput.__slots__

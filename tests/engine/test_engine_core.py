@@ -12,7 +12,8 @@ import pytest
 import torch
 from engine_toy import VOCAB, ToyModel, toy_greedy, toy_llm, toy_logits
 
-from fastinfer import LLM, SamplingParams
+from fastinfer import LLM, SamplingParams, _lib
+from fastinfer.engine import device
 from fastinfer.engine.core import KEPT_RECORDS
 
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [3, 1, 4, 1, 5, 9, 2], [7, 7]]
@@ -446,3 +447,23 @@ def test_cache_size_from_bytes() -> None:
         toy_llm(num_blocks=2**50)
     # no more than the requests can use: 3 requests of 500 tokens in blocks of 4
     assert toy_llm(num_blocks=None, max_num_seqs=3).stats().kv_blocks_total == 375
+
+
+def test_the_gpu_is_taken_only_when_a_step_can_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.choose_device(None) == torch.device("cpu")
+    with pytest.raises(ValueError, match="torch sees no CUDA device; use device='cpu'"):
+        device.choose_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(_lib, "build_info", lambda: {"version": "0"})
+    assert device.choose_device(None) == torch.device("cpu")  # a CPU-only build
+    monkeypatch.setattr(_lib, "build_info", lambda: {"cuda_toolkit": "13.0"})
+    monkeypatch.setattr(device, "_probe_cuda", lambda: None)
+    assert device.choose_device(None) == torch.device("cuda:3")
+    monkeypatch.setattr(device, "_probe_cuda", lambda: "linear: no CUDA kernel yet")
+    with pytest.warns(UserWarning, match="running on the CPU .* because linear: no CUDA kernel"):
+        assert device.choose_device(None) == torch.device("cpu")
+    monkeypatch.setenv("FASTINFER_STRICT", "1")
+    with pytest.raises(RuntimeError, match="linear: no CUDA kernel yet"):
+        device.choose_device(None)

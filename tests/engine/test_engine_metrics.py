@@ -30,6 +30,13 @@ def test_one_request() -> None:
     assert figures["ttft_ms"] == pytest.approx(500) and figures["tpot_ms"] == pytest.approx(300)
 
 
+def test_a_timeline_prints_as_one_line() -> None:
+    assert str(timeline(1.0, 1.5, 1.7, 2.1)) == (
+        "TTFT 500.0 ms, TPOT 300.0 ms, E2EL 1100.0 ms, 10 tokens in, 3 out"
+    )
+    assert str(timeline(0.0)) == "10 tokens in, 0 out"
+
+
 def test_one_token_has_no_tpot_and_none_has_no_ttft() -> None:
     single = timeline(0.0, 0.25)
     assert single.tpot is None and single.itl == [] and single.e2el == single.ttft == 0.25

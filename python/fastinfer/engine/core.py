@@ -64,6 +64,7 @@ class EngineCore:
         self.lock = threading.RLock()
         self.records: deque[RequestMetrics] = deque(maxlen=KEPT_RECORDS)
         self.num_steps = 0
+        self.num_ended = 0  # completions, for whatever reason
         self._completions: dict[str, tuple[Generation, Completion]] = {}
         self._abandoned: deque[Generation] = deque()
         self._random = random.Random(config.seed)
@@ -213,6 +214,7 @@ class EngineCore:
     def _forget(self, request: Request) -> None:
         if self._completions.pop(request.request_id, None) is not None:
             self.records.append(request.metrics)
+            self.num_ended += 1
 
     def abort(self, generations: Sequence[Generation]) -> None:
         """End these generations, if they have not ended, and free their blocks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
@@ -14,6 +15,7 @@ def choose_device(name: str | None) -> torch.device:
 
     Raises:
         ValueError: The name is not a device fastinfer knows.
+        RuntimeError: With FASTINFER_STRICT=1, instead of the warning that a GPU is left unused.
     """
     if name is not None:
         try:
@@ -32,6 +34,8 @@ def choose_device(name: str | None) -> torch.device:
         missing = _probe_cuda()
         if missing is None:
             return torch.device("cuda", torch.cuda.current_device())
+        if os.environ.get("FASTINFER_STRICT") == "1":
+            raise RuntimeError(f"LLM: the GPU cannot run a step ({missing}); use device='cpu'")
         warnings.warn(
             f"LLM: running on the CPU although there is a GPU, because {missing}", stacklevel=3
         )

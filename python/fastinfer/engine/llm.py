@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +16,9 @@ from .device import choose_device
 from .generation import Generation
 from .metrics import EngineStats, summarize
 from .outputs import RequestOutput
+from .prompts import Prompt, find_tokenizer, parse_prompts
 from .runner import ModelRunner
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -92,7 +90,7 @@ class LLM:
             **options,
         )
         runner = ModelRunner(config, choose_device(config.device))
-        self._start(config, runner, _load_tokenizer(config))
+        self._start(config, runner, find_tokenizer(config))
 
     @classmethod
     def from_runner(cls, config: EngineConfig, runner: ModelRunner, tokenizer: Any = None) -> LLM:
@@ -116,6 +114,11 @@ class LLM:
         if self._core is None:
             raise RuntimeError("LLM: this object is closed; create a new one")
         return self._core
+
+    def _prompts(
+        self, prompts: Any, sampling_params: Any
+    ) -> list[tuple[str | None, list[int], SamplingParams]]:
+        return parse_prompts(prompts, sampling_params, self.tokenizer, self.config.model)
 
     @property
     def device(self) -> torch.device:
@@ -151,17 +154,19 @@ class LLM:
             RuntimeError: A step failed. Requests of this call have ended, others go on.
         """
         core = self._engine
-        generations = core.add(self._parse(prompts, sampling_params))
+        generations = core.add(self._prompts(prompts, sampling_params))
         if use_tqdm is None:
             use_tqdm = len(generations) > 1 and sys.stderr.isatty()
         left = generations
         try:
             with tqdm(total=len(left), unit="prompt", disable=not use_tqdm) as bar:
                 while left:
+                    ended = core.num_ended
                     core.step()
-                    done = len(left)
-                    left = [generation for generation in left if not generation.finished]
-                    bar.update(done - len(left))
+                    if core.num_ended != ended:  # by this step, or by another thread's before it
+                        done = len(left)
+                        left = [generation for generation in left if not generation.finished]
+                        bar.update(done - len(left))
         finally:
             core.abort(left)
         for generation in generations:
@@ -224,7 +229,7 @@ class LLM:
             ValueError: The prompt could never run.
         """
         core = self._engine
-        (generation,) = core.add(self._parse([prompt], sampling_params))
+        (generation,) = core.add(self._prompts([prompt], sampling_params))
         return TextStream(core, generation)
 
     def stats(self) -> EngineStats:
@@ -251,51 +256,6 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _parse(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[tuple[str | None, list[int], SamplingParams]]:
-        if hasattr(prompts, "tolist"):  # array or tensor of ids
-            prompts = prompts.tolist()
-        single = isinstance(prompts, (str, Mapping)) or (
-            len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
-        )
-        many: list[Any] = [prompts] if single else list(prompts)
-        if sampling_params is None:
-            sampling_params = SamplingParams()
-        if isinstance(sampling_params, SamplingParams):
-            params = [sampling_params.copy()] * len(many)
-        else:
-            params = [each.copy() for each in sampling_params]
-        if len(params) != len(many):
-            raise ValueError(
-                f"LLM: sampling_params must be one or one per prompt, got {len(params)} for "
-                f"{len(many)} prompts"
-            )
-        return [(*self._tokenize(prompt), each) for prompt, each in zip(many, params, strict=True)]
-
-    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
-        """(text if known, token ids) of one prompt."""
-        text: str | None = None
-        if isinstance(prompt, Mapping):
-            text = prompt.get("prompt")
-            prompt = prompt.get("prompt_token_ids", text)
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"LLM: prompt must be token ids, because {self.config.model!r} holds no "
-                    "tokenizer; pass a list of ids, or tokenizer='folder with one'"
-                )
-            return prompt, list(self.tokenizer.encode(prompt))
-        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        if not isinstance(ids, Sequence) or not all(isinstance(t, Integral) for t in ids):
-            raise ValueError(
-                "LLM: prompt must be text, a list of token ids, {'prompt': text} or "
-                f"{{'prompt_token_ids': ids}}, got {prompt!r:.80}"
-            )
-        return text, [int(token) for token in ids]
 
 
 class TextStream(Iterator[RequestOutput]):
@@ -337,14 +297,3 @@ def _raise_failure(generation: Generation) -> None:
         raise RuntimeError(
             f"LLM: the request was ended because the step it was in failed: {generation.error}"
         ) from generation.error
-
-
-def _load_tokenizer(config: EngineConfig) -> Any:
-    """The tokenizer of a folder; None when the model's own folder has none."""
-    from ..text import load_tokenizer
-
-    folder = Path(config.tokenizer or config.model)
-    files = ("tokenizer.json", "tokenizer.model")
-    if config.tokenizer is None and not any((folder / name).is_file() for name in files):
-        return None
-    return load_tokenizer(folder)

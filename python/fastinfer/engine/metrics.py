@@ -87,6 +87,15 @@ class RequestMetrics:
         pairs = zip(self.token_times, self.token_times[1:], strict=False)
         return [after - before for before, after in pairs]
 
+    def __str__(self) -> str:
+        parts = [
+            f"{name} {seconds * 1e3:.1f} ms"
+            for name, seconds in (("TTFT", self.ttft), ("TPOT", self.tpot), ("E2EL", self.e2el))
+            if seconds is not None
+        ]
+        tokens = f"{self.num_prompt_tokens} tokens in, {self.num_output_tokens} out"
+        return ", ".join([*parts, tokens])
+
     def to_dict(self) -> dict[str, float | int | None]:
         """The figures of this request in milliseconds and tokens, for JSON."""
 

@@ -76,3 +76,6 @@ class RequestOutput:
     def text(self) -> str:
         """Text of the first completion in `outputs`, empty when there is none."""
         return self.outputs[0].text if self.outputs else ""
+
+    def __str__(self) -> str:
+        return self.text

@@ -242,6 +242,8 @@ class Scheduler:
         plan.preempted.append(request.request_id)
 
     def _admit(self, plan: SchedulePlan, budget: int) -> None:
+        if not self.waiting:
+            return
         reserved = sum(
             # what a running request still has to get for the tokens it has, and one block to grow
             max(self._blocks_for(len(r.tokens)) - len(r.block_table), 0) + 1
