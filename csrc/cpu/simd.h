@@ -60,20 +60,44 @@ FI_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 FI_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 FI_INLINE vf vabs(vf a) { return (vf)((vu)a & 0x7fffffffu); }
 
-// Sums and maxima over the lanes in one fixed (tree) order.
+// Sums and maxima over the lanes in one fixed tree order: lane i with lane i + n/2, n halving.
+typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf4 __attribute__((vector_size(16)));
+template <class Half, class V>
+FI_INLINE Half low_half(V v) {
+  Half h;
+  __builtin_memcpy(&h, &v, sizeof(Half));
+  return h;
+}
+template <class Half, class V>
+FI_INLINE Half high_half(V v) {
+  Half h;
+  __builtin_memcpy(&h, reinterpret_cast<const char*>(&v) + sizeof(Half), sizeof(Half));
+  return h;
+}
 FI_INLINE float sum(vf v) {
-  float lane[kLanes];
-  store_raw(lane, v);
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
-  return lane[0];
+#if defined(__AVX512F__)
+  const vf8 eight = low_half<vf8>(v) + high_half<vf8>(v);
+  const vf4 four = low_half<vf4>(eight) + high_half<vf4>(eight);
+#elif defined(__AVX2__)
+  const vf4 four = low_half<vf4>(v) + high_half<vf4>(v);
+#else
+  const vf4 four = v;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 FI_INLINE float max(vf v) {
-  float lane[kLanes];
-  store_raw(lane, v);
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lane[i] = lane[i] > lane[i + step] ? lane[i] : lane[i + step];
-  return lane[0];
+#if defined(__AVX512F__)
+  const vf8 l8 = low_half<vf8>(v), h8 = high_half<vf8>(v), eight = l8 > h8 ? l8 : h8;
+  const vf4 l4 = low_half<vf4>(eight), h4 = high_half<vf4>(eight), four = l4 > h4 ? l4 : h4;
+#elif defined(__AVX2__)
+  const vf4 l4 = low_half<vf4>(v), h4 = high_half<vf4>(v), four = l4 > h4 ? l4 : h4;
+#else
+  const vf4 four = v;
+#endif
+  const float a = four[0] > four[2] ? four[0] : four[2];
+  const float b = four[1] > four[3] ? four[1] : four[3];
+  return a > b ? a : b;
 }
 
 // ---- element types
