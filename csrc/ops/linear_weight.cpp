@@ -1,0 +1,242 @@
+// quantize_weight, pack_weight, dequantize_weight, quantize_per_token: checks, then rows in
+// parallel. Packing and unpacking are plain index arithmetic over linear_layout.h, compiled once.
+#include "../cpu/quantize.h"
+#include "../cpu/simd.h"
+#include "linear_checks.h"
+
+namespace fastinfer {
+namespace {
+
+void quantize_weight(Tensor weight, int64_t bits, int64_t group_size, Tensor codes, Tensor scales,
+                     OptTensor zeros) {
+  const char* op = "quantize_weight";
+  check_dtype(op, "weight", weight, {DType::f32, DType::f16, DType::bf16});
+  check_dim(op, "weight", weight, 2);
+  check_last_dim(op, "weight", weight);
+  check_bits(op, bits);
+  check_group_size(op, group_size);
+  const int64_t n = weight.size(0), k = weight.size(1), columns = group_columns(group_size, k);
+  const int64_t groups = div_up(k, columns);
+  check_dtype(op, "codes", codes, {DType::u8});
+  check_shape(op, "codes", codes, {n, k});
+  check_contiguous(op, "codes", codes);
+  check_dtype(op, "scales", scales, {DType::f32, DType::f16, DType::bf16});
+  check_shape(op, "scales", scales, {n, groups});
+  check_contiguous(op, "scales", scales);
+  if (zeros) {
+    check_dtype(op, "zeros", *zeros, {DType::u8});
+    check_shape(op, "zeros", *zeros, {n, groups});
+    check_contiguous(op, "zeros", *zeros);
+  }
+  check_device(op, weight, {{"codes", &codes}, {"scales", &scales}, {"zeros", ptr(zeros)}});
+  if (n == 0 || k == 0) return;
+  if (!weight.is_cpu()) no_cuda_kernel(op);
+  const cpu::QuantizeWeightParams p{
+      weight.const_data_ptr(),
+      row_stride(weight),
+      dtype_of(weight),
+      k,
+      columns,
+      groups,
+      static_cast<int>(bits),
+      static_cast<uint8_t*>(codes.mutable_data_ptr()),
+      scales.mutable_data_ptr(),
+      dtype_of(scales),
+      zeros ? static_cast<uint8_t*>(zeros->mutable_data_ptr()) : nullptr,
+  };
+  torch::stable::parallel_for(0, n, grain(k * 2), [&](int64_t begin, int64_t end) {
+    FI_PICK(quantize_weight_rows)(p, begin, end);
+  });
+}
+
+float get_float(DType t, const void* p, int64_t i) {
+  float v = 0.0f;
+  cpu::with_float(t, [&](auto e) { v = decltype(e)::get(p, i); });
+  return v;
+}
+void set_float(DType t, void* p, int64_t i, float v) {
+  cpu::with_float(t, [&](auto e) { decltype(e)::set(p, i, v); });
+}
+
+// scales or float zeros [N,G] -> packed order; padding is 0.
+void pack_floats(const Tensor& from, const Tensor& to, const PackedLayout& layout, int64_t groups) {
+  const DType source = dtype_of(from), target = dtype_of(to);
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t n = 0; n < layout.n_pad(); ++n)
+      set_float(target, to.mutable_data_ptr(), layout.scale(g, n),
+                n < layout.n ? get_float(source, from.const_data_ptr(), n * groups + g) : 0.0f);
+}
+
+void pack_weight(Tensor codes, Tensor scales, OptTensor zeros, int64_t bits, int64_t group_size,
+                 Tensor qweight, Tensor packed_scales, OptTensor packed_zeros) {
+  const char* op = "pack_weight";
+  check_dtype(op, "codes", codes, {DType::u8});
+  check_dim(op, "codes", codes, 2);
+  check_last_dim(op, "codes", codes);
+  const int64_t n = codes.size(0), k = codes.size(1);
+  const PackedLayout layout = check_packed(op, qweight, packed_scales, packed_zeros,
+                                           static_cast<int>(bits), group_size, n, k);
+  const int64_t columns = group_columns(group_size, k), groups = div_up(k, columns);
+  check_dtype(op, "scales", scales, {DType::f32, DType::f16, DType::bf16});
+  check_shape(op, "scales", scales, {n, groups});
+  check_contiguous(op, "scales", scales);
+  FI_CHECK(zeros.has_value() == packed_zeros.has_value(), op,
+           ": packed_zeros must be given exactly when zeros is");
+  const bool int_zeros = zeros && dtype_of(*zeros) == DType::u8;
+  if (zeros) {
+    check_dtype(op, "zeros", *zeros, {DType::u8, DType::f32, DType::f16, DType::bf16});
+    check_shape(op, "zeros", *zeros, {n, groups});
+    check_contiguous(op, "zeros", *zeros);
+    FI_CHECK(int_zeros == (dtype_of(*packed_zeros) == DType::u8), op,
+             ": packed_zeros must be torch.uint8 exactly when zeros is, got ",
+             describe(*packed_zeros), " for ", describe(*zeros));
+  }
+  check_device(op, codes,
+               {{"scales", &scales},
+                {"zeros", ptr(zeros)},
+                {"qweight", &qweight},
+                {"packed_scales", &packed_scales},
+                {"packed_zeros", ptr(packed_zeros)}});
+  if (qweight.numel() == 0) return;
+  if (!codes.is_cpu()) no_cuda_kernel(op);
+  const uint8_t* source = static_cast<const uint8_t*>(codes.const_data_ptr());
+  const uint8_t* zero = int_zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
+  const uint32_t most = (1u << bits) - 1, middle = 1u << (bits - 1);
+  if (bits < 8)
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t c = 0; c < k; ++c)
+        FI_CHECK(source[r * row_stride(codes) + c] <= most, op, ": codes must lie in [0, ", most,
+                 "] for bits=", bits, ", got ", int{source[r * row_stride(codes) + c]}, " at [", r,
+                 ", ", c, "]");
+  pack_floats(scales, packed_scales, layout, groups);
+  if (int_zeros) {
+    uint8_t* to = static_cast<uint8_t*>(packed_zeros->mutable_data_ptr());
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t r = 0; r < layout.n_pad(); ++r)
+        to[layout.scale(g, r)] = r < n ? zero[r * groups + g] : static_cast<uint8_t>(middle);
+  } else if (zeros) {
+    pack_floats(*zeros, *packed_zeros, layout, groups);
+  }
+  uint32_t* words = static_cast<uint32_t*>(qweight.mutable_data_ptr());
+  const int64_t stride = row_stride(codes), block_words = layout.steps() * layout.inner();
+  const int64_t rows = layout.rows_per_block();
+  torch::stable::parallel_for(
+      0, layout.blocks(), grain(rows * layout.k_pad()), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * block_words; i < end * block_words; ++i) words[i] = 0;
+        for (int64_t r = begin * rows; r < end * rows; ++r)
+          for (int64_t c = 0; c < layout.k_pad(); ++c) {
+            uint32_t code = middle;
+            if (r < n && c < k)
+              code = source[r * stride + c];
+            else if (zero && r < n)
+              code = zero[r * groups + (c / columns < groups ? c / columns : groups - 1)];
+            words[layout.word(r, c)] |= code << layout.shift(r, c);
+          }
+      });
+}
+
+void dequantize_weight(Tensor qweight, Tensor scales, OptTensor zeros, int64_t bits,
+                       int64_t group_size, OptTensor perm, Tensor out) {
+  const char* op = "dequantize_weight";
+  check_dtype(op, "out", out, {DType::f32, DType::f16, DType::bf16});
+  check_dim(op, "out", out, 2);
+  check_last_dim(op, "out", out);
+  const int64_t n = out.size(0), k = out.size(1);
+  const PackedLayout layout =
+      check_packed(op, qweight, scales, zeros, static_cast<int>(bits), group_size, n, k);
+  check_perm(op, perm, k, true);  // values too: it steers writes
+  check_device(op, qweight,
+               {{"scales", &scales}, {"zeros", ptr(zeros)}, {"perm", ptr(perm)}, {"out", &out}});
+  if (n == 0 || k == 0) return;
+  if (!qweight.is_cpu()) no_cuda_kernel(op);
+  const int64_t columns = group_columns(group_size, k), stride = row_stride(out);
+  const uint32_t* words = static_cast<const uint32_t*>(qweight.const_data_ptr());
+  const int32_t* order = static_cast<const int32_t*>(data(perm));
+  const DType scale_type = dtype_of(scales), out_type = dtype_of(out);
+  const DType zero_type = zeros ? dtype_of(*zeros) : DType::other;
+  const uint32_t mask = bits == 8 ? 0xffu : 0xfu;
+  const void *scale_data = scales.const_data_ptr(), *zero_data = data(zeros);
+  void* to = out.mutable_data_ptr();
+  torch::stable::parallel_for(0, n, grain(k * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t g = 0; g * columns < k; ++g) {
+        const int64_t slot = layout.scale(g, r);
+        const float s = get_float(scale_type, scale_data, slot);
+        int zero = bits == 8 ? 128 : 8;
+        float zf = 0.0f;
+        if (zero_type == DType::u8)
+          zero = static_cast<const uint8_t*>(zero_data)[slot];
+        else if (zeros)
+          zf = get_float(zero_type, zero_data, slot);
+        for (int64_t c = g * columns; c < k && c < (g + 1) * columns; ++c) {
+          const int code = static_cast<int>(words[layout.word(r, c)] >> layout.shift(r, c) & mask);
+          float w = static_cast<float>(code - zero) * s;
+          if (zeros && zero_type != DType::u8) {
+            volatile float product = w;  // two roundings, as in the reference: never one fma
+            w = product + zf;
+          }
+          set_float(out_type, to, r * stride + (order ? order[c] : c), w);
+        }
+      }
+  });
+}
+
+void quantize_per_token(Tensor x, OptTensor static_scale, Tensor q, Tensor scale, OptTensor zeros) {
+  const char* op = "quantize_per_token";
+  check_dtype(op, "x", x, {DType::f32, DType::f16, DType::bf16});
+  check_dim(op, "x", x, 2);
+  check_last_dim(op, "x", x);
+  const int64_t m = x.size(0), k = x.size(1);
+  check_dtype(op, "q", q, {DType::i8});
+  check_shape(op, "q", q, {m, k});
+  check_last_dim(op, "q", q);
+  check_dtype(op, "scale", scale, {DType::f32});
+  check_shape(op, "scale", scale, {m});
+  check_contiguous(op, "scale", scale);
+  if (zeros) {
+    check_dtype(op, "zeros", *zeros, {DType::i32});
+    check_shape(op, "zeros", *zeros, {m});
+    check_contiguous(op, "zeros", *zeros);
+  }
+  if (static_scale) {
+    check_dtype(op, "static_scale", *static_scale, {DType::f32});
+    FI_CHECK(static_scale->numel() == 1, op, ": static_scale must hold one value, got ",
+             describe(*static_scale));
+    FI_CHECK(!zeros, op,
+             ": a static scale is symmetric, but zeros were asked for; pass symmetric=True");
+  }
+  check_device(
+      op, x,
+      {{"static_scale", ptr(static_scale)}, {"q", &q}, {"scale", &scale}, {"zeros", ptr(zeros)}});
+  if (m == 0) return;
+  if (!x.is_cpu()) no_cuda_kernel(op);
+  if (static_scale && validate_data()) {
+    const float s = *static_cast<const float*>(static_scale->const_data_ptr());
+    FI_CHECK(s > 0.0f, op, ": static_scale must be positive, got ", s);
+  }
+  const cpu::QuantizeRowsParams p{
+      x.const_data_ptr(),
+      row_stride(x),
+      dtype_of(x),
+      k,
+      static_cast<const float*>(data(static_scale)),
+      static_cast<int8_t*>(q.mutable_data_ptr()),
+      row_stride(q),
+      static_cast<float*>(scale.mutable_data_ptr()),
+      zeros ? static_cast<int32_t*>(zeros->mutable_data_ptr()) : nullptr,
+  };
+  torch::stable::parallel_for(0, m, grain(k * 2), [&](int64_t begin, int64_t end) {
+    FI_PICK(quantize_rows)(p, begin, end);
+  });
+}
+
+}  // namespace
+
+FI_REGISTER_BOTH({
+  m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("dequantize_weight", TORCH_BOX(&dequantize_weight));
+  m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
+})
+
+}  // namespace fastinfer
