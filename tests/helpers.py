@@ -104,3 +104,14 @@ def refuses(fn: Callable[[], Any], *words: str) -> None:
 def available_isa_levels() -> list[str]:
     best = _lib.cpu_isa()
     return list(ISA_LEVELS[: ISA_LEVELS.index(best) + 1])
+
+
+# Relative Frobenius error of a linear layer: rounding of the output plus a little.
+LINEAR_BOUNDS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2.2e-3}
+
+
+def assert_linear_error(out: torch.Tensor, reference: torch.Tensor, *context: Any) -> None:
+    """Error within LINEAR_BOUNDS, or, for a handful of outputs, what rounding the fp64 reference alone costs."""
+    floor = relative_error(reference.to(out.dtype), reference)
+    error = relative_error(out, reference)
+    assert error <= max(LINEAR_BOUNDS[out.dtype], 1.01 * floor), (error, floor, *context)

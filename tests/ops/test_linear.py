@@ -1,0 +1,140 @@
+"""linear: dense weights; accuracy, batch invariance, strides, empty cases, wrong input."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fastinfer.ops._reference_linear import linear_reference
+from fastinfer.ops.linear import linear
+from helpers import FLOATS, assert_linear_error, compiles, opcheck, poisoned, randn, refuses
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_against_fp64(isa: str, dtype: torch.dtype, batch_invariant: bool) -> None:
+    rng = random.Random(str((isa, dtype, batch_invariant)))
+    for m in (1, 2, 3, 4, 7, 16, 17, 65):
+        n, k = rng.choice([1, 7, 16, 33, 130]), rng.choice([1, 5, 64, 333, 1030])
+        x, w = randn(m, k, seed=m, dtype=dtype), randn(n, k, seed=m + 1, dtype=dtype)
+        bias = randn(n, seed=m + 2, dtype=dtype)
+        reference = linear_reference(x.double(), w.double(), bias.double())
+        y = linear(x, w, bias, batch_invariant=batch_invariant)
+        assert y.dtype == dtype
+        assert_linear_error(y, reference, m, n, k)
+
+
+@pytest.mark.parametrize("m", [2, 40])
+def test_long_sums_large_means_and_outliers(isa: str, m: int) -> None:
+    x, w = randn(m, 14336, seed=1), randn(24, 14336, seed=2)
+    outlier = x.clone()
+    outlier[:, 77] *= 100
+    for inputs in (x, x + 10, outlier):
+        y = linear(inputs, w, batch_invariant=True)
+        assert_linear_error(y, inputs.double() @ w.double().t())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_batch_invariant_rows_keep_their_bits(isa: str, dtype: torch.dtype) -> None:
+    x, w = randn(37, 205, seed=3, dtype=dtype), randn(70, 205, seed=4, dtype=dtype)
+    whole = linear(x, w, batch_invariant=True)
+    for m in (1, 2, 3, 4, 5, 16, 17):
+        assert torch.equal(linear(x[:m], w, batch_invariant=True), whole[:m]), m
+        assert torch.equal(linear(x[-m:], w, batch_invariant=True), whole[-m:]), m
+    assert torch.equal(linear(x[:16], w), whole[:16])  # few tokens take the same kernel
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(linear(x, w, batch_invariant=True), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("m", [5, 30])
+def test_strides_out_and_leading_dimensions(m: int) -> None:
+    x, w, bias = randn(m, 40, seed=5), randn(24, 40, seed=6), randn(24, seed=7)
+    expected = linear(x, w, bias)
+    wide_x, wide_w, wide_out = poisoned(m, 50), poisoned(24, 64), poisoned(m, 30)
+    wide_x[:, 7:47], wide_w[:, 3:43] = x, w
+    y = linear(wide_x[:, 7:47], wide_w[:, 3:43], bias, out=wide_out[:, :24])
+    assert torch.equal(y, expected) and torch.equal(wide_out[:, :24], expected)
+    assert wide_out[:, 24:].isnan().all()
+    out = poisoned(1, m, 24)
+    assert linear(x[None], w, bias, out=out) is out
+    assert torch.equal(out[0], expected)
+    assert linear(x.view(m, 1, 40), w).shape == (m, 1, 24)
+    assert linear(x[0], w).shape == (24,)
+
+
+def test_nan_stays_in_its_row(isa: str) -> None:
+    x, w = randn(9, 70, seed=8), randn(20, 70, seed=9)
+    expected = linear(x, w)
+    x[4, 69] = float("nan")
+    y = linear(x, w)
+    assert y[4].isnan().all()
+    rows = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(y[rows], expected[rows])
+
+
+def test_empty_cases() -> None:
+    w, bias = randn(6, 8, seed=1), randn(6, seed=2)
+    assert linear(torch.empty(0, 8), w).shape == (0, 6)
+    assert linear(torch.empty(2, 0, 8), w, bias).shape == (2, 0, 6)
+    assert linear(torch.empty(3, 8), w[:0]).shape == (3, 0)
+    for m in (3, 40):
+        y = linear(torch.empty(m, 0), torch.empty(6, 0), bias)
+        assert torch.equal(y, bias.expand(m, 6))
+        assert torch.equal(linear(torch.empty(m, 0), torch.empty(6, 0)), torch.zeros(m, 6))
+
+
+WRONG = {
+    "x dtype": ({"x": torch.ones(2, 8).int()}, "x must be"),
+    "x scalar": ({"x": torch.tensor(1.0)}, "x must have shape [..., in_features]"),
+    "x stride": ({"x": torch.ones(8, 2).t()}, "x must be contiguous in its last dimension"),
+    "weight dtype": ({"weight": torch.ones(6, 8).half()}, "weight must have the dtype of x"),
+    "weight columns": ({"weight": torch.ones(6, 9)}, "weight must have shape [6, 8]"),
+    "weight dim": ({"weight": torch.ones(6, 8, 1)}, "weight must have 2 dimensions"),
+    "weight stride": ({"weight": torch.ones(8, 6).t()}, "weight must be contiguous in its last"),
+    "bias dtype": ({"bias": torch.ones(6).half()}, "bias must have the dtype of out"),
+    "bias shape": ({"bias": torch.ones(5)}, "bias must have shape [6]"),
+    "out shape": ({"out": torch.ones(2, 7)}, "out must have shape [2, 6]"),
+    "out dtype": ({"out": torch.ones(2, 6).half()}, "out must have the dtype of x"),
+    "out stride": ({"out": torch.ones(6, 2).t()}, "out must be contiguous in its last dimension"),
+    "out leading": (
+        {"x": torch.ones(1, 2, 8), "out": torch.ones(2, 1, 6)},
+        "out must be contiguous with shape [1, 2, 6]",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input_is_one_sentence(wrong: str) -> None:
+    changes, words = WRONG[wrong]
+    args = {"x": torch.ones(2, 8), "weight": torch.ones(6, 8)} | changes
+    refuses(lambda: linear(**args), "linear", words)
+
+
+def test_grad_is_refused() -> None:
+    w = torch.ones(6, 8, requires_grad=True)
+    refuses(lambda: linear(torch.ones(2, 8), w), "linear", "requires grad")
+    with torch.no_grad():  # a parameter under no_grad, both paths
+        for m in (2, 40):
+            assert linear(torch.ones(m, 8), w).shape == (m, 6)
+
+
+@pytest.mark.parametrize("m", [3, 30])
+def test_opcheck(m: int) -> None:
+    args = (randn(m, 8, seed=1), randn(6, 8, seed=2), randn(6, seed=3))
+    opcheck(
+        torch.ops.fastinfer.linear.default,
+        args,
+        {"batch_invariant": False, "out": torch.empty(m, 6)},
+    )
+
+
+@pytest.mark.parametrize("m", [3, 30])
+def test_compile(m: int) -> None:
+    x, w = randn(m, 8, seed=1), randn(6, 8, seed=2)
+    assert torch.equal(compiles(lambda x, w: linear(x, w) + 1, x, w), linear(x, w) + 1)
