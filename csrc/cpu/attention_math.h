@@ -1,0 +1,160 @@
+// Building blocks of the attention core: 2^x, reductions over lanes, the 64-key transposition, and
+// the register-blocked product C[MR rows, NV vectors] (+)= A[MR, k] * B[k, NV vectors].
+//
+// Every element of C is one chain of fused multiply-adds over k in increasing order, whatever MR
+// and NV: how rows are grouped never shows in the bits.
+#pragma once
+
+#include "attention.h"
+#include "simd.h"
+
+namespace fastinfer::cpu {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896f;
+constexpr float kLn2 = 0.693147180559945f;
+constexpr float kInf = __builtin_inff();
+
+// 2^x for x <= 0 (relative error 2e-7); exactly 1 at 0; 0 below -126 and at -inf; NaN stays NaN.
+FI_INLINE vf exp2_neg(vf x) {
+  const vf low = splat(-126.0f);
+  const vf c = x < low ? low : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold round(c)
+  const vf shifted = c + magic;
+  const vf r = c - (shifted - magic);
+  vf p = splat(1.326472614891827e-3f);
+  p = p * r + 9.671512991189957e-3f;
+  p = p * r + 5.550733581185341e-2f;
+  p = p * r + 2.4022242426872253e-1f;
+  p = p * r + 6.931470036506653e-1f;
+  p = p * r + 1.0f;
+  const vf y = (vf)((vi)p + ((vi)shifted << 23));
+  return x < low ? vf{} : y;
+}
+
+// ---- lanes ----
+typedef float v4f __attribute__((vector_size(16)));
+typedef float v8f __attribute__((vector_size(32)));
+
+// Tree reduction: halves, then pairs. Only the order matters, and it is fixed.
+template <class F>
+FI_INLINE float reduce(vf v, F f) {
+#if defined(__AVX512F__)
+  const v8f h = f(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif defined(__AVX2__)
+  const v8f h = v;
+#endif
+#if defined(__AVX2__)
+  const v4f q =
+      f(__builtin_shufflevector(h, h, 0, 1, 2, 3), __builtin_shufflevector(h, h, 4, 5, 6, 7));
+#else
+  const v4f q = v;
+#endif
+  const v4f d = f(q, __builtin_shufflevector(q, q, 2, 3, 0, 1));
+  return f(d, __builtin_shufflevector(d, d, 1, 0, 3, 2))[0];
+}
+FI_INLINE float reduce_sum(vf v) {
+  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+FI_INLINE float reduce_max(vf v) {
+  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// Lane block b (4 lanes) = p[b * 4 * stride .. +3]: the same four columns of every fourth row.
+FI_INLINE vf load_column_block(const float* p, int64_t stride) {
+#if defined(__AVX2__)
+  const v4f a = load_raw<v4f>(p), b = load_raw<v4f>(p + 4 * stride);
+  const v8f ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+#endif
+#if defined(__AVX512F__)
+  const v4f c = load_raw<v4f>(p + 8 * stride), d = load_raw<v4f>(p + 12 * stride);
+  const v8f cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  return ab;
+#else
+  return load_raw<vf>(p);
+#endif
+}
+
+// 4 x 4 transposition inside every block of four lanes.
+FI_INLINE void transpose_blocks(vf& a, vf& b, vf& c, vf& d) {
+#if defined(__AVX512F__)
+#define FI_EACH_BLOCK(x, y, z, w) \
+  x, y, z, w, x + 4, y + 4, z + 4, w + 4, x + 8, y + 8, z + 8, w + 8, x + 12, y + 12, z + 12, w + 12
+#elif defined(__AVX2__)
+#define FI_EACH_BLOCK(x, y, z, w) x, y, z, w, x + 4, y + 4, z + 4, w + 4
+#else
+#define FI_EACH_BLOCK(x, y, z, w) x, y, z, w
+#endif
+  constexpr int n = kLanes;
+  const vf ab_low = __builtin_shufflevector(a, b, FI_EACH_BLOCK(0, n, 1, n + 1));
+  const vf ab_high = __builtin_shufflevector(a, b, FI_EACH_BLOCK(2, n + 2, 3, n + 3));
+  const vf cd_low = __builtin_shufflevector(c, d, FI_EACH_BLOCK(0, n, 1, n + 1));
+  const vf cd_high = __builtin_shufflevector(c, d, FI_EACH_BLOCK(2, n + 2, 3, n + 3));
+  a = __builtin_shufflevector(ab_low, cd_low, FI_EACH_BLOCK(0, 1, n, n + 1));
+  b = __builtin_shufflevector(ab_low, cd_low, FI_EACH_BLOCK(2, 3, n + 2, n + 3));
+  c = __builtin_shufflevector(ab_high, cd_high, FI_EACH_BLOCK(0, 1, n, n + 1));
+  d = __builtin_shufflevector(ab_high, cd_high, FI_EACH_BLOCK(2, 3, n + 2, n + 3));
+#undef FI_EACH_BLOCK
+}
+
+// out[dim][kTile] = rows[kTile][dim]^T; dim is a multiple of 4.
+void transpose_tile(const float* rows, int64_t stride, int64_t dim, float* out) {
+  for (int key = 0; key < kTile; key += kLanes)
+    for (int64_t i = 0; i < dim; i += 4) {
+      const float* p = rows + key * stride + i;
+      vf a = load_column_block(p, stride), b = load_column_block(p + stride, stride);
+      vf c = load_column_block(p + 2 * stride, stride),
+         d = load_column_block(p + 3 * stride, stride);
+      transpose_blocks(a, b, c, d);
+      float* o = out + i * kTile + key;
+      store_raw(o, a);
+      store_raw(o + kTile, b);
+      store_raw(o + 2 * kTile, c);
+      store_raw(o + 3 * kTile, d);
+    }
+}
+
+// ---- product ----
+constexpr int kBlockRows = 6;
+#if defined(__AVX512F__)
+constexpr int kBlockVectors = 4;  // 24 accumulators of 32 registers
+#else
+constexpr int kBlockVectors = 2;  // 12 of 16
+#endif
+
+// c[r][0 .. NV) = (keep ? c * keep[r] : 0) + sum over k in [begin, end) of a[r][k] * b[k].
+template <int MR, int NV>
+void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t begin,
+             int64_t end, float* c, int64_t c_stride, const float* keep) {
+  vf acc[MR][NV];
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < NV; ++v)
+      acc[r][v] = keep ? load_raw<vf>(c + r * c_stride + v * kLanes) * keep[r] : vf{};
+  for (int64_t k = begin; k < end; ++k) {
+    vf column[NV];
+    for (int v = 0; v < NV; ++v) column[v] = load_raw<vf>(b + k * b_stride + v * kLanes);
+    for (int r = 0; r < MR; ++r) {
+      const float x = a[r * a_stride + k];
+      for (int v = 0; v < NV; ++v) acc[r][v] += x * column[v];
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < NV; ++v) store_raw(c + r * c_stride + v * kLanes, acc[r][v]);
+}
+
+template <int NV>
+FI_INLINE void product_rows(int rows, const float* a, int64_t a_stride, const float* b,
+                            int64_t b_stride, int64_t begin, int64_t end, float* c,
+                            int64_t c_stride, const float* keep) {
+#define FI_CASE(n) \
+  case n:          \
+    return product<n, NV>(a, a_stride, b, b_stride, begin, end, c, c_stride, keep);
+  switch (rows) { FI_CASE(1) FI_CASE(2) FI_CASE(3) FI_CASE(4) FI_CASE(5) FI_CASE(6) }
+#undef FI_CASE
+}
+
+}  // namespace
+}  // namespace fastinfer::cpu
