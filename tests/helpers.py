@@ -4,8 +4,9 @@ compile checks.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -115,3 +116,39 @@ def assert_linear_error(out: torch.Tensor, reference: torch.Tensor, *context: An
     floor = relative_error(reference.to(out.dtype), reference)
     error = relative_error(out, reference)
     assert error <= max(LINEAR_BOUNDS[out.dtype], 1.01 * floor), (error, floor, *context)
+
+
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    """torch's pool at n threads for the scope."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+Codes = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+
+
+def assert_codes_match(got: Codes, want: Codes, y: torch.Tensor) -> None:
+    """int8 rows (q, scale, zeros): shapes and dtypes of `want`, scales equal to fp32 accuracy, codes
+    that differ only where a rounding was nearly a tie, and (q - zero) * scale within half a step
+    of y (a whole one when asymmetric: the zero point is rounded too, and the ends may clip).
+    """
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.shape == b.shape and a.dtype == b.dtype
+    q, scale, zeros = got
+    torch.testing.assert_close(scale, want[1], rtol=1e-5, atol=0)
+    codes, want_codes = q.double(), want[0].double()
+    if zeros is not None and want[2] is not None:
+        assert (zeros - want[2]).abs().max() <= 1
+        codes, want_codes = codes - zeros[..., None], want_codes - want[2][..., None]
+    difference = (codes - want_codes).abs()
+    assert difference.max() <= 1 and (difference > 0).double().mean() <= 0.01
+    step = scale.double()[..., None]
+    limit = (0.5 if zeros is None else 1.0) + 1e-3
+    assert ((codes * step - y.double()).abs() <= limit * step).all()

@@ -180,6 +180,16 @@ FI_INLINE uint8_t float_to_fp8_scalar(float f) {
   return (uint8_t)(sign | ((a - 0x3c000000u) >> 20));
 }
 
+FI_INLINE vb float_to_fp8(vf v) {
+  const vu u = (vu)v, a = u & 0x7fffffffu;
+  const vu normal = (a + 0x7ffffu + ((a >> 20) & 1u) - 0x3c000000u) >> 20;
+  const vu tiny = (vu)((vf)a + bits_to_float(0x46800000u)) - 0x46800000u;
+  vu code = (vi)a < (vi)(vu{} + 0x3c800000u) ? tiny : normal;
+  code = (vi)a >= (vi)(vu{} + 0x43e00000u) ? vu{} + 0x7eu : code;
+  code = (vi)a > (vi)(vu{} + 0x7f800000u) ? vu{} + 0x7fu : code;
+  return __builtin_convertvector(code | ((u >> 24) & 0x80u), vb);
+}
+
 template <DType T>
 struct Elem;
 
@@ -227,6 +237,7 @@ struct Elem<DType::f8e4m3> {
   FI_INLINE vf load(const void* p, int64_t i) {
     return fp8_to_float(load_raw<vb>((const uint8_t*)p + i));
   }
+  FI_INLINE void store(void* p, int64_t i, vf v) { store_raw((uint8_t*)p + i, float_to_fp8(v)); }
   FI_INLINE float get(const void* p, int64_t i) {
     vb b{};
     b[0] = ((const uint8_t*)p)[i];
@@ -242,7 +253,13 @@ struct Elem<DType::i8> {
                                    vf);
   }
   FI_INLINE float get(const void* p, int64_t i) { return (float)((const int8_t*)p)[i]; }
-  // Round to nearest even, saturating to the symmetric range.
+  // store and set: round to nearest even, saturating to the symmetric range; NaN gives 0.
+  FI_INLINE void store(void* p, int64_t i, vf v) {
+    const vf clamped = vmin(vmax(v == v ? v : vf{}, splat(-127.0f)), splat(127.0f));
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: the fp32 adder rounds
+    const vi code = (vi)(clamped + magic) - (vi)magic;
+    store_raw((int8_t*)p + i, __builtin_convertvector(code, vsb));
+  }
   FI_INLINE void set(void* p, int64_t i, float x) {
     const float r = __builtin_nearbyintf(x);
     ((int8_t*)p)[i] = (int8_t)(r > 127.0f     ? 127.0f

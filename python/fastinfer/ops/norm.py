@@ -14,13 +14,15 @@ from .. import _lib
 
 _rms_norm = _lib.op("rms_norm")
 _fused_add_rms_norm = _lib.op("fused_add_rms_norm")
+_rms_norm_quant = _lib.op("rms_norm_quant")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, out: Tensor | None = None) -> Tensor:
     """RMS normalisation over the last dimension.
 
     Args:
-        x: [..., D], fp32, fp16 or bf16; last dimension contiguous, e.g. a [T, H, D] view of a fused projection (per-head norm).
+        x: [..., D], fp32, fp16 or bf16; last dimension contiguous, any outer strides, e.g. a
+            [T, H, D] view of a fused projection (per-head norm).
         weight: [D], fp32, fp16 or bf16.
         eps: added to the mean square.
         out: tensor like x to write to; may be x itself.
@@ -43,7 +45,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, out: Tensor | None
 def fused_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Residual addition and RMS normalisation in one pass, in place: residual += x, then x = rms_norm(residual).
+    """Residual addition and RMS normalisation in one pass, in place.
+
+    residual += x, then x = rms_norm(residual).
 
     Args:
         x: [..., D], the output of the previous layer; receives the normalised values.
@@ -62,6 +66,74 @@ def fused_add_rms_norm(
     return x, residual
 
 
+def rms_norm_quant(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    symmetric: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """RMS normalisation, then int8 codes per row: what w8a8_linear takes as its input.
+
+    The normalised row is quantised from fp32, without a rounding to x's dtype in between. The rule
+    is that of quantize_per_token: y = (q - zero) * scale, zero = 0 when symmetric.
+
+    Args:
+        x: [..., D], fp32, fp16 or bf16; last dimension contiguous; not changed.
+        weight: [D], fp32, fp16 or bf16.
+        eps: added to the mean square.
+        residual: like x; updated in place to x + residual first (rounded to its dtype), and that
+            sum is what is normalised.
+        symmetric: scale = max|y| / 127 and codes in [-127, 127]; otherwise the codes span the range
+            of y and 0, and zero points come back too.
+
+    Returns:
+        (q int8 [..., D], scale fp32 [...], zeros int32 [...] or None when symmetric). A row of
+        zeros has scale 1; a row that holds inf or NaN has scale NaN.
+
+    Raises:
+        RuntimeError: wrong dtype, shape, device or strides, or an input requires grad.
+
+    References: Zhang and Sennrich 2019 (RMS norm); Dettmers et al., "LLM.int8()", 2022 (int8 per
+    row).
+    """
+    _lib.refuse_grad("rms_norm_quant", x, residual, weight)
+    q, scale, zeros = _empty_codes(x, list(x.shape), symmetric)
+    _rms_norm_quant(x, weight, eps, residual=residual, q=q, scale=scale, zeros=zeros)
+    return q, scale, zeros
+
+
+def _empty_codes(
+    x: Tensor, shape: list[int], symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Outputs of a quantising op: q of `shape`, scale and zeros (None when symmetric) without its
+    last dimension.
+    """
+    return (
+        torch.empty(shape, dtype=torch.int8, device=x.device),
+        torch.empty(shape[:-1], dtype=torch.float32, device=x.device),
+        None if symmetric else torch.empty(shape[:-1], dtype=torch.int32, device=x.device),
+    )
+
+
+def quantize_rows_reference(
+    y: Tensor, *, symmetric: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """int8 codes per row of y [..., D] in plain torch, for the references of the quantising ops."""
+    y = y.float()
+    if symmetric:
+        scale = y.abs().amax(-1) / 127
+        scale = torch.where(scale == 0, 1, scale)
+        return (y / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale, None
+    low, high = y.amin(-1).clamp_max(0), y.amax(-1).clamp_min(0)
+    scale = high / 255 - low / 255
+    scale = torch.where(scale == 0, 1, scale)
+    zeros = torch.where(low == high, 0, (-128 - low / scale).round().clamp(-128, 127))
+    q = (y / scale[..., None]).round() + zeros[..., None]
+    return q.clamp(-128, 127).to(torch.int8), scale, zeros.to(torch.int32)
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """rms_norm in plain torch (fp64 inside)."""
     x64 = x.double()
@@ -75,6 +147,22 @@ def fused_add_rms_norm_reference(
     """fused_add_rms_norm in plain torch; returns new tensors."""
     total = (x.float() + residual.float()).to(x.dtype)
     return rms_norm_reference(total, weight, eps), total
+
+
+def rms_norm_quant_reference(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    symmetric: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """rms_norm_quant in plain torch; returns (q, scale, zeros, new residual)."""
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    codes = quantize_rows_reference(
+        rms_norm_reference(total.double(), weight, eps), symmetric=symmetric
+    )
+    return *codes, None if residual is None else total
 
 
 def _check(name: str, x: Tensor, weight: Tensor, *like_x: Tensor) -> None:
@@ -99,3 +187,34 @@ def _(x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> None:
 @_lib.register_fake("fused_add_rms_norm")
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
     _check("fused_add_rms_norm", x, weight, residual)
+
+
+def _check_codes(
+    name: str, shape: list[int], q: Tensor, scale: Tensor, zeros: Tensor | None
+) -> None:
+    """Fake-kernel check of the outputs of a quantising op; q has `shape`."""
+    for arg, t, dtype, want in (
+        ("q", q, torch.int8, shape),
+        ("scale", scale, torch.float32, shape[:-1]),
+        ("zeros", zeros, torch.int32, shape[:-1]),
+    ):
+        if t is not None:
+            _lib.check(
+                t.dtype == dtype and list(t.shape) == want,
+                f"{name}: {arg} must be {dtype} {want}, got {_lib.describe(t)}",
+            )
+
+
+@_lib.register_fake("rms_norm_quant")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None,
+    q: Tensor,
+    scale: Tensor,
+    zeros: Tensor | None,
+) -> None:
+    _check("rms_norm_quant", x, weight, *(() if residual is None else (residual,)))
+    _check_codes("rms_norm_quant", list(x.shape), q, scale, zeros)

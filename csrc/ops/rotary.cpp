@@ -1,0 +1,163 @@
+// apply_rotary, apply_rotary_inplace, apply_rotary_and_cache: checks, then tokens in parallel.
+//
+//   q [T, Hq, D] or [B, S, Hq, D], k likewise with Hkv heads: any outer strides
+//   cos, sin [max_pos, rotary_dim / 2], fp32 or q's dtype; rotary_dim <= D
+//   positions [T] or [B, S], int32 or int64; absent: 0 .. S - 1 (T - 1)
+//
+// apply_rotary_and_cache takes packed tokens and runs, range of tokens by range, exactly the
+// rotation in place and the cache write of reshape_and_cache.
+#include "../cpu/rotary.h"
+
+#include "common.h"
+#include "kv_cache.h"
+
+namespace fastinfer {
+namespace {
+
+using cpu::RotaryParams;
+using cpu::RotaryTensor;
+
+RotaryTensor view(const Tensor& in, const Tensor& out) {
+  const int64_t n = in.dim();  // 3 or 4
+  return {in.const_data_ptr(), out.mutable_data_ptr(), n == 4 ? in.stride(0) : 0,
+          in.stride(n - 3),    in.stride(n - 2),       n == 4 ? out.stride(0) : 0,
+          out.stride(n - 3),   out.stride(n - 2),      in.size(n - 2)};
+}
+
+void check_out(const char* op, const char* arg, const Tensor& out, const char* like_arg,
+               const Tensor& like) {
+  check_same_dtype(op, arg, out, like_arg, like);
+  FI_CHECK(out.sizes() == like.sizes(), op, ": ", arg, " must have the shape of ", like_arg, " (",
+           shape_of(like), "), got ", describe(out));
+  check_last_dim(op, arg, out);
+}
+
+// q_out, k_out: where the result goes; q and k themselves for the in-place forms.
+RotaryParams params(const char* op, const Tensor& q, const Tensor* k, const Tensor& cos,
+                    const Tensor& sin, const Tensor* positions, bool interleaved,
+                    const Tensor& q_out, const Tensor* k_out) {
+  check_dtype(op, "q", q, {DType::f32, DType::f16, DType::bf16});
+  const int64_t n = q.dim();
+  FI_CHECK(n == 3 || n == 4, op, ": q must have shape [T, Hq, D] or [B, S, Hq, D], got ",
+           describe(q));
+  check_last_dim(op, "q", q);
+  check_device(op, q,
+               {{"k", k},
+                {"cos", &cos},
+                {"sin", &sin},
+                {"positions", positions},
+                {"q_out", &q_out},
+                {"k_out", k_out}});
+  const int64_t dim = q.size(n - 1), batch = n == 4 ? q.size(0) : 1, seq = q.size(n - 3);
+  if (k) {
+    check_same_dtype(op, "k", *k, "q", q);
+    if (n == 4) {
+      check_shape(op, "k", *k, {batch, seq, -1, dim});
+    } else {
+      check_shape(op, "k", *k, {seq, -1, dim});
+    }
+    check_last_dim(op, "k", *k);
+  }
+  FI_CHECK((k == nullptr) == (k_out == nullptr), op, ": k_out must be given exactly when k is");
+  check_out(op, "q_out", q_out, "q", q);
+  if (k) check_out(op, "k_out", *k_out, "k", *k);
+  check_dtype(op, "cos", cos, {DType::f32, dtype_of(q)});
+  check_dim(op, "cos", cos, 2);
+  FI_CHECK(2 * cos.size(1) <= dim, op,
+           ": cos must have shape [max_pos, rotary_dim / 2] with rotary_dim <= ", dim,
+           " (the head dimension), got ", describe(cos));
+  check_same_dtype(op, "sin", sin, "cos", cos);
+  check_shape(op, "sin", sin, {cos.size(0), cos.size(1)});
+  check_last_dim(op, "cos", cos);
+  check_last_dim(op, "sin", sin);
+  RotaryParams p{};
+  if (positions) {
+    if (n == 4) {
+      check_index(op, "positions", *positions, {batch, seq});
+    } else {
+      check_index(op, "positions", *positions, {seq});
+    }
+    p.positions = positions->const_data_ptr();
+    p.position_dtype = dtype_of(*positions);
+    p.position_batch = n == 4 ? positions->stride(0) : 0;
+    p.position_token = positions->stride(n - 3);
+  } else {
+    FI_CHECK(seq <= cos.size(0), op, ": cos must hold a row for each of the ", seq,
+             " positions, got ", describe(cos), "; build a longer table or pass positions");
+  }
+  p.q = view(q, q_out);
+  if (k) p.k = view(*k, *k_out);
+  p.cos = cos.const_data_ptr(), p.sin = sin.const_data_ptr();
+  p.cos_stride = cos.stride(0), p.sin_stride = sin.stride(0);
+  p.dtype = dtype_of(q), p.table_dtype = dtype_of(cos);
+  p.seq = seq, p.dim = dim, p.half = cos.size(1);
+  p.interleaved = interleaved;
+  return p;
+}
+
+// CPU: a position outside the table would read past it.
+void check_positions(const char* op, const RotaryParams& p, int64_t batch, int64_t max_pos) {
+  if (!p.positions) return;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t s = 0; s < p.seq; ++s) {
+      const int64_t position =
+          index_at(p.positions, p.position_dtype, b * p.position_batch + s * p.position_token);
+      FI_CHECK(position >= 0 && position < max_pos, op, ": positions must be from 0 to ",
+               max_pos - 1, " (rows of cos), got ", position, " at index ", b * p.seq + s,
+               "; build longer cos and sin tables");
+    }
+}
+
+int64_t token_cost(const RotaryParams& p) { return (p.q.heads + p.k.heads) * p.dim * 4; }
+
+void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k, int64_t max_pos) {
+  if (q.numel() == 0 && (!k || k->numel() == 0)) return;
+  if (!q.is_cpu()) no_cuda_kernel(op);
+  const int64_t batch = q.dim() == 4 ? q.size(0) : 1;
+  check_positions(op, p, batch, max_pos);
+  torch::stable::parallel_for(0, batch * p.seq, grain(token_cost(p)),
+                              [&](int64_t begin, int64_t end) { FI_PICK(rotary)(p, begin, end); });
+}
+
+void apply_rotary(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
+                  bool interleaved, Tensor q_out, OptTensor k_out) {
+  const char* op = "apply_rotary";
+  run(op, params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q_out, ptr(k_out)), q,
+      ptr(k), cos.size(0));
+}
+
+void apply_rotary_inplace(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
+                          bool interleaved) {
+  const char* op = "apply_rotary";
+  run(op, params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k)), q, ptr(k),
+      cos.size(0));
+}
+
+void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions,
+                            Tensor key_cache, Tensor value_cache, Tensor slot_mapping,
+                            bool interleaved, OptTensor k_scale, OptTensor v_scale) {
+  const char* op = "apply_rotary_and_cache";
+  check_dim(op, "q", q, 3);
+  const RotaryParams rotary = params(op, q, &k, cos, sin, &positions, interleaved, q, &k);
+  const cpu::CacheWriteParams write = cache_write_params(op, "k", "v", k, v, key_cache, value_cache,
+                                                         slot_mapping, k_scale, v_scale);
+  if (q.numel() == 0 && k.numel() == 0) return;
+  if (!q.is_cpu()) no_cuda_kernel(op);
+  check_positions(op, rotary, 1, cos.size(0));
+  check_slots(op, write, rotary.seq, key_cache.size(0) * key_cache.size(1));
+  torch::stable::parallel_for(0, rotary.seq, grain(2 * token_cost(rotary)),
+                              [&](int64_t begin, int64_t end) {
+                                FI_PICK(rotary)(rotary, begin, end);
+                                FI_PICK(write_cache)(write, begin, end);
+                              });
+}
+
+}  // namespace
+
+FI_REGISTER_BOTH({
+  m.impl("apply_rotary", TORCH_BOX(&apply_rotary));
+  m.impl("apply_rotary_inplace", TORCH_BOX(&apply_rotary_inplace));
+  m.impl("apply_rotary_and_cache", TORCH_BOX(&apply_rotary_and_cache));
+})
+
+}  // namespace fastinfer

@@ -1,0 +1,368 @@
+"""The paged KV cache: writing tokens, gathering them, moving blocks; and the GQA broadcast.
+
+K and V are separate tensors [num_blocks, P, Hkv, D], last dimension contiguous, any outer strides,
+any block size P >= 1. Slot = block * P + offset. A cache has the dtype of the activations, or is
+8-bit (float8_e4m3fn, int8) with fp32 scales: value = code * scale, where the scale is
+
+    a scalar or [Hkv]           static: given by the caller, read by the write
+    [num_blocks, P, Hkv]        dynamic: one per token and head, computed and stored by the write
+
+Reference: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention", 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _lib
+
+_repeat_kv = _lib.op("repeat_kv")
+_reshape_and_cache = _lib.op("reshape_and_cache")
+_gather_cache = _lib.op("gather_cache")
+_copy_blocks = _lib.op("copy_blocks")
+_swap_blocks = _lib.op("swap_blocks")
+
+_INDEX = (torch.int32, torch.int64)
+
+
+def reshape_and_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Write keys and values of new tokens into their slots of the paged cache, in place.
+
+    8-bit caches: code = x / scale rounded to nearest even, saturating at 127 (int8) or 448
+    (float8_e4m3fn); a dynamic scale is max|x| / 127 or / 448 of the token's head, 1 where that
+    is 0, and NaN where the head holds a NaN.
+
+    Args:
+        key, value: [T, Hkv, D], fp32, fp16 or bf16, any outer strides.
+        key_cache, value_cache: [num_blocks, P, Hkv, D]; the dtype of key, float8_e4m3fn or int8.
+        slot_mapping: [T], int32 or int64, block * P + offset; -1 skips the token. No slot may be
+            named twice (checked with FASTINFER_VALIDATE=1; the content is undefined otherwise).
+        k_scale, v_scale: fp32, required by 8-bit caches: scalar or [Hkv] (static), or
+            [num_blocks, P, Hkv] (dynamic: written here). None for float caches.
+
+    Raises:
+        RuntimeError: wrong dtype, shape, device or strides; a slot out of range (CPU; nothing has
+            been written then); an input requires grad.
+
+    Reference: Kwon et al. 2023 (PagedAttention).
+    """
+    _lib.refuse_grad("reshape_and_cache", key, value)
+    _reshape_and_cache(
+        key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
+    )
+
+
+def gather_cache(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    num_tokens: int,
+    *,
+    seq_starts: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Copy cached tokens of several sequences into packed tensors, dequantising 8-bit caches.
+
+    Token t of sequence b, cu_seqlens[b] <= t < cu_seqlens[b + 1], is cached position
+    seq_starts[b] + t - cu_seqlens[b] of that sequence.
+
+    Args:
+        key_cache, value_cache: [num_blocks, P, Hkv, D].
+        block_table: [B, max_blocks], int32 or int64; entries that hold no wanted position are never
+            read.
+        cu_seqlens: [B + 1], int32 or int64, offsets into the output, starting with 0.
+        num_tokens: rows of the output; those from cu_seqlens[B] on are zero.
+        seq_starts: [B], int32 or int64, first position to read; None: 0.
+        k_scale, v_scale: fp32 scales of an 8-bit cache, see reshape_and_cache.
+        dtype: fp32, fp16 or bf16; None: the cache's dtype (must be given for 8-bit caches).
+        out: (k, v) to write to, of `dtype` when that is given too.
+
+    Returns:
+        (k, v), each [num_tokens, Hkv, D].
+
+    Raises:
+        RuntimeError: wrong dtype, shape, device or strides; decreasing cu_seqlens, a position
+            outside the table or a block id out of range (CPU).
+
+    Reference: Kwon et al. 2023 (PagedAttention).
+    """
+    name = "gather_cache"
+    if out is None:
+        if dtype is None:
+            _lib.check(
+                key_cache.dtype not in _lib.EIGHT_BIT,
+                f"{name}: dtype must be given for a cache of {key_cache.dtype}, got None; "
+                "pass the dtype to dequantise to",
+            )
+            dtype = key_cache.dtype
+        _lib.check(
+            key_cache.dim() == 4,
+            f"{name}: key_cache must have 4 dimensions, got {_lib.describe(key_cache)}",
+        )
+        _lib.check(num_tokens >= 0, f"{name}: num_tokens must be at least 0, got {num_tokens}")
+        shape = (num_tokens, key_cache.shape[2], key_cache.shape[3])
+        out = (
+            torch.empty(shape, dtype=dtype, device=key_cache.device),
+            torch.empty(shape, dtype=dtype, device=key_cache.device),
+        )
+    else:
+        _lib.check(
+            out[0].shape[0] == num_tokens and dtype in (None, out[0].dtype),
+            f"{name}: out must hold num_tokens ({num_tokens}) rows of dtype {dtype}, "
+            f"got {_lib.describe(out[0])}",
+        )
+    _gather_cache(
+        key_cache,
+        value_cache,
+        block_table,
+        cu_seqlens,
+        seq_starts=seq_starts,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        key_out=out[0],
+        value_out=out[1],
+    )
+    return out
+
+
+def copy_blocks(
+    key_caches: Tensor | Sequence[Tensor],
+    value_caches: Tensor | Sequence[Tensor],
+    block_mapping: Tensor,
+) -> None:
+    """Copy whole blocks inside every cache: cache[dst] = cache[src] for every pair, in place.
+
+    Pairs run in parallel: a destination that is named twice, or that is also a source, has no
+    defined content (refused with FASTINFER_VALIDATE=1); use two calls for chains.
+
+    Args:
+        key_caches, value_caches: tensors or lists (one per layer) whose first dimension are the
+            blocks; any dtype, any other dimensions, any strides. Dynamic scales
+            [num_blocks, P, Hkv] move with their cache when they are put in the lists too.
+        block_mapping: [n, 2], int32 or int64, (source, destination), on the caches' device.
+
+    Raises:
+        RuntimeError: wrong dtype, shape or device; a block id out of range (CPU; nothing has been
+            copied then).
+
+    Reference: Kwon et al. 2023 (copy on write of PagedAttention).
+    """
+    _copy_blocks([*_as_list(key_caches), *_as_list(value_caches)], block_mapping)
+
+
+def swap_blocks(
+    src: Tensor | Sequence[Tensor], dst: Tensor | Sequence[Tensor], block_mapping: Tensor
+) -> None:
+    """Copy whole blocks from one set of caches to another: dst[i][d] = src[i][s] for every pair.
+
+    Args:
+        src, dst: tensors or lists of the same length; dst[i] has the dtype of src[i] and blocks
+            (all dimensions but the first) of its shape; any strides. They may be on different
+            devices (between host and GPU: swapping out and in).
+        block_mapping: [n, 2], int32 or int64, (source, destination), on the CPU. No destination may
+            be named twice (checked with FASTINFER_VALIDATE=1).
+
+    Raises:
+        RuntimeError: wrong dtype, shape or device; a block id out of range (nothing has been copied
+            then).
+
+    Reference: Kwon et al. 2023 (swapping of PagedAttention).
+    """
+    _swap_blocks(_as_list(src), _as_list(dst), block_mapping)
+
+
+def repeat_kv(x: Tensor, n_rep: int, *, dim: int = -2, out: Tensor | None = None) -> Tensor:
+    """Repeat every head n_rep times in a row (GQA broadcast), as torch.repeat_interleave does.
+
+    The attention operators need no repeated heads; this is for code that does.
+
+    Args:
+        x: [..., Hkv, D] (or heads at `dim`), any dtype; last dimension contiguous, any outer
+            strides.
+        n_rep: repetitions, >= 1.
+        dim: the head dimension; any but the last.
+        out: tensor of the result's shape and x's dtype to write to.
+
+    Returns:
+        x with its dimension `dim` n_rep times as long; head h * n_rep + r is head h of x.
+
+    Raises:
+        RuntimeError: wrong shape, dtype, device or strides, or x requires grad.
+
+    Reference: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from
+    Multi-Head Checkpoints", 2023.
+    """
+    _lib.refuse_grad("repeat_kv", x)
+    if out is None:
+        out = torch.empty(_repeated_shape(x, n_rep, dim), dtype=x.dtype, device=x.device)
+    _repeat_kv(x, n_rep, dim=dim, out=out)
+    return out
+
+
+def _as_list(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [caches] if isinstance(caches, Tensor) else list(caches)
+
+
+def _repeated_shape(x: Tensor, n_rep: int, dim: int) -> list[int]:
+    d = dim + x.dim() if dim < 0 else dim
+    _lib.check(
+        x.dim() >= 2 and 0 <= d < x.dim() - 1,
+        f"repeat_kv: dim must name a dimension of x other than its last, got {dim} for x of "
+        f"{_lib.describe(x)}",
+    )
+    _lib.check(n_rep >= 1, f"repeat_kv: n_rep must be at least 1, got {n_rep}")
+    return [size * n_rep if i == d else size for i, size in enumerate(x.shape)]
+
+
+# ---- fake kernels
+
+
+def _check_shape(name: str, arg: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    _lib.check(
+        t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)),
+        f"{name}: {arg} must have shape {list(shape)}, got {_lib.describe(t)}",
+    )
+
+
+def _check_caches(
+    name: str,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    _lib.check_dtype(name, "key_cache", key_cache, _lib.FLOATS + _lib.EIGHT_BIT)
+    _lib.check(
+        key_cache.dim() == 4,
+        f"{name}: key_cache must have 4 dimensions, got {_lib.describe(key_cache)}",
+    )
+    _lib.check_dtype(name, "value_cache", value_cache, (key_cache.dtype,))
+    _check_shape(name, "value_cache", value_cache, tuple(key_cache.shape))
+    blocks, positions, heads, _ = key_cache.shape
+    for arg, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        eight_bit = key_cache.dtype in _lib.EIGHT_BIT
+        _lib.check(
+            (scale is not None) == eight_bit,
+            f"{name}: {arg} must be {'given' if eight_bit else 'None'} for a cache of "
+            f"{key_cache.dtype}",
+        )
+        if scale is not None:
+            _lib.check_dtype(name, arg, scale, (torch.float32,))
+            if scale.dim() == 1 and scale.shape[0] != 1:
+                _check_shape(name, arg, scale, (heads,))
+            elif scale.dim() > 1:
+                _check_shape(name, arg, scale, (blocks, positions, heads))
+
+
+def check_cache_write(
+    name: str,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """Fake-kernel check of every operator that writes tokens [T, Hkv, D] into a paged cache."""
+    _check_caches(name, key_cache, value_cache, k_scale, v_scale)
+    float_cache = key_cache.dtype in _lib.FLOATS
+    allowed = (key_cache.dtype,) if float_cache else _lib.FLOATS
+    _lib.check_dtype(name, "key", key, allowed)
+    _lib.check_dtype(name, "value", value, (key.dtype,))
+    _lib.check(key.dim() == 3, f"{name}: key must have 3 dimensions, got {_lib.describe(key)}")
+    _check_shape(name, "key", key, (key.shape[0], *key_cache.shape[2:]))
+    _check_shape(name, "value", value, tuple(key.shape))
+    _lib.check_dtype(name, "slot_mapping", slot_mapping, _INDEX)
+    _check_shape(name, "slot_mapping", slot_mapping, (key.shape[0],))
+
+
+@_lib.register_fake("reshape_and_cache")
+def _(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    check_cache_write(
+        "reshape_and_cache", key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale
+    )
+
+
+@_lib.register_fake("gather_cache")
+def _(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    seq_starts: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    key_out: Tensor,
+    value_out: Tensor,
+) -> None:
+    name = "gather_cache"
+    _check_caches(name, key_cache, value_cache, k_scale, v_scale)
+    _lib.check_dtype(name, "block_table", block_table, _INDEX)
+    _lib.check(
+        block_table.dim() == 2,
+        f"{name}: block_table must have 2 dimensions, got {_lib.describe(block_table)}",
+    )
+    _lib.check_dtype(name, "cu_seqlens", cu_seqlens, _INDEX)
+    _check_shape(name, "cu_seqlens", cu_seqlens, (block_table.shape[0] + 1,))
+    if seq_starts is not None:
+        _lib.check_dtype(name, "seq_starts", seq_starts, _INDEX)
+        _check_shape(name, "seq_starts", seq_starts, (block_table.shape[0],))
+    _lib.check_dtype(name, "key_out", key_out, _lib.FLOATS)
+    _lib.check_dtype(name, "value_out", value_out, (key_out.dtype,))
+    for arg, t in (("key_out", key_out), ("value_out", value_out)):
+        _check_shape(name, arg, t, (key_out.shape[0], *key_cache.shape[2:]))
+
+
+@_lib.register_fake("copy_blocks")
+def _(caches: list[Tensor], block_mapping: Tensor) -> None:
+    _lib.check_dtype("copy_blocks", "block_mapping", block_mapping, _INDEX)
+    _check_shape("copy_blocks", "block_mapping", block_mapping, (block_mapping.shape[0], 2))
+
+
+@_lib.register_fake("swap_blocks")
+def _(src: list[Tensor], dst: list[Tensor], block_mapping: Tensor) -> None:
+    name = "swap_blocks"
+    _lib.check_dtype(name, "block_mapping", block_mapping, _INDEX)
+    _check_shape(name, "block_mapping", block_mapping, (block_mapping.shape[0], 2))
+    _lib.check(
+        len(src) == len(dst) and len(src) > 0,
+        f"{name}: src and dst must be lists of the same length, at least 1, "
+        f"got {len(src)} and {len(dst)}",
+    )
+    for a, b in zip(src, dst, strict=True):
+        _lib.check_dtype(name, "dst", b, (a.dtype,))
+        _check_shape(name, "dst", b, (b.shape[0], *a.shape[1:]))
+
+
+@_lib.register_fake("repeat_kv")
+def _(x: Tensor, n_rep: int, *, dim: int, out: Tensor) -> None:
+    _lib.check_dtype("repeat_kv", "out", out, (x.dtype,))
+    _check_shape("repeat_kv", "out", out, tuple(_repeated_shape(x, n_rep, dim)))
