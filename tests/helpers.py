@@ -152,3 +152,17 @@ def assert_codes_match(got: Codes, want: Codes, y: torch.Tensor) -> None:
     step = scale.double()[..., None]
     limit = (0.5 if zeros is None else 1.0) + 1e-3
     assert ((codes * step - y.double()).abs() <= limit * step).all()
+
+
+def chi_square_p(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """p-value of counts under expected probabilities; cells expected below 5 are pooled."""
+    counts, expected = counts.double(), probabilities.double() * counts.sum()
+    assert not counts[expected == 0].any(), "a value of probability 0 was observed"
+    small = expected < 5
+    if small.any():
+        counts = torch.cat([counts[~small], counts[small].sum()[None]])
+        expected = torch.cat([expected[~small], expected[small].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected).square() / expected).sum()
+    freedom = torch.tensor((len(counts) - 1) / 2.0, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2)) if len(counts) > 1 else 1.0
