@@ -112,7 +112,9 @@ LINEAR_BOUNDS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2.2e-
 
 
 def assert_linear_error(out: torch.Tensor, reference: torch.Tensor, *context: Any) -> None:
-    """Error within LINEAR_BOUNDS, or, for a handful of outputs, what rounding the fp64 reference alone costs."""
+    """Error within LINEAR_BOUNDS, or, for a handful of outputs, what rounding the fp64
+    reference alone costs.
+    """
     floor = relative_error(reference.to(out.dtype), reference)
     error = relative_error(out, reference)
     assert error <= max(LINEAR_BOUNDS[out.dtype], 1.01 * floor), (error, floor, *context)
@@ -133,7 +135,8 @@ Codes = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 
 
 def assert_codes_match(got: Codes, want: Codes, y: torch.Tensor) -> None:
-    """int8 rows (q, scale, zeros): shapes and dtypes of `want`, scales equal to fp32 accuracy, codes
+    """int8 rows (q, scale, zeros): shapes and dtypes of `want`, scales equal to fp32 accuracy,
+    codes
     that differ only where a rounding was nearly a tie, and (q - zero) * scale within half a step
     of y (a whole one when asymmetric: the zero point is rounded too, and the ends may clip).
     """

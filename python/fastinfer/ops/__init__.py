@@ -1,4 +1,6 @@
-"""Every public operator: typed wrapper, fake kernel and plain-torch reference, one module per family."""
+"""Every public operator: typed wrapper, fake kernel and plain-torch reference, one module per
+family.
+"""
 
 from __future__ import annotations
 
