@@ -179,6 +179,7 @@ class Bench:
         gb_s, tflops = 2 * n / copy_us / 1e3, 2 * size**3 / matmul_us / 1e6
         print(
             f"{self.name} on {self._device_name()}, {self.args.threads} threads, "
-            f"torch {torch.__version__}, {self.args.dtype}: copy {gb_s:.1f} GB/s, matmul {tflops:.2f} TFLOP/s"
+            f"torch {torch.__version__}, {self.args.dtype}: copy {gb_s:.1f} GB/s, "
+            f"matmul {tflops:.2f} TFLOP/s"
         )
         return gb_s, tflops
