@@ -110,9 +110,9 @@ def sample_tokens(logits: Tensor, requests: Sequence[Request]) -> SampleResult:
     options = sampling_tensors(requests, logits.shape[1], logits.device)
     out = ops.sample(logits, **options)
     result = SampleResult(token_ids=out.token_ids.tolist())
-    if options.get("return_logprobs"):
+    if out.logprobs is not None:
         result.logprobs = out.logprobs.tolist()
-        if options["num_top_logprobs"]:
-            result.top_ids = out.top_ids.tolist()
-            result.top_logprobs = out.top_logprobs.tolist()
+    if out.top_ids is not None and out.top_logprobs is not None:
+        result.top_ids = out.top_ids.tolist()
+        result.top_logprobs = out.top_logprobs.tolist()
     return result
