@@ -20,13 +20,17 @@ struct State {
   float* out;  // [rows][padded_dim]
 };
 
+constexpr int kFewRows = 4;  // up to here an item is bound by memory, not by arithmetic
+
 struct Scratch {
   alignas(64) float q[kMaxRows * kMaxHeadDim];
   alignas(64) float out[2][kMaxRows * kMaxHeadDim];
-  alignas(64) float keys[kTile * kMaxHeadDim];    // rows of K, then of V, as fp32
+  alignas(64) float keys[kTile * kMaxHeadDim];    // rows of K as they are, then of V as fp32
   alignas(64) float keys_t[kTile * kMaxHeadDim];  // [D][kTile]
   alignas(64) float scores[kMaxRows * kTile];
-  float max[2][kMaxRows], sum[2][kMaxRows], keep[kMaxRows];
+  alignas(64) float key_scales[kTile];
+  float max[2][kMaxRows], sum[2][kMaxRows], keep[kMaxRows], slope[kMaxRows];
+  int64_t position[kMaxRows];             // of the row among the keys
   int64_t low[kMaxRows], high[kMaxRows];  // visible keys of a row: [low, high)
 };
 
@@ -166,27 +170,75 @@ struct Worker : Rows {
       const int64_t high = p.window_right < 0 ? seq.len_k : at + p.window_right + 1;
       mem.low[r] = low > seq.first_key ? low : seq.first_key;
       mem.high[r] = high < seq.len_k ? high : seq.len_k;
+      mem.position[r] = at;
+      mem.slope[r] =
+          p.alibi ? p.alibi[seq.batch * p.alibi_batch + head(r) * p.alibi_head] * kLog2e : 0.0f;
     }
   }
 
   KeySource source(const KeyValue& t, int64_t base, int64_t scale_base) const {
-    return {t, base, scale_base, seq.pages, p.page_size, item.kv_head, p.head_dim};
+    return {t,           base,         scale_base, seq.pages,
+            p.page_size, item.kv_head, p.head_dim, dtype_size(p.kv_dtype)};
   }
 
-  void tile(int64_t start, int64_t begin, int64_t end, const State& state) {
-    const TileRows k =
-        tile_rows(source(p.k, seq.k, seq.k_scale), p.kv_dtype, start, begin, end, true, mem.keys);
-    transpose_tile(k.rows, k.stride, p.head_dim, mem.keys_t);
+  // Keys [begin, end) of the tile at `start`; `next` is where the keys of the tile after it end.
+  void tile(int64_t start, int64_t begin, int64_t end, int64_t next, const State& state) {
+    const KeySource k = source(p.k, seq.k, seq.k_scale), v = source(p.v, seq.v, seq.v_scale);
+    const bool few = item.rows <= kFewRows;  // bound by memory
+    const TileRows raw = raw_tile(k, start, begin, end, (char*)mem.keys, mem.key_scales);
+    with_key_type(p.kv_dtype, [&](auto e) {
+      using E = decltype(e);
+      transpose_tile<E>(raw.rows, raw.stride * E::size, (p.head_dim * E::size + 15) / 16 * 16,
+                        p.k.scale_per_token ? mem.key_scales : nullptr, mem.keys_t);
+    });
+    if (few) prefetch_rows(v, begin, end);
     for (int64_t row = 0; row < item.rows; row += kBlockRows) scores(start, row, state);
-    const TileRows v =
-        tile_rows(source(p.v, seq.v, seq.v_scale), p.kv_dtype, start, begin, end, false, mem.keys);
+    if (few) prefetch_rows(k, end, next);
+    with_key_type(p.kv_dtype, [&](auto e) { values<decltype(e)>(v, start, begin, end, state); });
+  }
+
+  // O += P V. Values are used where they lie, or for many rows converted to fp32 once.
+  template <class E>
+  void values(const KeySource& v, int64_t start, int64_t begin, int64_t end, const State& state) {
+    using F32 = Elem<DType::f32>;
+    constexpr bool fp32 = E::size == 4;
+    const bool whole = dim == p.head_dim && !p.v.scale_per_token;
+    if (whole && !fp32 && item.rows <= kFewRows) {
+      for_runs(v, begin, end, [&](const char* row, const float*, int64_t key, int64_t n) {
+        columns<E, kFewRows>({row - (key - start) * p.v.token * E::size, p.v.token}, start, key,
+                             key + n, state);
+        for (int64_t r = 0; r < item.rows; ++r) mem.keep[r] = 1.0f;
+      });
+    } else if (whole && fp32 && one_page(v, begin, end)) {
+      columns<F32, kBlockRows>(rows_in_place(v, start, begin), start, begin, end, state);
+    } else {
+      convert_tile<E>(v, start, begin, end, mem.keys);
+      columns<F32, kBlockRows>({(const char*)mem.keys, dim}, start, begin, end, state);
+    }
+  }
+
+  template <class E, int MAX>
+  void columns(const TileRows& v, int64_t start, int64_t begin, int64_t end, const State& state) {
+    constexpr int step = kBlockVectors * kLanes;
     int64_t column = 0;
-    for (; column + kBlockVectors * kLanes <= dim; column += kBlockVectors * kLanes)
-      values<kBlockVectors>(start, v, column, state);
-#if defined(__AVX512F__)
-    if (column + 2 * kLanes <= dim) values<2>(start, v, column, state), column += 2 * kLanes;
-    if (column < dim) values<1>(start, v, column, state);
-#endif
+    for (; column + step <= dim; column += step)
+      column_block<kBlockVectors, E, MAX>(v, start, begin, end, column, state);
+    for (; column < dim; column += kLanes)
+      column_block<1, E, MAX>(v, start, begin, end, column, state);
+  }
+
+  template <int NV, class E, int MAX>
+  void column_block(const TileRows& v, int64_t start, int64_t begin, int64_t end, int64_t column,
+                    const State& state) {
+    for (int64_t row = 0; row < item.rows; row += kBlockRows) {
+      int64_t low, high;
+      if (!block_range(start, row, low, high)) continue;
+      low = low > begin - start ? low : begin - start;
+      high = high < end - start ? high : end - start;
+      product_rows<NV, E, MAX>(block_rows(row), mem.scores + row * kTile, kTile,
+                               v.rows + column * E::size, v.stride, low, high,
+                               state.out + row * dim + column, dim, mem.keep + row);
+    }
   }
 
   int block_rows(int64_t row) const {
@@ -205,32 +257,25 @@ struct Worker : Rows {
     const int rows = block_rows(row);
     for (int64_t key = begin / (kBlockVectors * kLanes) * (kBlockVectors * kLanes); key < end;
          key += kBlockVectors * kLanes)
-      product_rows<kBlockVectors>(rows, mem.q + row * dim, dim, mem.keys_t + key, kTile, 0,
-                                  p.head_dim, mem.scores + row * kTile + key, kTile, nullptr);
+      product_rows<kBlockVectors, Elem<DType::f32>>(rows, mem.q + row * dim, dim, mem.keys_t + key,
+                                                    kTile, 0, p.head_dim,
+                                                    mem.scores + row * kTile + key, kTile, nullptr);
     for (int64_t r = row; r < row + rows; ++r) {
-      ScoreMap map{p.softcap * kLog2e, 0, (float)(token(r) + shift - start),
-                   (float)clamp(mem.low[r] - start, 0, kTile),
-                   (float)clamp(mem.high[r] - start, 0, kTile)};
-      if (p.alibi) map.slope = p.alibi[seq.batch * p.alibi_batch + head(r) * p.alibi_head] * kLog2e;
+      const ScoreMap map{p.softcap * kLog2e, mem.slope[r], (float)(mem.position[r] - start),
+                         (float)clamp(mem.low[r] - start, 0, kTile),
+                         (float)clamp(mem.high[r] - start, 0, kTile)};
       mem.keep[r] = softmax_row(mem.scores + r * kTile, map, state.max[r], state.sum[r]);
-    }
-  }
-
-  template <int NV>
-  void values(int64_t start, const TileRows& v, int64_t column, const State& state) {
-    for (int64_t row = 0; row < item.rows; row += kBlockRows) {
-      int64_t begin, end;
-      if (!block_range(start, row, begin, end)) continue;
-      product_rows<NV>(block_rows(row), mem.scores + row * kTile, kTile, v.rows + column, v.stride,
-                       begin, end, state.out + row * dim + column, dim, mem.keep + row);
     }
   }
 
   void chunk(int64_t begin, int64_t end, const State& state) {
     for (int64_t r = 0; r < item.rows; ++r) state.max[r] = -kInf, state.sum[r] = 0;
     __builtin_memset(state.out, 0, item.rows * dim * 4);
-    for (int64_t start = begin / kTile * kTile; start < end; start += kTile)
-      tile(start, start > begin ? start : begin, start + kTile < end ? start + kTile : end, state);
+    for (int64_t start = begin / kTile * kTile; start < end; start += kTile) {
+      const int64_t stop = start + kTile < end ? start + kTile : end;
+      tile(start, start > begin ? start : begin, stop, stop + kTile < end ? stop + kTile : end,
+           state);
+    }
   }
 
   void run() {

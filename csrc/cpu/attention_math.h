@@ -61,8 +61,8 @@ FI_INLINE float reduce_max(vf v) {
   return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// Lane block b (4 lanes) = p[b * 4 * stride .. +3]: the same four columns of every fourth row.
-FI_INLINE vf load_column_block(const float* p, int64_t stride) {
+// Lane block b (4 lanes) = four 32-bit words at p + 4 b stride (bytes): every fourth row.
+FI_INLINE vf load_column_block(const char* p, int64_t stride) {
 #if defined(__AVX2__)
   const v4f a = load_raw<v4f>(p), b = load_raw<v4f>(p + 4 * stride);
   const v8f ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -100,21 +100,59 @@ FI_INLINE void transpose_blocks(vf& a, vf& b, vf& c, vf& d) {
 #undef FI_EACH_BLOCK
 }
 
-// out[dim][kTile] = rows[kTile][dim]^T; dim is a multiple of 4.
-void transpose_tile(const float* rows, int64_t stride, int64_t dim, float* out) {
-  for (int key = 0; key < kTile; key += kLanes)
-    for (int64_t i = 0; i < dim; i += 4) {
-      const float* p = rows + key * stride + i;
-      vf a = load_column_block(p, stride), b = load_column_block(p + stride, stride);
-      vf c = load_column_block(p + 2 * stride, stride),
-         d = load_column_block(p + 3 * stride, stride);
-      transpose_blocks(a, b, c, d);
-      float* o = out + i * kTile + key;
-      store_raw(o, a);
-      store_raw(o + kTile, b);
-      store_raw(o + 2 * kTile, c);
-      store_raw(o + 3 * kTile, d);
+// Element i of every 32-bit word, as fp32: one element per word, or two, or four.
+template <class E>
+struct Words;
+template <>
+struct Words<Elem<DType::f32>> {
+  FI_INLINE vf get(vf w, int) { return w; }
+};
+template <>
+struct Words<Elem<DType::f16>> {
+  FI_INLINE vf get(vf w, int i) {
+    return half_to_float(__builtin_convertvector(i ? (vu)w >> 16 : (vu)w & 0xffffu, vh));
+  }
+};
+template <>
+struct Words<Elem<DType::bf16>> {
+  FI_INLINE vf get(vf w, int i) { return (vf)(i ? (vu)w & 0xffff0000u : (vu)w << 16); }
+};
+template <>
+struct Words<Elem<DType::f8e4m3>> {
+  FI_INLINE vf get(vf w, int i) {
+    return fp8_to_float(__builtin_convertvector(((vu)w >> (8 * i)) & 0xffu, vb));
+  }
+};
+template <>
+struct Words<Elem<DType::i8>> {
+  FI_INLINE vf get(vf w, int i) {
+    return __builtin_convertvector((vi)((vu)w << (24 - 8 * i)) >> 24, vf);
+  }
+};
+
+// out[dim][kTile] = rows[kTile][dim]^T in fp32, row r times scale[r] if there are scales. Rows are
+// `stride` bytes apart and hold a multiple of 16 bytes. Transposing words, not elements, is half
+// the work for 16-bit and a quarter for 8-bit types.
+template <class E>
+void transpose_tile(const char* rows, int64_t stride, int64_t bytes, const float* scale,
+                    float* out) {
+  constexpr int count = 4 / E::size;
+  for (int key = 0; key < kTile; key += kLanes) {
+    const vf factor = scale ? load_raw<vf>(scale + key) : vf{};
+    float* o = out + key;
+    for (int64_t i = 0; i < bytes; i += 16) {
+      const char* p = rows + key * stride + i;
+      vf w[4] = {load_column_block(p, stride), load_column_block(p + stride, stride),
+                 load_column_block(p + 2 * stride, stride),
+                 load_column_block(p + 3 * stride, stride)};
+      transpose_blocks(w[0], w[1], w[2], w[3]);
+      for (int n = 0; n < 4; ++n)
+        for (int e = 0; e < count; ++e, o += kTile) {
+          const vf x = Words<E>::get(w[n], e);
+          store_raw(o, scale ? x * factor : x);
+        }
     }
+  }
 }
 
 // ---- product ----
@@ -125,9 +163,10 @@ constexpr int kBlockVectors = 4;  // 24 accumulators of 32 registers
 constexpr int kBlockVectors = 2;  // 12 of 16
 #endif
 
-// c[r][0 .. NV) = (keep ? c * keep[r] : 0) + sum over k in [begin, end) of a[r][k] * b[k].
-template <int MR, int NV>
-void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t begin,
+// c[r][0 .. NV) = (keep ? c * keep[r] : 0) + sum over k in [begin, end) of a[r][k] * b[k]; b holds
+// elements of E, b_stride apart.
+template <int MR, int NV, class E>
+void product(const float* a, int64_t a_stride, const char* b, int64_t b_stride, int64_t begin,
              int64_t end, float* c, int64_t c_stride, const float* keep) {
   vf acc[MR][NV];
   for (int r = 0; r < MR; ++r)
@@ -135,7 +174,7 @@ void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
       acc[r][v] = keep ? load_raw<vf>(c + r * c_stride + v * kLanes) * keep[r] : vf{};
   for (int64_t k = begin; k < end; ++k) {
     vf column[NV];
-    for (int v = 0; v < NV; ++v) column[v] = load_raw<vf>(b + k * b_stride + v * kLanes);
+    for (int v = 0; v < NV; ++v) column[v] = E::load(b + k * b_stride * E::size, v * kLanes);
     for (int r = 0; r < MR; ++r) {
       const float x = a[r * a_stride + k];
       for (int v = 0; v < NV; ++v) acc[r][v] += x * column[v];
@@ -145,13 +184,16 @@ void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
     for (int v = 0; v < NV; ++v) store_raw(c + r * c_stride + v * kLanes, acc[r][v]);
 }
 
-template <int NV>
-FI_INLINE void product_rows(int rows, const float* a, int64_t a_stride, const float* b,
+// The same for a run-time number of rows, at most MAX (<= kBlockRows).
+template <int NV, class E, int MAX = kBlockRows>
+FI_INLINE void product_rows(int rows, const float* a, int64_t a_stride, const void* b,
                             int64_t b_stride, int64_t begin, int64_t end, float* c,
                             int64_t c_stride, const float* keep) {
-#define FI_CASE(n) \
-  case n:          \
-    return product<n, NV>(a, a_stride, b, b_stride, begin, end, c, c_stride, keep);
+#define FI_CASE(n)                                                                             \
+  case n:                                                                                      \
+    if constexpr (n <= MAX)                                                                    \
+      product<n, NV, E>(a, a_stride, (const char*)b, b_stride, begin, end, c, c_stride, keep); \
+    return;
   switch (rows) { FI_CASE(1) FI_CASE(2) FI_CASE(3) FI_CASE(4) FI_CASE(5) FI_CASE(6) }
 #undef FI_CASE
 }

@@ -1,5 +1,5 @@
-// Rows of D elements between tensors and fp32 scratch: loading keys and values through the page
-// resolver, queries, outputs, and rotary embedding of one row. D is a multiple of 8.
+// Rows of D elements between tensors and scratch: keys and values through the page resolver,
+// queries, outputs, and rotary embedding of one row. D is a multiple of 8.
 #pragma once
 
 #include "attention.h"
@@ -40,74 +40,103 @@ FI_INLINE void store_row(void* row, int64_t dim, float factor, const float* x) {
     if (full < dim) store_tail8<E>(row, full, load_raw<vf>(x + full) * factor);
 }
 
-// Rows of a tile in fp32; row i of the tile at rows + i * stride.
-struct TileRows {
-  const float* rows;
-  int64_t stride;
-};
-
+// Where the keys or the values of one sequence and head are.
 struct KeySource {
   const KeyValue& t;
   int64_t base, scale_base;  // element offsets of key 0 (dense) or 0
   const int32_t* pages;
-  int64_t page_size, head, dim;
+  int64_t page_size, head, dim, size;  // size: bytes of an element
 };
 
-template <class E>
-void convert_rows(const KeySource& src, int64_t tile, int64_t begin, int64_t end, float* out) {
-  const int64_t stride = padded_dim(src.dim);
+// Rows of a tile: row i at rows + i * stride, in elements of the tensor or of the scratch.
+struct TileRows {
+  const char* rows;
+  int64_t stride;
+};
+
+// f(row, scale, key, count) for runs of keys [key, key + count) that lie in one page.
+template <class F>
+FI_INLINE void for_runs(const KeySource& src, int64_t begin, int64_t end, F f) {
   for (int64_t key = begin; key < end;) {
-    const int64_t page = key / src.page_size, slot = key % src.page_size;
+    const int64_t page = src.pages ? key / src.page_size : 0, slot = key - page * src.page_size;
     const int64_t block = src.pages ? src.pages[page] : 0;
-    const int64_t left = src.page_size - slot, stop = end - key > left ? key + left : end;
+    const int64_t left = src.page_size - slot, count = end - key < left ? end - key : left;
     const char* row =
         (const char*)src.t.data +
-        (src.base + block * src.t.page + slot * src.t.token + src.head * src.t.head) * E::size;
+        (src.base + block * src.t.page + slot * src.t.token + src.head * src.t.head) * src.size;
     const float* scale = src.t.scale_per_token
                              ? src.t.scale + src.scale_base + block * src.t.scale_page +
                                    slot * src.t.scale_token + src.head * src.t.scale_head
                              : nullptr;
-    for (; key < stop; ++key) {
-      load_row<E>(row, src.dim, scale ? *scale : 1.0f, out + (key - tile) * stride);
-      row += src.t.token * E::size;
-      if (scale) scale += src.t.scale_token;
-    }
+    f(row, scale, key, count);
+    key += count;
   }
 }
 
-// Keys [begin, end) of the tile that starts at `tile`; other rows of it are not to be read, unless
-// `whole`: then they are zeros. fp32 rows in one page are used where they lie.
-inline TileRows tile_rows(const KeySource& src, DType type, int64_t tile, int64_t begin,
-                          int64_t end, bool whole, float* scratch) {
+FI_INLINE bool one_page(const KeySource& src, int64_t begin, int64_t end) {
+  return !src.pages || begin / src.page_size == (end - 1) / src.page_size;
+}
+
+// Row `tile` of a tile whose keys [begin, end) lie in one page; an address, maybe not a valid one.
+FI_INLINE TileRows rows_in_place(const KeySource& src, int64_t tile, int64_t begin) {
+  TileRows in_place{nullptr, src.t.token};
+  for_runs(src, begin, begin + 1, [&](const char* row, const float*, int64_t, int64_t) {
+    in_place.rows = row - (begin - tile) * src.t.token * src.size;
+  });
+  return in_place;
+}
+
+// All rows of a tile as they are, for transposition: keys outside [begin, end) are not touched but
+// zero. The scales of its keys, if per token, go to `scales`.
+inline TileRows raw_tile(const KeySource& src, int64_t tile, int64_t begin, int64_t end,
+                         char* scratch, float* scales) {
+  const int64_t bytes = src.dim * src.size, stride = padded_dim(src.dim);
+  const bool in_place = end - begin == kTile && bytes % 16 == 0 && one_page(src, begin, end);
+  if (src.t.scale_per_token || !in_place) {
+    __builtin_memset(scales, 0, kTile * 4);
+    if (end - begin < kTile || stride != src.dim)
+      __builtin_memset(scratch, 0, kTile * stride * src.size);
+    for_runs(src, begin, end, [&](const char* row, const float* scale, int64_t key, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) {
+        if (!in_place)
+          __builtin_memcpy(scratch + (key - tile + i) * stride * src.size,
+                           row + i * src.t.token * src.size, bytes);
+        if (scale) scales[key - tile + i] = scale[i * src.t.scale_token];
+      }
+    });
+  }
+  return in_place ? rows_in_place(src, tile, begin) : TileRows{scratch, stride};
+}
+
+// Keys [begin, end) of a tile in fp32, times their scales if those are per token.
+template <class E>
+void convert_tile(const KeySource& src, int64_t tile, int64_t begin, int64_t end, float* out) {
   const int64_t stride = padded_dim(src.dim);
-  if (type == DType::f32 && begin / src.page_size == (end - 1) / src.page_size &&
-      (whole ? end - begin == kTile : stride == src.dim)) {
-    const int64_t page = begin / src.page_size, block = src.pages ? src.pages[page] : 0;
-    return {(const float*)src.t.data + src.base + block * src.t.page +
-                (tile - page * src.page_size) * src.t.token + src.head * src.t.head,
-            src.t.token};
-  }
-  if (whole) {
-    __builtin_memset(scratch, 0, (begin - tile) * stride * 4);
-    __builtin_memset(scratch + (end - tile) * stride, 0, (tile + kTile - end) * stride * 4);
-  }
-  switch (type) {
-    case DType::f32:
-      convert_rows<Elem<DType::f32>>(src, tile, begin, end, scratch);
-      break;
-    case DType::f16:
-      convert_rows<Elem<DType::f16>>(src, tile, begin, end, scratch);
-      break;
-    case DType::bf16:
-      convert_rows<Elem<DType::bf16>>(src, tile, begin, end, scratch);
-      break;
-    case DType::f8e4m3:
-      convert_rows<Elem<DType::f8e4m3>>(src, tile, begin, end, scratch);
-      break;
-    default:
-      convert_rows<Elem<DType::i8>>(src, tile, begin, end, scratch);
-  }
-  return {scratch, stride};
+  for_runs(src, begin, end, [&](const char* row, const float* scale, int64_t key, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+      load_row<E>(row + i * src.t.token * E::size, src.dim,
+                  scale ? scale[i * src.t.scale_token] : 1.0f, out + (key - tile + i) * stride);
+  });
+}
+
+// Ask for keys [begin, end) ahead of use: rows of one head lie too far apart for the hardware.
+inline void prefetch_rows(const KeySource& src, int64_t begin, int64_t end) {
+  for_runs(src, begin, end, [&](const char* row, const float*, int64_t, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t at = 0; at < src.dim * src.size; at += 64)
+        __builtin_prefetch(row + i * src.t.token * src.size + at, 0, 2);
+  });
+}
+
+// f(Elem<T>{}) for the element type of keys and values.
+template <class F>
+FI_INLINE void with_key_type(DType t, F&& f) {
+  if (t == DType::f8e4m3)
+    f(Elem<DType::f8e4m3>{});
+  else if (t == DType::i8)
+    f(Elem<DType::i8>{});
+  else
+    with_float(t, f);
 }
 
 // Rotary embedding of the first `table.dim` elements at `position`, in fp32 (Su et al. 2021):
