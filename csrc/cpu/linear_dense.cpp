@@ -1,81 +1,119 @@
 // linear: Y = X W^T + bias with W as stored, [N,K] row by row, fp32 accumulation.
 //
-// A tile of T tokens x R channels keeps T*R vector accumulators; step i adds x[m, i..] * w[n, i..]
-// lane by lane; every kRun steps it is added to a second one (one long fp32 sum costs accuracy) and
-// the lanes are added in the fixed tree of simd.h at the end. Every output has its own accumulators
-// whatever the tile, so its bits do not depend on T, R, M or the threads. A short tile points its
-// missing rows at the last valid one and does not store them.
+// A block is T tokens x kDenseBlock channels. It walks K in runs of kRun: the tokens' run is staged
+// as fp32 in the first-level cache, then tiles of T x R outputs multiply it with R weight rows, one
+// vector accumulator per output. After a run the accumulator is added to the output's total (one
+// long fp32 sum costs accuracy); at the end the lanes of the total are added in the fixed tree of
+// simd.h. No step of that depends on T, R, M or the threads, so neither do the bits of an output.
+// A step takes 2 * kLanes neighbouring elements as two vectors; bf16 splits them into even and odd
+// ones, two instructions instead of four. A short tile repeats its last row and does not store it.
 //
-// Meant for few tokens (weights are read once, from memory; a block of kDenseBlock channels stays
-// in cache for the other token tiles) and for batch-invariant calls of any M.
+// Meant for few tokens (weights are read once, at memory speed) and for batch-invariant calls.
 #ifndef __AVX512VNNI__  // that level uses the AVX-512 object
 #include "linear_epilogue.h"
 
 namespace fastinfer::cpu::FI_ISA {
 namespace {
 
-constexpr int64_t kRun = 128 * kLanes;
+constexpr int64_t kStep = 2 * kLanes;
+constexpr int64_t kRun = 64 * kLanes;
 
-FI_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class E>
+FI_INLINE void load_step(const char* p, vf& a, vf& b) {
+  if constexpr (E::size == 2 && __is_same(E, Elem<DType::bf16>)) {
+    const vu pairs = load_raw<vu>(p);
+    a = (vf)(pairs << 16);
+    b = (vf)(pairs & 0xffff0000u);
+  } else {
+    a = E::load(p, 0);
+    b = E::load(p, kLanes);
+  }
+}
 
-template <class E, int T, int R>
-void dense_tile(const DenseParams& p, int64_t m0, int64_t n0, int64_t n_end) {
-  const int64_t full = p.k / kLanes * kLanes, tail = p.k - full;
-  const char *x[T], *w[R];
-  for (int t = 0; t < T; ++t)
-    x[t] = static_cast<const char*>(p.x) + least(m0 + t, p.m - 1) * p.x_stride * E::size;
-  for (int r = 0; r < R; ++r)
-    w[r] =
-        static_cast<const char*>(p.weight) + least(n0 + r, n_end - 1) * p.weight_stride * E::size;
-  vf total[T][R] = {};
-  for (int64_t i = 0; i < full;) {
-    vf acc[T][R] = {};
-    for (const int64_t run_end = least(i + kRun, full); i < run_end; i += kLanes) {
-      vf xs[T];
-      for (int t = 0; t < T; ++t) xs[t] = E::load(x[t], i);
-      for (int r = 0; r < R; ++r) {
-        const vf ws = E::load(w[r], i);
-        for (int t = 0; t < T; ++t) acc[t][r] += xs[t] * ws;
-      }
-    }
-    for (int t = 0; t < T; ++t)
-      for (int r = 0; r < R; ++r) total[t][r] += acc[t][r];
-  }
-  if (tail > 0) {
-    vf xs[T];
-    for (int t = 0; t < T; ++t) xs[t] = load_partial<E>(x[t], full, tail);
-    for (int r = 0; r < R; ++r) {
-      const vf ws = load_partial<E>(w[r], full, tail);
-      for (int t = 0; t < T; ++t) total[t][r] += xs[t] * ws;
-    }
-  }
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < R; ++r)
-      if (m0 + t < p.m && n0 + r < n_end) store_one(p.out, m0 + t, n0 + r, sum(total[t][r]));
+// The last, short step: `left` elements, then zeros.
+template <class E>
+FI_INLINE void load_last_step(const char* p, int64_t left, vf& a, vf& b) {
+  alignas(64) char padded[kStep * E::size] = {};
+  for (int64_t i = 0; i < left * E::size; ++i) padded[i] = p[i];
+  load_step<E>(padded, a, b);
 }
 
 template <class E, int T, int R>
-void dense_rows(const DenseParams& p, int64_t m0, int64_t n0, int64_t n_end) {
-  for (int64_t n = n0; n < n_end; n += R) dense_tile<E, T, R>(p, m0, n, n_end);
+FI_INLINE void dense_tile(const float* staged, const char* const* w, int64_t count, vf* total) {
+  vf acc[T][R] = {};
+  const int64_t full = count / kStep * kStep;
+  auto step = [&](int64_t i, bool last) __attribute__((always_inline)) {
+    vf xa[T], xb[T];
+    for (int t = 0; t < T; ++t) {
+      xa[t] = load_raw<vf>(staged + t * kRun + i);
+      xb[t] = load_raw<vf>(staged + t * kRun + i + kLanes);
+    }
+    for (int r = 0; r < R; ++r) {
+      vf wa, wb;
+      if (last)
+        load_last_step<E>(w[r] + i * E::size, count - i, wa, wb);
+      else
+        load_step<E>(w[r] + i * E::size, wa, wb);
+      for (int t = 0; t < T; ++t) acc[t][r] = acc[t][r] + xa[t] * wa + xb[t] * wb;
+    }
+  };
+  for (int64_t i = 0; i < full; i += kStep) step(i, false);
+  if (full < count) step(full, true);
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) total[t * kDenseBlock + r] += acc[t][r];
+}
+
+template <class E, int T, int R>
+void dense_block(const DenseParams& p, int64_t m0, int64_t n0) {
+  const int64_t channels = least(kDenseBlock, p.n - n0), tokens = least(T, p.m - m0);
+  vf total[T * kDenseBlock] = {};
+  alignas(64) float staged[T * kRun];
+  for (int64_t k = 0; k < p.k; k += kRun) {
+    const int64_t count = least(kRun, p.k - k);
+    for (int t = 0; t < T; ++t) {
+      const int64_t row = least(m0 + t, p.m - 1);
+      const char* x = static_cast<const char*>(p.x) + (row * p.x_stride + k) * E::size;
+      for (int64_t i = 0; i < count; i += kStep) {
+        vf a, b;
+        if (count - i >= kStep)
+          load_step<E>(x + i * E::size, a, b);
+        else
+          load_last_step<E>(x + i * E::size, count - i, a, b);
+        store_raw(staged + t * kRun + i, a);
+        store_raw(staged + t * kRun + i + kLanes, b);
+      }
+    }
+    for (int64_t n = 0; n < channels; n += R) {
+      const char* w[R];
+      for (int r = 0; r < R; ++r)
+        w[r] = static_cast<const char*>(p.weight) +
+               ((n0 + least(n + r, channels - 1)) * p.weight_stride + k) * E::size;
+      dense_tile<E, T, R>(staged, w, count, total + n);
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    alignas(64) float y[kDenseBlock] = {};
+    for (int64_t n = 0; n < channels; ++n) y[n] = sum(total[t * kDenseBlock + n]);
+    for (int64_t n = 0; n < channels; n += kLanes)
+      store_lanes(p.out, m0 + t, n0 + n, channels - n, load_raw<vf>(y + n));
+  }
 }
 
 }  // namespace
 
 void linear_dense(const DenseParams& p, int64_t begin, int64_t end) {
+  constexpr bool wide = kLanes >= 16;
   with_float(p.dtype, [&](auto e) {
     using E = decltype(e);
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t n0 = b * kDenseBlock, n_end = least(n0 + kDenseBlock, p.n);
-      for (int64_t m = 0; m < p.m;) {
-        if (p.m - m >= 3) {
-          dense_rows<E, 4, kLanes >= 16 ? 4 : 2>(p, m, n0, n_end);
-          m += 4;
-        } else {
-          dense_rows<E, 1, 8>(p, m, n0, n_end);
-          m += 1;
-        }
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t m = 0; m < p.m; m += 4) {
+        if (p.m - m == 1)
+          dense_block<E, 1, wide ? 8 : 4>(p, m, b * kDenseBlock);
+        else if (p.m - m == 2)
+          dense_block<E, 2, 4>(p, m, b * kDenseBlock);
+        else
+          dense_block<E, 4, wide ? 4 : 2>(p, m, b * kDenseBlock);
       }
-    }
   });
 }
 

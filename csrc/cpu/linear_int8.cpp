@@ -16,8 +16,6 @@
 namespace fastinfer::cpu::FI_ISA {
 namespace {
 
-FI_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 #if defined(__AVX512VNNI__)
 typedef __m512i Bytes;  // as loaded
 constexpr int64_t kStep = 64;
@@ -86,13 +84,12 @@ FI_INLINE uint32_t total(vi v) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// T tokens x R channels; short tiles repeat their last row and do not store it.
+// Sums of T tokens x R channels into dots [T][kDenseBlock] and, when asked, the sums of the
+// weights. Short tiles repeat their last row.
 template <int T, int R>
-void int8_tile(const Int8Params& p, int64_t m0, int64_t n0, int64_t n_end, bool need_sum) {
-  const int64_t full = p.k / kStep * kStep;
-  const int8_t *x[T], *w[R];
-  for (int t = 0; t < T; ++t) x[t] = p.x + least(m0 + t, p.m - 1) * p.x_stride;
-  for (int r = 0; r < R; ++r) w[r] = p.weight + least(n0 + r, n_end - 1) * p.weight_stride;
+FI_INLINE void int8_tile(const int8_t* const* x, const int8_t* const* w, int64_t k, bool need_sum,
+                         uint32_t* dots, uint32_t* sums) {
+  const int64_t full = k / kStep * kStep;
   vi acc[T][R] = {}, weights[R] = {};
   for (int64_t i = 0; i < full; i += kStep) {
     Bytes xs[T];
@@ -104,45 +101,55 @@ void int8_tile(const Int8Params& p, int64_t m0, int64_t n0, int64_t n_end, bool 
     }
   }
   for (int r = 0; r < R; ++r) {
-    const int64_t n = n0 + r;
-    if (n >= n_end) break;
-    const uint32_t vector_w = need_sum ? total(weights[r]) : 0;
-    uint32_t sum_w = vector_w;
-    for (int64_t i = full; i < p.k; ++i) sum_w += static_cast<uint32_t>(int32_t{w[r][i]});
-    if (p.weight_sum) sum_w = static_cast<uint32_t>(p.weight_sum[n]);
-    for (int t = 0; t < T && m0 + t < p.m; ++t) {
-      // With an offset the vector part holds (x + 128) w; the scalar tail is x w.
-      uint32_t dot_w = total(acc[t][r]) - kOffset * vector_w;
-      for (int64_t i = full; i < p.k; ++i)
-        dot_w += static_cast<uint32_t>(int32_t{x[t][i]} * int32_t{w[r][i]});
-      if (p.x_zeros) dot_w -= static_cast<uint32_t>(p.x_zeros[m0 + t]) * sum_w;
-      const float exact = static_cast<float>(static_cast<int32_t>(dot_w));
-      store_one(p.out, m0 + t, n, exact * p.x_scale[m0 + t] * p.weight_scale[n]);
+    // With an offset the vector part holds (x + 128) w; the scalar tail is x w.
+    const uint32_t vector_sum = need_sum ? total(weights[r]) : 0;
+    sums[r] = vector_sum;
+    for (int64_t i = full; i < k; ++i) sums[r] += static_cast<uint32_t>(int32_t{w[r][i]});
+    for (int t = 0; t < T; ++t) {
+      uint32_t d = total(acc[t][r]) - kOffset * vector_sum;
+      for (int64_t i = full; i < k; ++i)
+        d += static_cast<uint32_t>(int32_t{x[t][i]} * int32_t{w[r][i]});
+      dots[t * kDenseBlock + r] = d;
     }
   }
 }
 
 template <int T, int R>
-void int8_rows(const Int8Params& p, int64_t m0, int64_t n0, int64_t n_end, bool need_sum) {
-  for (int64_t n = n0; n < n_end; n += R) int8_tile<T, R>(p, m0, n, n_end, need_sum);
+void int8_block(const Int8Params& p, int64_t m0, int64_t n0) {
+  using F32 = Elem<DType::f32>;
+  const int64_t channels = least(kDenseBlock, p.n - n0), tokens = least(T, p.m - m0);
+  const bool need_sum = kOffset != 0 || (p.x_zeros && !p.weight_sum);
+  alignas(64) uint32_t dots[T * kDenseBlock], sums[kDenseBlock];
+  const int8_t *x[T], *w[R];
+  for (int t = 0; t < T; ++t) x[t] = p.x + least(m0 + t, p.m - 1) * p.x_stride;
+  for (int64_t n = 0; n < kDenseBlock; n += R) {
+    for (int r = 0; r < R; ++r)
+      w[r] = p.weight + (n0 + least(n + r, channels - 1)) * p.weight_stride;
+    int8_tile<T, R>(x, w, p.k, need_sum, dots + n, sums + n);
+  }
+  if (p.weight_sum)
+    for (int64_t n = 0; n < channels; ++n) sums[n] = static_cast<uint32_t>(p.weight_sum[n0 + n]);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const uint32_t zero = p.x_zeros ? static_cast<uint32_t>(p.x_zeros[m0 + t]) : 0;
+    for (int64_t n = 0; n < channels; n += kLanes) {
+      const vu d = load_raw<vu>(dots + t * kDenseBlock + n) - load_raw<vu>(sums + n) * zero;
+      const vf scale = load_some<F32>(p.weight_scale, n0 + n, channels - n);
+      const vf y = __builtin_convertvector((vi)d, vf) * p.x_scale[m0 + t] * scale;
+      store_lanes(p.out, m0 + t, n0 + n, channels - n, y);
+    }
+  }
 }
 
 }  // namespace
 
 void linear_int8(const Int8Params& p, int64_t begin, int64_t end) {
-  const bool need_sum = kOffset != 0 || (p.x_zeros && !p.weight_sum);
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t n0 = b * kDenseBlock, n_end = least(n0 + kDenseBlock, p.n);
-    for (int64_t m = 0; m < p.m;) {
-      if (p.m - m >= 2) {
-        int8_rows<4, kLanes >= 16 ? 4 : 2>(p, m, n0, n_end, need_sum);
-        m += 4;
-      } else {
-        int8_rows<1, 4>(p, m, n0, n_end, need_sum);
-        m += 1;
-      }
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t m = 0; m < p.m; m += 4) {
+      if (p.m - m == 1)
+        int8_block<1, 4>(p, m, b * kDenseBlock);
+      else
+        int8_block<4, kLanes >= 16 ? 4 : 2>(p, m, b * kDenseBlock);
     }
-  }
 }
 
 }  // namespace fastinfer::cpu::FI_ISA

@@ -19,8 +19,6 @@ constexpr uint32_t kMagic = 0x4b000000u;  // 2^23 as fp32: the low mantissa bits
 constexpr float kMagicFloat = 8388608.0f;
 constexpr int64_t kRun = 256;  // longer sums in one fp32 accumulator cost accuracy
 
-FI_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <int Bits, bool Lookup, int T, int V>
 void packed_tile(const PackedParams& p, const float* x, int64_t m0, int64_t n0) {
   constexpr int kPerWord = 32 / Bits;

@@ -36,19 +36,7 @@ struct PackedLayout {
   int64_t inner() const { return cuda ? 128 * bits : 16; }
   int64_t k_pad() const { return steps() * (cuda ? 64 : per_word()); }
 
-  int64_t word(int64_t row, int64_t col) const {
-    if (!cuda) return (row / 16 * steps() + col / per_word()) * 16 + row % 16;
-    const int64_t block = row / 64 * steps() + col / 64;
-    const int64_t strip = row % 64 / 16, lane = row % 8 * 4 + col % 8 / 2, step = col % 64 / 16;
-    const int64_t word4 = ((block * 4 + strip) * 32 + lane) * 4 + step;
-    return bits == 4 ? word4 : word4 * 2 + col % 16 / 8;  // 8 bit: a / 2 = (k >= 8)
-  }
-  int shift(int64_t row, int64_t col) const {
-    if (!cuda) return static_cast<int>(col % per_word()) * bits;
-    const int high_n = static_cast<int>(row % 16 / 8), high_k = static_cast<int>(col % 16 / 8);
-    const int half = static_cast<int>(col % 2);
-    return bits == 4 ? 4 * (high_n + 2 * high_k + 4 * half) : 8 * (high_n + 2 * half);
-  }
+  int64_t block_words() const { return steps() * inner(); }
   int64_t scale(int64_t group, int64_t row) const {
     if (!cuda) return group * n_pad() + row;
     const int64_t r = row % 64;

@@ -3,6 +3,7 @@
 #include "../cpu/quantize.h"
 #include "../cpu/simd.h"
 #include "linear_checks.h"
+#include "linear_pack.h"
 
 namespace fastinfer {
 namespace {
@@ -67,6 +68,19 @@ void pack_floats(const Tensor& from, const Tensor& to, const PackedLayout& layou
                 n < layout.n ? get_float(source, from.const_data_ptr(), n * groups + g) : 0.0f);
 }
 
+// Every 4-bit code is below 16.
+void check_codes(const char* op, const Tensor& codes) {
+  const uint8_t* p = static_cast<const uint8_t*>(codes.const_data_ptr());
+  for (int64_t r = 0; r < codes.size(0); ++r) {
+    const uint8_t* row = p + r * row_stride(codes);
+    uint8_t all = 0;
+    for (int64_t c = 0; c < codes.size(1); ++c) all |= row[c];
+    for (int64_t c = 0; all > 15 && c < codes.size(1); ++c)
+      FI_CHECK(row[c] <= 15, op, ": codes must lie in [0, 15] for bits=4, got ", int{row[c]},
+               " at [", r, ", ", c, "]");
+  }
+}
+
 void pack_weight(Tensor codes, Tensor scales, OptTensor zeros, int64_t bits, int64_t group_size,
                  Tensor qweight, Tensor packed_scales, OptTensor packed_zeros) {
   const char* op = "pack_weight";
@@ -101,38 +115,49 @@ void pack_weight(Tensor codes, Tensor scales, OptTensor zeros, int64_t bits, int
   if (!codes.is_cpu()) no_cuda_kernel(op);
   const uint8_t* source = static_cast<const uint8_t*>(codes.const_data_ptr());
   const uint8_t* zero = int_zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
-  const uint32_t most = (1u << bits) - 1, middle = 1u << (bits - 1);
-  if (bits < 8)
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t c = 0; c < k; ++c)
-        FI_CHECK(source[r * row_stride(codes) + c] <= most, op, ": codes must lie in [0, ", most,
-                 "] for bits=", bits, ", got ", int{source[r * row_stride(codes) + c]}, " at [", r,
-                 ", ", c, "]");
+  const uint8_t middle = static_cast<uint8_t>(1 << (bits - 1));
+  if (bits == 4) check_codes(op, codes);
   pack_floats(scales, packed_scales, layout, groups);
   if (int_zeros) {
     uint8_t* to = static_cast<uint8_t*>(packed_zeros->mutable_data_ptr());
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t r = 0; r < layout.n_pad(); ++r)
-        to[layout.scale(g, r)] = r < n ? zero[r * groups + g] : static_cast<uint8_t>(middle);
+        to[layout.scale(g, r)] = r < n ? zero[r * groups + g] : middle;
   } else if (zeros) {
     pack_floats(*zeros, *packed_zeros, layout, groups);
   }
   uint32_t* words = static_cast<uint32_t*>(qweight.mutable_data_ptr());
-  const int64_t stride = row_stride(codes), block_words = layout.steps() * layout.inner();
-  const int64_t rows = layout.rows_per_block();
-  torch::stable::parallel_for(
-      0, layout.blocks(), grain(rows * layout.k_pad()), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * block_words; i < end * block_words; ++i) words[i] = 0;
-        for (int64_t r = begin * rows; r < end * rows; ++r)
-          for (int64_t c = 0; c < layout.k_pad(); ++c) {
-            uint32_t code = middle;
-            if (r < n && c < k)
-              code = source[r * stride + c];
-            else if (zero && r < n)
-              code = zero[r * groups + (c / columns < groups ? c / columns : groups - 1)];
-            words[layout.word(r, c)] |= code << layout.shift(r, c);
-          }
-      });
+  const int64_t stride = row_stride(codes), rows = layout.rows_per_block(), k_pad = layout.k_pad();
+  torch::stable::parallel_for(0, layout.blocks(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> block(rows * k_pad);
+    for (int64_t b = begin; b < end; ++b) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t r = b * rows + i;
+        uint8_t* to = block.data() + i * k_pad;
+        std::memset(to, middle, k_pad);
+        if (r >= n) continue;
+        if (k > 0) std::memcpy(to, source + r * stride, k);
+        for (int64_t c = k; zero && c < k_pad; ++c)
+          to[c] = zero[r * groups + (c / columns < groups ? c / columns : groups - 1)];
+      }
+      uint32_t* to = words + b * layout.block_words();
+      layout.cuda ? pack_cuda_block(layout, block.data(), to)
+                  : pack_cpu_block(layout, block.data(), to);
+    }
+  });
+}
+
+// (code - zero) * s (+ zf) for one group of one row; two roundings with zf, as in the reference.
+void dequantize_run(const uint8_t* codes, int64_t count, float zero, float s, const float* zf,
+                    float* w) {
+  if (!zf) {
+    for (int64_t i = 0; i < count; ++i) w[i] = (static_cast<float>(codes[i]) - zero) * s;
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    volatile float product = (static_cast<float>(codes[i]) - zero) * s;  // never one fma
+    w[i] = product + *zf;
+  }
 }
 
 void dequantize_weight(Tensor qweight, Tensor scales, OptTensor zeros, int64_t bits,
@@ -154,30 +179,40 @@ void dequantize_weight(Tensor qweight, Tensor scales, OptTensor zeros, int64_t b
   const int32_t* order = static_cast<const int32_t*>(data(perm));
   const DType scale_type = dtype_of(scales), out_type = dtype_of(out);
   const DType zero_type = zeros ? dtype_of(*zeros) : DType::other;
-  const uint32_t mask = bits == 8 ? 0xffu : 0xfu;
   const void *scale_data = scales.const_data_ptr(), *zero_data = data(zeros);
+  const int64_t rows = layout.rows_per_block(), k_pad = layout.k_pad();
   void* to = out.mutable_data_ptr();
-  torch::stable::parallel_for(0, n, grain(k * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t g = 0; g * columns < k; ++g) {
-        const int64_t slot = layout.scale(g, r);
-        const float s = get_float(scale_type, scale_data, slot);
-        int zero = bits == 8 ? 128 : 8;
-        float zf = 0.0f;
-        if (zero_type == DType::u8)
-          zero = static_cast<const uint8_t*>(zero_data)[slot];
-        else if (zeros)
-          zf = get_float(zero_type, zero_data, slot);
-        for (int64_t c = g * columns; c < k && c < (g + 1) * columns; ++c) {
-          const int code = static_cast<int>(words[layout.word(r, c)] >> layout.shift(r, c) & mask);
-          float w = static_cast<float>(code - zero) * s;
-          if (zeros && zero_type != DType::u8) {
-            volatile float product = w;  // two roundings, as in the reference: never one fma
-            w = product + zf;
-          }
-          set_float(out_type, to, r * stride + (order ? order[c] : c), w);
+  torch::stable::parallel_for(0, layout.blocks(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> codes(rows * k_pad);
+    std::vector<float> packed(k), original(order ? k : 0);
+    for (int64_t b = begin; b < end; ++b) {
+      const uint32_t* from = words + b * layout.block_words();
+      layout.cuda ? unpack_cuda_block(layout, from, codes.data())
+                  : unpack_cpu_block(layout, from, codes.data());
+      for (int64_t r = b * rows; r < n && r < (b + 1) * rows; ++r) {
+        for (int64_t g = 0; g * columns < k; ++g) {
+          const int64_t slot = layout.scale(g, r), c = g * columns;
+          float zero = bits == 8 ? 128.0f : 8.0f, zf = 0.0f;
+          if (zero_type == DType::u8)
+            zero = static_cast<const uint8_t*>(zero_data)[slot];
+          else if (zeros)
+            zf = get_float(zero_type, zero_data, slot);
+          dequantize_run(codes.data() + (r - b * rows) * k_pad + c,
+                         k - c < columns ? k - c : columns, zero,
+                         get_float(scale_type, scale_data, slot),
+                         zeros && zero_type != DType::u8 ? &zf : nullptr, packed.data() + c);
         }
+        for (int64_t c = 0; order && c < k; ++c) original[order[c]] = packed[c];
+        const float* row = order ? original.data() : packed.data();
+        cpu::with_float(out_type, [&](auto e) {
+          using E = decltype(e);
+          int64_t c = 0;
+          for (; c + cpu::kLanes <= k; c += cpu::kLanes)
+            E::store(to, r * stride + c, cpu::load_raw<cpu::vf>(row + c));
+          for (; c < k; ++c) E::set(to, r * stride + c, row[c]);
+        });
       }
+    }
   });
 }
 

@@ -43,7 +43,7 @@ def test_batch_invariant_rows_keep_their_bits(isa: str, dtype: torch.dtype) -> N
     for m in (1, 2, 3, 4, 5, 16, 17):
         assert torch.equal(linear(x[:m], w, batch_invariant=True), whole[:m]), m
         assert torch.equal(linear(x[-m:], w, batch_invariant=True), whole[-m:]), m
-    assert torch.equal(linear(x[:16], w), whole[:16])  # few tokens take the same kernel
+    assert torch.equal(linear(x[:4], w), whole[:4])  # few tokens take the same kernel
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -8,13 +8,13 @@ import random
 import pytest
 import torch
 
-from fastinfer.ops import linear as L
 from fastinfer.ops import quantization as Q
 from fastinfer.ops._reference_linear import (
     dequantize_codes_reference,
     int4_linear_reference,
     int8_linear_reference,
 )
+from fastinfer.ops.linear import int4_linear, int8_linear
 from helpers import (
     FLOATS,
     assert_linear_error,
@@ -43,7 +43,7 @@ class Case:
     dense: torch.Tensor
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None, **kw) -> torch.Tensor:
-        fn = L.int4_linear if self.bits == 4 else L.int8_linear
+        fn = int4_linear if self.bits == 4 else int8_linear
         return fn(
             x,
             *self.packed,
@@ -240,7 +240,7 @@ def _call(case: Case, name: str, value: object) -> None:
         "perm": None,
     }
     args[name] = value
-    L.int4_linear(**args)
+    int4_linear(**args)
 
 
 WRONG = {
@@ -282,7 +282,7 @@ def test_more_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.zeros(64, 128, dtype=torch.uint8), torch.ones(64, 4), group_size=32, layout="cuda"
     )
     refuses(
-        lambda: L.int4_linear(torch.ones(2, 128), *cuda, group_size=32, out_features=64),
+        lambda: int4_linear(torch.ones(2, 128), *cuda, group_size=32, out_features=64),
         "packed for CUDA",
         'layout="cpu"',
     )
@@ -319,6 +319,6 @@ def test_compile() -> None:
         expected = case(x) + 1
 
     def fn(x: torch.Tensor) -> torch.Tensor:
-        return L.int4_linear(x, *case.packed, group_size=8, out_features=24) + 1
+        return int4_linear(x, *case.packed, group_size=8, out_features=24) + 1
 
     assert torch.equal(compiles(fn, x), expected)

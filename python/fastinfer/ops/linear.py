@@ -8,6 +8,8 @@ from `fastinfer.ops.quantization.pack_weight`; quantised activations from `quant
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,11 @@ def _rows(name: str, arg: str, x: Tensor) -> Tensor:
     """x [..., K] as [M, K]; a view where the strides allow it."""
     if x.dim() == 2:
         return x
-    _lib.check(
-        x.dim() > 0, f"{name}: {arg} must have shape [..., in_features], got {_lib.describe(x)}"
-    )
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    if x.dim() == 0:  # (a message is only put together when it is needed)
+        raise RuntimeError(
+            f"{name}: {arg} must have shape [..., in_features], got {_lib.describe(x)}"
+        )
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _output(
@@ -34,14 +37,13 @@ def _output(
 ) -> tuple[Tensor, Tensor]:
     """The tensor to return, [..., N], and the same memory as [M, N]."""
     if out is None:
-        out = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
-        return out, out if out.dim() == 2 else _rows(name, "out", out)
-    if out.dim() == 2 and x.dim() == 2:
-        return out, out
-    _lib.check(
-        out.shape == (*x.shape[:-1], n) and out.is_contiguous(),
-        f"{name}: out must be contiguous with shape {[*x.shape[:-1], n]}, got {_lib.describe(out)}",
-    )
+        out = x.new_empty((*x.shape[:-1], n), dtype=dtype)
+    elif out.dim() != 2 or x.dim() != 2:
+        _lib.check(
+            out.shape == (*x.shape[:-1], n) and out.is_contiguous(),
+            f"{name}: out must be contiguous with shape {[*x.shape[:-1], n]}, "
+            f"got {_lib.describe(out)}",
+        )
     return out, _rows(name, "out", out)
 
 
@@ -55,9 +57,10 @@ def linear(
 ) -> Tensor:
     """Linear layer with unquantised weights.
 
-    Few tokens (on the CPU at most 16) run through a kernel that streams the weights once; more go
-    to torch's own matrix product. The choice is made in C++, so a compiled graph follows the M of
-    each call.
+    Few tokens run through a kernel that streams the weights once; more go to torch's own matrix
+    product where that is faster (on the CPU above 16 tokens; in bf16 above 4 on processors with
+    bf16 instructions, and in 16 bit never on those without). The choice is made in C++, so a
+    compiled graph follows the M of each call.
 
     Args:
         x: [..., K], fp32, fp16 or bf16, last dimension contiguous.
