@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -31,15 +32,24 @@ def full(batch: int, **values: float) -> dict[str, Tensor]:
     }
 
 
-def kept_ids(logits: Tensor, **rules: float) -> list[set[int]]:
-    """The kept set of every row as the operator reports it."""
+def kept_tokens(logits: Tensor, **rules: float) -> Tensor:
+    """The kept set of every row as the operator reports it, bool [B, V]."""
     b, v = logits.shape
     out = sample(logits, **full(b, **rules), num_top_logprobs=v)
     assert out.top_ids is not None and out.top_logprobs is not None
-    return [
-        {i for i, p in zip(ids, ps, strict=True) if p > -INF}
-        for ids, ps in zip(out.top_ids.tolist(), out.top_logprobs.tolist(), strict=True)
-    ]
+    return torch.zeros(b, v, dtype=torch.bool).scatter_(1, out.top_ids, out.top_logprobs > -INF)
+
+
+def kept_ids(logits: Tensor, **rules: float) -> list[set[int]]:
+    return [set(row.nonzero()[:, 0].tolist()) for row in kept_tokens(logits, **rules)]
+
+
+@cache
+def reference_of(vocab: int, seed: int, scale: float, n: int, rules: tuple[tuple[str, float], ...]):
+    """(logits, parameters, sample_reference): made once for all instruction-set levels."""
+    logits = randn(3, vocab, seed=seed) * scale
+    parameters = {**full(3, **dict(rules)), "seeds": torch.arange(3)}
+    return logits, parameters, sample_reference(logits, **parameters, num_top_logprobs=n)
 
 
 def brute_force(
@@ -111,21 +121,28 @@ def test_truncation_by_definition(isa: str, rules: dict[str, float]) -> None:
         assert kept == [brute_force(row, **rules) for row in logits.double().tolist()]
 
 
-@pytest.mark.parametrize("vocab", [63, 1000, 20011])
-@pytest.mark.parametrize("offset", [0.0, 300.0])
+MANY = (
+    {"top_k": 50},
+    {"top_k": 17000},
+    {"top_p": 0.9},
+    {"top_p": 0.9999, "temperature": 3.0},
+    {"top_p": 0.7, "temperature": 0.01},
+    {"top_k": 40, "top_p": 0.6, "min_p": 0.03},
+    {"min_p": 1e-3},
+)
+
+
+@cache
+def kept_by_reference(vocab: int, offset: float) -> tuple[Tensor, list[Tensor]]:
+    logits = randn(2, vocab, seed=vocab) * 3 + offset
+    return logits, [distribution_reference(logits.double(), **full(2, **r))[1] for r in MANY]
+
+
+@pytest.mark.parametrize(("vocab", "offset"), [(63, 0.0), (1000, 300.0), (20011, 0.0)])
 def test_truncation_of_many_tokens(isa: str, vocab: int, offset: float) -> None:
-    logits = randn(4, vocab, seed=vocab) * 3 + offset
-    for rules in (
-        {"top_k": 50},
-        {"top_k": vocab - 1},
-        {"top_p": 0.9},
-        {"top_p": 0.9999, "temperature": 3.0},
-        {"top_p": 0.7, "temperature": 0.01},
-        {"top_k": 40, "top_p": 0.6, "min_p": 0.03},
-        {"min_p": 1e-3},
-    ):
-        _, kept = distribution_reference(logits.double(), **full(4, **rules))
-        assert kept_ids(logits, **rules) == [set(row.nonzero()[:, 0].tolist()) for row in kept]
+    logits, want = kept_by_reference(vocab, offset)
+    for rules, kept in zip(MANY, want, strict=True):
+        assert torch.equal(kept_tokens(logits, **rules), kept), rules
 
 
 def test_ties() -> None:
@@ -213,10 +230,10 @@ def test_penalties_by_hand() -> None:
     "rules", [{"temperature": 0.0}, {}, {"temperature": 0.5, "top_k": 10}], ids=str
 )
 def test_logprobs(isa: str, vocab: int, rules: dict[str, float]) -> None:
-    logits, n = randn(3, vocab, seed=13) * 3, min(vocab, 20)
-    parameters = dict(full(3, **rules), seeds=torch.arange(3))
+    n = min(vocab, 20)
+    logits, parameters, want = reference_of(vocab, 13, 3.0, n, tuple(rules.items()))
+    ids, logprobs, top_ids, top = want
     out = sample(logits, **parameters, return_logprobs=True, num_top_logprobs=n)
-    ids, logprobs, top_ids, top = sample_reference(logits, **parameters, num_top_logprobs=n)
     assert torch.equal(out.token_ids, ids)
     assert torch.equal(out.top_ids, top_ids)
     assert out.logprobs.dtype == out.top_logprobs.dtype == torch.float32

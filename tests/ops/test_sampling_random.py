@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -42,16 +44,26 @@ SEEDS = torch.tensor([0, 1, -1, 2**31, 2**32 + 7, -(2**63), 2**63 - 1, 123456789
 STEPS = torch.tensor([0, 5, 1, 2**32, 2**40 + 1, 3, -2, 77])
 
 
+RULES = ({}, {"top_k": 20}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01})
+
+
+@cache
+def drawn_by_reference(vocab: int, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    """(logits, parameters, tokens) for some rules, made once for all instruction-set levels."""
+    n = 8 if vocab < 5000 else 1
+    logits = (randn(n, vocab, seed=vocab) * 2).to(dtype)
+    cases = []
+    for rules in RULES if n > 1 else RULES[:1]:
+        kw = {**full(n, **rules), "seeds": SEEDS[-n:], "steps": STEPS[-n:]}
+        cases.append((logits, kw, sample_reference(logits, **kw)[0]))
+    return cases
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 3, 17, 1001, 128256])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_tokens_are_those_of_the_recipe(isa: str, vocab: int, dtype: torch.dtype) -> None:
-    logits = (randn(8, vocab, seed=vocab) * 2).to(dtype)
-    combinations = [{}, {"top_k": 20}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01}]
-    for rules in combinations if vocab < 5000 else combinations[:1]:
-        n = 8 if vocab < 5000 else 2
-        kw = dict(full(n, **rules), seeds=SEEDS[-n:], steps=STEPS[-n:])
-        got = sample(logits[:n], **kw).token_ids
-        assert torch.equal(got, sample_reference(logits[:n], **kw)[0])
+    for logits, kw, want in drawn_by_reference(vocab, dtype):
+        assert torch.equal(sample(logits, **kw).token_ids, want)
 
 
 def test_defaults_are_seed_0_step_0_temperature_1() -> None:

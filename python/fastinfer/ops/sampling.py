@@ -281,7 +281,7 @@ def _per_row(
             _lib.check_dtype(name, arg, t, dtypes)
             _lib.check(
                 t.dim() == 1 and t.shape[0] == batch,
-                f"{name}: {arg} must have shape [{batch}], got {_lib.describe(t)}",
+                f"{name}: {arg} must have shape [{batch}], got {_lib.describe(t)}; one per row",
             )
 
 
