@@ -3,7 +3,7 @@
 //   float cache: bytes are copied (the gather may convert to another float type)
 //   8-bit cache: code = round_to_nearest_even(x / scale), saturating at 127 (int8) or 448 (e4m3);
 //                value = code * scale. A dynamic scale is absmax / 127 or absmax / 448 of the
-//                token's head, 1 where that is 0; a NaN in the head makes the scale NaN.
+//                token's head, 1 where that is 0, NaN where the head holds inf or NaN.
 //
 // The arithmetic is fp32 with IEEE divisions: codes and scales do not depend on the ISA level.
 #include "kv_cache.h"
@@ -21,18 +21,23 @@ inline char* at(void* base, int64_t elements, int64_t size) {
   return static_cast<char*>(base) + elements * size;
 }
 
-// Largest |x|. Magnitudes are compared as integers, where NaN is above infinity and so survives.
+// Largest |x|; NaN when x holds inf or NaN.
 template <class E>
 float absmax(const char* x, int64_t dim) {
-  vi top{};
-  for (int64_t i = 0; i < dim; i += kLanes) {
-    const vf v = dim - i >= kLanes ? E::load(x, i) : load_partial<E>(x, i, dim - i);
-    const vi a = (vi)vabs(v);
-    top = a > top ? a : top;
+  vf top{}, poison{};
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) {
+    const vf v = E::load(x, i);
+    top = vmax(top, vabs(v));
+    poison += v - v;  // 0, or NaN from the first inf or NaN on
   }
-  int32_t best = 0;
-  for (int j = 0; j < kLanes; ++j) best = top[j] > best ? top[j] : best;
-  return bits_to_float((uint32_t)best);
+  if (i < dim) {
+    const vf v = load_partial<E>(x, i, dim - i);
+    top = vmax(top, vabs(v));
+    poison += v - v;
+  }
+  const float bad = sum(poison);
+  return bad == bad ? max(top) : __builtin_nanf("");
 }
 
 template <class E, class C>

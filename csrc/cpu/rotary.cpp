@@ -30,6 +30,13 @@ namespace {
 #define FI_HIGH 2, 6, 3, 7
 #endif
 
+// GCC has __builtin_shufflevector only from version 12 on.
+#if defined(__clang__)
+#define FI_SHUFFLE(u, v, ...) __builtin_shufflevector(u, v, __VA_ARGS__)
+#else
+#define FI_SHUFFLE(u, v, ...) __builtin_shuffle(u, v, vi{__VA_ARGS__})
+#endif
+
 template <class E, class C>
 void rotate_split(const char* x, char* y, const void* cos, const void* sin, int64_t half) {
   const char* x2 = x + half * E::size;
@@ -53,11 +60,11 @@ void rotate_pairs(const char* x, char* y, const void* cos, const void* sin, int6
   int64_t i = 0;
   for (; i + kLanes <= half; i += kLanes) {
     const vf u = E::load(x, 2 * i), v = E::load(x, 2 * i + kLanes);
-    const vf a = __builtin_shufflevector(u, v, FI_EVEN), b = __builtin_shufflevector(u, v, FI_ODD);
+    const vf a = FI_SHUFFLE(u, v, FI_EVEN), b = FI_SHUFFLE(u, v, FI_ODD);
     const vf c = C::load(cos, i), s = C::load(sin, i);
     const vf first = a * c - b * s, second = b * c + a * s;
-    E::store(y, 2 * i, __builtin_shufflevector(first, second, FI_LOW));
-    E::store(y, 2 * i + kLanes, __builtin_shufflevector(first, second, FI_HIGH));
+    E::store(y, 2 * i, FI_SHUFFLE(first, second, FI_LOW));
+    E::store(y, 2 * i + kLanes, FI_SHUFFLE(first, second, FI_HIGH));
   }
   for (; i < half; ++i) {
     const float a = E::get(x, 2 * i), b = E::get(x, 2 * i + 1);

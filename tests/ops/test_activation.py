@@ -188,3 +188,13 @@ def test_refusals() -> None:
     refuses(lambda: op(x, q=q, scale=s, zeros=z.long()), "zeros", "int32")
     strided = torch.empty(2, 6, dtype=torch.int8)[:, :3]
     refuses(lambda: op(x, q=strided, scale=s, zeros=None), "q", "contiguous")
+
+
+def test_fake_kernels_refuse_too() -> None:
+    with torch.device("meta"):
+        x = torch.ones(3, 8)
+        assert silu_and_mul(x).shape == (3, 4)
+        assert silu_and_mul_quant(x, symmetric=False)[2].dtype == torch.int32
+        refuses(lambda: silu_and_mul(x, out=x), "silu_and_mul: out")
+        refuses(lambda: gelu_and_mul(x[:, 1:]), "gelu_and_mul: x", "2I")
+        refuses(lambda: gelu_and_mul(x.double()), "gelu_and_mul: x", "float64")

@@ -43,7 +43,7 @@ def reshape_and_cache(
 
     8-bit caches: code = x / scale rounded to nearest even, saturating at 127 (int8) or 448
     (float8_e4m3fn); a dynamic scale is max|x| / 127 or / 448 of the token's head, 1 where that
-    is 0, and NaN where the head holds a NaN.
+    is 0, and NaN where the head holds inf or NaN.
 
     Args:
         key, value: [T, Hkv, D], fp32, fp16 or bf16, any outer strides.

@@ -1,0 +1,221 @@
+"""rms_norm, fused_add_rms_norm, rms_norm_quant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastinfer.ops.norm import (
+    fused_add_rms_norm,
+    fused_add_rms_norm_reference,
+    rms_norm,
+    rms_norm_quant,
+    rms_norm_quant_reference,
+    rms_norm_reference,
+)
+from helpers import (
+    FLOATS,
+    assert_close_to_reference,
+    assert_codes_match,
+    compiles,
+    opcheck,
+    poisoned,
+    randn,
+    refuses,
+    threads,
+)
+
+OPS = torch.ops.fastinfer
+ODD = (1, 17, 63, 65, 127, 1000)
+
+
+def baseline(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """The usual torch code of a model: fp32 inside, rounded before the weight."""
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return y.to(x.dtype) * weight.to(x.dtype)
+
+
+@pytest.mark.parametrize("weight_dtype", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rms_norm_matches_fp64(isa: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    for i, dim in enumerate(ODD):
+        x, w = randn(3, dim, seed=i, dtype=dtype), randn(dim, seed=i + 50, dtype=weight_dtype)
+        out = poisoned(3, dim, dtype=dtype)
+        assert rms_norm(x, w, 1e-5, out=out) is out
+        assert_close_to_reference(
+            out, rms_norm_reference(x.double(), w, 1e-5), baseline(x, w, 1e-5)
+        )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_fused_add_matches_fp64(isa: str, dtype: torch.dtype) -> None:
+    for i, dim in enumerate(ODD):
+        x, r = randn(3, dim, seed=i, dtype=dtype), randn(3, dim, seed=i + 9, dtype=dtype)
+        w = randn(dim, seed=i + 50, dtype=dtype)
+        total = (x.float() + r.float()).to(dtype)
+        y, new = fused_add_rms_norm_reference(x, r, w)
+        assert torch.equal(new, total)
+        got = fused_add_rms_norm(x, r, w)
+        assert got[0] is x and got[1] is r
+        assert torch.equal(r, total)
+        assert_close_to_reference(x, rms_norm_reference(total.double(), w), baseline(total, w))
+        assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quant_matches_reference(isa: str, dtype: torch.dtype, symmetric: bool) -> None:
+    for i, dim in enumerate(ODD):
+        x, r = randn(3, dim, seed=i, dtype=dtype), randn(3, dim, seed=i + 9, dtype=dtype)
+        w = randn(dim, seed=i + 50, dtype=dtype)
+        for residual in (None, r.clone()):
+            before = x.clone()
+            *want, total = rms_norm_quant_reference(x, w, residual=residual, symmetric=symmetric)
+            got = rms_norm_quant(x, w, residual=residual, symmetric=symmetric)
+            normed = rms_norm_reference((x if total is None else total).double(), w)
+            assert_codes_match(got, tuple(want), normed)
+            assert torch.equal(x, before)
+            if residual is not None:
+                assert torch.equal(residual, total)
+
+
+def test_quant_edge_rows() -> None:
+    x, w = randn(4, 20, seed=1), randn(20, seed=2)
+    x[1] = 0
+    x[2, 3] = torch.nan
+    q, scale, zeros = rms_norm_quant(x, w, symmetric=False)
+    assert scale[1] == 1 and zeros is not None and zeros[1] == 0 and (q[1] == 0).all()
+    assert scale[2].isnan() and scale[[0, 3]].isfinite().all()
+    assert torch.equal(q[3:], rms_norm_quant(x[3:], w, symmetric=False)[0])
+
+
+def strided(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Views of one buffer: head slices, a transposed batch, one row, a broadcast row."""
+    x = randn(4, 3, 5, 40, seed=seed, dtype=dtype)
+    return [
+        x[:, :, 1:3, :33],
+        x.transpose(0, 2)[..., 4:37],
+        x[0, 0, 0, :33],
+        x[::2, 1, ::2, :33],
+        x[:1, :1, :1, :33].expand(2, 3, 2, 33),
+    ]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_strides(dtype: torch.dtype) -> None:
+    w = randn(80, seed=3, dtype=dtype)[:33]
+    for v in strided(1, dtype):
+        want = rms_norm(v.contiguous(), w)
+        assert torch.equal(rms_norm(v, w), want)
+        assert torch.equal(rms_norm_quant(v, w)[0], rms_norm_quant(v.contiguous(), w)[0])
+        wide = torch.full((*v.shape[:-1], 50), 7.0, dtype=dtype)
+        rms_norm(v, w, out=wide[..., 8:41])
+        assert torch.equal(wide[..., 8:41], want)
+        assert (wide[..., :8] == 7).all() and (wide[..., 41:] == 7).all()
+
+
+def test_fused_add_strides() -> None:
+    w = randn(33, seed=3)
+    for a, r in zip(strided(1)[:4], strided(2)[:4], strict=True):
+        x, res = a.contiguous(), r.contiguous()
+        fused_add_rms_norm(x, res, w)
+        rms = rms_norm_quant(a, w, residual=r.clone())
+        fused_add_rms_norm(a, r, w)  # in place on the views
+        assert torch.equal(a, x) and torch.equal(r, res)
+        assert rms[0].shape == a.shape
+
+
+def test_in_place_and_empty() -> None:
+    x, w = randn(3, 17, seed=1), randn(17, seed=2)
+    want = rms_norm(x, w)
+    assert torch.equal(rms_norm(x, w, out=x), want)
+    for shape in ((0, 8), (2, 0, 8), (3, 0)):
+        e, we = torch.empty(shape), torch.ones(shape[-1])
+        assert rms_norm(e, we).shape == e.shape
+        fused_add_rms_norm(e, e.clone(), we)
+        q, scale, _ = rms_norm_quant(e, we)
+        assert q.shape == e.shape and scale.shape == e.shape[:-1]
+
+
+def test_threads_and_batch_mates_do_not_change_bits() -> None:
+    x, w = randn(37, 3000, seed=2, dtype=torch.bfloat16), randn(3000, seed=3)
+    results = []
+    for n in (1, 2, 3):
+        with threads(n):
+            results.append((rms_norm(x, w), *rms_norm_quant(x, w)[:2]))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert torch.equal(rms_norm(x[5:6], w), results[0][0][5:6])
+
+
+def test_nan_stays_in_its_row() -> None:
+    x, w = randn(3, 17, seed=2), randn(17, seed=3)
+    x[1, 4] = torch.nan
+    y = rms_norm(x, w)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_opcheck() -> None:
+    w = randn(17, seed=1)
+    for x in (randn(3, 17, seed=2), randn(3, 4, 20, seed=2)[:, 1:3, :17], torch.empty(0, 17)):
+        opcheck(OPS.rms_norm, (x, w, 1e-6), {"out": torch.empty(x.shape)})
+        opcheck(OPS.fused_add_rms_norm, (x.clone(), x.clone(), w, 1e-6))
+        for residual, zeros in ((None, None), (x.clone(), x.new_empty(x.shape[:-1]).int())):
+            out = {"q": torch.empty(x.shape).to(torch.int8), "scale": torch.empty(x.shape[:-1])}
+            opcheck(OPS.rms_norm_quant, (x, w, 1e-6), {"residual": residual, "zeros": zeros, **out})
+
+
+def test_compiles() -> None:
+    def f(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = rms_norm(x * 2, w)
+        q, scale, zeros = rms_norm_quant(y, w, residual=residual, symmetric=False)
+        z, _ = fused_add_rms_norm(y + 1, residual, w)
+        return y, q, scale, zeros, z
+
+    x, r, w = randn(3, 34, seed=1), randn(3, 34, seed=2), randn(34, seed=3)
+    r2 = r.clone()
+    want = f(x, r2, w)
+    got = compiles(f, x, r, w)
+    assert torch.equal(r, r2)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refusals() -> None:
+    x, w = torch.ones(2, 6), torch.ones(6)
+    for name, fn in (
+        ("rms_norm", lambda a, b: rms_norm(a, b)),
+        ("fused_add_rms_norm", lambda a, b: fused_add_rms_norm(a, a.clone(), b)),
+        ("rms_norm_quant", lambda a, b: rms_norm_quant(a, b)),
+    ):
+        refuses(lambda fn=fn: fn(x.double(), w), name, "x", "float64", ".to(dtype)")
+        refuses(lambda fn=fn: fn(x, w.double()), name, "weight", "float64")
+        refuses(lambda fn=fn: fn(x, w[:5]), name, "weight", "[6]", "[5]")
+        refuses(lambda fn=fn: fn(x, torch.ones(12)[::2]), name, "weight", "contiguous")
+        refuses(lambda fn=fn: fn(x.clone().requires_grad_(), w), name, "grad")
+    refuses(lambda: rms_norm(torch.ones(6, 2).t(), w), "rms_norm", "x", "contiguous")
+    refuses(lambda: rms_norm(torch.tensor(1.0), w), "rms_norm", "x", "dimension")
+    refuses(lambda: rms_norm(x, w, out=x.half()), "rms_norm", "out", "dtype")
+    refuses(lambda: rms_norm(x, w, out=torch.empty(3, 6)), "rms_norm", "out", "[2, 6]")
+    refuses(lambda: rms_norm(x, w, out=torch.empty(6, 2).t()), "rms_norm", "out", "contiguous")
+    refuses(lambda: fused_add_rms_norm(x, x.half(), w), "residual", "dtype")
+    refuses(lambda: fused_add_rms_norm(x, x[:1], w), "residual", "[2, 6]")
+    refuses(lambda: rms_norm_quant(x, w, residual=torch.ones(6, 2).t()), "residual", "contiguous")
+    q, s = torch.empty(2, 6).to(torch.int8), torch.empty(2)
+
+    def codes(**change: Tensor) -> None:
+        base = {"residual": None, "q": q, "scale": s, "zeros": None}
+        OPS.rms_norm_quant(x, w, 1e-6, **(base | change))
+
+    codes()
+    name = "rms_norm_quant: "
+    refuses(lambda: codes(q=q[:1]), name + "q must have", "[2, 6]")
+    refuses(lambda: codes(q=q.float()), name + "q must be torch.int8")
+    refuses(lambda: codes(q=torch.empty(2, 8).to(torch.int8)[:, :6]), name + "q", "contiguous")
+    refuses(lambda: codes(scale=s.double()), name + "scale must be torch.float32")
+    refuses(lambda: codes(scale=s[:1]), name + "scale", "leading sizes")
+    refuses(lambda: codes(zeros=s), name + "zeros must be torch.int32")
+    refuses(lambda: codes(zeros=s[:1].int()), name + "zeros", "leading sizes")
+    with torch.device("meta"):
+        refuses(lambda: rms_norm(torch.ones(2, 6), torch.ones(5)), "rms_norm", "weight", "[6]")

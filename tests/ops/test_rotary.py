@@ -1,0 +1,316 @@
+"""apply_rotary (both styles, in place or not) and apply_rotary_and_cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastinfer.ops.kv_cache import reshape_and_cache
+from fastinfer.ops.rotary import (
+    apply_rotary,
+    apply_rotary_and_cache,
+    apply_rotary_and_cache_reference,
+    apply_rotary_reference,
+    rotary_reference,
+)
+from helpers import (
+    FLOATS,
+    assert_close_to_reference,
+    compiles,
+    opcheck,
+    poisoned,
+    randn,
+    refuses,
+    threads,
+)
+
+OPS = torch.ops.fastinfer
+FP8 = torch.float8_e4m3fn
+STYLES = pytest.mark.parametrize("interleaved", [False, True])
+# Head dim and rotary dim; half of it below, at and above the vector length of every level.
+DIMS = ((2, 2), (17, 16), (63, 26), (64, 64), (65, 34), (80, 32), (127, 126), (128, 0), (1000, 66))
+
+
+def tables(max_pos: int, rotary_dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    frequency = 1.0 / 10000 ** (torch.arange(0, rotary_dim, 2).double() / max(rotary_dim, 1))
+    angle = torch.arange(max_pos).double()[:, None] * frequency
+    return [angle.cos().to(dtype), angle.sin().to(dtype)]
+
+
+def baseline(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """The usual torch code at x's dtype."""
+    c, s = (t.to(x.dtype)[positions.long()].unsqueeze(-2) for t in (cos, sin))
+    n = 2 * cos.shape[1]
+    head = x[..., :n]
+    a, b = (head[..., 0::2], head[..., 1::2]) if interleaved else head.chunk(2, -1)
+    pair = (a * c - b * s, b * c + a * s)
+    out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat((out, x[..., n:]), -1)
+
+
+def bits(t: Tensor) -> Tensor:
+    """Raw bytes, so that NaN compares equal to itself."""
+    return t.contiguous().view(torch.uint8)
+
+
+@STYLES
+@pytest.mark.parametrize("table_dtype", ["fp32", "same"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_matches_fp64(isa: str, dtype: torch.dtype, table_dtype: str, interleaved: bool) -> None:
+    for i, (dim, rotary_dim) in enumerate(DIMS):
+        q, k = randn(5, 3, dim, seed=i, dtype=dtype), randn(5, 1, dim, seed=i + 50, dtype=dtype)
+        cos, sin = tables(40, rotary_dim, torch.float32 if table_dtype == "fp32" else dtype)
+        positions = torch.tensor([0, 39, 7, 7, 21], dtype=(torch.int32, torch.int64)[i % 2])
+        out = [poisoned(*x.shape, dtype=dtype) for x in (q, k)]
+        OPS.apply_rotary(
+            q, k, cos, sin, positions, interleaved=interleaved, q_out=out[0], k_out=out[1]
+        )
+        for x, y in ((q, out[0]), (k, out[1])):
+            want = rotary_reference(x.double(), cos, sin, positions, interleaved=interleaved)
+            base = baseline(x, cos, sin, positions, interleaved)
+            assert_close_to_reference(y, want, base)
+            assert torch.equal(y[..., rotary_dim:], x[..., rotary_dim:])
+
+
+@STYLES
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_fp32_accuracy_is_one_rounding(isa: str, dtype: torch.dtype, interleaved: bool) -> None:
+    """fp32 tables: every element within half a unit of its dtype, plus the fp32 arithmetic."""
+    x = randn(64, 2, 64, seed=1, dtype=dtype)
+    cos, sin = tables(64, 64)
+    want = rotary_reference(x.double(), cos, sin, interleaved=interleaved)
+    got = apply_rotary(x, None, cos, sin, interleaved=interleaved)[0].double()
+    half_unit = torch.finfo(dtype).eps / 2
+    assert ((got - want).abs() <= want.abs() * half_unit + 1e-6).all()
+
+
+@STYLES
+def test_strided_views_inplace_and_neighbours(isa: str, interleaved: bool) -> None:
+    """q and k as views of a fused QKV projection, packed and batched; the rest stays untouched."""
+    cos, sin = tables(30, 20)
+    for shape in ((7,), (2, 5)):
+        qkv = randn(*shape, (4 + 2 + 2) * 24 + 3, seed=3, dtype=torch.float16)
+        positions = torch.randint(0, 30, shape)
+        before = qkv.clone()
+        q = qkv[..., : 4 * 24].unflatten(-1, (4, 24))
+        k = qkv[..., 4 * 24 : 6 * 24].unflatten(-1, (2, 24))
+        want = apply_rotary(q, k, cos, sin, positions, interleaved=interleaved)
+        assert torch.equal(qkv, before)
+        assert all(w.is_contiguous() for w in want)
+        got = apply_rotary(q, k, cos, sin, positions, interleaved=interleaved, inplace=True)
+        assert got[0] is q and got[1] is k
+        assert torch.equal(q, want[0]) and torch.equal(k, want[1])
+        assert torch.equal(qkv[..., 6 * 24 :], before[..., 6 * 24 :])
+
+
+@STYLES
+def test_positions_default_strides_and_missing_k(interleaved: bool) -> None:
+    cos, sin = tables(12, 16)
+    q = randn(3, 6, 2, 16, seed=1)
+    ramp = torch.arange(6).expand(3, 6)  # batch stride 0
+    want = apply_rotary_reference(q, None, cos, sin, interleaved=interleaved)[0]
+    for positions in (None, ramp, ramp.to(torch.int32).contiguous()):
+        got, none = apply_rotary(q, None, cos, sin, positions, interleaved=interleaved)
+        assert none is None
+        torch.testing.assert_close(got, want)
+    # Packed tokens, positions with a stride, and caches of cos and sin that are views.
+    packed = apply_rotary(q[1], None, cos, sin, interleaved=interleaved)[0]
+    both = torch.cat((cos, sin), -1)
+    strided = torch.arange(12)[::2] // 2
+    assert torch.equal(
+        apply_rotary(q[1], None, both[:, :8], both[:, 8:], strided, interleaved=interleaved)[0],
+        packed,
+    )
+    assert torch.equal(
+        apply_rotary(q.transpose(0, 1), None, cos, sin, ramp.t(), interleaved=interleaved)[0],
+        got.transpose(0, 1),
+    )
+
+
+def test_empty() -> None:
+    cos, sin = tables(4, 8)
+    for shape in ((0, 2, 8), (2, 0, 3, 8), (3, 0, 8)):
+        q, k = torch.empty(shape), torch.empty(shape)
+        assert apply_rotary(q, k, cos, sin)[0].shape == shape
+        apply_rotary(q, k, cos, sin, inplace=True)
+    q, k = randn(3, 2, 8, seed=1), torch.empty(3, 0, 8)
+    assert torch.equal(apply_rotary(q, k, cos, sin)[0], apply_rotary(q, None, cos, sin)[0])
+
+
+def test_threads_do_not_change_bits() -> None:
+    q, k = randn(300, 8, 64, seed=1, dtype=torch.bfloat16), randn(300, 2, 64, seed=2).bfloat16()
+    cos, sin = tables(300, 64)
+    results = []
+    for n in (1, 2, 3):
+        with threads(n):
+            results.append(apply_rotary(q, k, cos, sin))
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
+    one = apply_rotary(q[77:78], None, cos, sin, torch.tensor([77]))[0]
+    assert torch.equal(one, results[0][0][77:78])
+
+
+def caches(dtype: torch.dtype, heads: int, dim: int) -> tuple[list[Tensor], Tensor | None]:
+    pair = [poisoned(5, 3, heads, dim, dtype=dtype) for _ in range(2)]
+    return pair, poisoned(5, 3, heads) if dtype in (FP8, torch.int8) else None
+
+
+@STYLES
+@pytest.mark.parametrize("cache", ["same", FP8, torch.int8])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_and_cache_equals_the_two_steps(
+    isa: str, dtype: torch.dtype, cache: torch.dtype | str, interleaved: bool
+) -> None:
+    cos, sin = tables(20, 34)
+    qkv = randn(9, 4 + 2 + 2, 40, seed=2, dtype=dtype)
+    positions = torch.randint(0, 20, (9,))
+    slots = torch.tensor([3, -1, 14, 0, 7, 8, -1, 1, 2])
+    results = []
+    for fused in (True, False):
+        q, k, v = qkv.clone().split((4, 2, 2), 1)
+        pair, scale = caches(dtype if cache == "same" else cache, 2, 40)
+        scales = [None, None] if scale is None else [scale, scale.clone()]
+        kw = {"k_scale": scales[0], "v_scale": scales[1]}
+        if fused:
+            apply_rotary_and_cache(
+                q, k, v, cos, sin, positions, *pair, slots, interleaved=interleaved, **kw
+            )
+        else:
+            apply_rotary(q, k, cos, sin, positions, interleaved=interleaved, inplace=True)
+            reshape_and_cache(k, v, *pair, slots, **kw)
+        results.append([q, k, v, *pair, *(s for s in scales if s is not None)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(bits(a), bits(b))
+    if cache == "same":
+        q, k, v = qkv.clone().split((4, 2, 2), 1)
+        pair, _ = caches(dtype, 2, 40)
+        apply_rotary_and_cache_reference(
+            q, k, v, cos, sin, positions, *pair, slots, interleaved=interleaved
+        )
+        for a, b in zip(results[0], (q, k, v, *pair), strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def opcheck_inputs() -> tuple[Tensor, ...]:
+    cos, sin = tables(9, 8)
+    return randn(4, 3, 10, seed=1), randn(4, 2, 10, seed=2), randn(4, 2, 10, seed=3), cos, sin
+
+
+def test_opcheck() -> None:
+    q, k, v, cos, sin = opcheck_inputs()
+    positions, slots = torch.tensor([1, 8, 0, 3]), torch.tensor([4, -1, 0, 7])
+    for p in (None, positions, positions.int()):
+        out = {"q_out": torch.empty_like(q), "k_out": torch.empty_like(k), "interleaved": True}
+        opcheck(OPS.apply_rotary, (q, k, cos, sin, p), out)
+    opcheck(OPS.apply_rotary_inplace, (q, None, cos, sin, positions), {"interleaved": False})
+    q4, k4 = randn(2, 3, 2, 10, seed=4), randn(2, 3, 1, 10, seed=4)
+    opcheck(OPS.apply_rotary_inplace, (q4, k4, cos, sin, None), {"interleaved": False})
+    for dtype in (torch.float32, torch.int8):  # opcheck itself cannot handle float8
+        pair, scale = caches(dtype, 2, 10)
+        pair = [c.nan_to_num(0) for c in pair]
+        scales = None if scale is None else torch.ones(2)
+        args = (q, k, v, cos, sin, positions, *pair, slots)
+        kw = {
+            "interleaved": False,
+            "k_scale": scales,
+            "v_scale": None if scales is None else 2 * scales,
+        }
+        opcheck(OPS.apply_rotary_and_cache, args, kw)
+
+
+def test_compiles() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, p: Tensor, *rest: Tensor):
+        a, b = apply_rotary(q + 0, k + 0, cos, sin, p)
+        apply_rotary_and_cache(q, k, v, cos, sin, p, *rest)
+        return a, b, q * 2
+
+    q, k, v, cos, sin = opcheck_inputs()
+    p, slots = torch.tensor([1, 8, 0, 3]), torch.tensor([4, -1, 0, 7])
+    runs = []
+    for call in (lambda *a: compiles(f, *a), f):
+        state = [q.clone(), k.clone(), v, cos, sin, p, torch.zeros(3, 3, 2, 10)]
+        state += [torch.zeros(3, 3, 2, 10), slots]
+        runs.append((*call(*state), *state))
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+    assert runs[0][-3].any()  # the cache was written
+
+
+def test_refusals() -> None:
+    cos, sin = tables(10, 8)
+    q, k = torch.ones(3, 4, 8), torch.ones(3, 2, 8)
+    name = "apply_rotary"
+    for inplace in (False, True):
+
+        def go(*args: Tensor | None, inplace: bool = inplace) -> object:
+            return apply_rotary(*args, inplace=inplace)
+
+        refuses(lambda: go(q.double(), k, cos, sin), name, "q", "float64")
+        refuses(lambda: go(q[0], k, cos, sin), name, "q", "[B, S, Hq, D]")
+        refuses(lambda: go(torch.ones(3, 8, 4).transpose(1, 2), k, cos, sin), "q", "contiguous")
+        refuses(lambda: go(q, k.half(), cos, sin), name, "k", "dtype of q")
+        refuses(lambda: go(q, k[:2], cos, sin), name, "k", "[3, *, 8]")
+        refuses(lambda: go(q, torch.ones(3, 8, 2).transpose(1, 2), cos, sin), "k", "contiguous")
+        refuses(lambda: go(q, k, cos.half(), sin), name, "cos", "float16")
+        refuses(lambda: go(q, k, cos[0], sin), name, "cos", "2 dimensions")
+        refuses(lambda: go(q, k, *tables(10, 10)), name, "cos", "rotary_dim <= 8")
+        refuses(lambda: go(q, k, cos, sin.double()), name, "sin", "dtype of cos")
+        refuses(lambda: go(q, k, cos, sin[:9]), name, "sin", "[10, 4]")
+        refuses(lambda: go(q, k, cos.t().contiguous().t(), sin), name, "cos", "contiguous")
+        refuses(lambda: go(q, k, cos, sin.t().contiguous().t()), name, "sin", "contiguous")
+        refuses(lambda: go(q, k, cos, sin, torch.ones(3)), name, "positions", "int32")
+        refuses(lambda: go(q, k, cos, sin, torch.ones(2).int()), name, "positions", "[3]")
+        refuses(lambda: go(q[None], k[None], cos, sin, torch.ones(3).int()), "positions", "[1, 3]")
+        refuses(lambda: go(q, k, cos[:2], sin[:2]), name, "cos", "3 positions")
+        refuses(lambda: go(q.clone().requires_grad_(), k, cos, sin), name, "grad")
+        for bad in (-1, 10, 2**40):
+            before = q.clone()
+            p = torch.tensor([0, bad, 1])
+            refuses(lambda p=p: go(q, k, cos, sin, p), name, "positions", str(bad), "index 1")
+            assert torch.equal(q, before)
+    op = OPS.apply_rotary
+    refuses(lambda: op(q, k, cos, sin, None, interleaved=False, q_out=q, k_out=None), "k_out must")
+    kw = {"interleaved": False, "k_out": k}
+    refuses(lambda: op(q, k, cos, sin, None, q_out=q[:2], **kw), "q_out", "[3, 4, 8]")
+    refuses(lambda: op(q, k, cos, sin, None, q_out=q.half(), **kw), "q_out", "dtype")
+
+
+def test_and_cache_refusals_leave_everything_unharmed() -> None:
+    name = "apply_rotary_and_cache"
+    cos, sin = tables(10, 8)
+    q, k, v = randn(3, 4, 8, seed=1), randn(3, 2, 8, seed=2), randn(3, 2, 8, seed=3)
+    p, slots = torch.tensor([0, 1, 2]), torch.tensor([0, 1, -1])
+    pair = [torch.zeros(2, 3, 2, 8) for _ in range(2)]
+
+    def go(**change: Tensor) -> None:
+        base = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "positions": p}
+        base |= {"key_cache": pair[0], "value_cache": pair[1], "slot_mapping": slots}
+        apply_rotary_and_cache(**(base | change))
+
+    before = [t.clone() for t in (q, k, *pair)]
+    refuses(lambda: go(q=q[None]), name, "q", "3 dimensions")
+    refuses(lambda: go(v=v[:2]), name, "v", "[3, 2, 8]")
+    refuses(lambda: go(v=v.half()), name, "v", "dtype of k")
+    refuses(lambda: go(positions=torch.tensor([0, 1, 10])), name, "positions", "10", "index 2")
+    refuses(lambda: go(slot_mapping=torch.tensor([0, 6, 1])), name, "slot_mapping", "6", "index 1")
+    refuses(lambda: go(slot_mapping=slots[:2]), name, "slot_mapping", "[3]")
+    refuses(lambda: go(key_cache=pair[0].half()), name, "value_cache", "dtype of key_cache")
+    refuses(lambda: go(k_scale=torch.ones(())), name, "k_scale", "None")
+    refuses(lambda: go(v=v.clone().requires_grad_()), name, "grad")
+    for t, b in zip((q, k, *pair), before, strict=True):
+        assert torch.equal(t, b)
+
+
+def test_fake_kernels_refuse_too() -> None:
+    with torch.device("meta"):
+        cos, q, k = torch.ones(10, 4), torch.ones(3, 4, 8), torch.ones(3, 2, 8)
+        p, pair = torch.zeros(3, dtype=torch.int32), [torch.zeros(2, 3, 2, 8) for _ in range(2)]
+        assert apply_rotary(q, k, cos, cos, p)[1].shape == k.shape
+        apply_rotary_and_cache(q, k, k, cos, cos, p, *pair, p)
+        refuses(lambda: apply_rotary(q[0], k, cos, cos), "apply_rotary: q", "[T, Hq, D]")
+        refuses(lambda: apply_rotary(q, k[:2], cos, cos, inplace=True), "apply_rotary: k")
+        refuses(lambda: apply_rotary(q, k, cos, cos[:5]), "apply_rotary: sin")
+        refuses(lambda: apply_rotary(q, k, torch.ones(10, 5), cos), "cos", "rotary_dim <= 8")
+        refuses(lambda: apply_rotary(q, k, cos, cos, p[:2]), "positions", "[3]")
+        refuses(lambda: apply_rotary_and_cache(q, k, k, cos, cos, p, *pair, p[:2]), "slot_mapping")
