@@ -10,7 +10,8 @@ else
 endif
 PIP = $(PY) -m pip install --disable-pip-version-check --progress-bar on -q
 MODEL ?= examples/tiny/model
-PROMPT ?= Once upon a time, Anna
+PROMPT ?= Once upon a time
+DEMO_ARGS ?= --max-tokens 160 --temperature 0.7 --seed 5
 TEST_JOBS ?= 2
 TEST_ARGS ?=
 # Long tests and short ones are told apart by the marker `full`.
@@ -62,7 +63,7 @@ demo: export FASTINFER_CUDA ?= $(shell $(PY) -c 'import torch; print("auto" if t
 demo: $(STAMP)/torch $(STAMP)/build $(STAMP)/runtime  ## text from the bundled checkpoint, through fastinfer's operators
 	@$(MAKE) --no-print-directory $(STAMP)/installed
 	@$(MAKE) --no-print-directory dev
-	$(PY) -m fastinfer generate --model $(MODEL) --prompt "$(PROMPT)" --max-tokens 160
+	$(PY) -m fastinfer generate --model $(MODEL) --prompt "$(PROMPT)" --echo $(DEMO_ARGS)
 
 test: $(STAMP)/installed $(STAMP)/test dev  ## the test suite (at most 10 minutes on 2 cores)
 	$(PYTEST) -m "not full"

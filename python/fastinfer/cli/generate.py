@@ -39,6 +39,9 @@ def add_parser(commands: Any) -> None:
     add_sampling_options(parser, max_tokens=128)
     parser.add_argument("--n", type=int, default=1, metavar="N", help="completions per prompt")
     parser.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities (with --json)")
+    parser.add_argument(
+        "--echo", action="store_true", help="print the prompt before its completion"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--quiet", action="store_true", help="print the text only")
@@ -56,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(to_json(outputs, llm), indent=2))
             return 0
         if len(prompts) == 1 and args.n == 1:
+            if args.echo and isinstance(prompts[0], str):
+                print(prompts[0], end="", flush=True)
             outputs = [print_stream(llm, prompts[0], params)]
         else:
             outputs = llm.generate(prompts, params)
