@@ -40,6 +40,9 @@ class _MissingOps:
     def __getattr__(self, name: str) -> Any:
         raise ImportError(f"fastinfer: {LOAD_ERROR}")
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ImportError(f"fastinfer: {LOAD_ERROR}")
+
 
 LOAD_ERROR = _load()
 ops: Any = _MissingOps() if LOAD_ERROR else torch.ops.fastinfer
