@@ -19,7 +19,7 @@ def encode(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dynamic_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """absmax over the last dimension / 127 or 448; 1 where that is 0, NaN where not finite."""
+    """absmax over the last dimension / 127 or 448; 1 where that is 0, NaN where it is infinite."""
     scale = x.float().abs().amax(-1) / CODE_MAX[dtype]
     return torch.where(scale == 0, 1.0, torch.where(scale.isinf(), torch.nan, scale))
 
