@@ -136,8 +136,9 @@ Codes = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
 
 def assert_codes_match(got: Codes, want: Codes, y: torch.Tensor) -> None:
     """int8 rows (q, scale, zeros): shapes and dtypes of `want`, scales equal to fp32 accuracy,
-    codes that differ only where a rounding was nearly a tie, and (q - zero) * scale within half a
-    step of y (a whole one when asymmetric: the zero point is rounded too, and the ends may clip).
+    codes
+    that differ only where a rounding was nearly a tie, and (q - zero) * scale within half a step
+    of y (a whole one when asymmetric: the zero point is rounded too, and the ends may clip).
     """
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None)

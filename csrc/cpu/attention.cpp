@@ -181,19 +181,16 @@ struct Worker : Rows {
             p.page_size, item.kv_head, p.head_dim, dtype_size(p.kv_dtype)};
   }
 
-  // Keys [begin, end) of the tile at `start`; `next` is where the keys of the tile after it end.
-  void tile(int64_t start, int64_t begin, int64_t end, int64_t next, const State& state) {
+  // Keys [begin, end) of the tile at `start`.
+  void tile(int64_t start, int64_t begin, int64_t end, const State& state) {
     const KeySource k = source(p.k, seq.k, seq.k_scale), v = source(p.v, seq.v, seq.v_scale);
-    const bool few = item.rows <= kFewRows;  // bound by memory
     const TileRows raw = raw_tile(k, start, begin, end, (char*)mem.keys, mem.key_scales);
     with_key_type(p.kv_dtype, [&](auto e) {
       using E = decltype(e);
       transpose_tile<E>(raw.rows, raw.stride * E::size, (p.head_dim * E::size + 15) / 16 * 16,
                         p.k.scale_per_token ? mem.key_scales : nullptr, mem.keys_t);
     });
-    if (few) prefetch_rows(v, begin, end);
     for (int64_t row = 0; row < item.rows; row += kBlockRows) scores(start, row, state);
-    if (few) prefetch_rows(k, end, next);
     with_key_type(p.kv_dtype, [&](auto e) { values<decltype(e)>(v, start, begin, end, state); });
   }
 
@@ -201,15 +198,14 @@ struct Worker : Rows {
   template <class E>
   void values(const KeySource& v, int64_t start, int64_t begin, int64_t end, const State& state) {
     using F32 = Elem<DType::f32>;
-    constexpr bool fp32 = E::size == 4;
     const bool whole = dim == p.head_dim && !p.v.scale_per_token;
-    if (whole && !fp32 && item.rows <= kFewRows) {
+    if (whole && item.rows <= kFewRows) {
       for_runs(v, begin, end, [&](const char* row, const float*, int64_t key, int64_t n) {
         columns<E, kFewRows>({row - (key - start) * p.v.token * E::size, p.v.token}, start, key,
                              key + n, state);
         for (int64_t r = 0; r < item.rows; ++r) mem.keep[r] = 1.0f;
       });
-    } else if (whole && fp32 && one_page(v, begin, end)) {
+    } else if (whole && E::size == 4 && one_page(v, begin, end)) {
       columns<F32, kBlockRows>(rows_in_place(v, start, begin), start, begin, end, state);
     } else {
       convert_tile<E>(v, start, begin, end, mem.keys);
@@ -271,11 +267,8 @@ struct Worker : Rows {
   void chunk(int64_t begin, int64_t end, const State& state) {
     for (int64_t r = 0; r < item.rows; ++r) state.max[r] = -kInf, state.sum[r] = 0;
     __builtin_memset(state.out, 0, item.rows * dim * 4);
-    for (int64_t start = begin / kTile * kTile; start < end; start += kTile) {
-      const int64_t stop = start + kTile < end ? start + kTile : end;
-      tile(start, start > begin ? start : begin, stop, stop + kTile < end ? stop + kTile : end,
-           state);
-    }
+    for (int64_t start = begin / kTile * kTile; start < end; start += kTile)
+      tile(start, start > begin ? start : begin, start + kTile < end ? start + kTile : end, state);
   }
 
   void run() {

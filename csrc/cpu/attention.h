@@ -25,7 +25,7 @@ constexpr int kMaxHeadDim = 256;
 // K or V. Strides and offsets in elements; the last dimension is contiguous.
 struct KeyValue {
   const void* data;
-  const float* scale;  // 8-bit codes: nullptr = 1
+  const float* scale;  // of 8-bit codes, else nullptr
   int64_t page, token, head;
   bool scale_per_token;  // else one value per head, `scale_head` apart (0: one for all)
   int64_t scale_page, scale_token, scale_head;

@@ -64,15 +64,17 @@ FI_INLINE float reduce_max(vf v) {
 // Lane block b (4 lanes) = four 32-bit words at p + 4 b stride (bytes): every fourth row.
 FI_INLINE vf load_column_block(const char* p, int64_t stride) {
 #if defined(__AVX2__)
-  const v4f a = load_raw<v4f>(p), b = load_raw<v4f>(p + 4 * stride);
-  const v8f ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+  // Intrinsics: an insertion from memory spares the shuffle unit, which limits the transposition.
+  const __m256 ab = _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)load_raw<v4f>(p)),
+                                         (__m128)load_raw<v4f>(p + 4 * stride), 1);
 #endif
 #if defined(__AVX512F__)
-  const v4f c = load_raw<v4f>(p + 8 * stride), d = load_raw<v4f>(p + 12 * stride);
-  const v8f cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m256 cd =
+      _mm256_insertf128_ps(_mm256_castps128_ps256((__m128)load_raw<v4f>(p + 8 * stride)),
+                           (__m128)load_raw<v4f>(p + 12 * stride), 1);
+  return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(ab), cd, 1);
 #elif defined(__AVX2__)
-  return ab;
+  return (vf)ab;
 #else
   return load_raw<vf>(p);
 #endif

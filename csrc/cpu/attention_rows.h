@@ -119,15 +119,6 @@ void convert_tile(const KeySource& src, int64_t tile, int64_t begin, int64_t end
   });
 }
 
-// Ask for keys [begin, end) ahead of use: rows of one head lie too far apart for the hardware.
-inline void prefetch_rows(const KeySource& src, int64_t begin, int64_t end) {
-  for_runs(src, begin, end, [&](const char* row, const float*, int64_t, int64_t n) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t at = 0; at < src.dim * src.size; at += 64)
-        __builtin_prefetch(row + i * src.t.token * src.size + at, 0, 2);
-  });
-}
-
 // f(Elem<T>{}) for the element type of keys and values.
 template <class F>
 FI_INLINE void with_key_type(DType t, F&& f) {

@@ -38,7 +38,12 @@ KeyValue layout(const char* op, const char* name, const char* scale_name, const 
               0,
               0,
               0};
-  if (!scale) return kv;
+  if (!scale) {
+    FI_CHECK(!is_8bit(dtype_of(t)), op, ": ", scale_name, " must be given for ", name, " of ",
+             dtype_name(t.scalar_type()), ", got None; pass an fp32 scalar, [", heads,
+             "] (one per head) or the shape of ", name, " without its last dimension");
+    return kv;
+  }
   const Tensor& s = *scale;
   FI_CHECK(is_8bit(dtype_of(t)), op, ": ", scale_name, " is for torch.float8_e4m3fn or torch.int8 ",
            name, " only, got ", name, " ", describe(t), "; leave it out");
@@ -205,12 +210,17 @@ int64_t rows_per_item(int64_t total_rows, int64_t threads) {
   return std::clamp<int64_t>(share, 24, cpu::kMaxRows);
 }
 
+constexpr int64_t kRowsPerLoad = 8;
+
 struct Schedule {
   std::vector<AttentionItem> items;
   std::vector<AttentionMerge> merges;
   int64_t partial_floats = 0;
-  double work = 0;  // multiply-adds
+  int64_t work = 0;  // multiply-adds of a row, fetching and transposing its keys counted as 8 more
 };
+
+// More than this is not worth splitting for: the items are then large and the keys very many.
+constexpr int64_t kMaxPartialFloats = int64_t{1} << 26;
 
 Schedule schedule(const Call& call, int64_t threads) {
   const AttentionParams& p = call.p;
@@ -242,12 +252,13 @@ Schedule schedule(const Call& call, int64_t threads) {
                            0,
                            -1};
         const KeyRange keys = visible_keys(p, s, row / p.group, (row + item.rows - 1) / p.group);
-        out.work += 2.0 * item.rows * (keys.end - keys.begin + cpu::kTile) * p.head_dim;
+        out.work += (item.rows + kRowsPerLoad) * (keys.end - keys.begin + cpu::kTile) * p.head_dim;
         const int64_t first = keys.begin / cpu::kChunk;
         const int64_t chunks = (keys.end + cpu::kChunk - 1) / cpu::kChunk - first;
         item.key_begin = keys.begin;
         item.key_end = keys.end;
-        if (!split || chunks < 2) {
+        const int64_t floats = item.rows * (2 + cpu::padded_dim(p.head_dim));
+        if (!split || chunks < 2 || out.partial_floats + chunks * floats > kMaxPartialFloats) {
           out.items.push_back(item);
           continue;
         }
@@ -256,7 +267,7 @@ Schedule schedule(const Call& call, int64_t threads) {
           item.key_begin = std::max(keys.begin, (first + c) * cpu::kChunk);
           item.key_end = std::min(keys.end, (first + c + 1) * cpu::kChunk);
           item.partial = out.partial_floats;
-          out.partial_floats += item.rows * (2 + cpu::padded_dim(p.head_dim));
+          out.partial_floats += floats;
           out.items.push_back(item);
         }
       }
@@ -283,8 +294,8 @@ void run_cpu(Call& call) {
   p.sequences = call.sequences.data();
   p.items = s.items.data();
   p.partials = partials.get();
-  // A second thread pays from about 20 microseconds of work on.
-  const int64_t useful = std::min<int64_t>(threads, 1 + static_cast<int64_t>(s.work / 1e6));
+  // A second thread pays from about 10 microseconds of work on.
+  const int64_t useful = std::min<int64_t>(threads, 1 + s.work / 500000);
   for_each(static_cast<int64_t>(s.items.size()), useful,
            [&](int64_t i) { FI_PICK(attention)(p, i); });
   for_each(static_cast<int64_t>(s.merges.size()), useful,

@@ -10,6 +10,7 @@ from test_flash_attention import check, dense_kwargs, feature_sets, quantized
 
 from fastinfer import _lib
 from fastinfer.ops.flash_attention import flash_attn_func, flash_attn_varlen_func
+from fastinfer.ops.kv_cache import reshape_and_cache
 from fastinfer.ops.paged_attention import (
     flash_attn_with_kvcache,
     flash_attn_with_kvcache_reference,
@@ -18,6 +19,7 @@ from fastinfer.ops.paged_attention import (
     plan_decode,
     plan_decode_reference,
 )
+from fastinfer.ops.rotary import apply_rotary
 from helpers import FLOATS, assert_close_to_reference, compiles, opcheck, poisoned, randn
 
 NAN = float("nan")
@@ -159,7 +161,7 @@ def test_rotary(rotary_dim, interleaved, isa):
         case.verify(rotary_cos=cos.to(dtype), rotary_sin=sin.to(dtype), causal=True)
 
 
-@pytest.mark.parametrize("scales", ["none", "scalar", "head", "token"])
+@pytest.mark.parametrize("scales", ["scalar", "head", "token"])
 @pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_8bit_cache(code, scales):
     for dtype, block_size in ((torch.float32, 16), (torch.bfloat16, None), (torch.float16, 4)):
@@ -214,6 +216,40 @@ def test_same_bits_as_varlen(isa):
                 block_table=case.table[b : b + 1], causal=True,
             )  # fmt: skip
             assert torch.equal(alone, out[b : b + 1])
+
+
+@pytest.mark.parametrize("code", [None, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_append_has_the_bits_of_rotary_then_cache_write(code):
+    """One call = apply_rotary, reshape_and_cache, attention."""
+    lengths, new = torch.tensor([6, 2, 0], dtype=torch.int32), 3
+    table = torch.tensor([[4, 1], [2, 3], [0, 5]], dtype=torch.int32)
+    cos, sin = rotary_tables(20, 32)
+    positions = (lengths.long()[:, None] + torch.arange(new)).flatten()
+    slots = table.long().gather(1, positions.view(3, new) // 8) * 8 + positions.view(3, new) % 8
+    for dtype in FLOATS:
+        q = randn(3, new, 4, 64, seed=0, dtype=dtype)
+        k, v = (randn(3, new, 2, 64, seed=s, dtype=dtype) for s in (1, 2))
+        for scale in (torch.tensor(0.02), torch.tensor([0.02, 0.03]), torch.zeros(6, 8, 2)):
+            ours = [torch.zeros(6, 8, 2, 64, dtype=code or dtype) for _ in range(2)]
+            theirs = [t.clone() for t in ours]
+            scales = [{n: scale.clone() for n in ("k_scale", "v_scale")} for _ in range(2)]
+            if code is None:
+                scales = [{}, {}]
+            out = flash_attn_with_kvcache(
+                q, *ours, k, v, cos, sin, lengths, block_table=table, causal=True,
+                rotary_interleaved=False, **scales[0],
+            )  # fmt: skip
+            rotated = apply_rotary(q.flatten(0, 1), k.flatten(0, 1), cos, sin, positions)
+            reshape_and_cache(rotated[1], v.flatten(0, 1), *theirs, slots.flatten(), **scales[1])
+            peer = flash_attn_with_kvcache(
+                rotated[0].view_as(q), *theirs, cache_seqlens=lengths + new, block_table=table,
+                causal=True, **scales[1],
+            )  # fmt: skip
+            assert torch.equal(out, peer)
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            for name, used in scales[0].items():
+                assert torch.equal(used, scales[1][name])
 
 
 def test_plan():

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import _lib
-from ._reference_attention import attend_reference, dequantize_cache, paged_rows
+from ._reference_attention import flash_attn_func_reference, flash_attn_varlen_func_reference
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_func_reference",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_func_reference",
+]
 
 _flash_attn_fwd = _lib.op("flash_attn_fwd")
 _flash_attn_varlen_fwd = _lib.op("flash_attn_varlen_fwd")
@@ -73,12 +80,11 @@ def flash_attn_func(
         return_attn_probs: also return the LSE; the third value is None, as nothing is dropped.
         sinks: [Hq], a logit per head that only adds to the softmax denominator (and to the LSE).
         k_scale: fp32 scale of 8-bit k, value = code * scale: one number, [Hkv], or [B, Sk, Hkv].
-            None: 1.
         v_scale: likewise for v.
         plan: from `plan_decode`, made for this batch and Sq; optional.
         batch_invariant: a row's bits must not depend on its batch or on chunking. On CPU they
             never do, so this changes nothing there.
-        out: tensor like q to write to, any strides with the last dimension contiguous.
+        out: tensor like q to write to, any strides with the last dimension contiguous; may be q.
         workspace: scratch for CUDA kernels; ignored on CPU.
 
     Returns:
@@ -178,7 +184,7 @@ def flash_attn_varlen_func(
         v_scale: likewise for v.
         plan: from `plan_decode`, made for B sequences and q_len = max_seqlen_q; optional.
         batch_invariant: as in `flash_attn_func`; free on CPU.
-        out: tensor like q to write to.
+        out: tensor like q to write to; may be q.
         workspace: scratch for CUDA kernels; ignored on CPU.
 
     Returns:
@@ -230,74 +236,14 @@ def flash_attn_varlen_func(
     return out if lse is None else (out, lse, None)
 
 
-def flash_attn_func_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    compute_dtype: torch.dtype = torch.float64,
-    **features: object,
-) -> tuple[Tensor, Tensor]:
-    """flash_attn_func in plain torch: (out, lse) in compute_dtype. `features`: softmax_scale,
-    causal, window_size, softcap, sinks."""
-    k = dequantize_cache(k, k_scale, compute_dtype)
-    v = dequantize_cache(v, v_scale, compute_dtype)
-    out = torch.zeros(q.shape, dtype=compute_dtype, device=q.device)
-    lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float64, device=q.device)
-    for b in range(q.shape[0]):
-        slopes = (
-            alibi_slopes[b]
-            if alibi_slopes is not None and alibi_slopes.dim() == 2
-            else alibi_slopes
-        )
-        out[b], lse[b] = attend_reference(
-            q[b], k[b], v[b], alibi_slopes=slopes, compute_dtype=compute_dtype, **features
-        )
-    return out, lse
-
-
-def flash_attn_varlen_func_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    *,
-    block_table: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    compute_dtype: torch.dtype = torch.float64,
-    **features: object,
-) -> tuple[Tensor, Tensor]:
-    """flash_attn_varlen_func in plain torch: (out, lse) in compute_dtype; rows of no sequence are
-    0."""
-    k = dequantize_cache(k, k_scale, compute_dtype)
-    v = dequantize_cache(v, v_scale, compute_dtype)
-    out = torch.zeros(q.shape, dtype=compute_dtype, device=q.device)
-    lse = torch.zeros(q.shape[1], q.shape[0], dtype=torch.float64, device=q.device)
-    for b in range(cu_seqlens_q.numel() - 1):
-        rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
-        start = 0 if cu_seqlens_k is None else int(cu_seqlens_k[b])
-        length = int(cu_seqlens_k[b + 1]) - start if cu_seqlens_k is not None else 0
-        length = length if seqused_k is None else int(seqused_k[b])
-        if block_table is None:
-            keys, values = k[start : start + length], v[start : start + length]
-        else:
-            keys, values = (paged_rows(t, block_table[b], length) for t in (k, v))
-        slopes = (
-            alibi_slopes[b]
-            if alibi_slopes is not None and alibi_slopes.dim() == 2
-            else alibi_slopes
-        )
-        out[rows], lse[:, rows] = attend_reference(
-            q[rows], keys, values, alibi_slopes=slopes, compute_dtype=compute_dtype, **features
-        )
-    return out, lse
+def check_devices(name: str, first: Tensor, **others: object) -> None:
+    """Every tensor on the device of the first one (fake kernels)."""
+    for arg, t in others.items():
+        if isinstance(t, Tensor) and t.device != first.device:
+            raise RuntimeError(
+                f"{name}: {arg} must be on the same device as the first tensor "
+                f"({first.device}), got {_lib.describe(t)}; move it with .to(device)"
+            )
 
 
 def check_attention(
@@ -308,6 +254,10 @@ def check_attention(
     out: Tensor,
     lse: Tensor | None,
     names: tuple[str, str] = ("k", "v"),
+    *,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    **features: object,
 ) -> None:
     """The shape and dtype checks of the C++ side, on metadata only (fake kernels)."""
     check, describe = _lib.check, _lib.describe
@@ -331,6 +281,9 @@ def check_attention(
         f"{name}: {names[1]} must be like {names[0]} ({describe(k)}), got {describe(v)}",
     )
     _lib.check_dtype(name, names[0], k, (q.dtype, *_lib.EIGHT_BIT))
+    if k.dtype in _lib.EIGHT_BIT:
+        for arg, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            check(scale is not None, f"{name}: {arg} must be given for {k.dtype}, got None")
     check(
         out.shape == q.shape and out.dtype == q.dtype,
         f"{name}: out must be like q ({describe(q)}), got {describe(out)}",
@@ -350,7 +303,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, **featur
         k.shape[0] == q.shape[0],
         f"{name}: k must have the batch size of q ({q.shape[0]}), got {_lib.describe(k)}",
     )
-    check_attention(name, q, k, v, out, lse)
+    check_attention(name, q, k, v, out, lse, **features)
+    check_devices(name, q, k=k, v=v, out=out, lse=lse, **features)
 
 
 @_lib.register_fake("flash_attn_varlen_fwd")
@@ -365,8 +319,10 @@ def _(
     **features: object,
 ) -> None:
     name = "flash_attn_varlen_func"
+    check_devices(name, q, block_table=block_table)
     for arg, t, dim in (("q", q, 3), ("k", k, 3 if block_table is None else 4)):
         _lib.check(
             t.dim() == dim, f"{name}: {arg} must have {dim} dimensions, got {_lib.describe(t)}"
         )
-    check_attention(name, q, k, v, out, lse)
+    check_attention(name, q, k, v, out, lse, **features)
+    check_devices(name, q, k=k, v=v, out=out, lse=lse, **features)

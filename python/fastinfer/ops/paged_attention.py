@@ -11,13 +11,20 @@ from torch import Tensor
 
 from .. import _lib
 from ._reference_attention import (
-    attend_reference,
-    dequantize_cache,
-    paged_rows,
-    quantize_rows,
-    rotate_reference,
+    flash_attn_with_kvcache_reference,
+    merge_attn_states_reference,
+    plan_decode_reference,
 )
-from .flash_attention import check_attention
+from .flash_attention import check_attention, check_devices
+
+__all__ = [
+    "flash_attn_with_kvcache",
+    "flash_attn_with_kvcache_reference",
+    "merge_attn_states",
+    "merge_attn_states_reference",
+    "plan_decode",
+    "plan_decode_reference",
+]
 
 _flash_attn_kvcache = _lib.op("flash_attn_kvcache")
 _plan_decode = _lib.op("plan_decode")
@@ -84,12 +91,12 @@ def flash_attn_with_kvcache(
         sinks: [Hq], as in `flash_attn_func`.
         k_scale: fp32 scale of an 8-bit k_cache, value = code * scale: one number, [Hkv], or the
             shape of k_cache without D. The first two are static: appending rounds k / scale. With
-            one scale per token and head appending stores largest |k| / largest code there. None: 1.
+            one scale per token and head appending stores largest |k| / largest code there.
         v_scale: likewise for v_cache.
         plan: from `plan_decode` for this batch, Sq and Snew; optional, reusable in every layer.
         batch_invariant: a row's bits must not depend on its batch, on the split or on chunking. On
             CPU they never do, so this changes nothing there.
-        out: tensor like q to write to.
+        out: tensor like q to write to; may be q.
         workspace: scratch for CUDA kernels; ignored on CPU.
 
     Returns:
@@ -256,147 +263,6 @@ def merge_attn_states(
     return (out, out_lse) if return_lse else out
 
 
-def flash_attn_with_kvcache_reference(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: int | Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    block_table: Tensor | None = None,
-    *,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    rotary_interleaved: bool = True,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    compute_dtype: torch.dtype = torch.float64,
-    **features: object,
-) -> tuple[Tensor, Tensor]:
-    """flash_attn_with_kvcache in plain torch: (out, lse) in compute_dtype; appends in place too.
-    `features`: softmax_scale, softcap, sinks."""
-    batch, len_q = q.shape[:2]
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    out = torch.zeros(q.shape, dtype=compute_dtype, device=q.device)
-    lse = torch.zeros(batch, q.shape[2], len_q, dtype=torch.float64, device=q.device)
-    for b in range(batch):
-        length = capacity if cache_seqlens is None else cache_seqlens
-        length = int(length[b]) if isinstance(length, Tensor) else length
-        row = b if cache_batch_idx is None else int(cache_batch_idx[b])
-        query = q[b]
-        if k is not None and v is not None:
-            new = torch.arange(length, length + k.shape[1])
-            key = k[b]
-            if rotary_cos is not None and rotary_sin is not None:
-                table = (rotary_cos, rotary_sin)
-                key = rotate_reference(key, *table, new, rotary_interleaved)
-                per_token = causal or max(window_size) >= 0
-                at = torch.full((len_q,), length) + (torch.arange(len_q) if per_token else 0)
-                query = rotate_reference(query, *table, at, rotary_interleaved)
-            if block_table is None:
-                where = (torch.full_like(new, row), new)
-            else:
-                where = (block_table[b].long()[new // k_cache.shape[1]], new % k_cache.shape[1])
-            _append_reference(k_cache, k_scale, where, key)
-            _append_reference(v_cache, v_scale, where, v[b])
-            length += k.shape[1]
-        keys, values = (
-            _rows_reference(t, s, row, block_table, b, length, compute_dtype)
-            for t, s in ((k_cache, k_scale), (v_cache, v_scale))
-        )
-        slopes = (
-            alibi_slopes[b]
-            if alibi_slopes is not None and alibi_slopes.dim() == 2
-            else alibi_slopes
-        )
-        out[b], lse[b] = attend_reference(
-            query,
-            keys,
-            values,
-            causal=causal,
-            window_size=window_size,
-            alibi_slopes=slopes,
-            first_key=0 if cache_leftpad is None else int(cache_leftpad[b]),
-            compute_dtype=compute_dtype,
-            **features,
-        )
-    return out, lse
-
-
-def _append_reference(
-    cache: Tensor, scale: Tensor | None, where: tuple[Tensor, Tensor], x: Tensor
-) -> None:
-    if cache.dtype == x.dtype:
-        cache[where] = x
-        return
-    per_token = scale is not None and scale.dim() == 3
-    static = torch.ones(1, device=x.device) if scale is None else scale
-    codes, used = quantize_rows(x, cache.dtype, None if per_token else static)
-    cache.view(torch.uint8)[where] = codes.view(torch.uint8)
-    if per_token:
-        scale[where] = used
-
-
-def _rows_reference(
-    cache: Tensor,
-    scale: Tensor | None,
-    row: int,
-    block_table: Tensor | None,
-    b: int,
-    length: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Keys or values [length, Hkv, D] of one sequence."""
-    per_token = scale is not None and scale.dim() == 3
-    if block_table is None:
-        codes, scale = cache[row, :length], scale[row, :length] if per_token else scale
-    else:
-        codes = paged_rows(cache, block_table[b], length)
-        scale = paged_rows(scale, block_table[b], length) if per_token else scale
-    return dequantize_cache(codes, scale, dtype)
-
-
-def plan_decode_reference(
-    cache_seqlens: Tensor,
-    num_heads_kv: int,
-    *,
-    q_len: int = 1,
-    append: int = 0,
-    window_size: tuple[int, int] = (-1, -1),
-    num_slots: int,
-    batch_invariant: bool = False,
-) -> Tensor:
-    """plan_decode in plain Python."""
-    sums = [0]
-    for cached in cache_seqlens.tolist():
-        length = cached + append
-        first = 0 if window_size[0] < 0 else max(0, length - q_len - window_size[0])
-        sums.append(sums[-1] + -(-length // 64) - min(first, length) // 64 + 4)
-    share = 0 if batch_invariant else max(1, -(-num_heads_kv * sums[-1] // num_slots))
-    header = [1, len(sums) - 1, num_heads_kv, q_len, append, 64, num_slots, share]
-    return torch.tensor(header + sums, dtype=torch.int32, device=cache_seqlens.device)
-
-
-def merge_attn_states_reference(
-    prefix_output: Tensor, prefix_lse: Tensor, suffix_output: Tensor, suffix_lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """merge_attn_states in plain torch, fp64: (out, lse)."""
-    a, b = prefix_lse.double(), suffix_lse.double()
-    a, b = (torch.where(x == float("inf"), float("-inf"), x) for x in (a, b))
-    lse = torch.logaddexp(a, b)
-    origin = torch.where(torch.isneginf(lse), 0.0, lse)
-    out = torch.zeros(prefix_output.shape, dtype=torch.float64, device=prefix_output.device)
-    for x, part in ((a, prefix_output), (b, suffix_output)):
-        weight = torch.exp(x - origin).transpose(-1, -2)[..., None]
-        out = out + torch.where(weight > 0, part.double() * weight, 0.0)
-    return out, lse
-
-
 @_lib.register_fake("flash_attn_kvcache")
 def _(
     q: Tensor,
@@ -411,8 +277,9 @@ def _(
     name = "flash_attn_with_kvcache"
     for arg, t in (("q", q), ("k_cache", k_cache)):
         _lib.check(t.dim() == 4, f"{name}: {arg} must have 4 dimensions, got {_lib.describe(t)}")
-    check_attention(name, q, k_cache, v_cache, out, lse, ("k_cache", "v_cache"))
+    check_attention(name, q, k_cache, v_cache, out, lse, ("k_cache", "v_cache"), **features)
     _lib.check((k is None) == (v is None), f"{name}: k and v must be given together")
+    check_devices(name, q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, out=out, lse=lse, **features)
 
 
 @_lib.register_fake("plan_decode")
@@ -427,6 +294,7 @@ def _(
 ) -> None:
     _lib.check_dtype("plan_decode", "cache_seqlens", cache_seqlens, (torch.int32,))
     _lib.check_dtype("plan_decode", "out", plan, (torch.int32,))
+    check_devices("plan_decode", cache_seqlens, out=plan)
 
 
 @_lib.register_fake("merge_attn_states")
@@ -446,3 +314,12 @@ def _(
             t.shape == prefix_output.shape and t.dtype == prefix_output.dtype,
             f"{name}: {arg} must be like prefix_output, got {_lib.describe(t)}",
         )
+    check_devices(
+        name,
+        prefix_output,
+        prefix_lse=prefix_lse,
+        suffix_output=suffix_output,
+        suffix_lse=suffix_lse,
+        out=out,
+        out_lse=out_lse,
+    )
