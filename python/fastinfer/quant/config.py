@@ -1,8 +1,7 @@
 """Reads a checkpoint's `quantization_config` and answers, per module, how its weight is stored.
 
 Sources: config.json (`quantization_config`, or `compression_config` of older compressed-tensors
-    files), else quantize_config.json (GPTQ)
-or quant_config.json (AWQ) beside it.
+files), else quantize_config.json (GPTQ) or quant_config.json (AWQ) beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .canonical import QuantError
+from .notes import note
 
 METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "fastinfer")
 
@@ -29,7 +29,7 @@ class LinearScheme:
         bits: bits per weight: 4 or 8.
         group_size: input channels per scale; -1: one scale per output channel.
         symmetric: True when zero points are the middle of the range and not stored (or to be
-            ignored).
+            ignored); None when the file does not say, so that the stored ones decide.
         act_order: columns may be in another order than the input channels (`g_idx`, `perm`).
         style: variant of the format, e.g. "gptq" or "gptq_v2" zeros, "gemm", "pack-quantized",
             "int-quantized", "int8", "nf4".
@@ -40,7 +40,7 @@ class LinearScheme:
     method: str
     bits: int
     group_size: int
-    symmetric: bool
+    symmetric: bool | None
     act_order: bool = False
     style: str = ""
     activations: str | None = None
@@ -82,12 +82,19 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a rule of a quantisation config names this module.
 
     "re:..." is a regular expression from the start of the name; "Linear" stands for every linear
-    layer; other patterns are
-    a full name or whole dotted parts of it ("lm_head", "mlp.gate", "layers.0").
+    layer; other patterns are a full name or whole dotted parts of it ("lm_head", "mlp.gate",
+    "layers.0").
     """
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return pattern == "Linear" or pattern == name or f".{pattern}." in f".{name}."
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error as error:
+            raise QuantError(
+                f"quantization_config: {pattern!r} must be a regular expression, got one that does "
+                f"not compile ({error}); fix config.json"
+            ) from error
+    pattern = pattern.rstrip(".")  # published files list "model.layers.0."
+    return pattern == "Linear" or f".{pattern}." in f".{name}."
 
 
 def read_quant_config(path: str | os.PathLike[str]) -> QuantConfig | None:
@@ -100,12 +107,31 @@ def read_quant_config(path: str | os.PathLike[str]) -> QuantConfig | None:
     raw: dict[str, Any] | None = None
     config = folder / "config.json"
     if config.is_file():
-        content = json.loads(config.read_text())
+        content = _json_object(config)
         raw = content.get("quantization_config") or content.get("compression_config")
+        if raw is not None and not isinstance(raw, Mapping):
+            raise QuantError(
+                f"{config}: quantization_config must be an object, got {raw!r}; fix config.json"
+            )
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         if raw is None and (folder / name).is_file():
-            raw = {"quant_method": method, **json.loads((folder / name).read_text())}
+            raw = {"quant_method": method, **_json_object(folder / name)}
     return None if raw is None else parse_quant_config(raw)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise QuantError(
+            f"{file}: must be valid JSON, got {error}; download the file again"
+        ) from error
+    if not isinstance(content, dict):
+        raise QuantError(
+            f"{file}: must hold a JSON object, got {type(content).__name__}; download the file "
+            "again"
+        )
+    return content
 
 
 def parse_quant_config(raw: Mapping[str, Any]) -> QuantConfig:
@@ -122,8 +148,7 @@ def parse_quant_config(raw: Mapping[str, Any]) -> QuantConfig:
     if method not in parsers:
         raise QuantError(
             f"quantization_config: quant_method must be one of {', '.join(METHODS)}, got "
-            f"{method!r}; "
-            "use a checkpoint in one of these formats or the unquantised one"
+            f"{method!r}; use a checkpoint in one of these formats or the unquantised one"
         )
     config = parsers[method](raw)
     config.raw = raw
@@ -147,10 +172,18 @@ def _bits(method: str, value: Any, allowed: tuple[int, ...]) -> int:
     if value not in allowed:
         raise QuantError(
             f"quantization_config: {method} bits must be {' or '.join(map(str, allowed))}, got "
-            f"{value!r}; "
-            "requantise the model at one of these"
+            f"{value!r}; requantise the model at one of these"
         )
     return int(value)
+
+
+def _group_size(where: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise QuantError(
+            f"quantization_config: {where} group_size must be -1 or a positive integer, got "
+            f"{value!r}; fix config.json"
+        )
+    return value
 
 
 def _gptq(raw: Mapping[str, Any]) -> QuantConfig:
@@ -159,15 +192,14 @@ def _gptq(raw: Mapping[str, Any]) -> QuantConfig:
         style = "marlin"
     if style not in ("gptq", "gptq_v2"):
         raise QuantError(
-            f"quantization_config: checkpoint_format must be gptq or gptq_v2, got {style!r}; that is a "
-            "layout of one kernel, "
-            "use the original GPTQ files"
+            f"quantization_config: checkpoint_format must be gptq or gptq_v2, got {style!r}; that "
+            "is the layout of one kernel, use the original GPTQ files"
         )
     scheme = LinearScheme(
         "gptq",
         _bits("gptq", raw.get("bits"), (4, 8)),
-        int(raw.get("group_size", -1)),
-        bool(raw.get("sym", True)),
+        _group_size("gptq", raw.get("group_size", -1)),
+        None if raw.get("sym") is None else bool(raw["sym"]),
         act_order=bool(raw.get("desc_act", False)),
         style=style,
     )
@@ -176,21 +208,29 @@ def _gptq(raw: Mapping[str, Any]) -> QuantConfig:
         ignore.append("lm_head")
     overrides: list[tuple[str, LinearScheme | None]] = []
     # GPTQModel: {"-:regex": {}} skips, {"+:regex" or "regex": {"bits": 8, ...}} overrides; regexes
-    # match from the start.
+    # match from the start of the name.
     for pattern, options in (raw.get("dynamic") or {}).items():
         if pattern.startswith("-:"):
             overrides.append(("re:" + pattern[2:], None))
             continue
         options = options or {}
+        sym = options.get("sym", scheme.symmetric)
         special = replace(
             scheme,
             bits=_bits("gptq", options.get("bits", scheme.bits), (4, 8)),
-            group_size=int(options.get("group_size", scheme.group_size)),
-            symmetric=bool(options.get("sym", scheme.symmetric)),
+            group_size=_group_size("gptq", options.get("group_size", scheme.group_size)),
+            symmetric=None if sym is None else bool(sym),
             act_order=bool(options.get("desc_act", scheme.act_order)),
         )
         overrides.append(("re:" + pattern.removeprefix("+:"), special))
-    return QuantConfig("gptq", scheme, tuple(ignore), tuple(overrides))
+    # [["self_attn.q_proj", ...], ...]: what is quantised inside each block, and nothing else.
+    inside = [m for group in raw.get("modules_in_block_to_quantize") or () for m in _listed(group)]
+    overrides += [(module, scheme) for module in inside]
+    return QuantConfig("gptq", None if inside else scheme, tuple(ignore), tuple(overrides))
+
+
+def _listed(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else [str(name) for name in names]
 
 
 def _awq(raw: Mapping[str, Any]) -> QuantConfig:
@@ -203,7 +243,7 @@ def _awq(raw: Mapping[str, Any]) -> QuantConfig:
     scheme = LinearScheme(
         "awq",
         _bits("awq", raw.get("bits", raw.get("w_bit", 4)), (4,)),
-        int(raw.get("group_size", raw.get("q_group_size", 128))),
+        _group_size("awq", raw.get("group_size", raw.get("q_group_size", 128))),
         not raw.get("zero_point", True),
         style=style,
     )
@@ -225,6 +265,8 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
         raise QuantError(
             "quantization_config: config_groups is empty, so nothing says how weights are stored"
         )
+    if raw.get("kv_cache_scheme"):
+        note("kv_cache_scheme", "ignored, the KV cache has the dtype that the engine is given")
     # Specific targets before the class name, whatever the order in the file.
     overrides.sort(key=lambda rule: rule[0] == "Linear")
     return QuantConfig("compressed-tensors", None, tuple(raw.get("ignore") or ()), tuple(overrides))
@@ -250,18 +292,19 @@ def _compressed_group(label: str, group: Mapping[str, Any], style: str) -> Linea
         if (
             not dynamic_int8
             or not inputs.get("symmetric", True)
+            or not weights.get("symmetric", True)
             or bits != 8
             or strategy == "group"
         ):
             raise QuantError(
                 f"{where}: input_activations must be absent or dynamic symmetric 8-bit int per "
-                f"token with 8-bit weights per channel, got {dict(inputs)}"
+                f"token with symmetric 8-bit weights per channel, got {dict(inputs)}"
             )
         activations = "int8_token"
     return LinearScheme(
         "compressed-tensors",
         bits,
-        int(weights["group_size"]) if strategy == "group" else -1,
+        _group_size(where, weights.get("group_size")) if strategy == "group" else -1,
         bool(weights.get("symmetric", True)),
         act_order=weights.get("actorder") in ("group", "dynamic", True),
         style="pack-quantized" if style == "pack-quantized" else "int-quantized",
@@ -294,7 +337,7 @@ def _native(raw: Mapping[str, Any]) -> QuantConfig:
     scheme = LinearScheme(
         "fastinfer",
         bits,
-        int(raw.get("group_size", -1)),
+        _group_size("fastinfer", raw.get("group_size", -1)),
         bool(raw.get("symmetric", True)),
         act_order=bool(raw.get("act_order", False)),
         activations=activations,

@@ -1,0 +1,71 @@
+"""Checkpoint formats: which tensors a quantised linear layer is stored in, and how to read them.
+
+Each module has `tensor_names(prefix, scheme)` and `read(prefix, tensors, scheme, in_features,
+out_features)`; formats that are also written have `write` and `write_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+
+from torch import Tensor
+
+from ..canonical import CanonicalWeight, Int8Weight
+from ..config import LinearScheme
+from . import awq, bitsandbytes, compressed_tensors, gptq, native
+
+_FORMATS: dict[str, ModuleType] = {
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed_tensors,
+    "bitsandbytes": bitsandbytes,
+    "fastinfer": native,
+}
+
+Stored = CanonicalWeight | Int8Weight | Tensor  # a Tensor is the dequantised weight [N, K]
+
+
+def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
+    """Names of the tensors that hold the weight of one linear layer.
+
+    Args:
+        prefix: full checkpoint name of the layer, e.g. `model.layers.0.mlp.down_proj`.
+        scheme: how it is stored.
+
+    Returns:
+        Name -> whether it must be there. The bias is not among them.
+    """
+    return _FORMATS[scheme.method].tensor_names(prefix, scheme)
+
+
+def read_linear(
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    scheme: LinearScheme,
+    in_features: int,
+    out_features: int,
+) -> Stored:
+    """Read one linear layer.
+
+    Args:
+        prefix: full checkpoint name of the layer.
+        tensors: name -> tensor, at least those of `tensor_names`. A `<prefix>.bias` is passed on.
+        scheme: how it is stored.
+        in_features: K.
+        out_features: N.
+
+    Returns:
+        A weight for `QuantLinear` or `W8A8Linear`, or, where no kernel reads the stored form, the
+        dequantised weight, fp32 [N, K].
+
+    Raises:
+        QuantError: a tensor is missing, has another shape or dtype, or holds impossible values; the
+            message names it.
+    """
+    reader = _FORMATS[scheme.method]
+    stored = reader.read(prefix, tensors, scheme, in_features, out_features)
+    if isinstance(stored, Tensor):
+        return stored
+    stored.bias = tensors.get(f"{prefix}.bias")
+    return stored.validate(prefix)

@@ -1,0 +1,135 @@
+"""GPTQ checkpoints, v1 and v2, 4 and 8 bits.
+
+    qweight int32 [K * bits / 32, N]   codes packed along K, natural order
+    qzeros  int32 [G, N * bits / 32]   zero points packed along N; v1 stores z - 1, v2 z
+    scales  float [G, N]
+    g_idx   int32 [K]                  group of each input channel (act-order), may be absent
+
+Reference: Frantar et al., "GPTQ", 2022; the AutoGPTQ and GPTQModel projects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..bits import unpack_words
+from ..canonical import CanonicalWeight
+from ..config import LinearScheme
+from ..notes import note
+from .common import FLOATS, ceil_div, num_groups, ordered, take
+
+# Share of zero points equal to 0 above which an asymmetric v1 file is taken to be damaged.
+_SUSPICIOUS_SHARE = 0.25
+_SUSPICIOUS_WORDS = 4
+
+
+def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
+    """Name -> whether it must be there."""
+    return {
+        f"{prefix}.qweight": True,
+        f"{prefix}.scales": True,
+        f"{prefix}.qzeros": scheme.symmetric is not True,
+        f"{prefix}.g_idx": False,
+    }
+
+
+def read(
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    scheme: LinearScheme,
+    in_features: int,
+    out_features: int,
+) -> CanonicalWeight | Tensor:
+    """See `formats.read_linear`."""
+    bits, k, n = scheme.bits, in_features, out_features
+    groups = num_groups(k, scheme.group_size)
+    words = take(
+        tensors,
+        f"{prefix}.qweight",
+        (ceil_div(k * bits, 32), n),
+        (torch.int32,),
+        f"[in * {bits} / 32, out] for {k} -> {n} features",
+    )
+    scales = take(
+        tensors,
+        f"{prefix}.scales",
+        (groups, n),
+        FLOATS,
+        f"[groups, out] with group_size {scheme.group_size}",
+    )
+    weight = CanonicalWeight(
+        codes=unpack_words(words.t().contiguous(), bits, 1, size=k),
+        scales=scales.t().contiguous(),
+        zeros=_zeros(prefix, tensors, scheme, groups, n),
+        bits=bits,
+        group_size=scheme.group_size,
+    )
+    return ordered(prefix, weight, tensors.get(f"{prefix}.g_idx"), f"{prefix}.g_idx")
+
+
+def _zeros(
+    prefix: str, tensors: Mapping[str, Tensor], scheme: LinearScheme, groups: int, n: int
+) -> Tensor | None:
+    """uint8 [N, G], or None for symmetric weights.
+
+    The declared version decides only where the configuration says that the weights are asymmetric:
+    files exist that declare v1 and hold v2 zeros. Symmetric weights need no zeros at all; where
+    nothing is said, the middle of the range in either spelling means symmetric.
+    """
+    name, bits = f"{prefix}.qzeros", scheme.bits
+    middle, top = 1 << (bits - 1), (1 << bits) - 1
+    if scheme.symmetric and name not in tensors:
+        return None
+    words = take(
+        tensors,
+        name,
+        (groups, ceil_div(n * bits, 32)),
+        (torch.int32,),
+        f"[groups, out * {bits} / 32] with group_size {scheme.group_size}",
+    )
+    stored = unpack_words(words, bits, 1, size=n)
+    if scheme.symmetric is not False:
+        spelling = _symmetric_spelling(stored, middle)
+        if scheme.symmetric:
+            if spelling is None:
+                note(prefix, "stored zero points ignored, because the file says sym: true")
+            return None
+        if spelling is not None:
+            return None
+    if scheme.style == "gptq_v2":
+        return stored.t().contiguous()
+    if _looks_carried(stored, bits):
+        note(
+            prefix,
+            "implausibly many zero points of 0: the file was probably written by a packer that "
+            "let z - 1 overflow into the neighbours, which cannot be repaired; expect bad output",
+        )
+    # Per code, not per word: a stored 15 is z = 0 and must not carry into the next code.
+    return ((stored.to(torch.int16) + 1) & top).to(torch.uint8).t().contiguous()
+
+
+def _symmetric_spelling(stored: Tensor, middle: int) -> str | None:
+    """Which version's spelling of "all in the middle" this is."""
+    if stored.numel() == 0 or bool((stored == middle - 1).all()):
+        return "gptq"
+    return "gptq_v2" if bool((stored == middle).all()) else None
+
+
+def _looks_carried(stored: Tensor, bits: int) -> bool:
+    """Whether z - 1 seems to have been computed on whole words: one z of 0 then sets all places
+    above it in its word.
+    """
+    top, per_word = (1 << bits) - 1, 32 // bits
+    full = stored == top
+    if not bool(full.any()):
+        return False
+    if float(full.float().mean()) > _SUSPICIOUS_SHARE:
+        return True
+    whole = full[:, : full.shape[1] // per_word * per_word].unflatten(1, (-1, per_word))
+    # Words with a full place below the top, and those of them whose full places run up to the top.
+    some = whole[..., :-1].any(-1)
+    falls = (whole[..., :-1] & ~whole[..., 1:]).any(-1)
+    return int(some.sum()) >= _SUSPICIOUS_WORDS and not bool((some & falls).any())

@@ -1,0 +1,119 @@
+"""fastinfer's own format, which is also the `state_dict` of `QuantLinear` and `W8A8Linear`.
+
+    qweight  int32 [ceil(K * bits / 32), N]   codes packed along K, natural order (as GPTQ)
+    scales   float [G, N]
+    qzeros   int32 [G, ceil(N * bits / 32)]   integer zero points as they are; absent if symmetric
+    zeros    float [G, N]                     floating-point zeros instead of qzeros
+    perm     int32 [K]                        packed column j multiplies input channel perm[j]
+
+W8A8 layers:
+
+    weight        int8 [N, K]
+    weight_scale  fp32 [N]
+
+`quantization_config`: quant_method "fastinfer", bits, group_size, symmetric, act_order, ignore and
+activations (absent or "int8_token").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..bits import pack_words, unpack_words
+from ..canonical import CanonicalWeight, Int8Weight
+from ..config import LinearScheme
+from .common import FLOATS, ceil_div, num_groups, take
+
+
+def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
+    """Name -> whether it must be there."""
+    if scheme.activations is not None:
+        return {f"{prefix}.weight": True, f"{prefix}.weight_scale": True}
+    return {
+        f"{prefix}.qweight": True,
+        f"{prefix}.scales": True,
+        f"{prefix}.qzeros": False,
+        f"{prefix}.zeros": False,
+        f"{prefix}.perm": False,
+    }
+
+
+def read(
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    scheme: LinearScheme,
+    in_features: int,
+    out_features: int,
+) -> CanonicalWeight | Int8Weight:
+    """See `formats.read_linear`."""
+    bits, k, n = scheme.bits, in_features, out_features
+    if scheme.activations is not None:
+        return Int8Weight(
+            take(tensors, f"{prefix}.weight", (n, k), (torch.int8,), "[out, in]"),
+            take(tensors, f"{prefix}.weight_scale", (n,), (torch.float32,), "[out]"),
+        )
+    groups = num_groups(k, scheme.group_size)
+    words = take(
+        tensors,
+        f"{prefix}.qweight",
+        (ceil_div(k * bits, 32), n),
+        (torch.int32,),
+        f"[in * {bits} / 32, out] for {k} -> {n} features",
+    )
+    why = f"with group_size {scheme.group_size}"
+    scales = take(tensors, f"{prefix}.scales", (groups, n), FLOATS, f"[groups, out] {why}")
+    zeros, perm = None, None
+    if f"{prefix}.qzeros" in tensors:
+        packed = take(
+            tensors,
+            f"{prefix}.qzeros",
+            (groups, ceil_div(n * bits, 32)),
+            (torch.int32,),
+            f"[groups, out * {bits} / 32] {why}",
+        )
+        zeros = unpack_words(packed, bits, 1, size=n).t().contiguous()
+    elif f"{prefix}.zeros" in tensors:
+        stored = take(tensors, f"{prefix}.zeros", (groups, n), FLOATS, f"[groups, out] {why}")
+        zeros = stored.t().contiguous()
+    if f"{prefix}.perm" in tensors:
+        perm = take(tensors, f"{prefix}.perm", (k,), (torch.int32,), "[in]")
+    return CanonicalWeight(
+        codes=unpack_words(words.t().contiguous(), bits, 1, size=k),
+        scales=scales.t().contiguous(),
+        zeros=zeros,
+        bits=bits,
+        group_size=scheme.group_size,
+        perm=perm,
+    )
+
+
+def write(prefix: str, weight: CanonicalWeight | Int8Weight) -> dict[str, Tensor]:
+    """The tensors of one linear layer, bias included.
+
+    Args:
+        prefix: full name of the layer; "" gives bare names.
+        weight: what to store.
+
+    Returns:
+        Name -> contiguous tensor.
+    """
+    dot = f"{prefix}." if prefix else ""
+    tensors = {}
+    if isinstance(weight, Int8Weight):
+        tensors["weight"] = weight.codes.contiguous()
+        tensors["weight_scale"] = weight.scales.float().contiguous()
+    else:
+        tensors["qweight"] = pack_words(weight.codes.t(), weight.bits, 0).contiguous()
+        tensors["scales"] = weight.scales.t().contiguous()
+        if weight.zeros is not None and weight.zeros.dtype == torch.uint8:
+            tensors["qzeros"] = pack_words(weight.zeros.t(), weight.bits, 1).contiguous()
+        elif weight.zeros is not None:
+            tensors["zeros"] = weight.zeros.t().contiguous()
+        if weight.perm is not None:
+            tensors["perm"] = weight.perm.to(torch.int32).contiguous()
+    if weight.bias is not None:
+        tensors["bias"] = weight.bias.contiguous()
+    return {dot + name: tensor for name, tensor in tensors.items()}

@@ -1,0 +1,38 @@
+"""What a loader says aloud: one log line per kind of remark, however many layers it concerns.
+
+Formats call `note` where they repair, ignore or convert something. While a load runs the remarks
+are collected and logged once at its end; outside of one they are logged at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+log = logging.getLogger("fastinfer.quant")
+_collected: ContextVar[dict[str, list[str]] | None] = ContextVar("fastinfer_notes", default=None)
+
+
+def note(name: str, text: str) -> None:
+    """Say `text` about the layer or tensor `name`."""
+    collected = _collected.get()
+    if collected is None:
+        log.warning("%s: %s", name, text)
+    else:
+        collected.setdefault(text, []).append(name)
+
+
+@contextmanager
+def collecting() -> Iterator[dict[str, list[str]]]:
+    """Within this block remarks with the same text become one line; yields text -> names."""
+    collected: dict[str, list[str]] = {}
+    token = _collected.set(collected)
+    try:
+        yield collected
+    finally:
+        _collected.reset(token)
+        for text, names in collected.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            log.warning("%s%s: %s", names[0], more, text)
