@@ -244,7 +244,6 @@ def test_generation_config_file_wins_for_eos(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3"]),
         ({"architectures": None, "model_type": "gemma"}, ["'gemma'", "MistralForCausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'silu'", "'gelu'"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
         ({"dual_chunk_attention_config": {"chunk_size": 1}}, ["dual_chunk_attention_config"]),
         ({"use_mrope": True}, ["use_mrope"]),
         ({"rope_scaling": {"type": "longrope"}}, ["rope_type", "yarn", "'longrope'"]),

@@ -74,7 +74,6 @@ FAMILIES: dict[str, Family] = {
 
 # Keys that change the mathematics in a way the decoder does not have. A falsy value is harmless.
 _UNSUPPORTED_KEYS = {
-    "quantization_config": "load the unquantised checkpoint",
     "dual_chunk_attention_config": "remove the key to use plain attention at the trained length",
     "use_mrope": "multimodal rotary embedding is not implemented",
     "add_cross_attention": "only decoder-only models are implemented",

@@ -3,8 +3,8 @@
 A checkpoint stores q, k, v (and gate, up) as separate tensors while the decoder multiplies them as
 one matrix. Each layer here says which parts it is made of and places a checkpoint tensor into them,
 so the loader needs no knowledge of fusing. A quantised or a tensor-parallel linear is a class with
-the same three methods (`part_shape`, `load`, `forward`): it may keep other parameters, or take only
-its rows of each part.
+the same three methods (`part_shape`, `load`, `forward`): it may keep other parameters (see
+`quantized.py`), or take only its rows of each part.
 """
 
 from __future__ import annotations
@@ -29,8 +29,41 @@ class Layer(nn.Module):
         getattr(self, param).data.copy_(tensor)
 
 
-class Linear(Layer):
-    """y = x @ weight.T + bias, with weight [N, K] made of named row blocks.
+class RowParts(Layer):
+    """A linear layer whose weight [N, K] and bias [N] are made of named row blocks.
+
+    Args:
+        in_features: K.
+        parts: name -> rows, in the order in which they are stacked. A plain linear has one part.
+        bias: whether there is a bias [N].
+        dtype: of the bias.
+    """
+
+    def __init__(
+        self, in_features: int, parts: Mapping[str, int], *, bias: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.parts = dict(parts)
+        self.out_features = sum(self.parts.values())
+        self.bias = _parameter(self.out_features, dtype=dtype) if bias else None
+
+    def part_shape(self, param: str, parts: tuple[str, ...]) -> tuple[int, ...]:
+        rows = sum(self.parts[p] for p in parts or self.parts)
+        return (rows, self.in_features) if param == "weight" else (rows,)
+
+    def load(self, param: str, parts: tuple[str, ...], tensor: Tensor) -> None:
+        target = getattr(self, param).data
+        begins = dict(zip(self.parts, _begins(self.parts.values()), strict=True))
+        taken = 0
+        for part in parts or self.parts:
+            rows = self.parts[part]
+            target[begins[part] : begins[part] + rows].copy_(tensor[taken : taken + rows])
+            taken += rows
+
+
+class Linear(RowParts):
+    """y = x @ weight.T + bias.
 
     Args:
         in_features: K.
@@ -42,25 +75,8 @@ class Linear(Layer):
     def __init__(
         self, in_features: int, parts: Mapping[str, int], *, bias: bool, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.parts = dict(parts)
-        self.out_features = sum(self.parts.values())
+        super().__init__(in_features, parts, bias=bias, dtype=dtype)
         self.weight = _parameter(self.out_features, in_features, dtype=dtype)
-        self.bias = _parameter(self.out_features, dtype=dtype) if bias else None
-
-    def part_shape(self, param: str, parts: tuple[str, ...]) -> tuple[int, ...]:
-        rows = sum(self.parts[p] for p in parts or self.parts)
-        return (rows, *getattr(self, param).shape[1:])
-
-    def load(self, param: str, parts: tuple[str, ...], tensor: Tensor) -> None:
-        target = getattr(self, param).data
-        begins = dict(zip(self.parts, _begins(self.parts.values()), strict=True))
-        taken = 0
-        for part in parts or self.parts:
-            rows = self.parts[part]
-            target[begins[part] : begins[part] + rows].copy_(tensor[taken : taken + rows])
-            taken += rows
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)

@@ -2,7 +2,8 @@
 
 The model is built on the meta device, checked against the file headers, then given memory once;
 each tensor is copied from its (memory-mapped) file straight into its place, converting the dtype on
-the way.
+the way. Linear layers that the checkpoint holds quantised are exchanged for `QuantizedLinear`
+before; their tensors are collected until a layer is complete and packed then.
 """
 
 from __future__ import annotations
@@ -10,16 +11,26 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint
+from ..checkpoint import Checkpoint
+from ..quant import notes
+from ..quant.canonical import QuantError
+from ..quant.config import QuantConfig, read_quant_config
+from ..quant.formats import read_linear
+from ..quant.fused import runnable
 from .config import ModelConfig, load_config
 from .decoder import CausalLM
-from .layers import Layer, RMSNorm
-from .weights import EMBEDDING, HEAD, check_tensors
+from .dummy import fill_random
+from .layers import Layer, RowParts
+from .quantized import QuantizedLinear
+from .weights import EMBEDDING, HEAD, TensorPlan, plan_tensors
 
 _DTYPES = {
     "float32": torch.float32,
@@ -38,8 +49,9 @@ def load_model(
     load_format: str = "auto",
     progress: bool = True,
     max_model_len: int | None = None,
+    requantize: int | None = None,
 ) -> CausalLM:
-    """Load a checkpoint folder in Hugging Face layout.
+    """Load a checkpoint folder in Hugging Face layout, plain or quantised.
 
     Args:
         path: folder with `config.json` and safetensors weights, single or sharded.
@@ -52,6 +64,9 @@ def load_model(
         max_model_len: longest sequence to run, in tokens; sizes the rotary tables. None: what the
             checkpoint declares. With dynamic NTK a longer length also changes the frequencies, see
             `rotary.py`.
+        requantize: 4 or 8: quantise again what no kernel reads as it is stored (bitsandbytes nf4
+            and fp4, GPTQ with irregular groups), rounding to nearest in groups of 64. None:
+            dequantise it to `dtype`. Either is logged.
 
     Returns:
         The model, ready to run; its `config.dtype` is the dtype of its parameters.
@@ -59,7 +74,7 @@ def load_model(
     Raises:
         FileNotFoundError: the folder, `config.json`, the weights or a shard is not there.
         ValueError: the configuration is not supported, the weights do not match it, or an argument
-            is wrong.
+            is wrong. Damaged quantised tensors are named.
         RuntimeError: a CUDA device was asked for and there is none.
     """
     if load_format not in ("auto", "dummy"):
@@ -72,53 +87,140 @@ def load_model(
             "load_model: max_model_len must be a positive number of tokens, got "
             f"{max_model_len!r}; leave it out to use the checkpoint's length"
         )
+    if requantize not in (None, 4, 8):
+        raise ValueError(
+            f"load_model: requantize must be None, 4 or 8 bits, got {requantize!r}; leave it out "
+            "to dequantise"
+        )
     target = _device(device)
     config = load_config(path)
-    checkpoint = Checkpoint(Path(path)) if load_format == "auto" else None
-    config = dataclasses.replace(config, dtype=_resolve_dtype(dtype, config, checkpoint))
-    with torch.device("meta"):
-        model = CausalLM(config, dtype=config.dtype, max_model_len=max_model_len)
-    with torch.no_grad():
+    with notes.collecting(), _named(), torch.no_grad():
+        quant = read_quant_config(path)
+        checkpoint = Checkpoint(Path(path)) if load_format == "auto" else None
+        config = dataclasses.replace(config, dtype=_resolve_dtype(dtype, config, checkpoint))
+        with torch.device("meta"):
+            model = CausalLM(config, dtype=config.dtype, max_model_len=max_model_len)
         if checkpoint is None:
-            model.to_empty(device=target)
-            _fill_random(model)
+            fill_random(model, config, quant, target, exchange=_exchange)
         else:
-            _fill(model, config, checkpoint, target, progress=progress)
+            filler = _Filler(model, config, checkpoint, quant, target, requantize)
+            filler.fill(progress=progress)
         model.finish_loading()
     return model.eval()
 
 
-def _fill(
-    model: CausalLM,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    *,
-    progress: bool,
-) -> None:
-    infos = checkpoint.tensors
-    targets = check_tensors(
-        model,
-        config,
-        {name: info.shape for name, info in infos.items()},
-        {name: info.dtype for name, info in infos.items()},
-    )
-    _check_complete(model, {(t.module, t.param) for t in targets.values()})
-    model.to_empty(device=device)
-    with tqdm(
-        total=len(targets),
-        desc="loading weights",
-        unit="tensor",
-        disable=not (progress and sys.stderr.isatty()),
-    ) as bar:
-        for name, tensor in checkpoint.read(set(targets)):
-            where = targets[name]
-            layer = model.get_submodule(where.module)
-            assert isinstance(layer, Layer)
-            layer.load(where.param, where.parts, tensor)
-            bar.update()
-    if config.tie_word_embeddings and HEAD in infos:
-        _check_tied(model, checkpoint)
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors of the quantised formats name the tensor; the caller wants to know who complains."""
+    try:
+        yield
+    except QuantError as error:
+        raise QuantError(f"load_model: {error}") from error
+
+
+def _exchange(
+    model: CausalLM, module: str, config: ModelConfig, device: torch.device
+) -> QuantizedLinear:
+    """Put a quantised layer in the place of a plain one."""
+    plain = model.get_submodule(module)
+    if isinstance(plain, QuantizedLinear):
+        return plain
+    assert isinstance(plain, RowParts)
+    assert config.dtype is not None
+    if module == "lm_head" and config.normalized_head:
+        raise ValueError(
+            f"load_model: lm_head of {config.architecture} must be in floating point, got a "
+            "quantised one; its rows are normalised while loading"
+        )
+    with torch.device("meta"):
+        layer = QuantizedLinear(
+            plain.in_features,
+            plain.parts,
+            bias=plain.bias is not None,
+            dtype=config.dtype,
+            device=device,
+        )
+    parent, _, child = module.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    return layer
+
+
+class _Filler:
+    """Puts every tensor of a checkpoint into its place."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        quant: QuantConfig | None,
+        device: torch.device,
+        requantize: int | None,
+    ) -> None:
+        self.model, self.config, self.checkpoint = model, config, checkpoint
+        self.requantize = requantize
+        infos = checkpoint.tensors
+        self.plan: TensorPlan = plan_tensors(
+            model,
+            config,
+            {name: info.shape for name, info in infos.items()},
+            {name: info.dtype for name, info in infos.items()},
+            quant,
+        )
+        for target in self.plan.quantized.values():
+            _exchange(model, target.module, config, device)
+        _check_complete(model, {(t.module, t.param) for t in self.plan.plain.values()})
+        model.to_empty(device=device)
+        # Tensor name -> the layer it belongs to, and what has been read of each layer so far.
+        self.owner = {n: name for name, t in self.plan.quantized.items() for n in t.tensors}
+        self.waiting: dict[str, dict[str, Tensor]] = {}
+
+    def fill(self, *, progress: bool) -> None:
+        """Read all files once."""
+        names = {*self.plan.plain, *self.owner, *self.plan.zero_biases}
+        with tqdm(
+            total=len(names),
+            desc="loading weights",
+            unit="tensor",
+            disable=not (progress and sys.stderr.isatty()),
+        ) as bar:
+            for name, tensor in self.checkpoint.read(names):
+                if name in self.owner:
+                    self._quantized(self.owner[name], name, tensor)
+                elif name in self.plan.zero_biases:
+                    _check_zero(name, tensor)
+                else:
+                    self._plain(name, tensor)
+                bar.update()
+        if self.config.tie_word_embeddings and HEAD in self.checkpoint.tensors:
+            _check_tied(self.model, self.checkpoint)
+
+    def _plain(self, name: str, tensor: Tensor) -> None:
+        where = self.plan.plain[name]
+        layer = self.model.get_submodule(where.module)
+        assert isinstance(layer, Layer)
+        layer.load(where.param, where.parts, tensor)
+
+    def _quantized(self, layer_name: str, name: str, tensor: Tensor) -> None:
+        where = self.plan.quantized[layer_name]
+        tensors = self.waiting.setdefault(layer_name, {})
+        tensors[name] = tensor
+        if len(tensors) < len(where.tensors):
+            return
+        del self.waiting[layer_name]
+        layer = self.model.get_submodule(where.module)
+        assert isinstance(layer, QuantizedLinear)
+        rows, columns = layer.part_shape("weight", where.parts)
+        stored = read_linear(layer_name, tensors, where.scheme, columns, rows)
+        layer.load_quantized(where.parts, runnable(layer_name, stored, self.requantize))
+
+
+def _check_zero(name: str, bias: Tensor) -> None:
+    if bool(bias.any()):
+        raise ValueError(
+            f"load_model: {name} must be zero, because config.json describes a layer without bias, "
+            "got other values; check that config.json belongs to these weights"
+        )
 
 
 def _check_complete(model: CausalLM, filled: set[tuple[str, str]]) -> None:
@@ -141,16 +243,6 @@ def _check_tied(model: CausalLM, checkpoint: Checkpoint) -> None:
             f"load_model: {HEAD} must equal {EMBEDDING} when tie_word_embeddings is true, got "
             "another tensor; set tie_word_embeddings to false in config.json to use it"
         )
-
-
-def _fill_random(model: CausalLM) -> None:
-    generator = torch.Generator(device=model.device).manual_seed(0)
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            if isinstance(module, RMSNorm):
-                param.fill_(1.0)
-            else:
-                param.normal_(std=0.02, generator=generator)
 
 
 def _resolve_dtype(

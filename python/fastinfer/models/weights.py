@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..quant.config import LinearScheme, QuantConfig
+from ..quant.formats import is_plain, tensor_names
+from ..quant.notes import note
 from .config import ModelConfig
-from .layers import Layer
+from .layers import Layer, RowParts
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+KV_SCALES = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point", ".output_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,25 @@ class Target:
     module: str  # dotted path of a `Layer` in the model
     param: str  # "weight" or "bias"
     parts: tuple[str, ...] = ()  # row blocks of a fused layer, in the tensor's order; (): all
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTarget:
+    """Where the weight of one quantised linear layer goes."""
+
+    module: str
+    parts: tuple[str, ...]
+    scheme: LinearScheme
+    tensors: frozenset[str]  # the tensors that hold it
+
+
+@dataclass(slots=True)
+class TensorPlan:
+    """What becomes of every tensor of a checkpoint."""
+
+    plain: dict[str, Target]  # tensor name -> parameter
+    quantized: dict[str, QuantizedTarget]  # name of a linear layer in the checkpoint -> layer
+    zero_biases: frozenset[str]  # biases that the model does not have and that must be zero
 
 
 def weight_targets(config: ModelConfig) -> dict[str, Target]:
@@ -65,12 +88,13 @@ def _layer_targets(config: ModelConfig, theirs: str, ours: str) -> dict[str, Tar
     return targets
 
 
-def check_tensors(
+def plan_tensors(
     model: nn.Module,
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str],
-) -> dict[str, Target]:
+    quant: QuantConfig | None = None,
+) -> TensorPlan:
     """Match the tensors of a checkpoint with the parameters of a model.
 
     Args:
@@ -78,28 +102,75 @@ def check_tensors(
         config: of the model.
         shapes: tensor name -> shape, for all tensors in the files.
         dtypes: tensor name -> dtype as safetensors spells it.
+        quant: how the linear layers are stored; None: in floating point.
 
     Returns:
-        Tensor name -> target, for the tensors to read.
+        What to do with each tensor.
 
     Raises:
         ValueError: a tensor is missing, superfluous, of another shape, or not stored as floating
-            point.
+            point. Shapes of quantised tensors are checked when they are read.
     """
-    targets = weight_targets(config)
-    missing = [name for name in targets if name not in shapes]
-    unused = [name for name in shapes if name not in targets and not _harmless(name, config)]
+    plain = weight_targets(config)
+    quantized = {} if quant is None else _quantized_targets(model, plain, quant, dtypes)
+    required = set()
+    for name, target in quantized.items():
+        del plain[f"{name}.weight"]
+        required |= {n for n, must in tensor_names(name, target.scheme).items() if must}
+    used = {*plain, *(name for target in quantized.values() for name in target.tensors)}
+    # GPTQ packers write a bias for every layer, all zero where the model has none.
+    zero_biases = frozenset(
+        bias
+        for bias in (f"{name}.bias" for name in quantized)
+        if bias in shapes and bias not in used
+    )
+    missing = [name for name in (*plain, *sorted(required)) if name not in shapes]
+    unused = [
+        name
+        for name in shapes
+        if name not in used and name not in zero_biases and not _harmless(name, config, quant)
+    ]
     if missing or unused:
         found = "; ".join(
             f"{what} {_listed(names)}"
             for what, names in (("missing", missing), ("not used by the model", unused))
             if names
         )
+        how = "" if quant is None else f" and quantization_config ({quant.method})"
         raise ValueError(
             f"load_model: the checkpoint must hold exactly the tensors of {config.architecture} as "
-            f"config.json describes it, got {found}; check that config.json belongs to these "
+            f"config.json{how} describes it, got {found}; check that config.json belongs to these "
             "weights and that no shard is missing"
         )
+    _check_plain(model, plain, shapes, dtypes)
+    return TensorPlan(plain, quantized, zero_biases)
+
+
+def _quantized_targets(
+    model: nn.Module, targets: Mapping[str, Target], quant: QuantConfig, dtypes: Mapping[str, str]
+) -> dict[str, QuantizedTarget]:
+    found = {}
+    for tensor, target in targets.items():
+        name = tensor.removesuffix(".weight")
+        if target.param != "weight" or not isinstance(model.get_submodule(target.module), RowParts):
+            continue
+        scheme = quant.for_module(name)
+        if scheme is None:
+            continue
+        if is_plain(name, scheme, dtypes):
+            note(name, "stored in floating point although quantization_config does not except it")
+            continue
+        names = frozenset(n for n in tensor_names(name, scheme) if n in dtypes)
+        found[name] = QuantizedTarget(target.module, target.parts, scheme, names)
+    return found
+
+
+def _check_plain(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+) -> None:
     for name, target in targets.items():
         layer = model.get_submodule(target.module)
         assert isinstance(layer, Layer)
@@ -112,14 +183,17 @@ def check_tensors(
         if dtypes[name] not in ("F16", "BF16", "F32", "F64"):
             raise ValueError(
                 f"load_model: {name} must be stored as F16, BF16, F32 or F64, got {dtypes[name]}; "
-                "use the unquantised checkpoint"
+                "quantised weights need a quantization_config that describes them"
             )
-    return targets
 
 
-def _harmless(name: str, config: ModelConfig) -> bool:
-    """What old files carry and nobody needs: frequency buffers, a copy of tied weights."""
+def _harmless(name: str, config: ModelConfig, quant: QuantConfig | None) -> bool:
+    """What files carry and nobody needs: frequency buffers, a copy of tied weights, scales of an
+    8-bit KV cache that this engine does not build.
+    """
     if name.endswith("rotary_emb.inv_freq"):
+        return True
+    if quant is not None and quant.raw.get("kv_cache_scheme") and name.endswith(KV_SCALES):
         return True
     return name == HEAD and config.tie_word_embeddings
 

@@ -69,3 +69,20 @@ def read_linear(
         return stored
     stored.bias = tensors.get(f"{prefix}.bias")
     return stored.validate(prefix)
+
+
+def is_plain(prefix: str, scheme: LinearScheme, dtypes: Mapping[str, str]) -> bool:
+    """Whether a layer is stored in floating point although the configuration says otherwise.
+
+    Published files leave modules out of their ignore lists; what is in the file counts.
+
+    Args:
+        prefix: full checkpoint name of the layer.
+        scheme: what the configuration says.
+        dtypes: tensor name -> dtype as safetensors spells it, for all tensors of the checkpoint.
+    """
+    weight = f"{prefix}.weight"
+    others = [name for name, must in tensor_names(prefix, scheme).items() if must]
+    return dtypes.get(weight) in ("F16", "BF16", "F32") and not any(
+        name in dtypes for name in others if name != weight
+    )

@@ -40,21 +40,23 @@ class Checkpoint:
 
     Args:
         folder: checkpoint folder.
+        who: the public function that asked, for error messages.
 
     Raises:
         FileNotFoundError: there are no safetensors files, or a shard is missing.
         ValueError: a file is truncated or malformed, or two files hold the same tensor.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, who: str = "load_model") -> None:
+        self._who = who
         self.tensors: dict[str, TensorInfo] = {}
-        self.files = _find_files(folder)
+        self.files = _find_files(folder, who)
         for file in self.files:
-            with _open(file) as handle:
+            with _open(file, who) as handle:
                 for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                     if name in self.tensors:
                         raise ValueError(
-                            f"load_model: each tensor must be in one file only, got {name} in "
+                            f"{who}: each tensor must be in one file only, got {name} in "
                             f"{self.tensors[name].file.name} and {file.name}; remove the file that "
                             "does not belong to the checkpoint"
                         )
@@ -66,13 +68,13 @@ class Checkpoint:
     def read(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors, file by file, on the CPU."""
         for file in self.files:
-            with _open(file) as handle:
+            with _open(file, self._who) as handle:
                 for name in handle.keys():  # noqa: SIM118
                     if name in names:
                         yield name, handle.get_tensor(name)
 
 
-def _find_files(folder: Path) -> list[Path]:
+def _find_files(folder: Path, who: str) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
@@ -81,7 +83,7 @@ def _find_files(folder: Path) -> list[Path]:
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"load_model: {index} must hold a weight_map object, got {error!r}; download the "
+                f"{who}: {index} must hold a weight_map object, got {error!r}; download the "
                 "file again"
             ) from error
         files = [folder / name for name in names]
@@ -91,11 +93,11 @@ def _find_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
         files += [f for f in _rest_of_series(files) if f not in files]
     if not files:
-        raise FileNotFoundError(_no_safetensors(folder))
+        raise FileNotFoundError(_no_safetensors(folder, who))
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise FileNotFoundError(
-            f"load_model: {folder} must contain all {len(files)} shards, got no "
+            f"{who}: {folder} must contain all {len(files)} shards, got no "
             f"{', '.join(absent)}; download the missing files"
         )
     return files
@@ -115,21 +117,21 @@ def _rest_of_series(files: list[Path]) -> list[Path]:
     return sorted(set(series))
 
 
-def _no_safetensors(folder: Path) -> str:
+def _no_safetensors(folder: Path, who: str) -> str:
     others = sorted(f.name for suffix in ("bin", "pt", "pth") for f in folder.glob(f"*.{suffix}"))
     if not others:
         return (
-            f"load_model: {folder} must contain {SINGLE} or {INDEX}, got no weight files; download "
+            f"{who}: {folder} must contain {SINGLE} or {INDEX}, got no weight files; download "
             "the checkpoint's weights"
         )
     command = f"python -c {shlex.quote(_CONVERT)} {shlex.quote(str(folder))}"
     return (
-        f"load_model: {folder} must contain .safetensors files, got only {', '.join(others[:4])}; "
+        f"{who}: {folder} must contain .safetensors files, got only {', '.join(others[:4])}; "
         f"convert them once with:\n{command}"
     )
 
 
-def _open(file: Path) -> safe_open:
+def _open(file: Path, who: str) -> safe_open:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -138,5 +140,5 @@ def _open(file: Path) -> safe_open:
         what = "a git-lfs pointer" if is_pointer else f"a truncated or damaged one ({error})"
         remedy = "run `git lfs pull`" if is_pointer else "download the file again"
         raise ValueError(
-            f"load_model: {file} must be a complete safetensors file, got {what}; {remedy}"
+            f"{who}: {file} must be a complete safetensors file, got {what}; {remedy}"
         ) from error

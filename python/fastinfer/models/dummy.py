@@ -1,0 +1,86 @@
+"""Random weights for benchmarks: `load_format="dummy"`, with or without quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..quant.canonical import CanonicalWeight, Int8Weight
+from ..quant.config import LinearScheme, QuantConfig
+from ..quant.formats import Stored
+from ..quant.formats.common import num_groups
+from ..quant.fused import runnable
+from .config import ModelConfig
+from .decoder import CausalLM
+from .layers import RMSNorm, RowParts
+from .quantized import QuantizedLinear
+from .weights import weight_targets
+
+_STD = 0.02
+
+Exchange = Callable[[CausalLM, str, ModelConfig, torch.device], QuantizedLinear]
+
+
+def fill_random(
+    model: CausalLM,
+    config: ModelConfig,
+    quant: QuantConfig | None,
+    device: torch.device,
+    *,
+    exchange: Exchange,
+) -> None:
+    """Give a model on the meta device small random weights from a fixed seed.
+
+    Args:
+        model: to fill.
+        config: of the model.
+        quant: quantisation that config.json declares; those layers get random codes.
+        device: where the model shall live.
+        exchange: puts a quantised layer in the place of a plain one.
+    """
+    quantized = {}
+    for tensor, target in weight_targets(config).items():
+        layer = model.get_submodule(target.module)
+        if quant is None or target.param != "weight" or not isinstance(layer, RowParts):
+            continue
+        scheme = quant.for_module(tensor.removesuffix(".weight"))
+        if scheme is not None:
+            quantized[tensor] = (target, scheme)
+    for target, _ in quantized.values():
+        exchange(model, target.module, config, device)
+    model.to_empty(device=device)
+    generator = torch.Generator(device=device).manual_seed(0)
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            if isinstance(module, RMSNorm):
+                param.fill_(1.0)
+            else:
+                param.normal_(std=_STD, generator=generator)
+    on_cpu = torch.Generator().manual_seed(0)
+    for tensor, target in weight_targets(config).items():
+        layer = model.get_submodule(target.module)
+        if not isinstance(layer, QuantizedLinear) or target.param != "weight":
+            continue
+        rows, columns = layer.part_shape("weight", target.parts)
+        weight: Stored
+        if tensor in quantized:
+            weight = _random(quantized[tensor][1], rows, columns, on_cpu)
+        else:
+            weight = torch.randn(rows, columns, generator=on_cpu) * _STD
+        layer.load_quantized(target.parts, runnable(tensor, weight))
+
+
+def _random(scheme: LinearScheme, rows: int, columns: int, generator: torch.Generator) -> Stored:
+    if scheme.method == "bitsandbytes" and scheme.style != "int8":
+        return torch.randn(rows, columns, generator=generator) * _STD
+    codes = torch.randint(
+        0, 1 << scheme.bits, (rows, columns), dtype=torch.uint8, generator=generator
+    )
+    # Uniform codes have a standard deviation of 2^bits / sqrt(12).
+    scale = _STD * 12**0.5 / (1 << scheme.bits)
+    if scheme.activations is not None:
+        return Int8Weight(codes.view(torch.int8), torch.full((rows,), scale))
+    groups = num_groups(columns, scheme.group_size)
+    scales = torch.full((rows, groups), scale)
+    return CanonicalWeight(codes, scales, None, scheme.bits, scheme.group_size)
