@@ -67,8 +67,8 @@ def load_quantized(
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{_WHO}: path must be a checkpoint folder on this machine, got {str(path)!r}; download "
-            "the checkpoint first"
+            f"{_WHO}: path must be a checkpoint folder on this machine, got {str(path)!r}; "
+            "download the checkpoint first"
         )
     with notes.collecting(), torch.no_grad():
         try:
@@ -238,9 +238,6 @@ class _Loading:
         new = _replacement(stored, device)
         new.bias = old.bias  # filled, or still to be
         _set(self.model, layer, new)
-        if old.bias is not None:
-            # The slot must fill the parameter where it now is.
-            self.slots[f"{layer}.bias"].tensor = new.bias
 
 
 def _replacement(
