@@ -112,7 +112,7 @@ struct Words<Elem<DType::f32>> {
 template <>
 struct Words<Elem<DType::f16>> {
   FI_INLINE vf get(vf w, int i) {
-    return half_to_float(__builtin_convertvector(i ? (vu)w >> 16 : (vu)w & 0xffffu, vh));
+    return half_to_float(narrow_to_16(i ? (vu)w >> 16 : (vu)w & 0xffffu));
   }
 };
 template <>
@@ -121,9 +121,7 @@ struct Words<Elem<DType::bf16>> {
 };
 template <>
 struct Words<Elem<DType::f8e4m3>> {
-  FI_INLINE vf get(vf w, int i) {
-    return fp8_to_float(__builtin_convertvector(((vu)w >> (8 * i)) & 0xffu, vb));
-  }
+  FI_INLINE vf get(vf w, int i) { return fp8_to_float(((vu)w >> (8 * i)) & 0xffu); }
 };
 template <>
 struct Words<Elem<DType::i8>> {

@@ -100,6 +100,62 @@ FI_INLINE float max(vf v) {
   return a > b ? a : b;
 }
 
+// ---- lane widths ----
+// GCC takes these conversions apart, down to single lanes for bytes; the intrinsics it does not.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <class V>
+FI_INLINE __m128i low_half(V x) {  // 8 bytes
+  long long bits;
+  __builtin_memcpy(&bits, &x, 8);
+  return _mm_cvtsi64_si128(bits);
+}
+#endif
+FI_INLINE vu widen(vh x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+FI_INLINE vu widen(vb x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu8_epi32(low_half(x));
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+FI_INLINE vi widen(vsb x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepi8_epi32(low_half(x));
+#else
+  return __builtin_convertvector(x, vi);
+#endif
+}
+FI_INLINE vh narrow_to_16(vu x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i even = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_packus_epi32(even, even);  // per 128-bit half
+  return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(x, vh);
+#endif
+}
+FI_INLINE vb narrow_to_8(vu x) {
+#if defined(__AVX512F__)
+  return (vb)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+  return __builtin_convertvector(x, vb);
+#endif
+}
+
 // ---- element types
 // -------------------------------------------------------------------------------------------------
 FI_INLINE vf half_to_float(vh h) {
@@ -146,24 +202,23 @@ FI_INLINE vh float_to_half(vf v) {
 #endif
 }
 
-FI_INLINE vf bfloat_to_float(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+FI_INLINE vf bfloat_to_float(vh h) { return (vf)(widen(h) << 16); }
 
 FI_INLINE vh float_to_bfloat(vf v) {
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const vu nan = (vu)(v != v);
-  return __builtin_convertvector((rounded & ~nan) | (((u >> 16) | 0x40u) & nan), vh);
+  return narrow_to_16((rounded & ~nan) | (((u >> 16) | 0x40u) & nan));
 }
 
 // e4m3fn: 4 exponent bits (bias 7), 3 mantissa bits, no infinity, 0x7f = NaN. As an fp16 pattern it
 // is the value / 256.
-FI_INLINE vf fp8_to_float(vb b) {
-  const vu x = __builtin_convertvector(b, vu);
-  const vf value =
-      half_to_float(__builtin_convertvector(((x & 0x80u) << 8) | ((x & 0x7fu) << 7), vh)) * 256.0f;
+FI_INLINE vf fp8_to_float(vu x) {
+  const vf value = half_to_float(narrow_to_16(((x & 0x80u) << 8) | ((x & 0x7fu) << 7))) * 256.0f;
   const vu nan = (vu)((x & 0x7fu) == 0x7fu);
   return (vf)((vu)value | (nan & 0x7fc00000u));
 }
+FI_INLINE vf fp8_to_float(vb b) { return fp8_to_float(widen(b)); }
 
 // Round to nearest even, saturating at 448; NaN stays NaN.
 FI_INLINE uint8_t float_to_fp8_scalar(float f) {
@@ -187,7 +242,7 @@ FI_INLINE vb float_to_fp8(vf v) {
   vu code = (vi)a < (vi)(vu{} + 0x3c800000u) ? tiny : normal;
   code = (vi)a >= (vi)(vu{} + 0x43e00000u) ? vu{} + 0x7eu : code;
   code = (vi)a > (vi)(vu{} + 0x7f800000u) ? vu{} + 0x7fu : code;
-  return __builtin_convertvector(code | ((u >> 24) & 0x80u), vb);
+  return narrow_to_8(code | ((u >> 24) & 0x80u));
 }
 
 template <DType T>
@@ -249,8 +304,7 @@ template <>
 struct Elem<DType::i8> {
   static constexpr int64_t size = 1;
   FI_INLINE vf load(const void* p, int64_t i) {
-    return __builtin_convertvector(__builtin_convertvector(load_raw<vsb>((const int8_t*)p + i), vi),
-                                   vf);
+    return __builtin_convertvector(widen(load_raw<vsb>((const int8_t*)p + i)), vf);
   }
   FI_INLINE float get(const void* p, int64_t i) { return (float)((const int8_t*)p)[i]; }
   // store and set: round to nearest even, saturating to the symmetric range; NaN gives 0.
@@ -258,7 +312,7 @@ struct Elem<DType::i8> {
     const vf clamped = vmin(vmax(v == v ? v : vf{}, splat(-127.0f)), splat(127.0f));
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: the fp32 adder rounds
     const vi code = (vi)(clamped + magic) - (vi)magic;
-    store_raw((int8_t*)p + i, __builtin_convertvector(code, vsb));
+    store_raw((int8_t*)p + i, narrow_to_8((vu)code));
   }
   FI_INLINE void set(void* p, int64_t i, float x) {
     const float r = __builtin_nearbyintf(x);
