@@ -206,6 +206,7 @@ def paged(k, cu_k, block_size, seed, spare=3, extra_columns=2):
     counts = [-(-n // block_size) for n in lengths]
     total = sum(counts) + spare
     cache = poisoned(total, block_size, *k.shape[1:], dtype=k.dtype)
+    cache[..., ::3] = float("inf")
     table = torch.full((len(lengths), max(counts) + extra_columns), -1, dtype=torch.int32)
     table[:, 1::2] = 2**31 - 1
     ids = random.Random(seed).sample(range(total), sum(counts))

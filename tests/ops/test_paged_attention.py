@@ -55,6 +55,8 @@ class Case:
         self.caches, self.scales = [], []
         for i in range(2):
             cache = poisoned(*shape, dtype=code)
+            if code == dtype:
+                cache[..., ::3] = float("inf")
             scale = torch.full(shape[:3], NAN) if scales == "token" else None
             if scales == "head":
                 scale = randn(heads_kv, seed=seed).abs() * 0.02 + 0.02
