@@ -29,8 +29,26 @@ def hexes(words: torch.Tensor) -> list[str]:
 # q[k][n] = (3k + 5n) mod 16 and eight zero points: the words that the formats give them.
 CODES = torch.tensor([[(3 * k + 5 * n) % 16 for n in range(8)] for k in range(8)])
 ZEROS = torch.tensor([[0, 1, 7, 8, 9, 14, 15, 3]])
-GPTQ_WORDS = ["52FC9630", "A741EB85", "FC9630DA", "41EB852F", "9630DA74", "EB852FC9", "30DA741E", "852FC963"]
-AWQ_WORDS = ["39F5E4A0", "6C2817D3", "9F5B4A06", "C28E7D39", "F5B1A06C", "28E4D39F", "5B1706C2", "8E4A39F5"]
+GPTQ_WORDS = [
+    "52FC9630",
+    "A741EB85",
+    "FC9630DA",
+    "41EB852F",
+    "9630DA74",
+    "EB852FC9",
+    "30DA741E",
+    "852FC963",
+]
+AWQ_WORDS = [
+    "39F5E4A0",
+    "6C2817D3",
+    "9F5B4A06",
+    "C28E7D39",
+    "F5B1A06C",
+    "28E4D39F",
+    "5B1706C2",
+    "8E4A39F5",
+]
 
 
 def test_worked_words() -> None:

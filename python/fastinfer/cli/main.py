@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import chat, env, generate
+from . import chat, env, generate, inspect
 
-COMMANDS = (generate, chat, env)
+COMMANDS = (generate, chat, inspect, env)
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 

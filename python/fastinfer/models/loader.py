@@ -97,7 +97,7 @@ def load_model(
     with notes.collecting(), _named(), torch.no_grad():
         quant = read_quant_config(path)
         checkpoint = Checkpoint(Path(path)) if load_format == "auto" else None
-        config = dataclasses.replace(config, dtype=_resolve_dtype(dtype, config, checkpoint))
+        config = dataclasses.replace(config, dtype=resolve_dtype(dtype, config, checkpoint))
         with torch.device("meta"):
             model = CausalLM(config, dtype=config.dtype, max_model_len=max_model_len)
         if checkpoint is None:
@@ -245,9 +245,10 @@ def _check_tied(model: CausalLM, checkpoint: Checkpoint) -> None:
         )
 
 
-def _resolve_dtype(
+def resolve_dtype(
     dtype: str | torch.dtype, config: ModelConfig, checkpoint: Checkpoint | None
 ) -> torch.dtype:
+    """The dtype of parameters that `load_model(dtype=...)` stands for."""
     if isinstance(dtype, str) and dtype == "auto":
         if config.dtype is not None:
             return config.dtype

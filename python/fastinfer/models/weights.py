@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..quant.config import LinearScheme, QuantConfig
-from ..quant.formats import is_plain, tensor_names
+from ..quant.formats import check_headers, is_plain, tensor_names
 from ..quant.notes import note
 from .config import ModelConfig
 from .layers import Layer, RowParts
@@ -109,7 +109,7 @@ def plan_tensors(
 
     Raises:
         ValueError: a tensor is missing, superfluous, of another shape, or not stored as floating
-            point. Shapes of quantised tensors are checked when they are read.
+            point nor as quantization_config says.
     """
     plain = weight_targets(config)
     quantized = {} if quant is None else _quantized_targets(model, plain, quant, dtypes)
@@ -143,6 +143,11 @@ def plan_tensors(
             "weights and that no shard is missing"
         )
     _check_plain(model, plain, shapes, dtypes)
+    for name, target in quantized.items():
+        layer = model.get_submodule(target.module)
+        assert isinstance(layer, Layer)
+        rows, columns = layer.part_shape("weight", target.parts)
+        check_headers(name, target.scheme, shapes, dtypes, columns, rows)
     return TensorPlan(plain, quantized, zero_biases)
 
 

@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from . import notes
 from .canonical import CanonicalWeight, Int8Weight, QuantError
 from .config import LinearScheme, QuantConfig, read_quant_config
-from .formats import is_plain, read_linear, tensor_names
+from .formats import check_headers, is_plain, read_linear, tensor_names
 from .fused import runnable
 from .layers import QuantLinear, W8A8Linear
 
@@ -177,6 +177,11 @@ class _Loading:
                 f"{type(self.model).__name__}, got {found}; build the model from the config.json "
                 "of this checkpoint"
             )
+        shapes = {name: info.shape for name, info in stored.items()}
+        dtypes = {name: info.dtype for name, info in stored.items()}
+        for name, at in self.layers.items():
+            k, n = at.module.in_features, at.module.out_features
+            check_headers(name, at.scheme, shapes, dtypes, k, n)
 
     def run(self, *, progress: bool) -> None:
         names = {*self.owner, *self.zero_biases}

@@ -25,14 +25,16 @@ def note(name: str, text: str) -> None:
 
 
 @contextmanager
-def collecting() -> Iterator[dict[str, list[str]]]:
-    """Within this block remarks with the same text become one line; yields text -> names."""
+def collecting(*, say: bool = True) -> Iterator[dict[str, list[str]]]:
+    """Within this block remarks with the same text become one line at its end (`say` false: none);
+    yields text -> names.
+    """
     collected: dict[str, list[str]] = {}
     token = _collected.set(collected)
     try:
         yield collected
     finally:
         _collected.reset(token)
-        for text, names in collected.items():
+        for text, names in collected.items() if say else ():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             log.warning("%s%s: %s", names[0], more, text)

@@ -1,7 +1,8 @@
 """Checkpoint formats: which tensors a quantised linear layer is stored in, and how to read them.
 
-Each module has `tensor_names(prefix, scheme)` and `read(prefix, tensors, scheme, in_features,
-out_features)`; formats that are also written have `write` and `write_config`.
+Each module has `tensor_names(prefix, scheme)`, `layout(prefix, scheme, in_features, out_features)`
+and `read(prefix, tensors, scheme, in_features, out_features)`; formats that are also written have
+`write` and `write_config`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ..canonical import CanonicalWeight, Int8Weight
 from ..config import LinearScheme
 from . import awq, bitsandbytes, compressed_tensors, gptq, native
+from .common import take
 
 _FORMATS: dict[str, ModuleType] = {
     "gptq": gptq,
@@ -21,6 +24,18 @@ _FORMATS: dict[str, ModuleType] = {
     "compressed-tensors": compressed_tensors,
     "bitsandbytes": bitsandbytes,
     "fastinfer": native,
+}
+
+_DTYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
 }
 
 Stored = CanonicalWeight | Int8Weight | Tensor  # a Tensor is the dequantised weight [N, K]
@@ -69,6 +84,39 @@ def read_linear(
         return stored
     stored.bias = tensors.get(f"{prefix}.bias")
     return stored.validate(prefix)
+
+
+def check_headers(
+    prefix: str,
+    scheme: LinearScheme,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    in_features: int,
+    out_features: int,
+) -> None:
+    """Check shapes and dtypes of one layer's tensors without their data.
+
+    Args:
+        prefix: full checkpoint name of the layer.
+        scheme: how it is stored.
+        shapes: tensor name -> shape, for all tensors of the checkpoint.
+        dtypes: tensor name -> dtype as safetensors spells it.
+        in_features: K.
+        out_features: N.
+
+    Raises:
+        QuantError: as `read_linear`.
+    """
+    expected = _FORMATS[scheme.method].layout(prefix, scheme, in_features, out_features)
+    for name, must in tensor_names(prefix, scheme).items():
+        if name in expected and (must or name in shapes):
+            # Dtypes that no format uses get one that is never right.
+            headers = {
+                n: torch.empty(shapes[n], dtype=_DTYPES.get(dtypes[n], torch.bool), device="meta")
+                for n in (name,)
+                if n in shapes
+            }
+            take(headers, name, expected[name])
 
 
 def is_plain(prefix: str, scheme: LinearScheme, dtypes: Mapping[str, str]) -> bool:

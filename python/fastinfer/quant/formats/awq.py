@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..bits import unpack_words
 from ..canonical import CanonicalWeight, QuantError
 from ..config import LinearScheme
-from .common import FLOATS, num_groups, take
+from .common import FLOATS, INT32, Expected, num_groups, take
 
 
 def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
@@ -29,6 +28,21 @@ def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
     }
 
 
+def layout(prefix: str, scheme: LinearScheme, k: int, n: int) -> dict[str, Expected]:
+    """What the tensors of a layer with K inputs and N outputs must be."""
+    if n % 8:
+        raise QuantError(
+            f"{prefix}: out_features must be a multiple of 8 in the AWQ layout, got {n}; use "
+            "another format for this layer"
+        )
+    groups, size = num_groups(k, scheme.group_size), f"with group_size {scheme.group_size}"
+    return {
+        f"{prefix}.qweight": Expected(INT32, (k, n // 8), f"[in, out / 8] for {k} -> {n} features"),
+        f"{prefix}.scales": Expected(FLOATS, (groups, n), f"[groups, out] {size}"),
+        f"{prefix}.qzeros": Expected(INT32, (groups, n // 8), f"[groups, out / 8] {size}"),
+    }
+
+
 def read(
     prefix: str,
     tensors: Mapping[str, Tensor],
@@ -37,31 +51,12 @@ def read(
     out_features: int,
 ) -> CanonicalWeight:
     """See `formats.read_linear`."""
-    k, n = in_features, out_features
-    groups = num_groups(k, scheme.group_size)
-    if n % 8:
-        raise QuantError(
-            f"{prefix}: out_features must be a multiple of 8 in the AWQ layout, got {n}; use "
-            "another format for this layer"
-        )
-    words = take(
-        tensors,
-        f"{prefix}.qweight",
-        (k, n // 8),
-        (torch.int32,),
-        f"[in, out / 8] for {k} -> {n} features",
-    )
-    why = f"with group_size {scheme.group_size}"
-    scales = take(tensors, f"{prefix}.scales", (groups, n), FLOATS, f"[groups, out] {why}")
+    expected = layout(prefix, scheme, in_features, out_features)
+    words = take(tensors, f"{prefix}.qweight", expected[f"{prefix}.qweight"])
+    scales = take(tensors, f"{prefix}.scales", expected[f"{prefix}.scales"])
     zeros = None
     if f"{prefix}.qzeros" in tensors or not scheme.symmetric:
-        packed = take(
-            tensors,
-            f"{prefix}.qzeros",
-            (groups, n // 8),
-            (torch.int32,),
-            f"[groups, out / 8] {why}",
-        )
+        packed = take(tensors, f"{prefix}.qzeros", expected[f"{prefix}.qzeros"])
         zeros = unpack_words(packed, 4, 1, awq=True).t().contiguous()
     return CanonicalWeight(
         codes=unpack_words(words, 4, 1, awq=True).t().contiguous(),

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..canonical import CanonicalWeight, QuantError
 from ..config import LinearScheme
 from ..notes import note
-from .common import FLOATS, ceil_div, take
+from .common import FLOATS, Expected, ceil_div, take
 
 _BYTES = (torch.uint8, torch.int8, *FLOATS)
 
@@ -51,6 +51,20 @@ def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
     }
 
 
+def layout(prefix: str, scheme: LinearScheme, k: int, n: int) -> dict[str, Expected]:
+    """What the tensors of a layer with K inputs and N outputs must be, as far as headers tell."""
+    if scheme.style == "int8":
+        return {
+            f"{prefix}.weight": Expected((torch.int8,), (n, k), "[out, in]"),
+            f"{prefix}.SCB": Expected(FLOATS),
+        }
+    return {
+        f"{prefix}.weight": Expected(_BYTES),
+        f"{prefix}.weight.quant_map": Expected(FLOATS, (16,)),
+        f"{prefix}.weight.nested_quant_map": Expected(FLOATS, (256,)),
+    }
+
+
 def read(
     prefix: str,
     tensors: Mapping[str, Tensor],
@@ -59,8 +73,9 @@ def read(
     out_features: int,
 ) -> CanonicalWeight | Tensor:
     """See `formats.read_linear`."""
+    expected = layout(prefix, scheme, in_features, out_features)
     if scheme.style == "int8":
-        return _read_int8(prefix, tensors, in_features, out_features)
+        return _read_int8(prefix, tensors, expected, out_features)
     note(
         prefix,
         f"bitsandbytes {scheme.style} has no kernel of its own, so the weights are dequantised at "
@@ -69,15 +84,17 @@ def read(
     return _read_codebook(f"{prefix}.weight", tensors, scheme.style, in_features, out_features)
 
 
-def _read_int8(prefix: str, tensors: Mapping[str, Tensor], k: int, n: int) -> CanonicalWeight:
+def _read_int8(
+    prefix: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Expected], n: int
+) -> CanonicalWeight:
     layout = tensors.get(f"{prefix}.weight_format")
     if layout is not None and layout.numel() == 1 and int(layout) != 0:
         raise QuantError(
             f"{prefix}.weight_format: must be 0 (row-major), got {int(layout)}, a layout of one "
             "GPU; save the model again with a newer bitsandbytes"
         )
-    signed = take(tensors, f"{prefix}.weight", (n, k), (torch.int8,), "[out, in]")
-    largest = take(tensors, f"{prefix}.SCB", None, FLOATS)
+    signed = take(tensors, f"{prefix}.weight", expected[f"{prefix}.weight"])
+    largest = take(tensors, f"{prefix}.SCB", expected[f"{prefix}.SCB"])
     if largest.numel() != n:
         raise QuantError(
             f"{prefix}.SCB: must be [{n}], one value per output channel, got "
@@ -100,7 +117,7 @@ def _read_codebook(name: str, tensors: Mapping[str, Tensor], kind: str, k: int, 
             f"{name}: must have shape [{n}, {k}], got {state.get('shape')} in its quant_state; "
             "check that config.json belongs to these weights"
         )
-    stored = take(tensors, name, None, _BYTES).contiguous().view(torch.uint8).flatten()
+    stored = take(tensors, name, Expected(_BYTES)).contiguous().view(torch.uint8).flatten()
     count = n * k
     if stored.numel() != ceil_div(count, 2):
         raise QuantError(
@@ -108,7 +125,7 @@ def _read_codebook(name: str, tensors: Mapping[str, Tensor], kind: str, k: int, 
             "the file is damaged"
         )
     codes = torch.stack([stored >> 4, stored & 15], dim=1).flatten()[:count]
-    codebook = take(tensors, f"{name}.quant_map", (16,), FLOATS).float()
+    codebook = take(tensors, f"{name}.quant_map", Expected(FLOATS, (16,))).float()
     blocksize = int(state.get("blocksize", 64))
     blocks = ceil_div(count, blocksize)
     absmax = _absmax(name, tensors, state, blocks)
@@ -126,18 +143,18 @@ def _absmax(
 ) -> Tensor:
     """fp32 [blocks]."""
     why = f"[blocks] with blocksize {state.get('blocksize', 64)}"
-    stored = take(tensors, f"{name}.absmax", (blocks,), (torch.uint8, *FLOATS), why)
+    stored = take(tensors, f"{name}.absmax", Expected((torch.uint8, *FLOATS), (blocks,), why))
     if stored.dtype != torch.uint8:
         return stored.float()
     size = int(state.get("nested_blocksize", 256))
-    inner = take(tensors, f"{name}.nested_absmax", (ceil_div(blocks, size),), FLOATS)
-    codebook = take(tensors, f"{name}.nested_quant_map", (256,), FLOATS).float()
+    inner = take(tensors, f"{name}.nested_absmax", Expected(FLOATS, (ceil_div(blocks, size),)))
+    codebook = take(tensors, f"{name}.nested_quant_map", Expected(FLOATS, (256,))).float()
     group = torch.arange(blocks, device=stored.device) // size
     return codebook[stored.long()] * inner.float()[group] + float(state.get("nested_offset", 0.0))
 
 
 def _state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    raw = bytes(take(tensors, name, None, (torch.uint8,)).flatten().tolist())
+    raw = bytes(take(tensors, name, Expected((torch.uint8,))).flatten().tolist())
     try:
         state = json.loads(raw.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

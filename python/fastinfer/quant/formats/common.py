@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..canonical import CanonicalWeight, QuantError
 from ..notes import note
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INT32 = (torch.int32,)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -21,30 +23,34 @@ def num_groups(in_features: int, group_size: int) -> int:
     return 1 if group_size == -1 else ceil_div(in_features, group_size)
 
 
-def take(
-    tensors: Mapping[str, Tensor],
-    name: str,
-    shape: tuple[int, ...] | None,
-    dtypes: tuple[torch.dtype, ...],
-    why: str = "",
-) -> Tensor:
-    """The named tensor, after checking dtype and shape (None: any shape).
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a tensor must be; `shape` None: any. `why` explains the shape in messages."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int, ...] | None = None
+    why: str = ""
+
+
+def take(tensors: Mapping[str, Tensor], name: str, expected: Expected) -> Tensor:
+    """The named tensor, after checking dtype and shape.
 
     Raises:
-        QuantError: it is missing, or of another dtype or shape; `why` explains the shape.
+        QuantError: it is missing, or of another dtype or shape.
     """
     if name not in tensors:
         raise QuantError(
             f"{name}: must be in the checkpoint, got no such tensor; check that "
             "quantization_config belongs to these weights and that no shard is missing"
         )
-    tensor = tensors[name]
-    if tensor.dtype not in dtypes or (shape is not None and tuple(tensor.shape) != shape):
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
+    tensor, shape = tensors[name], expected.shape
+    if tensor.dtype not in expected.dtypes or (shape is not None and tuple(tensor.shape) != shape):
+        wanted = " or ".join(str(dtype) for dtype in expected.dtypes)
         size = "" if shape is None else f" {list(shape)}"
         raise QuantError(
-            f"{name}: must be {wanted}{size}{f' ({why})' if why else ''}, got {tensor.dtype} "
-            f"{list(tensor.shape)}; check that quantization_config belongs to these weights"
+            f"{name}: must be {wanted}{size}{f' ({expected.why})' if expected.why else ''}, got "
+            f"{tensor.dtype} {list(tensor.shape)}; check that quantization_config belongs to these "
+            "weights"
         )
     return tensor
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..bits import unpack_words
 from ..canonical import CanonicalWeight, Int8Weight, QuantError
 from ..config import LinearScheme
-from .common import FLOATS, ceil_div, num_groups, ordered, take
+from .common import FLOATS, INT32, Expected, ceil_div, num_groups, ordered, take
 
 _SMALL_INTS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -46,6 +46,25 @@ def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
     }
 
 
+def layout(prefix: str, scheme: LinearScheme, k: int, n: int) -> dict[str, Expected]:
+    """What the tensors of a layer with K inputs and N outputs must be."""
+    bits, groups = scheme.bits, num_groups(k, scheme.group_size)
+    # One scale per channel or tensor comes in several shapes.
+    scales = None if groups == 1 else (n, groups)
+    return {
+        f"{prefix}.weight_packed": Expected(
+            INT32,
+            (n, ceil_div(k * bits, 32)),
+            f"[out, in * {bits} / 32] for {k} -> {n} features",
+        ),
+        f"{prefix}.weight": Expected((torch.int8,), (n, k), "[out, in]"),
+        f"{prefix}.weight_scale": Expected(
+            FLOATS, scales, f"[out, groups] with group_size {scheme.group_size}"
+        ),
+        f"{prefix}.weight_shape": Expected((torch.int32, torch.int64), (2,)),
+    }
+
+
 def read(
     prefix: str,
     tensors: Mapping[str, Tensor],
@@ -56,23 +75,18 @@ def read(
     """See `formats.read_linear`."""
     bits, k, n = scheme.bits, in_features, out_features
     middle = 1 << (bits - 1)
-    _check_shape(prefix, tensors, n, k)
+    expected = layout(prefix, scheme, k, n)
+    _check_shape(f"{prefix}.weight_shape", tensors, expected, n, k)
     if scheme.style == "pack-quantized":
-        words = take(
-            tensors,
-            f"{prefix}.weight_packed",
-            (n, ceil_div(k * bits, 32)),
-            (torch.int32,),
-            f"[out, in * {bits} / 32] for {k} -> {n} features",
-        )
+        words = take(tensors, f"{prefix}.weight_packed", expected[f"{prefix}.weight_packed"])
         codes = unpack_words(words, bits, 1, size=k)
     else:
-        signed = take(tensors, f"{prefix}.weight", (n, k), (torch.int8,), "[out, in]")
+        signed = take(tensors, f"{prefix}.weight", expected[f"{prefix}.weight"])
         codes = _unsigned(f"{prefix}.weight", signed, bits)
     groups = num_groups(k, scheme.group_size)
     why = f"[out, groups] with group_size {scheme.group_size}"
     name = f"{prefix}.weight_scale"
-    scales = _per_group(name, take(tensors, name, None, FLOATS), n, groups, why)
+    scales = _per_group(name, take(tensors, name, expected[name]), n, groups, why)
     zeros = _zeros(prefix, tensors, scheme, n, groups)
     if scheme.activations is not None:
         return Int8Weight(
@@ -83,11 +97,12 @@ def read(
     return ordered(prefix, weight, tensors.get(index), index)
 
 
-def _check_shape(prefix: str, tensors: Mapping[str, Tensor], n: int, k: int) -> None:
-    name = f"{prefix}.weight_shape"
+def _check_shape(
+    name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Expected], n: int, k: int
+) -> None:
     if name not in tensors:
         return
-    shape = take(tensors, name, (2,), (torch.int32, torch.int64))
+    shape = take(tensors, name, expected[name])
     if shape.tolist() != [n, k]:
         raise QuantError(
             f"{name}: must hold [{n}, {k}], the layer's shape, got {shape.tolist()}; check that "
@@ -117,20 +132,15 @@ def _zeros(
     middle = 1 << (bits - 1)
     if scheme.symmetric and name not in tensors:
         return None
-    stored = take(tensors, name, None, _SMALL_INTS)
-    packed_shape = (ceil_div(n * bits, 32), groups)
+    stored = take(tensors, name, Expected(_SMALL_INTS))
+    size = f"with group_size {scheme.group_size}"
     if stored.dtype == torch.int32 and scheme.style == "pack-quantized":
-        stored = take(
-            tensors,
-            name,
-            packed_shape,
-            (torch.int32,),
-            f"[out * {bits} / 32, groups] with group_size {scheme.group_size}",
-        )
+        shape = (ceil_div(n * bits, 32), groups)
+        take(tensors, name, Expected(INT32, shape, f"[out * {bits} / 32, groups] {size}"))
         zeros = unpack_words(stored, bits, 0, size=n).contiguous()
     else:
-        why = f"[out, groups] with group_size {scheme.group_size}"
-        zeros = _unsigned(name, _per_group(name, stored, n, groups, why), bits)
+        whole = _per_group(name, stored, n, groups, f"[out, groups] {size}")
+        zeros = _unsigned(name, whole, bits)
     if scheme.symmetric:
         if bool((zeros != middle).any()):
             raise QuantError(

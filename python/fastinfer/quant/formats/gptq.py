@@ -19,7 +19,7 @@ from ..bits import unpack_words
 from ..canonical import CanonicalWeight
 from ..config import LinearScheme
 from ..notes import note
-from .common import FLOATS, ceil_div, num_groups, ordered, take
+from .common import FLOATS, INT32, Expected, ceil_div, num_groups, ordered, take
 
 # Share of zero points equal to 0 above which an asymmetric v1 file is taken to be damaged.
 _SUSPICIOUS_SHARE = 0.25
@@ -36,6 +36,23 @@ def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
     }
 
 
+def layout(prefix: str, scheme: LinearScheme, k: int, n: int) -> dict[str, Expected]:
+    """What the tensors of a layer with K inputs and N outputs must be."""
+    bits, groups = scheme.bits, num_groups(k, scheme.group_size)
+    size = f"with group_size {scheme.group_size}"
+    return {
+        f"{prefix}.qweight": Expected(
+            INT32,
+            (ceil_div(k * bits, 32), n),
+            f"[in * {bits} / 32, out] for {k} -> {n} features",
+        ),
+        f"{prefix}.scales": Expected(FLOATS, (groups, n), f"[groups, out] {size}"),
+        f"{prefix}.qzeros": Expected(
+            INT32, (groups, ceil_div(n * bits, 32)), f"[groups, out * {bits} / 32] {size}"
+        ),
+    }
+
+
 def read(
     prefix: str,
     tensors: Mapping[str, Tensor],
@@ -45,25 +62,13 @@ def read(
 ) -> CanonicalWeight | Tensor:
     """See `formats.read_linear`."""
     bits, k, n = scheme.bits, in_features, out_features
-    groups = num_groups(k, scheme.group_size)
-    words = take(
-        tensors,
-        f"{prefix}.qweight",
-        (ceil_div(k * bits, 32), n),
-        (torch.int32,),
-        f"[in * {bits} / 32, out] for {k} -> {n} features",
-    )
-    scales = take(
-        tensors,
-        f"{prefix}.scales",
-        (groups, n),
-        FLOATS,
-        f"[groups, out] with group_size {scheme.group_size}",
-    )
+    expected = layout(prefix, scheme, k, n)
+    words = take(tensors, f"{prefix}.qweight", expected[f"{prefix}.qweight"])
+    scales = take(tensors, f"{prefix}.scales", expected[f"{prefix}.scales"])
     weight = CanonicalWeight(
         codes=unpack_words(words.t().contiguous(), bits, 1, size=k),
         scales=scales.t().contiguous(),
-        zeros=_zeros(prefix, tensors, scheme, groups, n),
+        zeros=_zeros(prefix, tensors, scheme, expected[f"{prefix}.qzeros"], n),
         bits=bits,
         group_size=scheme.group_size,
     )
@@ -71,7 +76,7 @@ def read(
 
 
 def _zeros(
-    prefix: str, tensors: Mapping[str, Tensor], scheme: LinearScheme, groups: int, n: int
+    prefix: str, tensors: Mapping[str, Tensor], scheme: LinearScheme, expected: Expected, n: int
 ) -> Tensor | None:
     """uint8 [N, G], or None for symmetric weights.
 
@@ -83,13 +88,7 @@ def _zeros(
     middle, top = 1 << (bits - 1), (1 << bits) - 1
     if scheme.symmetric and name not in tensors:
         return None
-    words = take(
-        tensors,
-        name,
-        (groups, ceil_div(n * bits, 32)),
-        (torch.int32,),
-        f"[groups, out * {bits} / 32] with group_size {scheme.group_size}",
-    )
+    words = take(tensors, name, expected)
     stored = unpack_words(words, bits, 1, size=n)
     if scheme.symmetric is not False:
         spelling = _symmetric_spelling(stored, middle)

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..bits import pack_words, unpack_words
 from ..canonical import CanonicalWeight, Int8Weight
 from ..config import LinearScheme
-from .common import FLOATS, ceil_div, num_groups, take
+from .common import FLOATS, INT32, Expected, ceil_div, num_groups, take
 
 
 def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
@@ -41,6 +41,30 @@ def tensor_names(prefix: str, scheme: LinearScheme) -> dict[str, bool]:
     }
 
 
+def layout(prefix: str, scheme: LinearScheme, k: int, n: int) -> dict[str, Expected]:
+    """What the tensors of a layer with K inputs and N outputs must be."""
+    if scheme.activations is not None:
+        return {
+            f"{prefix}.weight": Expected((torch.int8,), (n, k), "[out, in]"),
+            f"{prefix}.weight_scale": Expected((torch.float32,), (n,), "[out]"),
+        }
+    bits, groups = scheme.bits, num_groups(k, scheme.group_size)
+    size = f"with group_size {scheme.group_size}"
+    return {
+        f"{prefix}.qweight": Expected(
+            INT32,
+            (ceil_div(k * bits, 32), n),
+            f"[in * {bits} / 32, out] for {k} -> {n} features",
+        ),
+        f"{prefix}.scales": Expected(FLOATS, (groups, n), f"[groups, out] {size}"),
+        f"{prefix}.qzeros": Expected(
+            INT32, (groups, ceil_div(n * bits, 32)), f"[groups, out * {bits} / 32] {size}"
+        ),
+        f"{prefix}.zeros": Expected(FLOATS, (groups, n), f"[groups, out] {size}"),
+        f"{prefix}.perm": Expected(INT32, (k,), "[in]"),
+    }
+
+
 def read(
     prefix: str,
     tensors: Mapping[str, Tensor],
@@ -50,43 +74,26 @@ def read(
 ) -> CanonicalWeight | Int8Weight:
     """See `formats.read_linear`."""
     bits, k, n = scheme.bits, in_features, out_features
+    expected = layout(prefix, scheme, k, n)
+
+    def get(what: str) -> Tensor:
+        return take(tensors, f"{prefix}.{what}", expected[f"{prefix}.{what}"])
+
     if scheme.activations is not None:
-        return Int8Weight(
-            take(tensors, f"{prefix}.weight", (n, k), (torch.int8,), "[out, in]"),
-            take(tensors, f"{prefix}.weight_scale", (n,), (torch.float32,), "[out]"),
-        )
-    groups = num_groups(k, scheme.group_size)
-    words = take(
-        tensors,
-        f"{prefix}.qweight",
-        (ceil_div(k * bits, 32), n),
-        (torch.int32,),
-        f"[in * {bits} / 32, out] for {k} -> {n} features",
-    )
-    why = f"with group_size {scheme.group_size}"
-    scales = take(tensors, f"{prefix}.scales", (groups, n), FLOATS, f"[groups, out] {why}")
-    zeros, perm = None, None
+        return Int8Weight(get("weight"), get("weight_scale"))
+    words, scales = get("qweight"), get("scales")
+    zeros = None
     if f"{prefix}.qzeros" in tensors:
-        packed = take(
-            tensors,
-            f"{prefix}.qzeros",
-            (groups, ceil_div(n * bits, 32)),
-            (torch.int32,),
-            f"[groups, out * {bits} / 32] {why}",
-        )
-        zeros = unpack_words(packed, bits, 1, size=n).t().contiguous()
+        zeros = unpack_words(get("qzeros"), bits, 1, size=n).t().contiguous()
     elif f"{prefix}.zeros" in tensors:
-        stored = take(tensors, f"{prefix}.zeros", (groups, n), FLOATS, f"[groups, out] {why}")
-        zeros = stored.t().contiguous()
-    if f"{prefix}.perm" in tensors:
-        perm = take(tensors, f"{prefix}.perm", (k,), (torch.int32,), "[in]")
+        zeros = get("zeros").t().contiguous()
     return CanonicalWeight(
         codes=unpack_words(words.t().contiguous(), bits, 1, size=k),
         scales=scales.t().contiguous(),
         zeros=zeros,
         bits=bits,
         group_size=scheme.group_size,
-        perm=perm,
+        perm=get("perm") if f"{prefix}.perm" in tensors else None,
     )
 
 
