@@ -83,6 +83,13 @@ def check(condition: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
+def require_tensors(name: str, **tensors: Any) -> None:
+    """Raise TypeError for a required argument that is not a tensor: the C++ side could not name it."""
+    for arg, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name}: {arg} must be a tensor, got {type(t).__name__}")
+
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 

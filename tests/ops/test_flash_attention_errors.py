@@ -228,3 +228,10 @@ def test_a_refused_call_writes_nothing():
     out = poisoned(5, 4, 16)
     refuses(lambda: varlen(out=out, max_seqlen_k=5), VARLEN)
     assert out.isnan().all()
+
+
+def test_what_cannot_even_be_allocated_for() -> None:
+    q, k, v = tensors()
+    refuses(lambda: flash_attn_func(q, None, v), "flash_attn_func: k must be a tensor", "NoneType")
+    refuses(lambda: flash_attn_func(torch.tensor(1.0), k, v), "q must have dimensions", "[]")
+    refuses(lambda: flash_attn_func(q, k, v, window_size=(1,)), "window_size must be two", "(1,)")

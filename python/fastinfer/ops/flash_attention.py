@@ -25,6 +25,16 @@ _flash_attn_fwd = _lib.op("flash_attn_fwd")
 _flash_attn_varlen_fwd = _lib.op("flash_attn_varlen_fwd")
 
 
+def check_call(name: str, window_size: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What must hold before an output can be allocated; the operator checks the rest."""
+    _lib.require_tensors(name, q=q, k=k, v=v)
+    _lib.check(q.dim() > 0, f"{name}: q must have dimensions [..., Hq, D], got {_lib.describe(q)}")
+    _lib.check(
+        len(window_size) == 2,
+        f"{name}: window_size must be two integers (left, right), got {window_size}",
+    )
+
+
 def refuse_training(name: str, dropout_p: float, deterministic: bool) -> None:
     """Refuse what only the training side of flash-attn knows."""
     if dropout_p != 0.0:
@@ -98,6 +108,7 @@ def flash_attn_func(
     """
     name = "flash_attn_func"
     refuse_training(name, dropout_p, deterministic)
+    check_call(name, window_size, q, k, v)
     _lib.refuse_grad(name, q, k, v, sinks, alibi_slopes)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
@@ -199,6 +210,7 @@ def flash_attn_varlen_func(
     """
     name = "flash_attn_varlen_func"
     refuse_training(name, dropout_p, deterministic)
+    check_call(name, window_size, q, k, v)
     _lib.refuse_grad(name, q, k, v, sinks, alibi_slopes)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5

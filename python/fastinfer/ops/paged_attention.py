@@ -15,7 +15,7 @@ from ._reference_attention import (
     merge_attn_states_reference,
     plan_decode_reference,
 )
-from .flash_attention import check_attention, check_devices
+from .flash_attention import check_attention, check_call, check_devices
 
 __all__ = [
     "flash_attn_with_kvcache",
@@ -111,6 +111,7 @@ def flash_attn_with_kvcache(
     2.8 (interface).
     """
     name = "flash_attn_with_kvcache"
+    check_call(name, window_size, q, k_cache, v_cache)
     _lib.refuse_grad(name, q, k_cache, v_cache, k, v, sinks, alibi_slopes)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
