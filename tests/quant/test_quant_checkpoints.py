@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import transformers
 from quant_checkpoints import CASES, new_model, write_checkpoint
 
+from fastinfer.cli.main import main
 from fastinfer.models import load_model
 from fastinfer.quant import load_quantized
 from models._model_harness import PagedRun, greedy
@@ -67,3 +69,19 @@ def test_load_quantized_equals_the_dequantised_twin(checkpoints, name: str) -> N
     with torch.no_grad():
         logits = model(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(logits, twin_logits(pair.twin, IDS), rtol=1e-4, atol=1e-4)
+
+
+ONE_OF_EACH = ["gptq_v2_act_order", "awq", "ct_asymmetric", "ct_w8a8", "bnb_nf4", "native"]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_generate_command(checkpoints, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = checkpoints(name)
+    ids = ",".join(map(str, IDS))
+    asked = ["--token-ids", ids, "--max-tokens", "5", "--temperature", "0", "--json"]
+    assert main(["generate", "--model", str(pair.folder), *asked, "--num-blocks", "16"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    expected = list(IDS)
+    for _ in range(5):
+        expected.append(int(twin_logits(pair.twin, expected)[-1].argmax()))
+    assert report["outputs"][0]["completions"][0]["token_ids"] == expected[len(IDS) :]

@@ -161,7 +161,7 @@ def _describe_weights(config: ModelConfig, checkpoint: Checkpoint, report: dict[
         if target.param == "weight" and isinstance(model.get_submodule(target.module), RowParts)
     )
     if plain:
-        report["how"].append(f"{len(plain)} linear layers in {report['dtype']}")
+        report["how"].append(f"{_layers(len(plain))} in {report['dtype']}")
     if report["quantization"] is None:
         return
     report["quantization"]["plain_linears"] = plain
@@ -193,7 +193,7 @@ def _describe_scheme(
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "style": scheme.style or scheme.method,
-        "zeros": "symmetric",
+        "zeros": "symmetric" if scheme.style not in ("nf4", "fp4") else "none (a codebook)",
         "act_order": False,
         "activations": scheme.activations,
         "looked_at": name,
@@ -207,12 +207,12 @@ def _describe_scheme(
             described["zeros"] = f"asymmetric ({low}..{high})"
     runs = runnable(name, stored)
     if isinstance(runs, Int8Weight):
-        how = f"{count} linear layers as W8A8: int8 weights, activations int8 per token"
+        how = f"{_layers(count)} as W8A8: int8 weights, activations int8 per token"
     elif isinstance(runs, CanonicalWeight):
         size = "per channel" if scheme.group_size == -1 else f"in groups of {scheme.group_size}"
-        how = f"{count} linear layers as W{runs.bits}A16 {size}: weights stay packed"
+        how = f"{_layers(count)} as W{runs.bits}A16 {size}: weights stay packed"
     else:
-        how = f"{count} linear layers dequantised to {dtype} while loading"
+        how = f"{_layers(count)} dequantised to {dtype} while loading"
     return described, how
 
 
@@ -262,7 +262,7 @@ def _quantization_rows(quant: dict[str, Any] | None) -> list[tuple[str, str]]:
     for scheme in quant["schemes"]:
         groups = scheme["group_size"]
         parts = [
-            f"{scheme['layers']} layers",
+            _layers(scheme["layers"]),
             f"{scheme['bits']} bits",
             "one scale per channel" if groups == -1 else f"groups of {groups}",
             scheme["style"],
@@ -277,6 +277,10 @@ def _quantization_rows(quant: dict[str, Any] | None) -> list[tuple[str, str]]:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         rows.append(("", f"not quantised: {', '.join(names[:4])}{more}"))
     return rows
+
+
+def _layers(count: int) -> str:
+    return f"{count} linear layer{'' if count == 1 else 's'}"
 
 
 def _size(count: int) -> str:

@@ -13,6 +13,7 @@ _ENGINE = {
     "dtype": (str, "NAME", "auto, float32, float16 or bfloat16"),
     "device": (str, "NAME", "cpu, cuda, cuda:1, ... (default: cuda where usable)"),
     "load_format": (str, "NAME", "auto, or dummy for random weights"),
+    "requantize": (int, "BITS", "4 or 8: for quantised weights without a kernel of their own"),
     "max_model_len": (int, "N", "longest prompt + output in tokens"),
     "block_size": (int, "N", "tokens per block of the KV cache"),
     "num_blocks": (int, "N", "blocks of the KV cache"),

@@ -149,6 +149,8 @@ class EngineConfig:
         dtype: "auto" (what the checkpoint says), "float32", "float16" or "bfloat16".
         device: "cpu", "cuda", "cuda:1", ...; None is CUDA where it is usable, else the CPU.
         load_format: "auto", or "dummy" for random weights (benchmarks).
+        requantize: 4 or 8 bits for quantised weights that no kernel reads as they are stored
+            (bitsandbytes nf4, ...); None dequantises them.
         max_model_len: Longest prompt + output in tokens; None is what the model was trained for.
         block_size: Tokens per block of the KV cache.
         num_blocks: Blocks of the KV cache; None derives them from the memory settings below.
@@ -170,6 +172,7 @@ class EngineConfig:
     dtype: str = "auto"
     device: str | None = None
     load_format: str = "auto"
+    requantize: int | None = None
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None
@@ -199,6 +202,8 @@ class EngineConfig:
             raise ValueError(
                 f"{me}: load_format must be 'auto' or 'dummy', got {self.load_format!r}"
             )
+        if self.requantize not in (None, 4, 8):
+            raise ValueError(f"{me}: requantize must be None, 4 or 8, got {self.requantize!r}")
         if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
             raise ValueError(
                 f"{me}: dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got "

@@ -43,6 +43,7 @@ class ModelRunner:
                 load_format=config.load_format,
                 progress=config.progress,
                 max_model_len=config.max_model_len,
+                requantize=config.requantize,
             )
         self.model = model
         self.vocab_size: int = model.config.vocab_size

@@ -2,16 +2,13 @@
 
 Element i of a packed run sits in word i // (32 / bits). Its place inside the word is
 `i % (32 / bits)` in natural order. AWQ's GEMM format interleaves eight 4-bit columns instead:
-nibble p of the word holds column AWQ_ORDER[p].
+nibble p of the word holds column (0, 2, 4, 6, 1, 3, 5, 7)[p].
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-NATURAL_ORDER = tuple(range(8))
 
 
 def unpack_words(
@@ -29,14 +26,15 @@ def unpack_words(
     Returns:
         uint8 tensor.
     """
-    dim %= words.dim()
-    order = _order(bits, awq)
-    shape = [*words.shape[: dim + 1], len(order), *words.shape[dim + 1 :]]
-    codes = torch.empty(shape, dtype=torch.uint8, device=words.device)
-    for place, column in enumerate(order):
-        # A right shift of a negative int32 fills with ones, hence the mask.
-        codes.select(dim + 1, column).copy_((words >> (place * bits)) & ((1 << bits) - 1))
-    codes = codes.flatten(dim, dim + 1)
+    _check_order(bits, awq)
+    # Bytes instead of shifted words: little-endian, so places follow each other.
+    data = words.movedim(dim, -1).contiguous().view(torch.uint8)
+    if bits == 4:
+        data = torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)
+    if awq:
+        # Even columns sit in the low half of a word, odd ones in the high half.
+        data = data.unflatten(-1, (-1, 2, 4)).transpose(-1, -2).flatten(-3)
+    codes = data.movedim(-1, dim)
     return codes if size is None else codes.narrow(dim, 0, size)
 
 
@@ -44,23 +42,19 @@ def pack_words(codes: Tensor, bits: int, dim: int, *, awq: bool = False) -> Tens
     """uint8 codes -> int32 words: the inverse of `unpack_words`; a last word is filled up with
     zeros.
     """
-    dim %= codes.dim()
-    order = _order(bits, awq)
-    missing = -codes.shape[dim] % len(order)
+    _check_order(bits, awq)
+    data = codes.movedim(dim, -1)
+    missing = -data.shape[-1] % (32 // bits)
     if missing:
-        shape = list(codes.shape)
-        shape[dim] = missing
-        codes = torch.cat([codes, codes.new_zeros(shape)], dim)
-    columns = codes.unflatten(dim, (-1, len(order)))
-    words = torch.zeros_like(columns.select(dim + 1, 0), dtype=torch.int32)
-    for place, column in enumerate(order):
-        # The top place reaches the sign bit: such words are negative as int32.
-        words |= columns.select(dim + 1, column).to(torch.int32) << (place * bits)
-    return words
+        data = torch.nn.functional.pad(data, (0, missing))
+    if awq:
+        data = data.unflatten(-1, (-1, 4, 2)).transpose(-1, -2).flatten(-3)
+    if bits == 4:
+        pairs = data.unflatten(-1, (-1, 2))
+        data = pairs[..., 0] | (pairs[..., 1] << 4)
+    return data.contiguous().view(torch.int32).movedim(-1, dim)
 
 
-def _order(bits: int, awq: bool) -> tuple[int, ...]:
-    """Place in the word -> element of the run."""
+def _check_order(bits: int, awq: bool) -> None:
     if awq and bits != 4:
         raise ValueError(f"AWQ's interleaved order exists for 4 bits only, got bits {bits}")
-    return AWQ_ORDER if awq else NATURAL_ORDER[: 32 // bits]

@@ -79,7 +79,7 @@ def read(
     note(
         prefix,
         f"bitsandbytes {scheme.style} has no kernel of its own, so the weights are dequantised at "
-        "load (full size in memory) unless requantize=4 or 8 is given",
+        "load (full size in memory); requantize=4 or 8 quantises them again",
     )
     return _read_codebook(f"{prefix}.weight", tensors, scheme.style, in_features, out_features)
 
