@@ -34,6 +34,8 @@ def parse_prompts(
     """
     if hasattr(prompts, "tolist"):
         prompts = prompts.tolist()
+    if not isinstance(prompts, (str, Mapping, Sequence)):
+        prompts = [prompts]  # refused below, with a sentence
     single = isinstance(prompts, (str, Mapping)) or (
         len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
     )
