@@ -189,6 +189,7 @@ def bnb_4bit(
     nested: bool = False,
     blocksize: int = 64,
     storage: torch.dtype = torch.uint8,
+    nested_blocksize: int = 256,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Tensors and the dequantised weight."""
     g = torch.Generator().manual_seed(seed)
@@ -200,15 +201,22 @@ def bnb_4bit(
     if nested:
         stored = torch.randint(0, 256, (blocks,), generator=g)
         inner_map = torch.linspace(-1, 1, 256)
-        inner = torch.rand(-(-blocks // 256), generator=g) * 0.1 + 0.05
+        inner = torch.rand(-(-blocks // nested_blocksize), generator=g) * 0.1 + 0.05
         offset = 0.3
-        absmax = [float(inner_map[stored[i]] * inner[i // 256]) + offset for i in range(blocks)]
+        absmax = [
+            float(inner_map[stored[i]] * inner[i // nested_blocksize]) + offset
+            for i in range(blocks)
+        ]
         tensors |= {
             "weight.absmax": stored.to(torch.uint8),
             "weight.nested_absmax": inner,
             "weight.nested_quant_map": inner_map,
         }
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+        state |= {
+            "nested_blocksize": nested_blocksize,
+            "nested_dtype": "float32",
+            "nested_offset": offset,
+        }
     else:
         absmax = (torch.rand(blocks, generator=g) * 0.3 + 0.1).tolist()
         tensors["weight.absmax"] = torch.tensor(absmax)

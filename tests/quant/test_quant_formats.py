@@ -311,7 +311,9 @@ def test_bitsandbytes_codebooks(
     kind: str, nested: bool, blocksize: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     # 72 columns: blocks do not end with rows, and the last one is short.
-    tensors, dense = qp.bnb_4bit(25, 72, 0, kind=kind, nested=nested, blocksize=blocksize)
+    tensors, dense = qp.bnb_4bit(
+        25, 72, 0, kind=kind, nested=nested, blocksize=blocksize, nested_blocksize=8
+    )
     stored = read(tensors, replace(NF4, style=kind), 72, 25)
     torch.testing.assert_close(stored, dense, rtol=1e-6, atol=1e-7)
     assert "dequantised" in caplog.text and "requantize" in caplog.text
