@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import chat, env, generate, inspect
+from . import chat, env, generate, inspect, quantize
 
-COMMANDS = (generate, chat, inspect, env)
+COMMANDS = (generate, chat, quantize, inspect, env)
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 

@@ -18,7 +18,10 @@ _HOME = {
     "QuantError": "canonical",
     "QuantLinear": "layers",
     "W8A8Linear": "layers",
+    "QuantizeOptions": "pipeline",
     "load_quantized": "load",
+    "quantize_checkpoint": "pipeline",
+    "quantize_model": "model",
     "read_quant_config": "config",
 }
 
@@ -29,8 +32,11 @@ __all__ = [
     "QuantConfig",
     "QuantError",
     "QuantLinear",
+    "QuantizeOptions",
     "W8A8Linear",
     "load_quantized",
+    "quantize_checkpoint",
+    "quantize_model",
     "read_quant_config",
 ]
 

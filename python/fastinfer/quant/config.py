@@ -342,4 +342,5 @@ def _native(raw: Mapping[str, Any]) -> QuantConfig:
         act_order=bool(raw.get("act_order", False)),
         activations=activations,
     )
-    return QuantConfig("fastinfer", scheme, tuple(raw.get("ignore") or ("lm_head",)))
+    # An empty list is an answer: the head may be quantised, too.
+    return QuantConfig("fastinfer", scheme, tuple(raw.get("ignore", ("lm_head",)) or ()))

@@ -21,13 +21,14 @@ Reference: the compressed-tensors and llm-compressor projects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bits import unpack_words
-from ..canonical import CanonicalWeight, Int8Weight, QuantError
+from ..bits import pack_words, unpack_words
+from ..canonical import CanonicalWeight, Int8Weight, QuantError, has_float_zeros
 from ..config import LinearScheme
 from .common import FLOATS, INT32, Expected, ceil_div, num_groups, ordered, take
 
@@ -162,3 +163,94 @@ def _unsigned(name: str, signed: Tensor, bits: int) -> Tensor:
                 f"{low}..{high}; check that quantization_config belongs to these weights"
             )
     return (signed.to(torch.int16) + middle).to(torch.uint8)
+
+
+def write(prefix: str, weight: CanonicalWeight | Int8Weight) -> dict[str, Tensor]:
+    """The tensors of one linear layer, its bias included: pack-quantized, W8A8 int-quantized.
+
+    Raises:
+        QuantError: the zeros are floating point, or the last group is short.
+    """
+    dot = f"{prefix}."
+    tensors = {}
+    if isinstance(weight, Int8Weight):
+        tensors["weight"] = weight.codes.contiguous()
+        tensors["weight_scale"] = weight.scales[:, None].contiguous()
+    else:
+        n, k = weight.codes.shape
+        size = k if weight.group_size == -1 else weight.group_size
+        if has_float_zeros(weight) or k % max(size, 1):
+            raise QuantError(
+                f"{prefix}: zeros must be integers and in_features a multiple of group_size to be "
+                f"written as compressed-tensors, got {k} and {size}; use another group size or the "
+                "native format"
+            )
+        codes = weight.codes
+        if weight.perm is not None:
+            order = weight.perm.long()
+            codes = torch.empty_like(codes)
+            codes[:, order] = weight.codes
+            group = torch.empty(k, dtype=torch.int32)
+            group[order] = torch.arange(k, dtype=torch.int32) // size
+            tensors["weight_g_idx"] = group
+        tensors["weight_packed"] = pack_words(codes, weight.bits, 1).contiguous()
+        tensors["weight_scale"] = weight.scales.contiguous()
+        tensors["weight_shape"] = torch.tensor([n, k], dtype=torch.int64)
+        if weight.zeros is not None:
+            tensors["weight_zero_point"] = pack_words(weight.zeros, weight.bits, 0).contiguous()
+    if weight.bias is not None:
+        tensors["bias"] = weight.bias.contiguous()
+    return {dot + name: tensor for name, tensor in tensors.items()}
+
+
+def write_config(
+    scheme: LinearScheme, ignore: Sequence[str] = (), *, lm_head: bool = False
+) -> dict[str, Any]:
+    """`quantization_config`; arguments as in `gptq.write_config`. All that is not quantised must be
+    in `ignore`, the head included.
+    """
+    int8 = scheme.activations is not None
+    style = "int-quantized" if int8 else "pack-quantized"
+    per_channel = scheme.group_size == -1
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": bool(scheme.symmetric),
+        "strategy": "channel" if per_channel else "group",
+        "group_size": None if per_channel else scheme.group_size,
+        "actorder": "group" if scheme.act_order else None,
+        "block_structure": None,
+        "dynamic": False,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    activations = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": True,
+        "observer": None,
+        "observer_kwargs": {},
+    }
+    head = [] if lm_head or "lm_head" in ignore else ["lm_head"]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": style,
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": activations if int8 else None,
+                "output_activations": None,
+                "format": style,
+            }
+        },
+        "ignore": [*ignore, *head],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }

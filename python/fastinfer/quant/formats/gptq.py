@@ -10,13 +10,15 @@ Reference: Frantar et al., "GPTQ", 2022; the AutoGPTQ and GPTQModel projects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bits import unpack_words
-from ..canonical import CanonicalWeight
+from ..bits import pack_words, unpack_words
+from ..canonical import CanonicalWeight, QuantError, has_float_zeros
 from ..config import LinearScheme
 from ..notes import note
 from .common import FLOATS, INT32, Expected, ceil_div, num_groups, ordered, take
@@ -132,3 +134,68 @@ def _looks_carried(stored: Tensor, bits: int) -> bool:
     some = whole[..., :-1].any(-1)
     falls = (whole[..., :-1] & ~whole[..., 1:]).any(-1)
     return int(some.sum()) >= _SUSPICIOUS_WORDS and not bool((some & falls).any())
+
+
+def write(prefix: str, weight: CanonicalWeight, *, style: str = "gptq") -> dict[str, Tensor]:
+    """The tensors of one linear layer.
+
+    `qzeros` and `g_idx` are always written, because most readers expect them.
+
+    Args:
+        prefix: full name of the layer.
+        weight: with uint8 zeros or none. Its bias is written too.
+        style: "gptq" stores zero points minus one, "gptq_v2" as they are.
+    """
+    if has_float_zeros(weight):
+        raise QuantError(f"{prefix}: zeros must be integers to be written as GPTQ, got floats")
+    k, size = weight.in_features, weight.group_size
+    group = torch.arange(k, dtype=torch.int32) // (max(k, 1) if size == -1 else size)
+    codes = weight.codes
+    if weight.perm is not None:
+        order = weight.perm.long()
+        codes, index = torch.empty_like(codes), torch.empty_like(group)
+        codes[:, order], index[order] = weight.codes, group
+        group = index
+    zeros = weight.zeros
+    if zeros is None:
+        zeros = torch.full(weight.scales.shape, weight.middle, dtype=torch.uint8)
+    if style == "gptq":
+        zeros = ((zeros.to(torch.int16) - 1) & ((1 << weight.bits) - 1)).to(torch.uint8)
+    tensors = {
+        f"{prefix}.qweight": pack_words(codes.t(), weight.bits, 0).contiguous(),
+        f"{prefix}.qzeros": pack_words(zeros.t(), weight.bits, 1).contiguous(),
+        f"{prefix}.scales": weight.scales.t().contiguous(),
+        f"{prefix}.g_idx": group.contiguous(),
+    }
+    if weight.bias is not None:
+        tensors[f"{prefix}.bias"] = weight.bias.contiguous()
+    return tensors
+
+
+def write_config(
+    scheme: LinearScheme, ignore: Sequence[str] = (), *, lm_head: bool = False
+) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint whose layers `write` made.
+
+    Args:
+        scheme: of all layers.
+        ignore: full names of the layers left in floating point.
+        lm_head: whether the output head is quantised.
+    """
+    skipped = [name for name in ignore if name != "lm_head"]
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": bool(scheme.symmetric),
+        "desc_act": scheme.act_order,
+        "static_groups": not scheme.act_order,
+        "true_sequential": True,
+        "lm_head": lm_head,
+        "checkpoint_format": scheme.style or "gptq",
+        "pack_dtype": "int32",
+    }
+    if skipped:
+        config["modules_to_not_convert"] = skipped
+        config["dynamic"] = {"-:" + re.escape(name) + "$": {} for name in skipped}
+    return config

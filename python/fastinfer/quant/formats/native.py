@@ -17,7 +17,8 @@ activations (absent or "int8_token").
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,3 +125,21 @@ def write(prefix: str, weight: CanonicalWeight | Int8Weight) -> dict[str, Tensor
     if weight.bias is not None:
         tensors["bias"] = weight.bias.contiguous()
     return {dot + name: tensor for name, tensor in tensors.items()}
+
+
+def write_config(
+    scheme: LinearScheme, ignore: Sequence[str] = (), *, lm_head: bool = False
+) -> dict[str, Any]:
+    """`quantization_config`; arguments as in `gptq.write_config`."""
+    head = [] if lm_head or "lm_head" in ignore else ["lm_head"]
+    config: dict[str, Any] = {
+        "quant_method": "fastinfer",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "symmetric": bool(scheme.symmetric),
+        "act_order": scheme.act_order,
+        "ignore": [*ignore, *head],
+    }
+    if scheme.activations is not None:
+        config["activations"] = scheme.activations
+    return config

@@ -1,0 +1,280 @@
+"""Text for calibration, and running one decoder block over all of it.
+
+Between two blocks the hidden states of all calibration tokens are kept (fp32 [tokens, hidden]);
+everything inside a block lives for a few sequences at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..models.attention import AttentionMetadata, LayerCache
+from ..models.config import ModelConfig
+from ..models.rotary import RotaryTable
+from ..text import Tokenizer
+from .blocks import MODULES, Block
+from .canonical import QuantError
+from .notes import note
+
+_PAGE = 16
+_TOKENS_PER_RUN = 4096  # tokens that go through a block together
+
+
+def read_text(path: str | os.PathLike[str], option: str) -> str:
+    """A UTF-8 text file.
+
+    Args:
+        path: the file.
+        option: what the caller gave it as, for error messages.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"quantize: {option} must be a text file, got {str(path)!r}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"quantize: {option} must be UTF-8 text, got {str(path)!r} with {error.reason}; "
+            "convert the file"
+        ) from error
+
+
+def calibration_tokens(
+    tokenizer: Tokenizer, text: str, *, samples: int, seqlen: int
+) -> list[Tensor]:
+    """Pieces of a text, evenly spread over it.
+
+    Args:
+        tokenizer: of the checkpoint.
+        text: plain text; special tokens spelled out in it become their ids.
+        samples: pieces wanted.
+        seqlen: tokens per piece.
+
+    Returns:
+        int64 [seqlen] each; fewer (a note says so) when the text is short, at least one, which may
+        be shorter than seqlen.
+    """
+    if samples < 1 or seqlen < 2:
+        raise ValueError(
+            f"quantize: samples must be at least 1 and seqlen at least 2, got {samples} and "
+            f"{seqlen}"
+        )
+    ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+    if ids.numel() < 2:
+        raise ValueError(
+            "quantize: the calibration text must have at least 2 tokens, got "
+            f"{ids.numel()}; give more text"
+        )
+    whole = max(1, ids.numel() // seqlen)
+    if whole < samples:
+        note(
+            "calibration",
+            f"the text has {whole} pieces of {seqlen} tokens, {samples} were asked for",
+        )
+    count = min(samples, whole)
+    return [ids[i * whole // count * seqlen :][:seqlen] for i in range(count)]
+
+
+@dataclass(slots=True)
+class Packed:
+    """Several sequences as one step of the model."""
+
+    tokens: Tensor  # int64 [T]
+    meta: AttentionMetadata
+    blocks: int  # cache blocks used
+
+
+def pack_sequences(sequences: Sequence[Tensor]) -> Packed:
+    """One prefill of all these sequences, each with its own pages from 0 on."""
+    lengths = [int(s.numel()) for s in sequences]
+    pages = [-(-n // _PAGE) for n in lengths]
+    first = [sum(pages[:i]) for i in range(len(pages))]
+    table = torch.full((len(pages), max(pages)), -1, dtype=torch.int32)
+    slots = []
+    for i, (n, p, f) in enumerate(zip(lengths, pages, first, strict=True)):
+        table[i, :p] = torch.arange(f, f + p, dtype=torch.int32)
+        slots.append(torch.arange(f * _PAGE, f * _PAGE + n))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    meta = AttentionMetadata(
+        positions=torch.cat([torch.arange(n) for n in lengths]),
+        slot_mapping=torch.cat(slots),
+        cu_seqlens_q=ends.to(torch.int32),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        block_table=table,
+        max_seqlen_q=max(lengths),
+        max_seqlen_k=max(lengths),
+    )
+    return Packed(torch.cat(list(sequences)), meta, sum(pages))
+
+
+def pack_all(sequences: Sequence[Tensor], tokens: int = _TOKENS_PER_RUN) -> list[Packed]:
+    """All sequences in as many steps as keep each within `tokens` (or one sequence)."""
+    steps: list[Packed] = []
+    waiting: list[Tensor] = []
+    for sequence in sequences:
+        if waiting and sum(s.numel() for s in waiting) + sequence.numel() > tokens:
+            steps.append(pack_sequences(waiting))
+            waiting = []
+        waiting.append(sequence)
+    if waiting:
+        steps.append(pack_sequences(waiting))
+    return steps
+
+
+def empty_cache(config: ModelConfig, blocks: int, dtype: torch.dtype) -> LayerCache:
+    """A cache of one layer."""
+    shape = (blocks, _PAGE, config.num_kv_heads, config.head_dim)
+    return LayerCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+
+
+class _Reached(Exception):
+    """The input that was waited for is there."""
+
+
+class Calibration:
+    """All calibration tokens on their way through the model.
+
+    Args:
+        config: of the model.
+        sequences: token ids, one tensor per sequence.
+        embedding: [V, hidden], any dtype.
+
+    Attributes:
+        hidden: fp32 [T, hidden] per step: the input of the next block.
+    """
+
+    def __init__(self, config: ModelConfig, sequences: Sequence[Tensor], embedding: Tensor) -> None:
+        self.config = config
+        self.steps = pack_all(sequences)
+        longest = max(step.meta.max_seqlen_q for step in self.steps)
+        rows = max(int(step.tokens.max()) for step in self.steps)
+        if rows >= embedding.shape[0]:
+            raise ValueError(
+                f"quantize: token ids must be below {embedding.shape[0]}, the model's vocabulary, "
+                f"got {rows}; check that the tokenizer belongs to the model"
+            )
+        self.hidden = [embedding[step.tokens].float() for step in self.steps]
+        blocks = max(step.blocks for step in self.steps)
+        self.cache = empty_cache(config, blocks, torch.float32)
+        self.rotary = {}
+        for kind, rope in config.rope.items():
+            table = RotaryTable(
+                rope, config.head_dim, length=longest, max_position=config.max_position
+            )
+            table.fill()
+            self.rotary[kind] = table
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return sum(step.tokens.numel() for step in self.steps)
+
+    def run(self, block: Block, step: int) -> Tensor:
+        """Output of the block, fp32 [T, hidden]."""
+        rotary = self.rotary[self.config.layer_types[block.index]]
+        # The block adds to its input in place.
+        hidden = self.hidden[step].clone()
+        out, residual = block.layer(hidden, None, self.steps[step].meta, self.cache, rotary)
+        return out + residual
+
+    def attend(self, block: Block, step: int, x: Tensor) -> Tensor:
+        """Output of the attention module for an input that is already normalised."""
+        rotary = self.rotary[self.config.layer_types[block.index]]
+        return block.layer.attn(x, self.steps[step].meta, self.cache, rotary)
+
+    def advance(self, block: Block) -> None:
+        """Take the outputs of the block as the input of the next one."""
+        for step in range(len(self.steps)):
+            out = self.run(block, step)
+            if not torch.isfinite(out).all():
+                raise QuantError(
+                    f"quantize: activations must be finite, got NaN or infinity after block "
+                    f"{block.index}; check the checkpoint"
+                )
+            self.hidden[step] = out
+
+    def inputs(self, block: Block, take: Callable[[str, int, Tensor], None]) -> None:
+        """Run the block, showing the input of each linear layer.
+
+        Args:
+            block: to run.
+            take: called with module name, step and input [T, K]; the input may be reused
+                afterwards.
+        """
+
+        def hook(name: str) -> Callable[..., None]:
+            return lambda module, args: take(name, step, args[0])
+
+        handles = [block.linear(name).register_forward_pre_hook(hook(name)) for name in MODULES]
+        try:
+            for step in range(len(self.steps)):
+                self.run(block, step)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def inputs_of(self, block: Block, name: str, take: Callable[[Tensor], None]) -> None:
+        """Run the block up to one linear layer, showing its inputs."""
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            take(args[0])
+            raise _Reached
+
+        handle = block.linear(name).register_forward_pre_hook(stop)
+        try:
+            for step in range(len(self.steps)):
+                try:
+                    self.run(block, step)
+                except _Reached:
+                    continue
+        finally:
+            handle.remove()
+
+
+class Statistics:
+    """What AWQ and SmoothQuant want to know of an input [T, K]: means, maxima, a sample.
+
+    Args:
+        in_features: K.
+        sample: rows to keep.
+        of: rows that will come.
+    """
+
+    def __init__(self, in_features: int, *, sample: int, of: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(in_features, dtype=torch.float64)
+        self.max_abs = torch.zeros(in_features)
+        self._every = max(1, -(-of // sample))
+        self._rows: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Take inputs."""
+        if not torch.isfinite(x).all():
+            raise QuantError("quantize: activations must be finite, got NaN or infinity")
+        magnitude = x.detach().float().abs()
+        self.total += magnitude.sum(0, dtype=torch.float64)
+        self.max_abs = torch.maximum(self.max_abs, magnitude.amax(0))
+        self._rows.append(x.detach()[-self.count % self._every :: self._every].float().clone())
+        self.count += x.shape[0]
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """fp32 [K]."""
+        return (self.total / max(self.count, 1)).float()
+
+    @property
+    def sample(self) -> Tensor:
+        """fp32 [rows, K], evenly spread."""
+        return torch.cat(self._rows)
+
+    def divide(self, factors: Tensor) -> None:
+        """The producer's channels were divided by these."""
+        self.total /= factors
+        self.max_abs = self.max_abs / factors
+        self._rows = [rows / factors for rows in self._rows]

@@ -1,0 +1,473 @@
+"""`fastinfer quantize`: reads a checkpoint block by block, quantises each, writes a new folder.
+
+Only one block is in memory at a time (plus embedding, and with calibration the hidden states of the
+calibration tokens). Finished blocks go into the folder `.quantize` inside of the output, from where
+an interrupted run continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import ops
+from .._version import __version__
+from ..checkpoint import INDEX, SINGLE, Checkpoint
+from ..models.config import ModelConfig, load_config
+from ..models.decoder import CausalLM
+from ..models.loader import load_model
+from ..models.weights import EMBEDDING, HEAD, plan_tensors
+from ..text import load_tokenizer
+from . import notes
+from .blocks import Block
+from .calibration import Calibration, calibration_tokens, read_text
+from .canonical import QuantError
+from .config import matches, read_quant_config
+from .methods import METHODS, MethodOptions, Result, quantize_block, quantize_head
+from .perplexity import perplexity
+from .rtn import GridOptions
+from .save import (
+    FORMATS,
+    MAX_SHARD_BYTES,
+    check_format,
+    format_config,
+    save_atomically,
+    write_checkpoint,
+    write_json,
+    write_linear,
+)
+
+WORK = ".quantize"
+REPORT = "quantize_report.json"
+_FORMAT_OF = {
+    "rtn": "compressed-tensors",
+    "gptq": "gptq",
+    "awq": "awq",
+    "smoothquant": "compressed-tensors",
+}
+_NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeOptions:
+    """What to make of a checkpoint.
+
+    Attributes:
+        method: "rtn", "awq", "gptq" or "smoothquant".
+        bits: 4 or 8; None: 4, and 8 for SmoothQuant, which has no other.
+        group_size: input channels per scale, -1 for all; None: 128, and -1 for SmoothQuant.
+        symmetric: None: False for AWQ, else True.
+        act_order: GPTQ: columns with the largest inputs first.
+        static_groups: GPTQ with act-order: groups of neighbours with grids from the original
+            weights, so that nothing is permuted at run time.
+        format: one of FORMATS; None: the method's own (RTN and SmoothQuant: compressed-tensors).
+        skip: patterns of layers left in floating point: names, whole parts of names, or "re:...".
+        samples: pieces of calibration text.
+        seqlen: tokens per piece.
+        damp: GPTQ, see `MethodOptions`.
+        alpha: SmoothQuant, see `MethodOptions`.
+        eval_window: tokens the model sees at once while its perplexity is measured; None: 2048 or
+            what the model can.
+    """
+
+    method: str = "rtn"
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_order: bool = False
+    static_groups: bool = True
+    format: str | None = None
+    skip: tuple[str, ...] = ("lm_head",)
+    samples: int = 128
+    seqlen: int = 512
+    damp: float | None = None
+    alpha: float = 0.5
+    eval_window: int | None = None
+
+
+def quantize_checkpoint(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: QuantizeOptions | None = None,
+    *,
+    calib: str | os.PathLike[str] | None = None,
+    eval_text: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Quantise a checkpoint folder into another one.
+
+    Args:
+        model: unquantised checkpoint folder in Hugging Face layout.
+        out: folder to write; must be new or empty.
+        options: method and format; None: RTN, 4 bits, groups of 128.
+        calib: text file that AWQ, GPTQ and SmoothQuant calibrate on.
+        eval_text: held-out text file; perplexity is measured on it before and after.
+        resume: continue an interrupted run with the same options.
+        overwrite: replace a checkpoint that is in `out`.
+        progress: show a progress bar when stderr is a terminal.
+        max_shard_bytes: split weight files larger than this.
+
+    Returns:
+        The content of `quantize_report.json`.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing.
+        FileExistsError: `out` is not empty and neither `resume` nor `overwrite` was given.
+        ValueError: an option does not fit the model or the format.
+    """
+    options = options or QuantizeOptions()
+    with notes.collecting(), torch.no_grad():
+        run = _Run(Path(model), Path(out), options, calib, eval_text, progress)
+        run.prepare(resume=resume, overwrite=overwrite)
+        return run.go(max_shard_bytes)
+
+
+class _Run:
+    """One run of `quantize_checkpoint`."""
+
+    def __init__(
+        self,
+        model: Path,
+        out: Path,
+        options: QuantizeOptions,
+        calib: str | os.PathLike[str] | None,
+        eval_text: str | os.PathLike[str] | None,
+        progress: bool,
+    ) -> None:
+        self.source, self.out, self.work, self.options = model, out, out / WORK, options
+        self.progress = progress and sys.stderr.isatty()
+        self.method = _method_options(options)
+        self.format = options.format or _FORMAT_OF[options.method]
+        if self.format not in FORMATS:
+            raise ValueError(
+                f"quantize: format must be one of {', '.join(FORMATS)}, got {self.format!r}"
+            )
+        self.int8 = options.method == "smoothquant"
+        self.permuted = self.method.act_order and not self.method.static_groups
+        self.config: ModelConfig = load_config(model)
+        if read_quant_config(model) is not None:
+            raise QuantError(
+                f"quantize: model must be an unquantised checkpoint, got {model}, which has a "
+                "quantization_config; start from the original weights"
+            )
+        self.checkpoint = Checkpoint(model, who="quantize")
+        self.shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        dtypes = {name: info.dtype for name, info in self.checkpoint.tensors.items()}
+        with torch.device("meta"):
+            skeleton = CausalLM(self.config, dtype=torch.float32)
+        plan_tensors(skeleton, self.config, self.shapes, dtypes)
+        self._choose_layers()
+        self.calib = None
+        if options.method != "rtn":
+            if calib is None:
+                raise ValueError(
+                    f"quantize: calib must be a text file for {options.method}, got none; give "
+                    "some text like that the model will see (rtn needs none)"
+                )
+            self.calib = read_text(calib, "calib")
+        self.eval_text = None if eval_text is None else read_text(eval_text, "eval")
+
+    def _choose_layers(self) -> None:
+        options, self.layers, self.skipped = self.options, [], []
+        for name, shape in self.shapes.items():
+            layer = name.removesuffix(".weight")
+            in_block = layer.endswith(("_proj", "W_pack")) and layer.startswith("model.layers.")
+            head = name == HEAD and not self.config.tie_word_embeddings
+            if not name.endswith(".weight") or not (in_block or head):
+                continue
+            if any(matches(pattern, layer) for pattern in options.skip):
+                self.skipped.append(layer)
+                continue
+            if head and self.config.normalized_head:
+                raise ValueError(
+                    f"quantize: lm_head of {self.config.architecture} must stay in floating "
+                    "point, because its rows are normalised while loading; skip lm_head"
+                )
+            check_format(
+                self.format,
+                layer,
+                (shape[0], shape[1]),
+                bits=self.method.grid.bits,
+                group_size=self.method.grid.group_size,
+                int8=self.int8,
+                permuted=self.permuted,
+            )
+            self.layers.append(layer)
+        if not self.layers:
+            raise ValueError(
+                f"quantize: skip must leave a layer to quantise, got {', '.join(options.skip)}"
+            )
+        if self.config.tie_word_embeddings:
+            self.skipped.append("lm_head")  # it is the embedding
+
+    # ---- the output folder -------------------------------------------------------------------
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same for finished blocks to be of use."""
+
+        def digest(text: str | None) -> str | None:
+            return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+        files = sorted({info.file for info in self.checkpoint.tensors.values()})
+        state = asdict(self.options)
+        state.pop("eval_window")
+        state |= {
+            "version": __version__,
+            "calib": digest(self.calib),
+            "config": digest((self.source / "config.json").read_text(encoding="utf-8")),
+            "weights": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        }
+        return json.loads(json.dumps(state))
+
+    def prepare(self, *, resume: bool, overwrite: bool) -> None:
+        """Make the work folder, or check that it belongs to this run."""
+        out, state = self.out, self.work / "state.json"
+        if out.exists() and not out.is_dir():
+            raise FileExistsError(f"quantize: out must be a folder, got the file {out}")
+        if out.exists() and out.resolve() == self.source.resolve():
+            raise ValueError(f"quantize: out must not be the model's own folder, got {out}")
+        if resume and state.is_file():
+            found = json.loads(state.read_text(encoding="utf-8"))
+            mine = self._fingerprint()
+            other = [key for key in mine if found.get(key) != mine[key]]
+            if other:
+                raise ValueError(
+                    f"quantize: resume must have the options of the interrupted run, got another "
+                    f"{', '.join(other)}; repeat them or use --overwrite"
+                )
+            return
+        if out.is_dir() and any(out.iterdir()):
+            if not overwrite:
+                what = "nothing to resume there" if resume else "use --overwrite or another folder"
+                raise FileExistsError(
+                    f"quantize: out must be a new or empty folder, got {out} with files; {what}"
+                )
+            self._clear()
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(self._fingerprint(), state)
+
+    def _clear(self) -> None:
+        """Remove an earlier checkpoint, and only what belongs to one."""
+        if self.work.is_dir():
+            shutil.rmtree(self.work)
+        for name in (SINGLE, INDEX, "config.json", "quantize_config.json", REPORT):
+            (self.out / name).unlink(missing_ok=True)
+        for file in self.out.glob("model-*-of-*.safetensors"):
+            file.unlink()
+
+    # ---- the run -----------------------------------------------------------------------------
+
+    def go(self, max_shard_bytes: int) -> dict[str, Any]:
+        begin = time.perf_counter()
+        before = self._perplexity_before()
+        rows: list[dict[str, Any]] = []
+        with tqdm(
+            total=len(self.layers),
+            desc=f"quantizing ({self.options.method})",
+            unit="layer",
+            disable=not self.progress,
+        ) as bar:
+            self.bar = bar
+            rows = self._blocks()
+        config = format_config(
+            self.format,
+            bits=self.method.grid.bits,
+            group_size=self.method.grid.group_size,
+            symmetric=self.method.grid.symmetric,
+            permuted=self.permuted,
+            int8=self.int8,
+            ignore=self.skipped,
+            lm_head="lm_head" in self.layers,
+        )
+        files = [self.work / "outside.safetensors"]
+        files += [self._file(i, "block") for i in range(self.config.num_layers)]
+        write_checkpoint(self.source, self.out, files, config, max_shard_bytes=max_shard_bytes)
+        report = {
+            "fastinfer": __version__,
+            "options": asdict(self.options)
+            | {
+                "bits": self.method.grid.bits,
+                "group_size": self.method.grid.group_size,
+                "symmetric": self.method.grid.symmetric,
+                "format": self.format,
+            },
+            "perplexity": {"before": before, "after": self._perplexity(self.out)},
+            "bytes": {"before": _size(self.source), "after": _size(self.out)},
+            "seconds": round(time.perf_counter() - begin, 1),
+            "skipped": self.skipped,
+            "layers": rows,
+        }
+        write_json(_finite(report), self.out / REPORT)
+        shutil.rmtree(self.work)
+        return report
+
+    def _file(self, block: int, kind: str) -> Path:
+        suffix = "json" if kind == "rows" else "safetensors"
+        return self.work / f"{kind}_{block:04d}.{suffix}"
+
+    def _blocks(self) -> list[dict[str, Any]]:
+        done = 0
+        while self._file(done, "rows").is_file():
+            done += 1
+        rows = []
+        for i in range(done):
+            rows += json.loads(self._file(i, "rows").read_text(encoding="utf-8"))
+        self.bar.update(len(rows))
+        calibration = self._calibration(done)
+        wanted = set(self.layers)
+        for index in range(done, self.config.num_layers):
+            block = Block(self.config, index, self.checkpoint)
+            results = quantize_block(block, self.method, calibration, wanted, self._tick)
+            tensors = block.plain_tensors({r.name for r in results})
+            for result in results:
+                tensors |= self._written(result)
+            save_atomically(tensors, self._file(index, "block"))
+            if calibration is not None:
+                hidden = {str(i): h for i, h in enumerate(calibration.hidden)}
+                save_atomically(hidden, self._file(index, "hidden"))
+            rows += self._rows(results)
+            # This file says that the block is finished.
+            write_json(self._rows(results), self._file(index, "rows"))
+            self._file(index - 1, "hidden").unlink(missing_ok=True)
+        return rows + self._outside(calibration)
+
+    def _calibration(self, done: int) -> Calibration | None:
+        if self.calib is None:
+            return None
+        tokens = calibration_tokens(
+            load_tokenizer(self.source),
+            self.calib,
+            samples=self.options.samples,
+            seqlen=min(self.options.seqlen, self.config.max_position),
+        )
+        embedding = next(t for _, t in self.checkpoint.read({EMBEDDING}))
+        calibration = Calibration(self.config, tokens, embedding)
+        if done:
+            hidden = load_file(self._file(done - 1, "hidden"))
+            calibration.hidden = [hidden[str(i)] for i in range(len(hidden))]
+        return calibration
+
+    def _outside(self, calibration: Calibration | None) -> list[dict[str, Any]]:
+        """Embedding, final norm and head."""
+        names = {EMBEDDING, _NORM}
+        if not self.config.tie_word_embeddings:
+            names.add(HEAD)
+        tensors = dict(self.checkpoint.read(names))
+        rows: list[dict[str, Any]] = []
+        if "lm_head" in self.layers:
+            inputs = None
+            if calibration is not None:
+                norm, eps = tensors[_NORM].float(), self.config.rms_norm_eps
+                inputs = [ops.rms_norm(hidden, norm, eps) for hidden in calibration.hidden]
+            result = quantize_head(tensors.pop(HEAD).float(), self.method, inputs)
+            tensors |= self._written(result)
+            rows = self._rows([result])
+            self._tick("lm_head")
+        save_atomically(tensors, self.work / "outside.safetensors")
+        return rows
+
+    def _written(self, result: Result) -> dict[str, Tensor]:
+        return write_linear(self.format, result.name, result.weight)
+
+    def _rows(self, results: list[Result]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": r.name,
+                "shape": [r.weight.out_features, r.weight.in_features],
+                "weight_error": r.weight_error,
+                "output_mse": r.output_mse,
+                "output_error": r.output_error,
+            }
+            for r in results
+        ]
+
+    def _tick(self, name: str) -> None:
+        self.bar.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
+        self.bar.update()
+
+    # ---- perplexity --------------------------------------------------------------------------
+
+    def _perplexity_before(self) -> float | None:
+        """Measured once, however often the run is resumed."""
+        text, window = self.eval_text, self.options.eval_window
+        if text is None:
+            return None
+        key = hashlib.sha256(f"{window} {text}".encode()).hexdigest()
+        file = self.work / "before.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["key"] == key:
+                return found["perplexity"]
+        value = self._perplexity(self.source)
+        write_json(_finite({"key": key, "perplexity": value}), file)
+        return value
+
+    def _perplexity(self, folder: Path) -> float | None:
+        if self.eval_text is None:
+            return None
+        model = load_model(folder, progress=self.progress)
+        tokens = torch.tensor(load_tokenizer(folder).encode(self.eval_text), dtype=torch.int64)
+        with tqdm(
+            total=tokens.numel() - 1, desc="perplexity", unit="token", disable=not self.progress
+        ) as bar:
+            window = self.options.eval_window or 2048
+            return perplexity(model, tokens, window=window, on_tokens=bar.update)
+
+
+def _method_options(options: QuantizeOptions) -> MethodOptions:
+    """Fill in the defaults of the method, refuse what it does not have."""
+    method = options.method
+    if method not in METHODS:
+        raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {method!r}")
+    bits, group_size, symmetric = options.bits, options.group_size, options.symmetric
+    if method == "smoothquant":
+        if bits not in (None, 8) or group_size not in (None, -1) or symmetric is False:
+            raise ValueError(
+                "quantize: smoothquant must have 8 bits, group_size -1 and symmetric weights, got "
+                f"{bits}, {group_size} and symmetric={symmetric}; leave them out"
+            )
+        bits, group_size, symmetric = 8, -1, True
+    if options.act_order and method != "gptq":
+        raise ValueError(f"quantize: act_order must be used with gptq, got {method}")
+    if options.damp is not None and not 0 < options.damp < 1:
+        raise ValueError(f"quantize: damp must be between 0 and 1, got {options.damp}")
+    if not 0 <= options.alpha <= 1:
+        raise ValueError(f"quantize: alpha must be in 0..1, got {options.alpha}")
+    grid = GridOptions(
+        4 if bits is None else bits,
+        128 if group_size is None else group_size,
+        (method != "awq") if symmetric is None else symmetric,
+    )
+    static = options.act_order and options.static_groups
+    return MethodOptions(method, grid, options.act_order, static, options.damp, options.alpha)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
