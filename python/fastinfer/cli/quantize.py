@@ -11,8 +11,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "quantize",
         help="make a quantised checkpoint",
-        description="Quantise a checkpoint folder, layer by layer, into a new folder that fastinfer "
-        "and, in the standard formats, vLLM and transformers read.",
+        description="Quantise a checkpoint folder, layer by layer, into a new folder that "
+        "fastinfer and, in the standard formats, vLLM and transformers read.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="unquantised checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")

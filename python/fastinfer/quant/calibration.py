@@ -45,6 +45,30 @@ def read_text(path: str | os.PathLike[str], option: str) -> str:
         ) from error
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Token ids of a text.
+
+    A text that spells out the tokenizer's beginning-of-sequence token is a list of documents; line
+    breaks at their ends only separate them in the file and are dropped.
+
+    Args:
+        tokenizer: of the checkpoint.
+        text: special tokens spelled out in it become their ids.
+
+    Returns:
+        int64 [T].
+    """
+    bos = tokenizer.bos_token
+    if not bos or bos not in text:
+        return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+    head, *documents = text.split(bos)
+    pieces = [bos + document.rstrip("\r\n") for document in documents]
+    if head.strip():
+        pieces.insert(0, bos + head.rstrip("\r\n"))
+    ids = [i for p in pieces for i in tokenizer.encode(p, add_special_tokens=False)]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
 def calibration_tokens(
     tokenizer: Tokenizer, text: str, *, samples: int, seqlen: int
 ) -> list[Tensor]:
@@ -52,7 +76,7 @@ def calibration_tokens(
 
     Args:
         tokenizer: of the checkpoint.
-        text: plain text; special tokens spelled out in it become their ids.
+        text: see `encode_text`.
         samples: pieces wanted.
         seqlen: tokens per piece.
 
@@ -65,7 +89,7 @@ def calibration_tokens(
             f"quantize: samples must be at least 1 and seqlen at least 2, got {samples} and "
             f"{seqlen}"
         )
-    ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+    ids = encode_text(tokenizer, text)
     if ids.numel() < 2:
         raise ValueError(
             "quantize: the calibration text must have at least 2 tokens, got "

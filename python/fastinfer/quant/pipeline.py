@@ -33,7 +33,7 @@ from ..models.weights import EMBEDDING, HEAD, plan_tensors
 from ..text import load_tokenizer
 from . import notes
 from .blocks import Block
-from .calibration import Calibration, calibration_tokens, read_text
+from .calibration import Calibration, calibration_tokens, encode_text, read_text
 from .canonical import QuantError
 from .config import matches, read_quant_config
 from .methods import METHODS, MethodOptions, Result, quantize_block, quantize_head
@@ -422,7 +422,7 @@ class _Run:
         if self.eval_text is None:
             return None
         model = load_model(folder, progress=self.progress)
-        tokens = torch.tensor(load_tokenizer(folder).encode(self.eval_text), dtype=torch.int64)
+        tokens = encode_text(load_tokenizer(folder), self.eval_text)
         with tqdm(
             total=tokens.numel() - 1, desc="perplexity", unit="token", disable=not self.progress
         ) as bar:
