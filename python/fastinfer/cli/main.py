@@ -51,7 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         sentence = str(error).strip() or type(error).__name__
         print(f"fastinfer {args.command}: {sentence}", file=sys.stderr)
-        usage = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        usage = (
+            ValueError,
+            FileExistsError,
+            FileNotFoundError,
+            NotADirectoryError,
+            IsADirectoryError,
+        )
         return USAGE_ERROR if isinstance(error, usage) else FAILURE
 
 

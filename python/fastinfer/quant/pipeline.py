@@ -185,6 +185,11 @@ class _Run:
 
     def _choose_layers(self) -> None:
         options, self.layers, self.skipped = self.options, [], []
+        common = math.gcd(
+            self.config.hidden_size,
+            self.config.intermediate_size,
+            self.config.num_heads * self.config.head_dim,
+        )
         for name, shape in self.shapes.items():
             layer = name.removesuffix(".weight")
             in_block = layer.endswith(("_proj", "W_pack")) and layer.startswith("model.layers.")
@@ -207,6 +212,7 @@ class _Run:
                 group_size=self.method.grid.group_size,
                 int8=self.int8,
                 permuted=self.permuted,
+                common=common,
             )
             self.layers.append(layer)
         if not self.layers:

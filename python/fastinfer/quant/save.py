@@ -41,6 +41,7 @@ def check_format(
     group_size: int,
     int8: bool,
     permuted: bool,
+    common: int,
 ) -> None:
     """Refuse, before any work is done, what a format cannot hold.
 
@@ -52,14 +53,15 @@ def check_format(
         group_size: as in `GridOptions`.
         int8: W8A8.
         permuted: act-order without static groups.
+        common: what divides the input channels of all layers, to suggest a group size that fits.
 
     Raises:
         ValueError: with the reason and what to use instead.
     """
     n, k = shape
     size = k if group_size == -1 else group_size
-    fitting = ", ".join(str(g) for g in (128, 64, 32, 16, 8) if k % g == 0)
-    hint = f"use --group-size {fitting.split(', ')[0]}" if fitting else "use --group-size -1"
+    fitting = next((g for g in (128, 64, 32, 16, 8) if common % g == 0), -1)
+    hint = f"use --group-size {fitting}"
     if int8 and name not in ("compressed-tensors", "native"):
         raise ValueError(
             f"quantize: format must be compressed-tensors or native for W8A8 weights, got {name!r}"

@@ -1,0 +1,349 @@
+"""Whole checkpoints from the shipped tiny one: perplexity, loading, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from quantizing import MODEL, TINY, calibration_text, quality, quantized
+from safetensors.torch import load_file, save_file
+
+from fastinfer import LLM, SamplingParams
+from fastinfer.models import load_model
+from fastinfer.quant import QuantError, QuantizeOptions, quantize_checkpoint
+from fastinfer.quant.calibration import calibration_tokens, encode_text
+from fastinfer.quant.perplexity import perplexity
+from fastinfer.text import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("calib") / "calib.txt"
+    file.write_text(calibration_text(), encoding="utf-8")
+    return file
+
+
+RUNS = {
+    "rtn": {"method": "rtn"},
+    "gptq": {"method": "gptq"},
+    "rtn_zeros": {"method": "rtn", "symmetric": False},
+    "awq": {"method": "awq"},
+    "int8": {"method": "rtn", "bits": 8},
+    "w8a8": {"method": "smoothquant"},
+}
+
+
+@pytest.fixture(scope="module")
+def made(calib: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("made")
+    for name, options in RUNS.items():
+        quantized(root / name, calib, **options)
+    return {name: root / name for name in RUNS}
+
+
+@pytest.fixture(scope="module")
+def perplexities(made: dict[str, Path]) -> dict[str, float]:
+    return {"plain": quality(MODEL)} | {name: quality(path) for name, path in made.items()}
+
+
+def test_perplexity_at_four_bits(perplexities: dict[str, float]) -> None:
+    """With the same groups and symmetry, calibrated methods beat rounding to nearest."""
+    assert perplexities["plain"] < perplexities["gptq"] < perplexities["rtn"]
+    assert perplexities["plain"] < perplexities["awq"] < perplexities["rtn_zeros"]
+    assert perplexities["rtn"] < 1.01 * perplexities["plain"]
+
+
+def test_perplexity_at_eight_bits(perplexities: dict[str, float]) -> None:
+    plain = perplexities["plain"]
+    assert abs(perplexities["int8"] / plain - 1) < 0.005
+    assert abs(perplexities["w8a8"] / plain - 1) < 0.005
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("group_size", [64, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_perplexity_on_more_calibration(
+    group_size: int, symmetric: bool, calib: Path, tmp_path: Path
+) -> None:
+    def run(method: str, **options: object) -> float:
+        out = tmp_path / f"{method}{len(options)}"
+        common = {"group_size": group_size, "symmetric": symmetric, "samples": 100}
+        quantized(out, calib, method=method, format="native", **common, **options)
+        return quality(out)
+
+    rounded = run("rtn")
+    assert run("gptq") < rounded
+    assert run("gptq", act_order=True) < rounded
+    assert run("awq") < rounded
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_generates(name: str, made: dict[str, Path]) -> None:
+    with LLM(made[name], device="cpu", num_blocks=64, progress=False) as llm:
+        out = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=20))
+    assert len(out[0].text.split()) > 8
+
+
+def test_folder_is_complete_and_smaller(made: dict[str, Path]) -> None:
+    for name, path in made.items():
+        files = {file.name for file in path.iterdir()}
+        assert {"config.json", "model.safetensors", "quantize_report.json"} <= files
+        assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= files
+        assert ".quantize" not in files
+        assert ("quantize_config.json" in files) == (name == "gptq")
+        tensors = load_file(path / "model.safetensors")
+        # The head is the embedding: stored once, in floating point.
+        assert not any(tensor.startswith("lm_head") for tensor in tensors)
+        original = load_file(MODEL / "model.safetensors")
+        embedding = "model.embed_tokens.weight"
+        assert torch.equal(tensors[embedding], original[embedding])
+        report = json.loads((path / "quantize_report.json").read_text())
+        assert len(report["layers"]) == 5 * 7
+        assert report["bytes"]["after"] < 0.65 * report["bytes"]["before"]
+        limit = 0.02 if report["options"]["bits"] == 8 else 0.25
+        for row in report["layers"]:
+            assert 0 < row["weight_error"] < limit
+            assert (row["output_mse"] is None) == (report["options"]["method"] == "rtn")
+
+
+def test_gptq_lowers_output_errors(made: dict[str, Path]) -> None:
+    report = json.loads((made["gptq"] / "quantize_report.json").read_text())
+    errors = [row["output_error"] for row in report["layers"]]
+    assert sum(errors) / len(errors) < 0.08  # rounding to nearest is 0.107 off
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "gptq", "format": "gptq_v2", "symmetric": False},
+        {"method": "gptq", "act_order": True, "static_groups": False},
+        {"method": "gptq", "act_order": True, "static_groups": False, "format": "native"},
+        {
+            "method": "gptq",
+            "act_order": True,
+            "static_groups": False,
+            "format": "compressed-tensors",
+        },
+        {"method": "smoothquant", "format": "native"},
+        {"method": "rtn", "symmetric": False, "group_size": -1},
+        {"method": "rtn", "bits": 8, "format": "gptq", "group_size": 128},  # a short last group
+        {"method": "rtn", "skip": ("k_proj", "re:.*layers\\.2\\.", "lm_head")},
+        {"method": "gptq", "skip": ("mlp", "layers.0"), "format": "native"},
+        {"method": "awq", "skip": ("v_proj", "down_proj"), "format": "awq"},
+        {"method": "rtn", "format": "gptq", "skip": ("o_proj",)},
+    ],
+    ids=lambda o: "-".join(str(v) for v in o.values() if isinstance(v, (str, int))),
+)
+def test_other_options_load_and_run(options: dict, calib: Path, tmp_path: Path) -> None:
+    report = quantized(tmp_path / "out", calib, **{"samples": 4, "seqlen": 128} | options)
+    model = load_model(tmp_path / "out", dtype="float32", progress=False)
+    ids = torch.tensor(load_tokenizer(MODEL).encode("Once upon a time, there was a little cat."))
+    plain = load_model(MODEL, dtype="float32", progress=False)
+    assert perplexity(model, ids) < 1.3 * perplexity(plain, ids)
+    names = {row["name"].rsplit(".", 1)[1] for row in report["layers"]}
+    assert not names & set(options.get("skip", ()))
+
+
+def test_untied_head_is_quantised_when_asked(calib: Path, tmp_path: Path) -> None:
+    source = tmp_path / "untied"
+    source.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (source / name).write_bytes((MODEL / name).read_bytes())
+    config = json.loads((MODEL / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    tensors = load_file(MODEL / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.tensor(load_tokenizer(MODEL).encode("Once upon a time, there was a little cat."))
+    expected = perplexity(load_model(source, dtype="float32", progress=False), ids)
+    for method, form in (("rtn", None), ("gptq", None), ("rtn", "native"), ("smoothquant", None)):
+        out = tmp_path / f"{method}{form}"
+        group = None if method == "smoothquant" else 64
+        options = QuantizeOptions(
+            method, group_size=group, skip=(), format=form, samples=4, seqlen=128
+        )
+        report = quantize_checkpoint(source, out, options, calib=calib, progress=False)
+        assert report["layers"][-1]["name"] == "lm_head"
+        assert "lm_head.weight" not in load_file(out / "model.safetensors") or method[0] == "s"
+        model = load_model(out, dtype="float32", progress=False)
+        assert perplexity(model, ids) < 1.3 * expected
+    with pytest.raises(ValueError, match="lm_head in floating point"):
+        options = QuantizeOptions("awq", group_size=64, skip=())
+        quantize_checkpoint(source, tmp_path / "x", options, calib=calib, progress=False)
+
+
+def test_resuming_after_a_kill_gives_the_same_bytes(calib: Path, tmp_path: Path) -> None:
+    options = {"samples": 16, "seqlen": 256, "method": "gptq"}
+    quantized(tmp_path / "whole", calib, **options)
+    out = tmp_path / "killed"
+    arguments = ["--method", "gptq", "--samples", "16", "--seqlen", "256", "--group-size", "64"]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "fastinfer.cli.main", "quantize", "--quiet"),
+            *("--model", str(MODEL), "--out", str(out), "--calib", str(calib), *arguments),
+        ],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
+    )
+    marker, deadline = out / ".quantize" / "rows_0001.json", time.monotonic() + 60
+    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert marker.exists()
+    assert not (out / "config.json").exists()
+    block = out / ".quantize" / "block_0000.safetensors"
+    written = block.stat().st_mtime_ns
+    chosen = QuantizeOptions("gptq", group_size=64, samples=16, seqlen=256)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        quantize_checkpoint(MODEL, out, chosen, calib=calib)
+    other = QuantizeOptions("gptq", group_size=32, samples=16, seqlen=256)
+    with pytest.raises(ValueError, match="another group_size"):
+        quantize_checkpoint(MODEL, out, other, calib=calib, resume=True)
+    assert block.stat().st_mtime_ns == written
+    report = quantize_checkpoint(MODEL, out, chosen, calib=calib, resume=True, progress=False)
+    assert len(report["layers"]) == 35
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(FileExistsError, match="nothing to resume"):
+        quantize_checkpoint(MODEL, out, chosen, calib=calib, resume=True)
+
+
+def test_dead_channels_everywhere(calib: Path, tmp_path: Path) -> None:
+    """Zero norm weights, rows and columns: no NaN from any method."""
+    source = tmp_path / "dead"
+    source.mkdir()
+    for file in MODEL.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(MODEL / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[::7] = 0
+        elif name.endswith("_proj.weight"):
+            tensor[5] = 0
+            tensor[:, 11] = 0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for method in ("gptq", "awq", "smoothquant"):
+        group = None if method == "smoothquant" else 64
+        options = QuantizeOptions(method, group_size=group, samples=4, seqlen=128)
+        report = quantize_checkpoint(source, tmp_path / method, options, calib=calib)
+        assert all(row["output_error"] < 0.2 for row in report["layers"])
+        assert quality_of_few(tmp_path / method) < 1.3 * quality_of_few(source)
+
+
+def quality_of_few(folder: Path) -> float:
+    text = (TINY / "heldout.txt").read_text(encoding="utf-8")[:2000]
+    model = load_model(folder, dtype="float32", progress=False)
+    return perplexity(model, encode_text(load_tokenizer(MODEL), text))
+
+
+def test_refusals(calib: Path, tmp_path: Path, made: dict[str, Path]) -> None:
+    def run(model: Path = MODEL, out: Path = tmp_path / "out", **options: object) -> None:
+        text = options.pop("calib", calib)
+        quantize_checkpoint(model, out, QuantizeOptions(**options), calib=text, progress=False)
+
+    for match, options in (
+        ("method must be", {"method": "magic"}),
+        ("format must be one of", {"format": "gguf"}),
+        ("group_size must divide the", {"group_size": 128}),
+        ("multiple of 8", {"format": "native", "group_size": 12}),
+        ("calib must be a text file", {"method": "gptq", "group_size": 64, "calib": None}),
+        ("skip must leave a layer", {"group_size": 64, "skip": ("model",)}),
+        ("must have 8 bits", {"method": "smoothquant", "bits": 4}),
+        ("compressed-tensors or native", {"method": "smoothquant", "format": "gptq"}),
+        ("act_order must be used with gptq", {"act_order": True}),
+        ("damp must be", {"method": "gptq", "damp": 0.0}),
+        ("alpha must be", {"method": "smoothquant", "alpha": 2.0}),
+        ("needs 4 bits", {"format": "awq", "bits": 8, "group_size": 64}),
+        ("samples must be", {"method": "gptq", "group_size": 64, "samples": 0}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            run(**options)
+    with pytest.raises(QuantError, match="unquantised checkpoint"):
+        run(made["rtn"], group_size=64)
+    with pytest.raises(ValueError, match="own folder"):
+        run(out=MODEL, group_size=64)
+    with pytest.raises(FileNotFoundError, match="calib must be a text file"):
+        run(method="gptq", group_size=64, calib=tmp_path / "absent.txt")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "diary.txt").write_text("dear diary")
+    with pytest.raises(FileExistsError, match="new or empty folder"):
+        run(out=precious, group_size=64)
+    quantize_checkpoint(
+        MODEL, precious, QuantizeOptions(group_size=64), overwrite=True, progress=False
+    )
+    assert (precious / "diary.txt").read_text() == "dear diary"
+
+
+def test_damaged_weights_are_named(tmp_path: Path, calib: Path) -> None:
+    source = tmp_path / "nan"
+    source.mkdir()
+    for file in MODEL.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(MODEL / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantError, match=r"layers\.1\.mlp\.up_proj: .*finite"):
+        quantize_checkpoint(source, tmp_path / "a", QuantizeOptions(group_size=64))
+    options = QuantizeOptions("awq", group_size=64, samples=2, seqlen=64)
+    with pytest.raises(QuantError, match="finite"):
+        quantize_checkpoint(source, tmp_path / "b", options, calib=calib)
+
+
+# ---- text and perplexity ---------------------------------------------------------------------
+
+
+def test_documents_are_split_at_the_beginning_token() -> None:
+    tokenizer = load_tokenizer(MODEL)
+    ids = encode_text(tokenizer, "<|begin|>One.<|end|>\n<|begin|>Two.<|end|>\n")
+    one, two = (tokenizer.encode(t + "<|end|>") for t in ("One.", "Two."))
+    assert ids.tolist() == one + two
+    assert encode_text(tokenizer, "One.<|end|>").tolist() == one
+
+
+def test_calibration_pieces_are_spread_over_the_text(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = load_tokenizer(MODEL)
+    text = calibration_text(20_000)
+    ids = encode_text(tokenizer, text)
+    pieces = calibration_tokens(tokenizer, text, samples=5, seqlen=100)
+    starts = [int((ids.unfold(0, 100, 1) == p).all(1).nonzero()[0, 0]) for p in pieces]
+    whole = ids.numel() // 100
+    assert starts == [i * whole // 5 * 100 for i in range(5)]
+    few = calibration_tokens(tokenizer, text, samples=10_000, seqlen=100)
+    assert len(few) == whole
+    assert "10000 were asked for" in caplog.text
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        calibration_tokens(tokenizer, "", samples=1, seqlen=10)
+
+
+def test_perplexity_slides_and_scores_each_token_once() -> None:
+    model = load_model(MODEL, dtype="float32", progress=False)
+    ids = encode_text(load_tokenizer(MODEL), calibration_text(600))[:90]
+
+    def losses(tokens: torch.Tensor) -> torch.Tensor:
+        from fastinfer.quant.perplexity import _losses
+
+        return _losses(model, tokens, tokens.numel() - 1)
+
+    whole = losses(ids)
+    assert perplexity(model, ids, window=90) == pytest.approx(float(whole.mean().exp()), rel=1e-5)
+    scored: list[int] = []
+    value = perplexity(model, ids, window=40, stride=15, on_tokens=scored.append)
+    assert scored == [39, 15, 15, 15, 5]
+    parts = [losses(ids[:40])]
+    parts += [losses(ids[e - 40 : e])[-15:] for e in (55, 70, 85)]
+    parts.append(losses(ids[50:])[-5:])
+    assert value == pytest.approx(float(torch.cat(parts).mean().exp()), rel=1e-5)
+    for wrong in ({"window": 1}, {"stride": 0}, {"window": 10, "stride": 10}):
+        with pytest.raises(ValueError, match="stride"):
+            perplexity(model, ids, **wrong)
+    with pytest.raises(ValueError, match="T >= 2"):
+        perplexity(model, ids[:1])
