@@ -12,14 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from quantizing import MODEL, TINY, calibration_text, quality, quantized
 from safetensors.torch import load_file, save_file
 
 from fastinfer import LLM, SamplingParams
-from fastinfer.models import load_model
+from fastinfer.checkpoint import Checkpoint
+from fastinfer.models import CausalLM, load_config, load_model
 from fastinfer.quant import QuantError, QuantizeOptions, quantize_checkpoint
-from fastinfer.quant.calibration import calibration_tokens, encode_text
+from fastinfer.quant.blocks import Block
+from fastinfer.quant.calibration import (
+    Calibration,
+    calibration_tokens,
+    empty_cache,
+    encode_text,
+    pack_sequences,
+)
+from fastinfer.quant.methods import MethodOptions, quantize_block
 from fastinfer.quant.perplexity import perplexity
+from fastinfer.quant.rtn import GridOptions
 from fastinfer.text import load_tokenizer
 
 
@@ -347,3 +358,73 @@ def test_perplexity_slides_and_scores_each_token_once() -> None:
             perplexity(model, ids, **wrong)
     with pytest.raises(ValueError, match="T >= 2"):
         perplexity(model, ids[:1])
+
+
+# ---- other families --------------------------------------------------------------------------
+
+
+def save_random(folder: Path, family: str) -> None:
+    """Biases everywhere (Llama) or on q, k, v (Qwen2), as many KV heads as heads, untied."""
+    sizes = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
+    if family == "Llama":
+        sizes |= {"attention_bias": True, "mlp_bias": True}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            parameter.data += torch.randn_like(parameter) * 0.3
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((MODEL / name).read_bytes())
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_biases_survive_and_factors_cancel(family: str, calib: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_random(source, family)
+    config, checkpoint = load_config(source), Checkpoint(source)
+    ids = torch.randint(0, 1024, (300,))
+    embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    for method in ("awq", "smoothquant"):
+        block = Block(config, 0, checkpoint)
+        before = {name: t.clone() for name, t in block.layer.state_dict().items()}
+        calibration = Calibration(config, [ids[:200], ids[200:]], embedding)
+        expected = calibration.run(block, 0)
+        wanted = {part.name for part in block.parts}
+        bits = 8 if method == "smoothquant" else 4
+        grid = GridOptions(bits, -1 if bits == 8 else 32, bits == 8)
+        with torch.no_grad():
+            quantize_block(block, MethodOptions(method, grid), calibration, wanted, lambda _: None)
+        assert torch.allclose(calibration.hidden[0], expected, atol=2e-5)
+        changed = {n for n, t in block.layer.state_dict().items() if not torch.equal(t, before[n])}
+        assert {"input_norm.weight", "post_norm.weight", "attn.qkv_proj.weight"} <= changed
+        assert ("attn.o_proj.weight" in changed) == (method == "awq")
+    model = load_model(source, dtype="float32", progress=False)
+    for method in ("rtn", "gptq", "awq", "smoothquant"):
+        options = QuantizeOptions(
+            method,
+            bits=None if method in ("awq", "smoothquant") else 8,
+            group_size=None if method == "smoothquant" else 32,
+            samples=4,
+            seqlen=64,
+        )
+        out = tmp_path / method
+        quantize_checkpoint(source, out, options, calib=calib, progress=False)
+        made = load_model(out, dtype="float32", progress=False)
+        error = (logits(made, ids) - logits(model, ids)).norm() / logits(model, ids).norm()
+        assert error < (0.2 if method == "awq" else 0.03)
+
+
+@torch.no_grad()
+def logits(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
+    packed = pack_sequences([ids])
+    caches = [empty_cache(model.config, packed.blocks, torch.float32) for _ in model.layers]
+    return model.compute_logits(model(ids, packed.meta, caches))
