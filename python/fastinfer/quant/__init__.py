@@ -18,7 +18,7 @@ _HOME = {
     "QuantError": "canonical",
     "QuantLinear": "layers",
     "W8A8Linear": "layers",
-    "QuantizeOptions": "pipeline",
+    "QuantizeOptions": "options",
     "load_quantized": "load",
     "quantize_checkpoint": "pipeline",
     "quantize_model": "model",
