@@ -120,6 +120,10 @@ std::string describe(const Tensor& t) {
   return std::string(dtype_name(t.scalar_type())) + " " + shape_of(t) + " on " + device_of(t);
 }
 
+void check_given(const char* op, const char* arg, const Tensor& t) {
+  FI_CHECK(t.defined(), op, ": ", arg, " must be a tensor, got None");
+}
+
 void check_last_dim(const char* op, const char* arg, const Tensor& t) {
   const int64_t d = t.dim();
   FI_CHECK(d > 0 && (t.size(d - 1) <= 1 || t.stride(d - 1) == 1 || t.numel() == 0), op, ": ", arg,
@@ -128,11 +132,13 @@ void check_last_dim(const char* op, const char* arg, const Tensor& t) {
 }
 
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim) {
+  check_given(op, arg, t);
   FI_CHECK(t.dim() == dim, op, ": ", arg, " must have ", dim, " dimensions, got ", describe(t));
 }
 
 void check_dtype(const char* op, const char* arg, const Tensor& t,
                  std::initializer_list<DType> allowed) {
+  check_given(op, arg, t);
   const DType got = dtype_of(t);
   for (DType a : allowed)
     if (a == got) return;
@@ -143,6 +149,8 @@ void check_dtype(const char* op, const char* arg, const Tensor& t,
 
 void check_same_dtype(const char* op, const char* arg, const Tensor& t, const char* like_arg,
                       const Tensor& like) {
+  check_given(op, arg, t);
+  check_given(op, like_arg, like);
   FI_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", arg, " must have the dtype of ",
            like_arg, " (", dtype_name(like.scalar_type()), "), got ", describe(t),
            "; convert one of them with .to(dtype)");
@@ -162,8 +170,10 @@ void check_shape(const char* op, const char* arg, const Tensor& t,
 
 void check_device(const char* op, const Tensor& first,
                   std::initializer_list<std::pair<const char*, const Tensor*>> rest) {
+  check_given(op, "its first tensor", first);
   for (const auto& [arg, t] : rest) {
     if (!t) continue;
+    check_given(op, arg, *t);
     const bool same = t->is_cpu() == first.is_cpu() && t->is_cuda() == first.is_cuda() &&
                       (first.is_cpu() || t->get_device_index() == first.get_device_index());
     FI_CHECK(same, op, ": ", arg, " must be on the same device as the first tensor (",

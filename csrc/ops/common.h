@@ -52,6 +52,8 @@ std::string describe(const Tensor& t);    // "torch.float16 [2, 3] on cpu"
 inline bool is_float(DType t) { return t == DType::f32 || t == DType::f16 || t == DType::bf16; }
 inline bool is_8bit(DType t) { return t == DType::i8 || t == DType::f8e4m3; }
 
+// Python's None arrives as an undefined tensor, on which every other question fails without a name.
+void check_given(const char* op, const char* arg, const Tensor& t);
 // Stride of the last dimension must be 1 (sizes 0 and 1 are always fine).
 void check_last_dim(const char* op, const char* arg, const Tensor& t);
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim);

@@ -64,13 +64,13 @@ void check_gather_indices(const char* op, const CacheGatherParams& p, int64_t nu
              "), got ", end, " after ", begin, " at index ", b + 1);
     const int64_t first =
         p.seq_starts ? index_at(p.seq_starts, p.starts_dtype, b * p.starts_stride) : 0;
+    const int64_t room = max_blocks * p.block_size;
+    // first may be anything: near 2^63 the sum would wrap around and pass for a small position
+    const int64_t last = first < room ? first + (end - begin) - 1 : first;
     if (end > begin) {
-      const int64_t room = max_blocks * p.block_size;
-      FI_CHECK(first >= 0 && first <= room - (end - begin), op, ": sequence ", b,
-               " must read cached positions inside its block_table row (", room, "), got ",
-               end - begin, " from position ", first,
-               " on; pass a wider block_table or correct seq_starts and cu_seqlens");
-      const int64_t last = first + (end - begin) - 1;
+      FI_CHECK(first >= 0 && last < room, op, ": sequence ", b, " reads cached positions ", first,
+               " to ", last, ", but its block_table row holds ", room,
+               "; pass a wider block_table or correct seq_starts and cu_seqlens");
       for (int64_t i = first / p.block_size; i <= last / p.block_size; ++i) {
         const int64_t id =
             index_at(p.block_table, p.table_dtype, b * p.table_row_stride + i * p.table_col_stride);

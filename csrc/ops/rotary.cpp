@@ -110,11 +110,12 @@ void check_positions(const char* op, const RotaryParams& p, int64_t batch, int64
 
 int64_t token_cost(const RotaryParams& p) { return (p.q.heads + p.k.heads) * p.dim * 4; }
 
-void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k, int64_t max_pos) {
+void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k,
+         const Tensor& cos) {
   if (q.numel() == 0 && (!k || k->numel() == 0)) return;
   if (!q.is_cpu()) no_cuda_kernel(op);
   const int64_t batch = q.dim() == 4 ? q.size(0) : 1;
-  check_positions(op, p, batch, max_pos);
+  check_positions(op, p, batch, cos.size(0));
   torch::stable::parallel_for(0, batch * p.seq, grain(token_cost(p)),
                               [&](int64_t begin, int64_t end) { FI_PICK(rotary)(p, begin, end); });
 }
@@ -123,14 +124,14 @@ void apply_rotary(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor posit
                   bool interleaved, Tensor q_out, OptTensor k_out) {
   const char* op = "apply_rotary";
   run(op, params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q_out, ptr(k_out)), q,
-      ptr(k), cos.size(0));
+      ptr(k), cos);
 }
 
 void apply_rotary_inplace(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
                           bool interleaved) {
   const char* op = "apply_rotary";
   run(op, params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k)), q, ptr(k),
-      cos.size(0));
+      cos);
 }
 
 void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions,

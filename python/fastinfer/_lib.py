@@ -5,6 +5,8 @@ kernels, argument checks.
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,45 @@ def op(name: str) -> Any:
     return ops if LOAD_ERROR else getattr(ops, name).default
 
 
-def register_fake(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`torch.library.register_fake` for fastinfer::name; does nothing when the library is
-    missing.
+def register_fake(
+    name: str, *, any_device: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`torch.library.register_fake` for fastinfer::name, with the device check; does nothing when
+    the library is missing. Arguments in `any_device` may be on another device than the rest.
     """
     if LOAD_ERROR:
         return lambda fn: fn
-    return torch.library.register_fake(f"fastinfer::{name}")
+
+    def register(fn: Callable[..., None]) -> Callable[..., None]:
+        names = tuple(inspect.signature(fn).parameters)
+
+        @functools.wraps(fn)
+        def checked(*args: Any, **kwargs: Any) -> None:
+            fn(*args, **kwargs)
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            _same_device(name, {k: v for k, v in arguments.items() if k not in any_device})
+
+        torch.library.register_fake(f"fastinfer::{name}")(checked)
+        return fn
+
+    return register
+
+
+def _same_device(name: str, arguments: dict[str, Any]) -> None:
+    """torch picks a fake kernel when any argument is a meta tensor: without this, outputs on a real
+    device would come back as they were allocated.
+    """
+    first: torch.Tensor | None = None
+    for arg, value in arguments.items():
+        for t in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(t, torch.Tensor):
+                continue
+            first = t if first is None else first
+            if t.device != first.device:
+                raise RuntimeError(
+                    f"{name}: {arg} must be on the same device as the first tensor "
+                    f"({first.device}), got {describe(t)}; move it with .to(device)"
+                )
 
 
 def refuse_grad(name: str, *tensors: torch.Tensor | None) -> None:

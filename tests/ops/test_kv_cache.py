@@ -364,6 +364,7 @@ def test_gather_refusals() -> None:
     refuses(lambda: go(cu_seqlens=torch.tensor([0, 4, 3])), name + "cu_seqlens must not decrease")
     refuses(lambda: go(8, cu_seqlens=torch.tensor([0, 7, 8])), name + "sequence 0", "0 to 6")
     refuses(lambda: go(seq_starts=torch.tensor([-1, 0])), name + "sequence 0", "-1 to 2")
+    refuses(lambda: go(seq_starts=torch.tensor([2**63 - 1, 0])), name + "sequence 0")
     refuses(lambda: go(seq_starts=torch.tensor([0, 2])), name + "block_table", "9 at [1, 1]")
     bad = torch.tensor([[0, -1], [2, 9]])
     refuses(lambda: go(block_table=bad), name + "block_table", "-1 at [0, 1]")

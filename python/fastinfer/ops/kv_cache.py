@@ -59,7 +59,7 @@ def reshape_and_cache(
 
     Reference: Kwon et al. 2023 (PagedAttention).
     """
-    _lib.refuse_grad("reshape_and_cache", key, value)
+    _lib.refuse_grad("reshape_and_cache", key, value, key_cache, value_cache)
     _reshape_and_cache(
         key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
     )
@@ -347,7 +347,7 @@ def _(caches: list[Tensor], block_mapping: Tensor) -> None:
     _check_shape("copy_blocks", "block_mapping", block_mapping, (block_mapping.shape[0], 2))
 
 
-@_lib.register_fake("swap_blocks")
+@_lib.register_fake("swap_blocks", any_device=("src", "dst", "block_mapping"))
 def _(src: list[Tensor], dst: list[Tensor], block_mapping: Tensor) -> None:
     name = "swap_blocks"
     _lib.check_dtype(name, "block_mapping", block_mapping, _INDEX)
@@ -358,6 +358,11 @@ def _(src: list[Tensor], dst: list[Tensor], block_mapping: Tensor) -> None:
         f"got {len(src)} and {len(dst)}",
     )
     for a, b in zip(src, dst, strict=True):
+        _lib.check(
+            a.is_meta == b.is_meta,
+            f"{name}: src and dst must both hold data, got {_lib.describe(a)} and "
+            f"{_lib.describe(b)}; a meta tensor has none",
+        )
         _lib.check_dtype(name, "dst", b, (a.dtype,))
         _check_shape(name, "dst", b, (b.shape[0], *a.shape[1:]))
 

@@ -103,7 +103,7 @@ def apply_rotary_and_cache(
     References: Su et al. 2021 (rotary embedding); Kwon et al., "Efficient Memory Management for
     Large Language Model Serving with PagedAttention", 2023 (paged cache).
     """
-    _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin)
+    _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin, key_cache, value_cache)
     _apply_rotary_and_cache(
         q,
         k,
