@@ -57,7 +57,7 @@ def test_only_meta_tensors(name: str) -> None:
 def test_swap_blocks_between_meta_and_cpu() -> None:
     a, mapping = torch.zeros(2, 3), torch.tensor([[0, 1]])
     for src, dst in ((a, a.to("meta")), (a.to("meta"), a)):
-        with pytest.raises(RuntimeError, match="^swap_blocks: src and dst must both hold data"):
+        with pytest.raises(RuntimeError, match=r"^swap_blocks: src and dst must both hold data"):
             fi.swap_blocks(src, dst, mapping)
     fi.swap_blocks(a.to("meta"), a.to("meta"), mapping)  # the mapping stays on the CPU
 
@@ -83,11 +83,11 @@ def test_none_for_a_tensor(name: str, i: int, arg: str) -> None:
 
 
 def test_rotary_table_without_dimensions() -> None:
-    with pytest.raises(RuntimeError, match="^apply_rotary: cos must have 2 dimensions"):
+    with pytest.raises(RuntimeError, match=r"^apply_rotary: cos must have 2 dimensions"):
         fi.apply_rotary(torch.randn(3, 4, 16), None, torch.tensor(1.0), torch.tensor(1.0))
 
 
 def test_caches_that_require_grad() -> None:
     k, cache = torch.randn(ROWS, 2, 16), torch.zeros(4, 8, 2, 16)
-    with pytest.raises(RuntimeError, match="^reshape_and_cache: an input requires grad"):
+    with pytest.raises(RuntimeError, match=r"^reshape_and_cache: an input requires grad"):
         fi.reshape_and_cache(k, k, cache.requires_grad_(), cache.detach(), torch.arange(ROWS))
