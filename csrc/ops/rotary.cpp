@@ -130,8 +130,7 @@ void apply_rotary(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor posit
 void apply_rotary_inplace(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
                           bool interleaved) {
   const char* op = "apply_rotary";
-  run(op, params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k)), q, ptr(k),
-      cos);
+  run(op, params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k)), q, ptr(k), cos);
 }
 
 void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions,
