@@ -37,12 +37,13 @@ def calibration_text(size: int = 100_000) -> str:
 @functools.cache
 def heldout() -> torch.Tensor:
     text = (TINY / "heldout.txt").read_text(encoding="utf-8")
-    return encode_text(load_tokenizer(MODEL), text)[:HELDOUT_TOKENS]
+    return encode_text(load_tokenizer(MODEL), text)
 
 
-def quality(folder: Path) -> float:
-    """Perplexity in fp32, so that only the weights differ."""
-    return perplexity(load_model(folder, dtype="float32", progress=False), heldout(), window=512)
+def quality(folder: Path, tokens: int | None = HELDOUT_TOKENS) -> float:
+    """Perplexity in fp32, so that only the weights differ; None: over all held-out text."""
+    model = load_model(folder, dtype="float32", progress=False)
+    return perplexity(model, heldout()[:tokens], window=512)
 
 
 def quantized(out: Path, calib: Path | None = None, **options: Any) -> dict[str, Any]:
