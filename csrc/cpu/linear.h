@@ -57,6 +57,32 @@ struct PackedParams {
   LinearOut out;
 };
 
+// The same with int8 activations (linear_packed_int8.cpp). A token's columns are quantised in runs:
+// one per group, groups longer than kRunInt8 columns (which bounds an int32 sum) in several.
+// x_scale and x_sum: [tokens][runs]. gathered (only with perm) [tokens][k] and codes
+// [tokens][k_pad] are scratch; staged holds the tiles of StageParams in int8.
+constexpr int64_t kRunInt8 = 32768;
+struct StageInt8Params {
+  const void* x;
+  int64_t x_stride;
+  DType dtype;
+  int64_t m, k, k_pad;
+  const int32_t* perm;
+  int bits;
+  int64_t group_size, groups, runs;
+  float* gathered;
+  int8_t *codes, *staged;
+  float* x_scale;
+  int32_t* x_sum;
+};
+struct PackedInt8Params {
+  PackedParams packed;  // staged and group_sums unused
+  const int8_t* staged;
+  const float* x_scale;
+  const int32_t* x_sum;
+  int64_t runs;
+};
+
 // int8 x int8 -> int32. y = float(sum_k (x - x_zero) w) * x_scale[m] * weight_scale[n] + bias. A
 // block is kDenseBlock output channels.
 struct Int8Params {
@@ -73,4 +99,6 @@ struct Int8Params {
 FI_DECLARE_KERNEL(linear_dense, const DenseParams& p, int64_t begin, int64_t end)
 FI_DECLARE_KERNEL(linear_stage, const StageParams& p, int64_t begin, int64_t end)
 FI_DECLARE_KERNEL(linear_packed, const PackedParams& p, int64_t begin, int64_t end)
+FI_DECLARE_KERNEL(linear_stage_int8, const StageInt8Params& p, int64_t begin, int64_t end)
+FI_DECLARE_KERNEL_VNNI(linear_packed_int8, const PackedInt8Params& q, int64_t begin, int64_t end)
 FI_DECLARE_KERNEL_VNNI(linear_int8, const Int8Params& p, int64_t begin, int64_t end)

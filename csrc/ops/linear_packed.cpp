@@ -1,5 +1,6 @@
 // int4_linear, int8_linear: checks, then on the CPU per block of kTokenBlock tokens: stage x as
-// fp32 (act-order gather, padding, group sums), run the kernel over blocks of output channels.
+// fp32 (act-order gather, padding, group sums) or int8, run the kernel over blocks of output
+// channels.
 #include "../cpu/linear.h"
 
 #include <memory>
@@ -61,56 +62,110 @@ namespace {
 // Staged activations of one block stay in the second-level cache while all channels pass by.
 constexpr int64_t kTokenBlock = 64;
 
-void run_cpu(const Tensor& x, const Tensor& qweight, const Tensor& scales, const OptTensor& zeros,
-             const OptTensor& bias, int64_t group_size, const OptTensor& perm, const Tensor& out,
-             const PackedLayout& layout) {
-  const int64_t m = x.size(0), k = layout.k, k_pad = layout.k_pad();
-  const int64_t columns = group_columns(group_size, k), groups = div_up(k, columns);
-  const bool float_zeros = zeros && dtype_of(*zeros) != DType::u8;
-  const int64_t most = m < kTokenBlock ? m : kTokenBlock;
-  const std::unique_ptr<float[]> staged(
-      new float[(most + cpu::kTokenTile) * k_pad + (float_zeros ? most * groups : 0)]);
-  float* sums = float_zeros ? staged.get() + (most + cpu::kTokenTile) * k_pad : nullptr;
-  for (int64_t m0 = 0; m0 < m; m0 += kTokenBlock) {
-    const int64_t tokens = m - m0 < kTokenBlock ? m - m0 : kTokenBlock;
-    const cpu::StageParams stage{
-        static_cast<const char*>(x.const_data_ptr()) + m0 * row_stride(x) * dtype_size(dtype_of(x)),
-        row_stride(x),
-        dtype_of(x),
-        tokens,
-        k,
-        k_pad,
-        static_cast<const int32_t*>(data(perm)),
-        staged.get(),
-        sums,
-        columns,
-        groups,
-    };
-    torch::stable::parallel_for(
-        0, div_up(tokens, cpu::kTokenTile), grain(k * cpu::kTokenTile),
-        [&](int64_t begin, int64_t end) { FI_PICK(linear_stage)(stage, begin, end); });
-    const cpu::PackedParams p{
-        staged.get(),
+// FASTINFER_CPU_INT8_ACTIVATIONS=1: quantise x to int8 too, read at every call.
+bool int8_activations() {
+  const char* v = std::getenv("FASTINFER_CPU_INT8_ACTIVATIONS");
+  return v && v[0] == '1';
+}
+
+// What both CPU paths know about a call.
+struct Call {
+  const Tensor &x, &qweight, &scales;
+  const OptTensor &zeros, &bias, &perm;
+  const Tensor& out;
+  const PackedLayout& layout;
+  int64_t columns, groups;  // per group, of groups
+
+  int64_t block_tokens(int64_t m0) const {
+    const int64_t left = x.size(0) - m0;
+    return left < kTokenBlock ? left : kTokenBlock;
+  }
+  bool float_zeros() const { return zeros && dtype_of(*zeros) != DType::u8; }
+  const char* row(int64_t m) const {
+    return static_cast<const char*>(x.const_data_ptr()) +
+           m * row_stride(x) * dtype_size(dtype_of(x));
+  }
+  const int32_t* permutation() const { return static_cast<const int32_t*>(data(perm)); }
+
+  cpu::PackedParams params(int64_t m0, const float* staged, const float* sums) const {
+    return {
+        staged,
         sums,
         static_cast<const uint32_t*>(qweight.const_data_ptr()),
         static_cast<const float*>(scales.const_data_ptr()),
-        float_zeros ? nullptr : static_cast<const uint8_t*>(data(zeros)),
-        float_zeros ? static_cast<const float*>(data(zeros)) : nullptr,
+        float_zeros() ? nullptr : static_cast<const uint8_t*>(data(zeros)),
+        float_zeros() ? static_cast<const float*>(data(zeros)) : nullptr,
         layout.bits,
-        tokens,
+        block_tokens(m0),
         layout.n,
         layout.n_pad(),
         layout.steps(),
-        k_pad,
+        layout.k_pad(),
         div_up(columns, layout.per_word()) * layout.per_word(),
         groups,
         {static_cast<char*>(out.mutable_data_ptr()) +
              m0 * row_stride(out) * dtype_size(dtype_of(out)),
          row_stride(out), dtype_of(out), data(bias)},
     };
+  }
+};
+
+void run_cpu(const Call& c) {
+  const int64_t m = c.x.size(0), k = c.layout.k, k_pad = c.layout.k_pad();
+  const int64_t most = c.block_tokens(0), room = (most + cpu::kTokenTile) * k_pad;
+  const std::unique_ptr<float[]> staged(new float[room + (c.float_zeros() ? most * c.groups : 0)]);
+  float* sums = c.float_zeros() ? staged.get() + room : nullptr;
+  for (int64_t m0 = 0; m0 < m; m0 += kTokenBlock) {
+    const int64_t tokens = c.block_tokens(m0);
+    const cpu::StageParams stage{
+        c.row(m0),       row_stride(c.x), dtype_of(c.x), tokens,    k,        k_pad,
+        c.permutation(), staged.get(),    sums,          c.columns, c.groups,
+    };
     torch::stable::parallel_for(
-        0, div_up(layout.n, cpu::kPackedBlock), grain(tokens * k * cpu::kPackedBlock / 8),
+        0, div_up(tokens, cpu::kTokenTile), grain(k * cpu::kTokenTile),
+        [&](int64_t begin, int64_t end) { FI_PICK(linear_stage)(stage, begin, end); });
+    const cpu::PackedParams p = c.params(m0, staged.get(), sums);
+    torch::stable::parallel_for(
+        0, div_up(c.layout.n, cpu::kPackedBlock), grain(tokens * k * cpu::kPackedBlock / 8),
         [&](int64_t begin, int64_t end) { FI_PICK(linear_packed)(p, begin, end); });
+  }
+}
+
+void run_cpu_int8(const Call& c) {
+  const int64_t m = c.x.size(0), k = c.layout.k, k_pad = c.layout.k_pad();
+  const int64_t most = c.block_tokens(0), room = (most + cpu::kTokenTile) * k_pad;
+  const int64_t runs = c.groups * div_up(c.columns, cpu::kRunInt8);
+  const std::unique_ptr<float[]> floats(new float[most * (runs + (c.perm ? k : 0))]);
+  const std::unique_ptr<int32_t[]> sums(new int32_t[most * runs]);
+  const std::unique_ptr<int8_t[]> bytes(new int8_t[room + most * k_pad]);
+  for (int64_t m0 = 0; m0 < m; m0 += kTokenBlock) {
+    const int64_t tokens = c.block_tokens(m0);
+    const cpu::StageInt8Params stage{
+        c.row(m0),
+        row_stride(c.x),
+        dtype_of(c.x),
+        tokens,
+        k,
+        k_pad,
+        c.permutation(),
+        c.layout.bits,
+        c.columns,
+        c.groups,
+        runs,
+        floats.get() + most * runs,
+        bytes.get() + room,
+        bytes.get(),
+        floats.get(),
+        sums.get(),
+    };
+    torch::stable::parallel_for(
+        0, div_up(tokens, cpu::kTokenTile), grain(k * cpu::kTokenTile),
+        [&](int64_t begin, int64_t end) { FI_PICK(linear_stage_int8)(stage, begin, end); });
+    const cpu::PackedInt8Params p{c.params(m0, nullptr, nullptr), bytes.get(), floats.get(),
+                                  sums.get(), runs};
+    torch::stable::parallel_for(
+        0, div_up(c.layout.n, cpu::kPackedBlock), grain(tokens * k * cpu::kPackedBlock / 16),
+        [&](int64_t begin, int64_t end) { FI_PICK_VNNI(linear_packed_int8)(p, begin, end); });
   }
 }
 
@@ -139,7 +194,12 @@ void packed_linear(const char* op, int bits, const Tensor& x, const Tensor& qwei
            "; repack it with pack_weight(layout=\"", x.is_cpu() ? "cpu" : "cuda", "\")");
   if (m == 0 || n == 0) return;
   if (!x.is_cpu()) no_cuda_kernel(op);
-  run_cpu(x, qweight, scales, zeros, bias, group_size, perm, out, layout);
+  const int64_t columns = group_columns(group_size, k), groups = div_up(k, columns);
+  const Call call{x, qweight, scales, zeros, bias, perm, out, layout, columns, groups};
+  if (int8_activations())
+    run_cpu_int8(call);
+  else
+    run_cpu(call);
 }
 
 void int4_linear(Tensor x, Tensor qweight, Tensor scales, OptTensor zeros, OptTensor bias,

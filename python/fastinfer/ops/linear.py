@@ -104,6 +104,12 @@ def int4_linear(
     Codes and zero points are applied exactly, scales in fp32. On the CPU a row's bits never depend
     on the other rows or on the number of threads.
 
+    With the environment variable FASTINFER_CPU_INT8_ACTIVATIONS=1, read at every call, the CPU
+    also rounds x to int8: one symmetric scale, absmax / 127, per token and group (groups longer
+    than 32768 columns: per 32768). It is faster and adds about 0.6% of relative error at
+    group_size 128; one scale over all of K (group_size -1) suffers when x has outliers. A row with
+    NaN or inf is then NaN in all its outputs.
+
     Args:
         x: [..., K], fp32 (CPU only), fp16 or bf16, last dimension contiguous.
         qweight, scales, zeros: as made by `pack_weight(bits=4)` for x's device.
@@ -159,7 +165,7 @@ def int8_linear(
     """Linear layer with packed 8-bit weights and full-precision activations (W8A16).
 
     w = (code - z) * s with z = 128 or an integer zero point, or (code - 128) * s + z with float
-    zeros. Everything else is as in `int4_linear`.
+    zeros. Everything else, FASTINFER_CPU_INT8_ACTIVATIONS=1 included, is as in `int4_linear`.
 
     Args:
         x: [..., K], fp32 (CPU only), fp16 or bf16, last dimension contiguous.
