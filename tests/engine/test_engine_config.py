@@ -64,6 +64,8 @@ def test_accepted_forms() -> None:
         ({"stop": 3}, "stop must be a string or a list"),
         ({"stop": "x", "detokenize": False}, "stop needs the text"),
         ({"stop_token_ids": [-1]}, "stop_token_ids must be an integer >= 0"),
+        ({"stop": 5}, "stop must be a list"),
+        ({"stop_token_ids": 3}, "stop_token_ids must be a list"),
     ],
 )
 def test_wrong_sampling_params(values: dict, message: str) -> None:

@@ -341,3 +341,18 @@ def test_a_longer_context_than_trained_can_be_asked_for(reference: Reference) ->
         assert len(output.token_ids) == 10 and output.finish_reason == "length"
     with load(reference.folder, max_model_len=20) as llm:
         assert len(llm.generate([1] * 15, greedy(None))[0].outputs[0].token_ids) == 5
+
+
+def test_a_huge_top_k_is_off_and_does_not_fail_the_step(llm: LLM) -> None:
+    plain, huge = llm.generate(
+        [[1, 2, 3]] * 2,
+        [SamplingParams(seed=4, max_tokens=5), SamplingParams(seed=4, max_tokens=5, top_k=10**12)],
+    )
+    assert plain.outputs[0].token_ids == huge.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("arguments", [(None,), (5,), ([[1]], {"max_tokens": 1}), ([[1]], [None])])
+def test_arguments_of_the_wrong_kind(llm: LLM, arguments: tuple) -> None:
+    with pytest.raises(ValueError, match=r"LLM: (prompts|sampling_params) must be") as caught:
+        llm.generate(*arguments)
+    assert "\n" not in str(caught.value)

@@ -109,8 +109,10 @@ class SamplingParams:
 
     def _check_stops(self) -> None:
         me = "SamplingParams"
-        if not isinstance(self.stop, (str, list, tuple, type(None))):
-            raise ValueError(f"{me}: stop must be a string or a list of strings, got {self.stop!r}")
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float, bytes)):
+                raise ValueError(f"{me}: {name} must be a list, got {value!r}")
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError(f"{me}: stop must hold non-empty strings, got {self.stop!r}")

@@ -35,7 +35,10 @@ def parse_prompts(
     if hasattr(prompts, "tolist"):
         prompts = prompts.tolist()
     if not isinstance(prompts, (str, Mapping, Sequence)):
-        prompts = [prompts]  # refused below, with a sentence
+        raise ValueError(
+            "LLM: prompts must be text, a list of token ids, or a list of these, got "
+            f"{type(prompts).__name__}"
+        )
     single = isinstance(prompts, (str, Mapping)) or (
         len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
     )
@@ -44,6 +47,13 @@ def parse_prompts(
         sampling_params = SamplingParams()
     if isinstance(sampling_params, SamplingParams):
         params = [sampling_params.copy()] * len(many)
+    elif not isinstance(sampling_params, Sequence) or not all(
+        isinstance(each, SamplingParams) for each in sampling_params
+    ):
+        raise ValueError(
+            "LLM: sampling_params must be a SamplingParams or a list of them, got "
+            f"{sampling_params!r:.80}"
+        )
     else:
         params = [each.copy() for each in sampling_params]
     if len(params) != len(many):

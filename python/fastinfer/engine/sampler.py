@@ -50,7 +50,7 @@ def sampling_tensors(requests: Sequence[Request], vocab_size: int, device: torch
 
     column("temperature", [0.0 if p.greedy else p.temperature for p in params], 1.0, torch.float32)
     if not all(p.greedy for p in params):
-        column("top_k", [max(p.top_k, 0) for p in params], 0, torch.int32)
+        column("top_k", [min(max(p.top_k, 0), 2**31 - 1) for p in params], 0, torch.int32)
         column("top_p", [p.top_p for p in params], 1.0, torch.float32)
         column("min_p", [p.min_p for p in params], 0.0, torch.float32)
         seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64)
