@@ -36,6 +36,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
 
     Reference: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
+    _lib.require_tensors("silu_and_mul", x=x)
     _lib.refuse_grad("silu_and_mul", x)
     if out is None:
         out = _empty_half("silu_and_mul", x)
@@ -63,6 +64,7 @@ def gelu_and_mul(x: Tensor, approximate: str = "none", *, out: Tensor | None = N
     References: Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks and Gimpel, "Gaussian
     Error Linear Units", 2016.
     """
+    _lib.require_tensors("gelu_and_mul", x=x)
     _lib.refuse_grad("gelu_and_mul", x)
     if approximate not in ("none", "tanh"):
         raise ValueError(
@@ -98,6 +100,7 @@ def silu_and_mul_quant(
 
     References: Shazeer 2020 (SwiGLU); Dettmers et al., "LLM.int8()", 2022 (int8 per row).
     """
+    _lib.require_tensors("silu_and_mul_quant", x=x)
     _lib.refuse_grad("silu_and_mul_quant", x)
     q, scale, zeros = _empty_codes(x, _half_shape("silu_and_mul_quant", x), symmetric)
     _silu_and_mul_quant(x, q=q, scale=scale, zeros=zeros)

@@ -28,9 +28,14 @@ _flash_attn_varlen_fwd = _lib.op("flash_attn_varlen_fwd")
 def check_call(name: str, window_size: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> None:
     """What must hold before an output can be allocated; the operator checks the rest."""
     _lib.require_tensors(name, q=q, k=k, v=v)
-    _lib.check(q.dim() > 0, f"{name}: q must have dimensions [..., Hq, D], got {_lib.describe(q)}")
     _lib.check(
-        len(window_size) == 2,
+        q.dim() > 0 and q.shape[-1] > 0,
+        f"{name}: q must have dimensions [..., Hq, D], got {_lib.describe(q)}",
+    )
+    _lib.check(
+        isinstance(window_size, (tuple, list))
+        and len(window_size) == 2
+        and all(isinstance(side, (int, torch.SymInt)) for side in window_size),
         f"{name}: window_size must be two integers (left, right), got {window_size}",
     )
 
@@ -210,6 +215,7 @@ def flash_attn_varlen_func(
     """
     name = "flash_attn_varlen_func"
     refuse_training(name, dropout_p, deterministic)
+    _lib.require_tensors(name, cu_seqlens_q=cu_seqlens_q)
     check_call(name, window_size, q, k, v)
     _lib.refuse_grad(name, q, k, v, sinks, alibi_slopes)
     if softmax_scale is None:

@@ -59,7 +59,15 @@ def reshape_and_cache(
 
     Reference: Kwon et al. 2023 (PagedAttention).
     """
-    _lib.refuse_grad("reshape_and_cache", key, value, key_cache, value_cache)
+    _lib.require_tensors(
+        "reshape_and_cache",
+        key=key,
+        value=value,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        slot_mapping=slot_mapping,
+    )
+    _lib.refuse_grad("reshape_and_cache", key, value)
     _reshape_and_cache(
         key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
     )
@@ -104,6 +112,13 @@ def gather_cache(
     Reference: Kwon et al. 2023 (PagedAttention).
     """
     name = "gather_cache"
+    _lib.require_tensors(
+        name,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        block_table=block_table,
+        cu_seqlens=cu_seqlens,
+    )
     if out is None:
         if dtype is None:
             _lib.check(
@@ -116,18 +131,19 @@ def gather_cache(
             key_cache.dim() == 4,
             f"{name}: key_cache must have 4 dimensions, got {_lib.describe(key_cache)}",
         )
-        _lib.check(num_tokens >= 0, f"{name}: num_tokens must be at least 0, got {num_tokens}")
+        if num_tokens < 0:  # (messages with numbers only when needed: they may be symbols)
+            raise RuntimeError(f"{name}: num_tokens must be at least 0, got {num_tokens}")
         shape = (num_tokens, key_cache.shape[2], key_cache.shape[3])
         out = (
             torch.empty(shape, dtype=dtype, device=key_cache.device),
             torch.empty(shape, dtype=dtype, device=key_cache.device),
         )
     else:
-        _lib.check(
-            out[0].shape[0] == num_tokens and dtype in (None, out[0].dtype),
-            f"{name}: out must hold num_tokens ({num_tokens}) rows of dtype {dtype}, "
-            f"got {_lib.describe(out[0])}",
-        )
+        if out[0].shape[0] != num_tokens or dtype not in (None, out[0].dtype):
+            raise RuntimeError(
+                f"{name}: out must hold num_tokens ({num_tokens}) rows of dtype {dtype}, "
+                f"got {_lib.describe(out[0])}"
+            )
     _gather_cache(
         key_cache,
         value_cache,
@@ -164,6 +180,7 @@ def copy_blocks(
 
     Reference: Kwon et al. 2023 (copy on write of PagedAttention).
     """
+    _lib.require_tensors("copy_blocks", block_mapping=block_mapping)
     _copy_blocks([*_as_list(key_caches), *_as_list(value_caches)], block_mapping)
 
 
@@ -185,6 +202,7 @@ def swap_blocks(
 
     Reference: Kwon et al. 2023 (swapping of PagedAttention).
     """
+    _lib.require_tensors("swap_blocks", block_mapping=block_mapping)
     _swap_blocks(_as_list(src), _as_list(dst), block_mapping)
 
 
@@ -209,6 +227,7 @@ def repeat_kv(x: Tensor, n_rep: int, *, dim: int = -2, out: Tensor | None = None
     Reference: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from
     Multi-Head Checkpoints", 2023.
     """
+    _lib.require_tensors("repeat_kv", x=x)
     _lib.refuse_grad("repeat_kv", x)
     if out is None:
         out = torch.empty(_repeated_shape(x, n_rep, dim), dtype=x.dtype, device=x.device)
@@ -227,7 +246,8 @@ def _repeated_shape(x: Tensor, n_rep: int, dim: int) -> list[int]:
         f"repeat_kv: dim must name a dimension of x other than its last, got {dim} for x of "
         f"{_lib.describe(x)}",
     )
-    _lib.check(n_rep >= 1, f"repeat_kv: n_rep must be at least 1, got {n_rep}")
+    if n_rep < 1:
+        raise RuntimeError(f"repeat_kv: n_rep must be at least 1, got {n_rep}")
     return [size * n_rep if i == d else size for i, size in enumerate(x.shape)]
 
 

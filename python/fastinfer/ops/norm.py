@@ -35,6 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, out: Tensor | None
 
     Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
+    _lib.require_tensors("rms_norm", x=x, weight=weight)
     _lib.refuse_grad("rms_norm", x, weight)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -61,6 +62,7 @@ def fused_add_rms_norm(
     Raises:
         RuntimeError: wrong dtype, shape, device or strides, or an input requires grad.
     """
+    _lib.require_tensors("fused_add_rms_norm", x=x, residual=residual, weight=weight)
     _lib.refuse_grad("fused_add_rms_norm", x, residual, weight)
     _fused_add_rms_norm(x, residual, weight, eps)
     return x, residual
@@ -98,6 +100,7 @@ def rms_norm_quant(
     References: Zhang and Sennrich 2019 (RMS norm); Dettmers et al., "LLM.int8()", 2022 (int8 per
     row).
     """
+    _lib.require_tensors("rms_norm_quant", x=x, weight=weight)
     _lib.refuse_grad("rms_norm_quant", x, residual, weight)
     q, scale, zeros = _empty_codes(x, list(x.shape), symmetric)
     _rms_norm_quant(x, weight, eps, residual=residual, q=q, scale=scale, zeros=zeros)

@@ -116,6 +116,12 @@ def flash_attn_with_kvcache(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        if not isinstance(cache_seqlens, (int, torch.SymInt)):
+            raise TypeError(
+                f"{name}: cache_seqlens must be an integer or an int32 tensor, got {cache_seqlens}"
+            )
+        if not -(2**31) <= cache_seqlens < 2**31:  # (a message put together only then: tracing)
+            raise ValueError(f"{name}: cache_seqlens must fit in int32, got {cache_seqlens}")
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -195,6 +201,7 @@ def plan_decode(
 
     Reference: Osama et al., "Stream-K", 2023 (equal shares of one work list).
     """
+    _lib.require_tensors("plan_decode", cache_seqlens=cache_seqlens)
     if num_slots is None:
         if cache_seqlens.is_cuda:
             properties = torch.cuda.get_device_properties(cache_seqlens.device)
@@ -251,6 +258,13 @@ def merge_attn_states(
 
     Reference: Ye et al., "Cascade Inference" (FlashInfer), 2024.
     """
+    _lib.require_tensors(
+        "merge_attn_states",
+        prefix_output=prefix_output,
+        prefix_lse=prefix_lse,
+        suffix_output=suffix_output,
+        suffix_lse=suffix_lse,
+    )
     _lib.refuse_grad("merge_attn_states", prefix_output, prefix_lse, suffix_output, suffix_lse)
     if out is None:
         out = torch.empty(

@@ -54,6 +54,12 @@ def apply_rotary(
 
     Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
+    _lib.require_tensors(
+        "apply_rotary",
+        q=q,
+        cos=cos,
+        sin=sin,
+    )
     _lib.refuse_grad("apply_rotary", q, k, cos, sin)
     if inplace:
         _apply_rotary_inplace(q, k, cos, sin, positions, interleaved=interleaved)
@@ -103,7 +109,19 @@ def apply_rotary_and_cache(
     References: Su et al. 2021 (rotary embedding); Kwon et al., "Efficient Memory Management for
     Large Language Model Serving with PagedAttention", 2023 (paged cache).
     """
-    _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin, key_cache, value_cache)
+    _lib.require_tensors(
+        "apply_rotary_and_cache",
+        q=q,
+        k=k,
+        v=v,
+        cos=cos,
+        sin=sin,
+        positions=positions,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        slot_mapping=slot_mapping,
+    )
+    _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin)
     _apply_rotary_and_cache(
         q,
         k,

@@ -133,6 +133,7 @@ def sample(
     Reference: Salmon et al. 2011 (Philox); Holtzman et al. 2020 (top-p); Nguyen et al. 2024
     (min-p).
     """
+    _lib.require_tensors("sample", logits=logits)
     _lib.refuse_grad("sample", logits)
     _tensors(
         "sample",
@@ -146,10 +147,10 @@ def sample(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
     )
-    _lib.check(
-        num_top_logprobs >= 0,
-        f"sample: num_top_logprobs must be >= 0, got {num_top_logprobs}; 0 asks for none",
-    )
+    if num_top_logprobs < 0:  # (no message before it is needed: the number may be a symbol)
+        raise RuntimeError(
+            f"sample: num_top_logprobs must be >= 0, got {num_top_logprobs}; 0 asks for none"
+        )
     batch, device = logits.shape[:1], logits.device
     if out is None:
         out = torch.empty(batch, dtype=torch.int64, device=device)
@@ -230,6 +231,9 @@ def verify_draft(
 
     Reference: Leviathan et al. 2023; Chen et al. 2023.
     """
+    _lib.require_tensors(
+        "verify_draft", target_logits=target_logits, draft_token_ids=draft_token_ids
+    )
     _lib.refuse_grad("verify_draft", target_logits, draft_probs)
     _tensors(
         "verify_draft",
