@@ -16,6 +16,8 @@ TEST_JOBS ?= 2
 TEST_ARGS ?=
 # Long tests and short ones are told apart by the marker `full`.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
+# Through the interpreter: with PYTHON=python3 nothing says in which folder the program lies.
+CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
@@ -80,14 +82,14 @@ wheel: $(STAMP)/torch $(STAMP)/build  ## dist/*.whl and dist/*.tar.gz
 lint: $(STAMP)/lint  ## ruff, clang-format, mypy on the engine
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(dir $(PY))clang-format --dry-run --Werror $(CXX_FILES)
+	$(CLANG_FORMAT) --dry-run --Werror $(CXX_FILES)
 	$(PY) -m mypy
 	@! grep -nE '#include *[<"](torch|ATen|c10)/' $(filter %.cu %.cuh,$(CXX_FILES)) || { echo "torch headers do not belong in device code"; exit 1; }
 
 format: $(STAMP)/lint  ## rewrite the sources in the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(dir $(PY))clang-format -i $(CXX_FILES)
+	$(CLANG_FORMAT) -i $(CXX_FILES)
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist python/fastinfer/*.so python/*.egg-info

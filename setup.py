@@ -24,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
+COMPILERS = ("CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH")
 
 
 def fail(message: str) -> None:
@@ -73,15 +74,16 @@ def cuda_archs() -> str:
     """FASTINFER_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST in the same spelling (parts older than 8.0
     are left out), else the default.
     """
-    if os.environ.get("FASTINFER_CUDA_ARCHS"):
-        return " ".join(re.split(r"[ ;,]+", os.environ["FASTINFER_CUDA_ARCHS"].strip()))
-    listed = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    numeric = [
-        a
-        for a in listed
-        if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", a) and float(re.match(r"\d+\.\d", a)[0]) >= 8.0
-    ]
-    return " ".join("9.0a" if a.startswith("9.0") else a for a in numeric) or "8.0 9.0a"
+    given = re.split(r"[ ;,]+", os.environ.get("FASTINFER_CUDA_ARCHS", "").strip(" ;,"))
+    if given != [""]:
+        return " ".join(given)
+    archs = []
+    for arch in re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
+        match = re.fullmatch(r"(\d+\.\d)(a?)f?(\+PTX)?", arch)  # no code here is family-specific
+        if match and float(match[1]) >= 8.0:
+            suffix = "a" if match[1] == "9.0" else match[2]
+            archs.append(match[1] + suffix + (match[3] or ""))
+    return " ".join(archs) or "8.0 9.0a"
 
 
 def tool(name: str) -> str:
@@ -103,7 +105,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)
         torch_dir = find_torch()
-        cuda = os.environ.get("FASTINFER_CUDA", "auto").lower()
+        cuda = (os.environ.get("FASTINFER_CUDA") or "auto").lower()
         if cuda not in ("auto", "on", "off", "1", "0"):
             fail(f"FASTINFER_CUDA must be auto, on or off, got {cuda!r}")
         options = {
@@ -119,7 +121,9 @@ class CMakeBuild(build_ext):
             options["CMAKE_CXX_COMPILER_LAUNCHER"] = options["CMAKE_CUDA_COMPILER_LAUNCHER"] = (
                 "ccache"
             )
-        key = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:8]
+        # CMake looks at these once, when a build folder is new.
+        tools = {name: os.environ[name] for name in COMPILERS if os.environ.get(name)}
+        key = hashlib.sha256(repr(sorted((options | tools).items())).encode()).hexdigest()[:8]
         root = Path(os.environ.get("FASTINFER_BUILD_DIR") or ROOT / "build")
         build = (
             root / f"cmake-{sys.implementation.cache_tag}-cuda_{options['FASTINFER_CUDA']}-{key}"

@@ -118,7 +118,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def require_tensors(name: str, **tensors: Any) -> None:
-    """Raise TypeError for a required argument that is not a tensor; C++ could not name it."""
+    """Raise TypeError for a required argument that is not a tensor."""
     for arg, t in tensors.items():
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: {arg} must be a tensor, got {type(t).__name__}")

@@ -182,6 +182,18 @@ def test_compiles() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_quantised_rows_of_any_shape_feed_w8a8_linear(symmetric: bool) -> None:
+    x, weight = randn(2, 3, 32, seed=1), randn(8, 32, seed=2).mul(20).round().to(torch.int8)
+    scale = torch.rand(8)
+    q, s, z = rms_norm_quant(x, randn(32, seed=3), symmetric=symmetric)
+    y = w8a8_linear(q, s, weight, scale, x_zeros=z, out_dtype=torch.float32)
+    zero = 0 if z is None else z[..., None]
+    want = ((q.double() - zero) @ weight.double().t()) * s[..., None].double() * scale.double()
+    assert y.shape == (2, 3, 8)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_refusals() -> None:
     x, w = torch.ones(2, 6), torch.ones(6)
     for name, fn in (

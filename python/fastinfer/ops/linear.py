@@ -225,12 +225,12 @@ def w8a8_linear(
     the CPU gives the same bits.
 
     Args:
-        x_q: int8 [..., K] of M rows, from `quantize_per_token`.
-        x_scale: fp32 [M].
+        x_q: int8 [..., K] of M rows, from `quantize_per_token`, `rms_norm_quant`, ...
+        x_scale: fp32 [M], or [...] as the fused ops return it.
         weight: int8 [N, K], last dimension contiguous.
         weight_scale: fp32 [N].
         bias: [N], of `out_dtype`.
-        x_zeros: int32 [M], zero points of asymmetric activations.
+        x_zeros: int32, like x_scale, zero points of asymmetric activations.
         weight_sum: int32 [N], row sums of `weight`, saves adding them up when `x_zeros` is given.
         out_dtype: fp32, fp16 or bf16; ignored when `out` is given.
         batch_invariant: one tile and one order of summation for every M (always so on the CPU).
@@ -249,6 +249,9 @@ def w8a8_linear(
     name = "w8a8_linear"
     _lib.refuse_grad(name, x_scale, weight_scale, bias)
     out, out2 = _output(name, x_q, weight.shape[0], out_dtype, out)
+    if x_q.dim() > 2 and x_scale.shape == x_q.shape[:-1]:  # as rms_norm_quant returns them
+        x_scale = x_scale.reshape(-1)
+        x_zeros = None if x_zeros is None else x_zeros.reshape(-1)
     _w8a8_linear(
         _rows(name, "x_q", x_q),
         x_scale,
