@@ -1,6 +1,12 @@
-"""Linear layers: 16/32-bit, int4 and int8 weights, int8 x int8, against torch."""
+"""Linear layers: 16/32-bit, int4 and int8 weights, int8 x int8, against torch.
+
+fastinfer_int4_x8 and fastinfer_int8_x8 (CPU): FASTINFER_CPU_INT8_ACTIVATIONS=1.
+"""
 
 from __future__ import annotations
+
+import functools
+import os
 
 import torch
 from common import OURS, Bench, Call, randn
@@ -17,31 +23,60 @@ LAYERS = (
 )
 
 
+@functools.lru_cache(1)
+def quantised_weight(bits: int, n: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales; made once per case, buffer sets are copies."""
+    codes, scales, _ = fastinfer.quantize_weight(torch.randn(n, k, device=device), bits, GROUP)
+    return codes, scales
+
+
+@functools.lru_cache(1)
+def packed_weight(bits: int, n: int, k: int, device: str) -> fastinfer.PackedWeight:
+    codes, scales = quantised_weight(bits, n, k, device)
+    return fastinfer.pack_weight(codes, scales, bits=bits, group_size=GROUP)
+
+
 def packed_call(bits: int, m: int, n: int, k: int, dtype: torch.dtype, device: str) -> Call:
     x = randn(m, k, dtype=dtype, device=device)
-    quantised = fastinfer.quantize_weight(torch.randn(n, k, device=device), bits, GROUP)
-    packed = fastinfer.pack_weight(*quantised, bits=bits, group_size=GROUP)
+    qweight, scales, _ = packed_weight(bits, n, k, device)
+    weight = qweight.clone(), scales.clone()
     op = fastinfer.int4_linear if bits == 4 else fastinfer.int8_linear
-    return lambda: op(
-        x, packed.qweight, packed.scales, packed.zeros, group_size=GROUP, out_features=n
-    )
+    return lambda: op(x, *weight, group_size=GROUP, out_features=n)
+
+
+def with_int8_activations(call: Call) -> Call:
+    """The same call with the CPU's int8 activations; the switch itself costs about 2 us."""
+
+    def switched() -> object:
+        os.environ["FASTINFER_CPU_INT8_ACTIVATIONS"] = "1"
+        try:
+            return call()
+        finally:
+            del os.environ["FASTINFER_CPU_INT8_ACTIVATIONS"]
+
+    return switched
 
 
 def dequantise_and_matmul(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> Call:
     x = randn(m, k, dtype=dtype, device=device)
-    quantised = fastinfer.quantize_weight(torch.randn(n, k, device=device), 4, GROUP)
+    codes, scales = (t.clone() for t in quantised_weight(4, n, k, device))
 
     def call() -> torch.Tensor:
-        grouped = quantised.codes.view(n, k // GROUP, GROUP).to(dtype) - 8
-        return x @ (grouped * quantised.scales[..., None].to(dtype)).view(n, k).T
+        grouped = codes.view(n, k // GROUP, GROUP).to(dtype) - 8
+        return x @ (grouped * scales[..., None].to(dtype)).view(n, k).T
 
     return call
 
 
+@functools.lru_cache(1)
+def int4pack_weight(n: int, k: int) -> torch.Tensor:
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
 def int4pack_for_cpu(m: int, n: int, k: int) -> Call:
     x = randn(m, k, dtype=torch.bfloat16, device="cpu")
-    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    packed = int4pack_weight(n, k).clone()
     scales_and_zeros = torch.rand(k // GROUP, n, 2, dtype=torch.bfloat16)
     return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales_and_zeros)
 
@@ -64,23 +99,22 @@ def main() -> None:
     bench = Bench("linear", __doc__)
     dtype, device = bench.dtype, bench.device
     for label, n, k in LAYERS if device == "cuda" else LAYERS[:1]:
-        for m in (1, 4, 16, 64, 256):
+        for m in (1, 4, 16, 64, 256) if device == "cuda" else (1, 4, 16):
             keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
             shape = (m, n, k, dtype, device)
-            int4 = {
-                f"{OURS}_int4": lambda s=shape: packed_call(4, *s),
-                "dequantise + matmul": lambda s=shape: dequantise_and_matmul(*s),
-            }
+            int4 = {f"{OURS}_int4": lambda s=shape: packed_call(4, *s)}
+            int8 = {f"{OURS}_int8": lambda s=shape: packed_call(8, *s)}
+            if device == "cpu":
+                for bits, peers in ((4, int4), (8, int8)):
+                    peers[f"{OURS}_int{bits}_x8"] = lambda s=shape, bits=bits: (
+                        with_int8_activations(packed_call(bits, *s))
+                    )
+            int4["dequantise + matmul"] = lambda s=shape: dequantise_and_matmul(*s)
             if device == "cpu" and dtype == torch.bfloat16:
                 int4["torch int4pack"] = lambda s=shape: int4pack_for_cpu(*s[:3])
             flops = 2 * m * n * k
             bench.case(keys, int4, moved_bytes=n * k // 2, flops=flops)
-            bench.case(
-                keys,
-                {f"{OURS}_int8": lambda s=shape: packed_call(8, *s)},
-                moved_bytes=n * k,
-                flops=flops,
-            )
+            bench.case(keys, int8, moved_bytes=n * k, flops=flops)
             bench.case(
                 keys, {f"{OURS}_w8a8": lambda s=shape: w8a8(*s)}, moved_bytes=n * k, flops=flops
             )
