@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastinfer.ops.linear import w8a8_linear
 from fastinfer.ops.norm import (
     fused_add_rms_norm,
     fused_add_rms_norm_reference,
