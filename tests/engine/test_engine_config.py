@@ -61,7 +61,7 @@ def test_accepted_forms() -> None:
         ({"logprobs": 1000}, "logprobs must be at most"),
         ({"stop": [""]}, "stop must hold non-empty strings"),
         ({"stop": [3]}, "stop must hold non-empty strings"),
-        ({"stop": 3}, "stop must be a string or a list"),
+        ({"stop": 3}, "stop must be a list, got 3"),
         ({"stop": "x", "detokenize": False}, "stop needs the text"),
         ({"stop_token_ids": [-1]}, "stop_token_ids must be an integer >= 0"),
         ({"stop": 5}, "stop must be a list"),

@@ -110,7 +110,7 @@ def test_bad_prompts_are_refused_before_anything_starts() -> None:
         ([[1], {"promt": [1]}], "LLM: prompt must be text, a list of token ids"),
         ([[1], [1, "a"]], "LLM: prompt must be text, a list of token ids"),
         ([[1], 3.5], "LLM: prompt must be text, a list of token ids"),
-        (None, "LLM: prompt must be text, a list of token ids"),
+        (None, "LLM: prompts must be text, a list of token ids"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             llm.generate(prompts, greedy())
