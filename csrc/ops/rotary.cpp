@@ -123,14 +123,16 @@ void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k
 void apply_rotary(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
                   bool interleaved, Tensor q_out, OptTensor k_out) {
   const char* op = "apply_rotary";
-  run(op, params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q_out, ptr(k_out)), q,
-      ptr(k), cos);
+  const RotaryParams p =  // checks cos before its size is asked for
+      params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q_out, ptr(k_out));
+  run(op, p, q, ptr(k), cos.size(0));
 }
 
 void apply_rotary_inplace(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
                           bool interleaved) {
   const char* op = "apply_rotary";
-  run(op, params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k)), q, ptr(k), cos);
+  const RotaryParams p = params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k));
+  run(op, p, q, ptr(k), cos.size(0));
 }
 
 void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions,

@@ -106,3 +106,9 @@ def test_compiled_with_a_number_that_changes(call: object) -> None:
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (2, 3):
         torch.testing.assert_close(compiled(n), call(n))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rotary_table_without_dimensions(inplace: bool) -> None:
+    with pytest.raises(RuntimeError, match="^apply_rotary: cos must have 2 dimensions"):
+        fi.apply_rotary(ROWS, None, torch.ones(()), torch.ones(()), inplace=inplace)
