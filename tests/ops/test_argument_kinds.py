@@ -110,5 +110,5 @@ def test_compiled_with_a_number_that_changes(call: object) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_rotary_table_without_dimensions(inplace: bool) -> None:
-    with pytest.raises(RuntimeError, match="^apply_rotary: cos must have 2 dimensions"):
+    with pytest.raises(RuntimeError, match=r"^apply_rotary: cos must have 2 dimensions"):
         fi.apply_rotary(ROWS, None, torch.ones(()), torch.ones(()), inplace=inplace)

@@ -345,7 +345,7 @@ def test_compile():
     args, _, caches, _ = case.copy()
 
     def step(q, k_cache, v_cache, k, v, lengths, table):
-        plan = plan_decode(lengths, 6, 2, 16, q_len=2, append=2, num_slots=4)
+        plan = plan_decode(lengths, 6, 2, 16, q_len=2, append=2)
         out, lse = flash_attn_with_kvcache(
             q, k_cache, v_cache, k, v, cache_seqlens=lengths, block_table=table, causal=True,
             return_softmax_lse=True, plan=plan,

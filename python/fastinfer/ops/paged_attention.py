@@ -161,6 +161,12 @@ def flash_attn_with_kvcache(
     return out if lse is None else (out, lse)
 
 
+@torch.compiler.assume_constant_result
+def _default_slots() -> int:
+    """CPU threads; torch.compile cannot trace the question and takes the answer as a constant."""
+    return torch.get_num_threads()
+
+
 def plan_decode(
     cache_seqlens: Tensor,
     num_heads_q: int,
@@ -207,7 +213,7 @@ def plan_decode(
             properties = torch.cuda.get_device_properties(cache_seqlens.device)
             num_slots = 2 * properties.multi_processor_count
         else:
-            num_slots = torch.get_num_threads()
+            num_slots = _default_slots()
     if out is None:
         out = cache_seqlens.new_empty((PLAN_HEADER + cache_seqlens.numel() + 1,), dtype=torch.int32)
     _plan_decode(
