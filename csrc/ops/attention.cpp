@@ -101,7 +101,7 @@ void setup(Call& call, const Tensor& q, const Tensor& k, const Tensor& v, const 
   check_last_dim(op, "q", q);
   check_last_dim(op, k_name, k);
   check_last_dim(op, v_name, v);
-  check_last_dim(op, "out", out);
+  check_written(op, "out", out);
   check_device(op, q,
                {{k_name, &k},
                 {v_name, &v},

@@ -131,6 +131,14 @@ void check_last_dim(const char* op, const char* arg, const Tensor& t) {
            list(t.strides(), "*"), "; call .contiguous() on it first");
 }
 
+void check_written(const char* op, const char* arg, const Tensor& t) {
+  check_last_dim(op, arg, t);
+  for (int64_t d = 0; d < t.dim(); ++d)
+    FI_CHECK(t.size(d) <= 1 || t.stride(d) != 0, op, ": ", arg,
+             " is written and must not repeat memory, got ", shape_of(t), " with strides ",
+             list(t.strides(), "*"), "; call .contiguous() on it first");
+}
+
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim) {
   check_given(op, arg, t);
   FI_CHECK(t.dim() == dim, op, ": ", arg, " must have ", dim, " dimensions, got ", describe(t));

@@ -56,6 +56,8 @@ inline bool is_8bit(DType t) { return t == DType::i8 || t == DType::f8e4m3; }
 void check_given(const char* op, const char* arg, const Tensor& t);
 // Stride of the last dimension must be 1 (sizes 0 and 1 are always fine).
 void check_last_dim(const char* op, const char* arg, const Tensor& t);
+// The same, for a tensor that is written: no two elements may share memory (expand()).
+void check_written(const char* op, const char* arg, const Tensor& t);
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim);
 void check_dtype(const char* op, const char* arg, const Tensor& t,
                  std::initializer_list<DType> allowed);

@@ -131,11 +131,11 @@ void check_caches(const char* op, const Tensor& key_cache, const Tensor& value_c
   check_dim(op, "key_cache", key_cache, 4);
   check_dtype(op, "key_cache", key_cache,
               {DType::f32, DType::f16, DType::bf16, DType::f8e4m3, DType::i8});
-  check_last_dim(op, "key_cache", key_cache);
+  check_written(op, "key_cache", key_cache);
   check_same_dtype(op, "value_cache", value_cache, "key_cache", key_cache);
   check_shape(op, "value_cache", value_cache,
               {key_cache.size(0), key_cache.size(1), key_cache.size(2), key_cache.size(3)});
-  check_last_dim(op, "value_cache", value_cache);
+  check_written(op, "value_cache", value_cache);
 }
 
 ScaleView check_scale(const char* op, const char* arg, const OptTensor& scale,

@@ -28,7 +28,7 @@ void repeat_kv(Tensor x, int64_t n_rep, int64_t dim, Tensor out) {
   for (int64_t i = 0; ok && i < n; ++i) ok = out.size(i) == x.size(i) * (i == d ? n_rep : 1);
   FI_CHECK(ok, op, ": out must have the shape of x (", shape_of(x), ") with dimension ", d,
            " times ", n_rep, ", got ", describe(out));
-  check_last_dim(op, "out", out);
+  check_written(op, "out", out);
   if (out.numel() == 0) return;
   if (!x.is_cpu()) no_cuda_kernel(op);
   std::vector<CopyDim> dims;

@@ -33,7 +33,7 @@ inline void check_bias(const char* op, const OptTensor& bias, const Tensor& out,
 // out [m, n], any row stride.
 inline void check_out(const char* op, const Tensor& out, int64_t m, int64_t n) {
   check_shape(op, "out", out, {m, n});
-  check_last_dim(op, "out", out);
+  check_written(op, "out", out);
 }
 
 // perm int32 [k]; values are looked at when `values` is true.

@@ -165,7 +165,7 @@ void dequantize_weight(Tensor qweight, Tensor scales, OptTensor zeros, int64_t b
   const char* op = "dequantize_weight";
   check_dtype(op, "out", out, {DType::f32, DType::f16, DType::bf16});
   check_dim(op, "out", out, 2);
-  check_last_dim(op, "out", out);
+  check_written(op, "out", out);
   const int64_t n = out.size(0), k = out.size(1);
   const PackedLayout layout =
       check_packed(op, qweight, scales, zeros, static_cast<int>(bits), group_size, n, k);

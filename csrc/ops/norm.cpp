@@ -21,7 +21,7 @@ void check_like_x(const char* op, const char* arg, const Tensor& t, const Tensor
   check_same_dtype(op, arg, t, "x", x);
   FI_CHECK(t.sizes() == x.sizes(), op, ": ", arg, " must have the shape of x (", shape_of(x),
            "), got ", describe(t));
-  check_last_dim(op, arg, t);
+  check_written(op, arg, t);
 }
 
 RmsNormParams params(const char* op, const Tensor& x, const Tensor& weight, double eps,

@@ -101,6 +101,8 @@ void append(const Call& call, const Lengths& lengths, const Tensor& k, const Ten
             const Tensor& k_cache, const Tensor& v_cache, const OptTensor& k_scale,
             const OptTensor& v_scale) {
   const auto& p = call.p;
+  check_written(call.op, "k_cache", k_cache);
+  check_written(call.op, "v_cache", v_cache);
   cpu::AppendParams a{};
   a.k = k.const_data_ptr();
   a.v = v.const_data_ptr();

@@ -29,7 +29,7 @@ void check_out(const char* op, const char* arg, const Tensor& out, const char* l
   check_same_dtype(op, arg, out, like_arg, like);
   FI_CHECK(out.sizes() == like.sizes(), op, ": ", arg, " must have the shape of ", like_arg, " (",
            shape_of(like), "), got ", describe(out));
-  check_last_dim(op, arg, out);
+  check_written(op, arg, out);
 }
 
 // q_out, k_out: where the result goes; q and k themselves for the in-place forms.
@@ -125,14 +125,14 @@ void apply_rotary(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor posit
   const char* op = "apply_rotary";
   const RotaryParams p =  // checks cos before its size is asked for
       params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q_out, ptr(k_out));
-  run(op, p, q, ptr(k), cos.size(0));
+  run(op, p, q, ptr(k), cos);
 }
 
 void apply_rotary_inplace(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
                           bool interleaved) {
   const char* op = "apply_rotary";
   const RotaryParams p = params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k));
-  run(op, p, q, ptr(k), cos.size(0));
+  run(op, p, q, ptr(k), cos);
 }
 
 void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions,

@@ -67,7 +67,7 @@ def reshape_and_cache(
         value_cache=value_cache,
         slot_mapping=slot_mapping,
     )
-    _lib.refuse_grad("reshape_and_cache", key, value)
+    _lib.refuse_grad("reshape_and_cache", key, value, key_cache, value_cache)
     _reshape_and_cache(
         key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
     )

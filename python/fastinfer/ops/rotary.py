@@ -121,7 +121,7 @@ def apply_rotary_and_cache(
         value_cache=value_cache,
         slot_mapping=slot_mapping,
     )
-    _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin)
+    _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin, key_cache, value_cache)
     _apply_rotary_and_cache(
         q,
         k,
