@@ -78,10 +78,10 @@ def _find_files(folder: Path, who: str) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            if any(Path(name).name != name for name in names):
+                raise ValueError("a shard outside the folder")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{who}: {index} must hold a weight_map object, got {error!r}; download the "
                 "file again"

@@ -17,6 +17,7 @@ from typing import Any
 from ._version import __version__
 
 SWITCHES = (
+    "FASTINFER_CPU_INT8_ACTIVATIONS",
     "FASTINFER_CPU_ISA",
     "FASTINFER_DEBUG",
     "FASTINFER_FORCE_ARCH",

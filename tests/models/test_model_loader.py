@@ -253,9 +253,20 @@ def test_missing_shard(folder: Path, index: bool) -> None:
     refuses(folder, "3 shards", file.name, error=FileNotFoundError)
 
 
-def test_damaged_index(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"metadata": {}}',
+        "[]",
+        "{",
+        '{"weight_map": 5}',
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+    ],
+)
+def test_damaged_index(folder: Path, text: str) -> None:
     shard(folder, 2)
-    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    (folder / "model.safetensors.index.json").write_text(text)
     refuses(folder, "model.safetensors.index.json", "weight_map")
 
 
