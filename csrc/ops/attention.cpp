@@ -131,8 +131,10 @@ void setup(Call& call, const Tensor& q, const Tensor& k, const Tensor& v, const 
   FI_CHECK(f.window_left >= -1 && f.window_right >= -1, op,
            ": window_size must be two integers >= -1 (-1: unlimited), got (", f.window_left, ", ",
            f.window_right, ")");
-  p.window_left = f.window_left;
-  p.window_right = f.causal ? 0 : f.window_right;
+  // No sequence is longer than this; a bound keeps sums with positions from overflowing.
+  constexpr int64_t kFar = int64_t{1} << 40;
+  p.window_left = std::min(f.window_left, kFar);
+  p.window_right = f.causal ? 0 : std::min(f.window_right, kFar);
   FI_CHECK(f.softcap >= 0, op, ": softcap must be >= 0 (0: off), got ", f.softcap);
   p.scale = static_cast<float>(f.softmax_scale);
   p.softcap = static_cast<float>(f.softcap);

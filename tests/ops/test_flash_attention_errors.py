@@ -235,3 +235,9 @@ def test_what_cannot_even_be_allocated_for() -> None:
     refuses(lambda: flash_attn_func(q, None, v), "flash_attn_func: k must be a tensor", "NoneType")
     refuses(lambda: flash_attn_func(torch.tensor(1.0), k, v), "q must have dimensions", "[]")
     refuses(lambda: flash_attn_func(q, k, v, window_size=(1,)), "window_size must be two", "(1,)")
+
+
+def test_window_as_wide_as_an_integer() -> None:
+    q, k, v = tensors()
+    wide = flash_attn_func(q, k, v, window_size=(2**63 - 1, 2**63 - 1))
+    assert torch.equal(wide, flash_attn_func(q, k, v))
