@@ -46,6 +46,7 @@ struct StageParams {
 // Packed weights, csrc/ops/linear_layout.h: words [n_pad/16][words][16], scales and zeros
 // [groups][n_pad]. A block is kPackedBlock output channels.
 constexpr int64_t kPackedBlock = 64;
+constexpr int64_t kAhead = 16;  // rows of words fetched ahead where memory sets the pace
 struct PackedParams {
   const float *staged, *group_sums;
   const uint32_t* qweight;

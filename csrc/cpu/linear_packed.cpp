@@ -51,7 +51,10 @@ void packed_tile(const PackedParams& p, const float* x, int64_t m0, int64_t n0) 
       vf acc[T][V] = {};
       for (; word < run_end; ++word, x += kPerWord * T) {
         vu w[V];
-        for (int v = 0; v < V; ++v) w[v] = load_raw<vu>(words[v] + word * 16);
+        for (int v = 0; v < V; ++v) {
+          w[v] = load_raw<vu>(words[v] + word * 16);
+          if (T <= 4) __builtin_prefetch(words[v] + (word + kAhead) * 16);
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < kPerWord; ++j)
           for (int v = 0; v < V; ++v) {

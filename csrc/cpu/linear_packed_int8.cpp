@@ -68,7 +68,10 @@ void packed_int8_tile(const PackedInt8Params& q, const int8_t* x, int64_t m0, in
       vi acc[T][V] = {};
       for (; word < run_end; ++word, x += kPerWord * T) {
         vu w[V];
-        for (int v = 0; v < V; ++v) w[v] = load_raw<vu>(words[v] + word * 16);
+        for (int v = 0; v < V; ++v) {
+          w[v] = load_raw<vu>(words[v] + word * 16);
+          if (T <= 4) __builtin_prefetch(words[v] + (word + kAhead) * 16);
+        }
 #pragma GCC unroll 2
         for (int half = 0; half < kPerWord / 4; ++half) {
           vu codes[V];
