@@ -1,11 +1,13 @@
 """What every benchmark script shares: flags, timing, ceilings of this machine, table and JSON.
 
 Timing: random data, cold caches (the same call rotates over buffer sets that together exceed twice
-    the last-level cache), median of many. On
-a GPU the rotation is captured in one CUDA graph and timed with events; on a CPU it is perf_counter
-around each call. Rows carry the
-keys of the case, `peer` (who ran it), `us`, `gbs` or `tflops`, and the fraction of this machine's
-measured ceiling.
+the second-level cache of a GPU, 128 MiB on a CPU), median of many. On a GPU the rotation is
+captured in one CUDA graph and timed with events; on a CPU it is perf_counter around each call, the
+peers of a case taking short turns.
+
+Rows carry the keys of the case, `peer` (who ran it), `us` (and `us_min`, the fastest sample, which
+other load on the machine disturbs least), `gbs` or `tflops`, the fraction of this machine's
+measured ceiling, and `time_ratio`: `us` over that of `ratio_to`, the case's first peer.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 Call = Callable[[], Any]
 OURS = "fastinfer"
+TURN_SECONDS = 0.02
 
 
 def randn(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -37,7 +40,12 @@ def randn(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 class Bench:
     """One script's run: parses the flags, times cases, prints the table, writes the JSON."""
 
-    def __init__(self, name: str, description: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+    ) -> None:
         parser = argparse.ArgumentParser(description=description)
         parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         parser.add_argument("--dtype", default="bf16", choices=["fp32", "fp16", "bf16"])
@@ -47,6 +55,8 @@ class Bench:
         parser.add_argument("--seconds", type=float, default=0.5, help="time spent per row")
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
         parser.add_argument("--json", type=Path, help="also write the rows to this file")
+        if add_flags:
+            add_flags(parser)
         self.args = parser.parse_args()
         self.name = name
         self.device = self.args.device
@@ -70,17 +80,16 @@ class Bench:
         """Time one case for every peer. `peers[name]()` makes fresh buffers and returns the call on
         them.
 
-        moved_bytes and flops are what the case has to move and compute, whoever does it.
+        moved_bytes and flops are what the case has to move and compute, whoever does it. Times are
+        compared with that of the first peer, which is ours.
         """
         label = " ".join(f"{k}={v}" for k, v in keys.items() if k != "op")
         if self.args.filter not in label:
             return
-        ours_us = 0.0
-        for peer, make in peers.items():
-            us = self._time(make, moved_bytes)
-            first_of_ours = peer.startswith(OURS) and not ours_us
-            ours_us = us if first_of_ours else ours_us
-            row = {**keys, "peer": peer, "us": round(us, 2)}
+        first, first_us = next(iter(peers)), 0.0
+        for peer, (us, fastest) in self._times(peers, moved_bytes):
+            first_us = first_us or us
+            row = {**keys, "peer": peer, "us": round(us, 2), "us_min": round(fastest, 2)}
             if moved_bytes:
                 row["gbs"] = round(moved_bytes / us / 1e3, 1)
                 row["of_bandwidth"] = round(row["gbs"] / self.gb_s, 3)
@@ -94,8 +103,15 @@ class Bench:
                 if key in row
             )
             share = max(row.get("of_bandwidth", 0), row.get("of_matmul", 0))
-            ratio = f"{us / ours_us:5.2f}x of ours" if ours_us and not first_of_ours else ""
-            print(f"{label:<56} {peer:<20} {us:>10.1f} us {rate} {share:>5.0%} {ratio}", flush=True)
+            ratio = ""
+            if peer != first:
+                row["time_ratio"], row["ratio_to"] = round(us / first_us, 3), first
+                ratio = f"{us / first_us:6.2f} x the time of {first}"
+            print(
+                f"{label:<56} {peer:<21} {us:>10.1f} us (min {fastest:.1f}) {rate} "
+                f"{share:>5.0%} {ratio}",
+                flush=True,
+            )
 
     def finish(self) -> None:
         if not self.args.json:
@@ -117,25 +133,41 @@ class Bench:
         print(f"wrote {self.args.json}")
 
     # ---- timing ----------------------------------------------------------------------------------
-    def _time(self, make: Callable[[], Call], moved_bytes: int) -> float:
-        """Median microseconds of one call."""
-        cold = 2 * self._cache_bytes()
-        sets = max(1, min(32, -(-cold // max(moved_bytes, 1))))
-        calls = [make() for _ in range(sets)]
+    def _times(
+        self, peers: dict[str, Callable[[], Call]], moved_bytes: int
+    ) -> Iterator[tuple[str, tuple[float, float]]]:
+        """Microseconds of one call, median and fastest, per peer."""
+        sets = max(1, min(32, -(-2 * self._cache_bytes() // max(moved_bytes, 1))))
+        if self.device == "cuda":
+            for peer, make in peers.items():
+                yield peer, self._time_graph([make() for _ in range(sets)])
+            return
+        calls = {peer: [make() for _ in range(sets)] for peer, make in peers.items()}
+        for peer in peers:
+            for call in calls[peer][:2]:
+                call()
+        # The peers take short turns: load from elsewhere then falls on all alike.
+        samples: dict[str, list[float]] = {peer: [] for peer in peers}
+        stop = time.perf_counter() + self.args.seconds * len(peers)
+        turns = 0
+        while turns < 5 or time.perf_counter() < stop:
+            turns += 1
+            for peer, times in samples.items():
+                turn_end = time.perf_counter() + TURN_SECONDS
+                while True:
+                    call = calls[peer][len(times) % sets]
+                    start = time.perf_counter()
+                    call()
+                    end = time.perf_counter()
+                    times.append(end - start)
+                    if end > turn_end:
+                        break
+        for peer, times in samples.items():
+            yield peer, (statistics.median(times) * 1e6, min(times) * 1e6)
+
+    def _time_graph(self, calls: list[Call]) -> tuple[float, float]:
         for call in calls[:2]:
             call()
-        if self.device == "cuda":
-            return self._time_graph(calls)
-        samples: list[float] = []
-        stop = time.perf_counter() + self.args.seconds
-        while len(samples) < 5 or (time.perf_counter() < stop and len(samples) < 2000):
-            call = calls[len(samples) % sets]
-            start = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - start)
-        return statistics.median(samples) * 1e6
-
-    def _time_graph(self, calls: list[Call]) -> float:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls:
@@ -149,7 +181,7 @@ class Bench:
             end.record()
             end.synchronize()
             samples.append(start.elapsed_time(end) * 1e3 / len(calls))
-        return statistics.median(samples)
+        return statistics.median(samples), min(samples)
 
     # ---- this machine ----------------------------------------------------------------------------
     def _cache_bytes(self) -> int:
@@ -175,8 +207,11 @@ class Bench:
         target = torch.empty_like(source)
         size = 8192 if self.device == "cuda" else 1024
         a = randn(size, size, dtype=self.dtype, device=self.device)
-        copy_us = self._time(lambda: lambda: target.copy_(source), 1 << 40)
-        matmul_us = self._time(lambda: lambda: torch.matmul(a, a), 1 << 40)
+        calls: list[Callable[[], Call]] = [
+            lambda: lambda: target.copy_(source),
+            lambda: lambda: torch.matmul(a, a),
+        ]
+        copy_us, matmul_us = (next(self._times({"": make}, 1 << 40))[1][0] for make in calls)
         gb_s, tflops = 2 * n / copy_us / 1e3, 2 * size**3 / matmul_us / 1e6
         print(
             f"{self.name} on {self._device_name()}, {self.args.threads} threads, "
