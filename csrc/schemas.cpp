@@ -163,6 +163,8 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
   // ----------------------------------------------------------------------------------
   m.def("cpu_isa() -> str");
   m.def("build_info() -> str[]");
+  // programmatic dependent launch of this thread's launches; returns the previous state
+  m.def("set_programmatic_launch(bool on) -> bool");
   // out int32 [2] on a CUDA device: architecture of the code that ran for the portable and for the
   // sm_90a objects (0 = not run)
   m.def("cuda_probe(Tensor(a!) out) -> ()");

@@ -86,6 +86,19 @@ inline int64_t index_at(const void* p, DType t, int64_t i) {
 // Raised by an operator for a CUDA tensor while it has no CUDA kernel in this build.
 [[noreturn]] void no_cuda_kernel(const char* op);
 
+// FI_CUDA(op, tensor, call): makes the tensor's device current, runs `call` (a launcher, which may
+// name the current stream as `stream`) and raises on its error. Without CUDA in the build: raises.
+#ifdef FASTINFER_WITH_CUDA
+#define FI_CUDA(op, tensor, ...)                              \
+  do {                                                        \
+    const CudaLaunch fi_launch(tensor);                       \
+    [[maybe_unused]] void* const stream = fi_launch.stream(); \
+    check_launch(op, __VA_ARGS__);                            \
+  } while (0)
+#else
+#define FI_CUDA(op, tensor, ...) no_cuda_kernel(op)
+#endif
+
 // Number of work items per thread so that a chunk moves at least ~32 KiB or 32k operations.
 inline int64_t grain(int64_t cost_per_item) {
   const int64_t items = 32768 / (cost_per_item > 0 ? cost_per_item : 1);

@@ -41,5 +41,15 @@ void check_launch(const char* op, int error) {
   fail(op, ": CUDA error ", error, " (", cuda::error_text(error), ")");
 }
 
+HostCopy::HostCopy(const char* op, const char* arg, const Tensor& t, void* stream) {
+  FI_CHECK(!cuda::is_capturing(stream), op, ": FASTINFER_VALIDATE=1 reads ", arg,
+           " on the host, which a CUDA graph cannot capture; unset it while capturing");
+  if (t.numel() == 0) return;
+  int64_t span = 1;
+  for (int64_t d = 0; d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
+  bytes_.resize(static_cast<size_t>(span * static_cast<int64_t>(t.element_size())));
+  check_launch(op, cuda::copy_to_host(bytes_.data(), t.const_data_ptr(), bytes_.size(), stream));
+}
+
 }  // namespace fastinfer
 #endif

@@ -29,4 +29,16 @@ class CudaLaunch {
 // with the architectures built.
 void check_launch(const char* op, int error);
 
+// The elements that an index tensor [n] or [n, m] on the GPU spans, copied to the host:
+// data()[i * stride(0) + j * stride(1)] are its values. For FASTINFER_VALIDATE=1: waits for the
+// stream, and raises while a graph is captured.
+class HostCopy {
+ public:
+  HostCopy(const char* op, const char* arg, const Tensor& t, void* stream);
+  const void* data() const { return bytes_.data(); }
+
+ private:
+  std::vector<char> bytes_;
+};
+
 }  // namespace fastinfer

@@ -27,6 +27,16 @@ std::vector<std::string> build_info() {
   return info;
 }
 
+// Programmatic dependent launch for the calling thread's launches (csrc/cuda/common/launch.cuh);
+// returns what it was before. Without CUDA in the build nothing is launched, and it stays off.
+bool set_programmatic_launch(bool on) {
+#ifdef FASTINFER_WITH_CUDA
+  return cuda::set_programmatic_launch(on);
+#else
+  return false;
+#endif
+}
+
 // out int32 [2]: __CUDA_ARCH__ of the portable and of the sm_90a code that ran; an entry stays as
 // it was where there is none for this GPU. On the CPU: zeros.
 void cuda_probe(Tensor out) {
@@ -59,6 +69,7 @@ void cuda_probe(Tensor out) {
 STABLE_TORCH_LIBRARY_IMPL(fastinfer, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("set_programmatic_launch", TORCH_BOX(&set_programmatic_launch));
 }
 
 FI_REGISTER_BOTH({ m.impl("cuda_probe", TORCH_BOX(&cuda_probe)); })

@@ -4,10 +4,11 @@ kernels, argument checks.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,21 @@ def build_info() -> dict[str, str]:
     architectures and driver found.
     """
     return dict(entry.split("=", 1) for entry in ops.build_info())
+
+
+@contextlib.contextmanager
+def programmatic_launch(on: bool = True) -> Iterator[None]:
+    """Programmatic dependent launch for the CUDA kernels this thread launches in the scope (sm_90
+    and newer): a kernel may start while the one before it on the stream still runs.
+
+    Only for code that captures a whole step: a fastinfer kernel waits for the one before it, but
+    reads weights, KV blocks and tables written before the graph launch ahead of that wait.
+    """
+    before = ops.set_programmatic_launch(on)
+    try:
+        yield
+    finally:
+        ops.set_programmatic_launch(before)
 
 
 @register_fake("cuda_probe")

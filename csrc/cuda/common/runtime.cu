@@ -1,6 +1,9 @@
 // CUDA runtime facts behind plain C++ functions.
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
+
 #include "launch.h"
 
 namespace fastinfer::cuda {
@@ -19,6 +22,55 @@ int runtime_version() { return CUDART_VERSION; }
 int driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+const DeviceFacts& device_facts() {
+  constexpr int kMaxDevices = 64;
+  // Two threads that ask at the same time write the same values.
+  static DeviceFacts facts[kMaxDevices];
+  int device = 0;
+  cudaGetDevice(&device);
+  DeviceFacts& f = facts[device < kMaxDevices ? device : kMaxDevices - 1];
+  if (f.sms == 0) {
+    int major = 0, minor = 0, l2 = 0, sms = 1;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
+    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    f.l2_bytes = l2;
+    f.compute_capability = 10 * major + minor;
+    f.sms = sms;
+  }
+  return f;
+}
+
+bool force_portable() {
+  const char* v = std::getenv("FASTINFER_FORCE_ARCH");
+  return v && std::strcmp(v, "80") == 0;
+}
+
+namespace {
+thread_local bool programmatic = false;
+}
+
+bool set_programmatic_launch(bool on) {
+  const bool before = programmatic;
+  programmatic = on;
+  return before;
+}
+
+bool programmatic_launch() { return programmatic; }
+
+int copy_to_host(void* host, const void* device, size_t bytes, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, s);
+  return error != cudaSuccess ? error : cudaStreamSynchronize(s);
+}
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const auto error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  return error == cudaSuccess && status != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace fastinfer::cuda
