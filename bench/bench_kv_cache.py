@@ -34,8 +34,10 @@ def main() -> None:
     if on_gpu:
         for blocks in (16, 256, 2048):
             for into_host in (True, False):
-                for pinned in (True, False) if blocks == 256 else (True,):
-                    swap(bench, blocks, into_host, pinned)
+                swap(bench, blocks, into_host)
+                swap(bench, blocks, into_host, scattered=True)
+        swap(bench, 256, True, pinned=False)
+        swap(bench, 256, False, pinned=False)
     bench.finish()
 
 
@@ -145,18 +147,23 @@ def repeat(bench: Bench, t: int) -> None:
 
 
 @torch.inference_mode()
-def swap(bench: Bench, blocks: int, into_host: bool, pinned: bool) -> None:
-    way = "D2H" if into_host else "H2D"
-    case = f"swap {way} {blocks} blocks x 32KiB, one layer K{'' if pinned else ', pageable'}"
+def swap(
+    bench: Bench, blocks: int, into_host: bool, *, scattered: bool = False, pinned: bool = True
+) -> None:
+    """Random blocks of the device; on the host a row of blocks, or random ones (`scattered`)."""
+    case = f"swap {'D2H' if into_host else 'H2D'} {blocks} blocks x 32KiB, one layer K"
+    case += (", host scattered" if scattered else "") + ("" if pinned else ", pageable")
     if bench.args.filter not in f"case={case}":
         return
     total = 2 * blocks + 64
     here = caches(bench, total)[0]
     host = torch.zeros(here.shape, dtype=here.dtype, pin_memory=pinned)
     src, dst = (here, host) if into_host else (host, here)
-    mappings = [
-        torch.stack([torch.randperm(total)[:blocks] for _ in range(2)], 1) for _ in range(4)
-    ]
+    mappings = []
+    for i in range(4):
+        on_host = torch.randperm(total)[:blocks] if scattered else torch.arange(blocks) + 16 * i
+        ids = [torch.randperm(total)[:blocks], on_host]
+        mappings.append(torch.stack(ids if into_host else ids[::-1], 1))
     samples = []
     calls = 20 if pinned and blocks < 2048 else 4
     for _ in range(8):

@@ -170,6 +170,31 @@ def test_many_caches_pairs_and_dimensions() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("strided", [False, True])
+def test_swap_blocks_in_long_stretches(strided: bool) -> None:
+    """Host blocks in a row: through a buffer, or directly where the device's are in a row too."""
+    here = randn(900, 16, 8, 64, seed=1, device="cuda")
+    if strided:
+        here = here.transpose(1, 2).contiguous().transpose(1, 2)
+    host = randn(3000, 16, 8, 64, seed=2).pin_memory()
+    shuffled = torch.randperm(900, generator=torch.Generator().manual_seed(3))
+    in_a_row = torch.arange(100, 1000)
+    in_a_row[500:] += 1500  # two stretches
+    for ids in (shuffled, torch.arange(900)):
+        order = torch.randperm(900, generator=torch.Generator().manual_seed(4))
+        pairs = torch.stack([ids, in_a_row], 1)[order]
+        want = host.clone()
+        want[in_a_row] = here.cpu()[ids]
+        host_out = host.clone().pin_memory()
+        swap_blocks(here, host_out, pairs)
+        back = torch.zeros_like(here)
+        swap_blocks(host_out, back, pairs.flip(1))
+        torch.cuda.synchronize()
+        assert torch.equal(host_out, want)
+        assert torch.equal(back, here)
+
+
+@pytest.mark.gpu
 def test_huge_and_misaligned() -> None:
     """Offsets and sizes beyond 2^31, where addresses allow single bytes only."""
     n = (1 << 31) + 4099

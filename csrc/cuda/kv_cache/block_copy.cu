@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
   copy_chunk(p.region, cache + src * p.block_stride, cache + dst * p.block_stride, chunk);
 }
 
-constexpr int kSwapCaches = 64, kSwapPairs = 320;
+constexpr int kSwapCaches = 64, kSwapPairs = kMaxSwapPairs;
 constexpr int64_t kLinkCtas = 64;  // 1 MiB in flight: many times what fills a PCIe link
 
 struct SwapParams {

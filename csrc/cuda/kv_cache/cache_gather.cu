@@ -20,7 +20,6 @@ struct GatherSide {
   char *tokens, *cache;
   int64_t token_stride, token_head_stride, block_stride, position_stride, head_stride;  // elements
   cpu::ScaleView scale;
-  bool token_packs, cache_packs;
 };
 struct GatherParams {
   GatherSide side[2];
@@ -30,7 +29,7 @@ struct GatherParams {
   int32_t tokens_per_cta, lanes_log2;
   DType table_dtype, cache_dtype;
   Divisor heads;
-  bool same_type, has_starts, soft;
+  bool same_type, packs, has_starts, soft;  // packs: both sides, of a type that has a fast way
 };
 
 // Where token t is cached; block -1: nowhere, its row is zero. The whole warp calls.
@@ -52,46 +51,119 @@ __device__ __forceinline__ Slot find_token(const GatherParams& p, int64_t t) {
   return {block, at.position};
 }
 
-// N elements of a cached row as fp32, from element i on.
-template <int N>
-__device__ __forceinline__ void load_cached(const GatherParams& p, const char* row, int64_t i,
-                                            bool packs, float (&x)[N]) {
-  auto each = [&](auto type) {
-    using C = decltype(type);
-    alignas(16) C raw[N];
-    if (packs) {
-      constexpr int kBytes = N * sizeof(C);
-      const char* from = row + i * static_cast<int64_t>(sizeof(C));
-      if constexpr (kBytes >= 16) {
+struct CachedHead {
+  const char* row;
+  float scale;
+};
+__device__ __forceinline__ CachedHead cached_head(const GatherParams& p, const GatherSide& s,
+                                                  Slot at, int64_t head) {
+  const int64_t size = dtype_size(p.cache_dtype);
+  const char* row =
+      s.cache +
+      (at.block * s.block_stride + at.position * s.position_stride + head * s.head_stride) * size;
+  if (!s.scale.data) return {row, 1.0f};
+  return {row, s.scale.data[at.block * s.scale.block + at.position * s.scale.position +
+                            head * s.scale.head]};
+}
+
+// Element i of a cached row, of any type.
+__device__ __forceinline__ float cached_value(const char* row, int64_t i, DType type, bool soft) {
+  if (type == DType::f8e4m3) return from_e4m3(static_cast<uint8_t>(row[i]), soft);
+  if (type == DType::i8) return static_cast<float>(static_cast<signed char>(row[i]));
+  if (type == DType::bf16) return to_float(reinterpret_cast<const __nv_bfloat16*>(row)[i]);
+  if (type == DType::f16) return to_float(reinterpret_cast<const __half*>(row)[i]);
+  return reinterpret_cast<const float*>(row)[i];
+}
+
+// Four codes of a word.
+__device__ __forceinline__ void decode(uint32_t word, bool fp8, bool soft, float* x) {
+  if (!fp8) {
 #pragma unroll
-        for (int w = 0; w < kBytes / 16; ++w)
-          reinterpret_cast<uint4*>(raw)[w] = reinterpret_cast<const uint4*>(from)[w];
-      } else if constexpr (kBytes == 8) {
-        *reinterpret_cast<uint2*>(raw) = *reinterpret_cast<const uint2*>(from);
-      } else {
-        *reinterpret_cast<uint32_t*>(raw) = *reinterpret_cast<const uint32_t*>(from);
-      }
-    } else {
+    for (int j = 0; j < 4; ++j)
+      x[j] = static_cast<float>(static_cast<int32_t>(word << (24 - 8 * j)) >> 24);
+    return;
+  }
 #pragma unroll
-      for (int j = 0; j < N; ++j)
-        raw[j] = i + j < p.dim ? reinterpret_cast<const C*>(row)[i + j] : C{};
-    }
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if constexpr (sizeof(C) > 1) {
-        x[j] = to_float(raw[j]);
-      } else if constexpr (static_cast<C>(-1) < static_cast<C>(0)) {
-        x[j] = static_cast<float>(raw[j]);
-      } else {
-        x[j] = from_e4m3(raw[j], p.soft);
-      }
-    }
+  for (int j = 0; j < 4; ++j) x[j] = from_e4m3(static_cast<uint8_t>(word >> 8 * j), soft);
+}
+
+// Pack i of kUnroll heads at a time; kCodes: an 8-bit cache, otherwise bits are copied.
+template <class T, bool kCodes>
+__device__ __forceinline__ void gather_packs(const GatherParams& p, const Slot* places,
+                                             int64_t first, uint32_t heads, int64_t i) {
+  constexpr int kSize = Pack<T>::kSize, kWords = kCodes ? kSize / 4 : 4;
+  struct alignas(4 * kWords) Raw {
+    uint32_t word[kWords];
   };
-  if (p.cache_dtype == DType::f8e4m3) return each(uint8_t{});
-  if (p.cache_dtype == DType::i8) return each(int8_t{});
-  if (p.cache_dtype == DType::bf16) return each(__nv_bfloat16{});
-  if (p.cache_dtype == DType::f16) return each(__half{});
-  each(float{});
+  const GatherSide& s = p.side[blockIdx.y];
+  const uint32_t groups = kThreads >> p.lanes_log2;
+  const int64_t byte = i * static_cast<int64_t>(kCodes ? 1 : sizeof(T));
+  for (uint32_t base = threadIdx.x >> p.lanes_log2; base < heads; base += kUnroll * groups) {
+    Raw raw[kUnroll];
+    float scale[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t item = base + u * groups;
+      raw[u] = Raw{};
+      scale[u] = 1.0f;
+      if (item >= heads) continue;
+      uint32_t head;
+      const Slot at = places[p.heads(item, head)];
+      if (at.block < 0) continue;
+      const CachedHead from = cached_head(p, s, at, head);
+      raw[u] = *reinterpret_cast<const Raw*>(from.row + byte);
+      scale[u] = from.scale;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t item = base + u * groups;
+      if (item >= heads) continue;
+      uint32_t head;
+      const int64_t t = first + p.heads(item, head);
+      Pack<T> pack;
+      if constexpr (kCodes) {
+        float x[kSize];
+#pragma unroll
+        for (int w = 0; w < kWords; ++w)
+          decode(raw[u].word[w], p.cache_dtype == DType::f8e4m3, p.soft, x + 4 * w);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) pack.v[j] = from_float<T>(__fmul_rn(x[j], scale[u]));
+      } else {
+        *reinterpret_cast<Raw*>(&pack) = raw[u];
+      }
+      T* row = reinterpret_cast<T*>(s.tokens) + t * s.token_stride + head * s.token_head_stride;
+      store_pack(row, i, p.dim, true, pack);
+    }
+  }
+}
+
+// Whatever is not aligned, and conversions between float types: element by element.
+template <class T>
+__device__ __forceinline__ void gather_elements(const GatherParams& p, const Slot* places,
+                                                int64_t first, uint32_t heads, int64_t begin,
+                                                int64_t end) {
+  const GatherSide& s = p.side[blockIdx.y];
+#pragma unroll 1
+  for (uint32_t item = threadIdx.x >> p.lanes_log2; item < heads;
+       item += kThreads >> p.lanes_log2) {
+    uint32_t head;
+    const uint32_t token = p.heads(item, head);
+    const Slot at = places[token];
+    T* row = reinterpret_cast<T*>(s.tokens) + (first + token) * s.token_stride +
+             head * s.token_head_stride;
+    const CachedHead from = at.block < 0 ? CachedHead{} : cached_head(p, s, at, head);
+#pragma unroll 2
+    for (int64_t i = begin; i < end; ++i) {
+      if (at.block < 0) {
+        row[i] = T{};
+      } else if (p.same_type) {
+        row[i] = reinterpret_cast<const T*>(from.row)[i];
+      } else {
+        row[i] =
+            from_float<T>(__fmul_rn(cached_value(from.row, i, p.cache_dtype, p.soft), from.scale));
+      }
+    }
+  }
 }
 
 template <class T>
@@ -107,47 +179,15 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
     if (threadIdx.x % 32 == 0) places[t] = at;
   }
   __syncthreads();
-  const GatherSide& s = p.side[blockIdx.y];
   const uint32_t heads = count * p.heads.value;
   const uint32_t lanes = 1u << p.lanes_log2, lane = threadIdx.x & (lanes - 1);
-  const uint32_t groups = kThreads >> p.lanes_log2;
-  const int64_t size = dtype_size(p.cache_dtype);
   for (int64_t i = lane * kSize; i < p.dim; i += lanes * kSize) {
-    for (uint32_t base = threadIdx.x >> p.lanes_log2; base < heads; base += kUnroll * groups) {
-      Pack<T> pack[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const uint32_t item = base + u * groups;
-        pack[u] = Pack<T>{};
-        if (item >= heads) continue;
-        uint32_t head;
-        const Slot at = places[p.heads(item, head)];
-        if (at.block < 0) continue;
-        const char* row = s.cache + (at.block * s.block_stride + at.position * s.position_stride +
-                                     head * s.head_stride) *
-                                        size;
-        if (p.same_type) {
-          pack[u] = load_pack(reinterpret_cast<const T*>(row), i, p.dim, s.cache_packs);
-          continue;
-        }
-        float x[kSize];
-        load_cached(p, row, i, s.cache_packs, x);
-        const float scale = s.scale.data
-                                ? s.scale.data[at.block * s.scale.block +
-                                               at.position * s.scale.position + head * s.scale.head]
-                                : 1.0f;
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) pack[u].v[j] = from_float<T>(__fmul_rn(x[j], scale));
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const uint32_t item = base + u * groups;
-        if (item >= heads) continue;
-        uint32_t head;
-        const int64_t t = first + p.heads(item, head);
-        store_pack(reinterpret_cast<T*>(s.tokens) + t * s.token_stride + head * s.token_head_stride,
-                   i, p.dim, s.token_packs, pack[u]);
-      }
+    if (p.packs && p.same_type) {
+      gather_packs<T, false>(p, places, first, heads, i);
+    } else if (p.packs) {
+      gather_packs<T, true>(p, places, first, heads, i);
+    } else {
+      gather_elements<T>(p, places, first, heads, i, i + kSize < p.dim ? i + kSize : p.dim);
     }
   }
 }
@@ -158,12 +198,15 @@ int gather(const cpu::CacheGatherParams& p, int64_t tokens, void* stream) {
   const cpu::CacheSide* sides[2] = {&p.key, &p.value};
   GatherParams g{};
   const int64_t cache_size = dtype_size(p.cache_dtype);
-  const int64_t pack_bytes = kSize * cache_size < 16 ? kSize * cache_size : 16;
+  const int64_t pack_bytes = kSize * cache_size;
+  g.same_type = p.cache_dtype == p.token_dtype;
+  g.packs = g.same_type || cache_size == 1;
   for (int i = 0; i < 2; ++i) {
     const cpu::CacheSide& s = *sides[i];
-    bool cache_packs = reinterpret_cast<uintptr_t>(s.cache) % pack_bytes == 0 && p.dim % kSize == 0;
+    g.packs = g.packs && reinterpret_cast<uintptr_t>(s.cache) % pack_bytes == 0 &&
+              packs_fit(s.tokens, p.dim, sizeof(T), {s.token_stride, s.token_head_stride});
     for (const int64_t stride : {s.block_stride, s.position_stride, s.head_stride})
-      cache_packs = cache_packs && stride * cache_size % pack_bytes == 0;
+      g.packs = g.packs && stride * cache_size % pack_bytes == 0;
     g.side[i] = {static_cast<char*>(s.tokens),
                  static_cast<char*>(s.cache),
                  s.token_stride,
@@ -171,9 +214,7 @@ int gather(const cpu::CacheGatherParams& p, int64_t tokens, void* stream) {
                  s.block_stride,
                  s.position_stride,
                  s.head_stride,
-                 s.scale,
-                 packs_fit(s.tokens, p.dim, sizeof(T), {s.token_stride, s.token_head_stride}),
-                 cache_packs};
+                 s.scale};
   }
   g.cu_seqlens = Indices(p.cu_seqlens, p.cu_dtype, p.cu_stride);
   g.has_starts = p.seq_starts != nullptr;
@@ -181,7 +222,7 @@ int gather(const cpu::CacheGatherParams& p, int64_t tokens, void* stream) {
   g.block_table = p.block_table, g.table_dtype = p.table_dtype;
   g.row_stride = p.table_row_stride, g.col_stride = p.table_col_stride;
   g.num_tokens = tokens, g.batch = p.batch, g.block_size = p.block_size, g.dim = p.dim;
-  g.cache_dtype = p.cache_dtype, g.same_type = p.cache_dtype == p.token_dtype;
+  g.cache_dtype = p.cache_dtype;
   g.soft = force_portable();
   const int lanes = lanes_of_head(ceil_div(p.dim, kSize));
   while (1 << g.lanes_log2 < lanes) ++g.lanes_log2;

@@ -15,7 +15,7 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kThreads = 256, kUnroll = 4;
+constexpr int kThreads = 256, kUnroll = 4, kHeadUnroll = 2;
 
 // ---- float caches: bytes
 struct BytesSide {
@@ -28,36 +28,39 @@ struct BytesParams {
   Indices slots;
   int64_t tokens, block_size;
   int32_t tokens_per_cta, unit;  // bytes of one access
+  bool merged;
   Divisor token_units, run_units;
 };
 
-template <class Unit>
+// kMerged: the token is one run on both sides.
+template <class Unit, bool kMerged>
 __device__ __forceinline__ void write_units(const BytesParams& p, int64_t first, uint32_t units) {
   const BytesSide& s = p.side[blockIdx.y];
   for (uint32_t base = threadIdx.x; base < units; base += kUnroll * kThreads) {
     Unit value[kUnroll];
-    int64_t slot[kUnroll], offset[kUnroll];
+    int64_t slot[kUnroll];
+    uint32_t unit[kUnroll];  // of the token
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const uint32_t i = base + u * kThreads;
       slot[u] = -1;
       if (i < units) {
-        uint32_t in_token, in_run;
-        const int64_t t = first + p.token_units(i, in_token);
-        const int64_t run = p.run_units(in_token, in_run);
-        const int64_t byte = static_cast<int64_t>(in_run) * sizeof(Unit);
-        value[u] = *reinterpret_cast<const Unit*>(s.tokens + t * s.token_stride +
-                                                  run * s.token_run_stride + byte);
+        const int64_t t = first + p.token_units(i, unit[u]);
         slot[u] = p.slots[t];
-        offset[u] = run * s.cache_run_stride + byte;
+        const char* from = s.tokens + t * s.token_stride;
+        uint32_t in_run = unit[u];
+        if constexpr (!kMerged) from += p.run_units(unit[u], in_run) * s.token_run_stride;
+        value[u] = reinterpret_cast<const Unit*>(from)[in_run];
       }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (slot[u] < 0) continue;
       const Slot at = split_slot(slot[u], p.block_size);
-      *reinterpret_cast<Unit*>(s.cache + at.block * s.block_stride +
-                               at.position * s.position_stride + offset[u]) = value[u];
+      char* to = s.cache + at.block * s.block_stride + at.position * s.position_stride;
+      uint32_t in_run = unit[u];
+      if constexpr (!kMerged) to += p.run_units(unit[u], in_run) * s.cache_run_stride;
+      reinterpret_cast<Unit*>(to)[in_run] = value[u];
     }
   }
 }
@@ -69,12 +72,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t left = p.tokens - first;
   const uint32_t count = static_cast<uint32_t>(left < p.tokens_per_cta ? left : p.tokens_per_cta);
   const uint32_t units = count * p.token_units.value;
-  if (p.unit == 16) {
-    write_units<uint4>(p, first, units);
+  if (p.unit == 16 && p.merged) {
+    write_units<uint4, true>(p, first, units);
+  } else if (p.unit == 16) {
+    write_units<uint4, false>(p, first, units);
   } else if (p.unit == 4) {
-    write_units<uint32_t>(p, first, units);
+    write_units<uint32_t, false>(p, first, units);
   } else {
-    write_units<uint16_t>(p, first, units);
+    write_units<uint16_t, false>(p, first, units);
   }
 }
 
@@ -89,12 +94,6 @@ struct CodesParams {
   int32_t tokens_per_cta, lanes_log2;
   Divisor heads;
 };
-
-template <class T>
-__device__ __forceinline__ void as_floats(const Pack<T>& pack, float (&x)[Pack<T>::kSize]) {
-#pragma unroll
-  for (int j = 0; j < Pack<T>::kSize; ++j) x[j] = to_float(pack.v[j]);
-}
 
 // Heads of more than 32 packs, one at a time.
 template <class T>
@@ -125,7 +124,7 @@ __device__ void write_long_heads(const CodesParams& p, int64_t first, uint32_t h
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 5)
     write_codes_kernel(const __grid_constant__ CodesParams p) {
   constexpr int kSize = Pack<T>::kSize;
   grid_wait();
@@ -139,13 +138,13 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t i = (threadIdx.x & (lanes - 1)) * kSize;
   const uint32_t group = threadIdx.x >> p.lanes_log2, groups = kThreads >> p.lanes_log2;
   const bool inside = i < store.dim;
-  for (uint32_t base = group; base - group < heads; base += kUnroll * groups) {
-    Pack<T> pack[kUnroll];
-    int64_t slot[kUnroll];
-    uint32_t head[kUnroll];
-    float scale[kUnroll];
+  for (uint32_t base = group; base - group < heads; base += kHeadUnroll * groups) {
+    Pack<T> pack[kHeadUnroll];
+    int64_t slot[kHeadUnroll];
+    uint32_t head[kHeadUnroll];
+    float scale[kHeadUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kHeadUnroll; ++u) {
       const uint32_t item = base + u * groups;
       slot[u] = -1, head[u] = 0, scale[u] = 1.0f;
       pack[u] = Pack<T>{};
@@ -159,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kHeadUnroll; ++u) {
       float x[kSize];
       as_floats(pack[u], x);
       const uint32_t top = store.scale.dynamic ? group_max(top_bits(x), lanes) : 0;
@@ -172,9 +171,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 // ---- host
-// Tokens per CTA: enough for kUnroll units per thread, fewer where SMs would stay idle.
-int32_t tokens_of_cta(int64_t tokens, int64_t units_per_token) {
-  const int64_t most = kThreads * kUnroll / units_per_token;
+// Tokens per CTA: enough for `unroll` units per thread, fewer where SMs would stay idle.
+int32_t tokens_of_cta(int64_t tokens, int64_t units_per_token, int unroll) {
+  const int64_t most = kThreads * unroll / units_per_token;
   const int64_t spread = tokens / (2 * device_facts().sms);
   const int64_t n = most < spread ? most : spread;
   return static_cast<int32_t>(n > 1 ? n : 1);
@@ -202,11 +201,12 @@ int write_bytes(const cpu::CacheWriteParams& p, int64_t tokens, void* stream) {
     bits |= o.token_stride | o.block_stride | o.position_stride;
     if (!merged) bits |= o.token_run_stride | o.cache_run_stride;
   }
+  b.merged = merged;
   b.unit = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
   b.slots = Indices(p.slots, p.slot_dtype, p.slot_stride);
   b.tokens = tokens, b.block_size = p.block_size;
   b.token_units = Divisor(run / b.unit * runs), b.run_units = Divisor(run / b.unit);
-  b.tokens_per_cta = tokens_of_cta(tokens, b.token_units.value);
+  b.tokens_per_cta = tokens_of_cta(tokens, b.token_units.value, kUnroll);
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, b.tokens_per_cta)), 2);
   return launch(write_bytes_kernel, grid, kThreads, 0, stream, b);
 }
@@ -229,7 +229,7 @@ int write_codes(const cpu::CacheWriteParams& p, int64_t tokens, void* stream) {
   c.slots = Indices(p.slots, p.slot_dtype, p.slot_stride);
   c.num_tokens = tokens, c.block_size = p.block_size;
   c.heads = Divisor(p.heads);
-  c.tokens_per_cta = tokens_of_cta(tokens, p.heads * lanes);
+  c.tokens_per_cta = tokens_of_cta(tokens, p.heads * lanes, kHeadUnroll);
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, c.tokens_per_cta)), 2);
   return launch(write_codes_kernel<T>, grid, kThreads, 0, stream, c);
 }

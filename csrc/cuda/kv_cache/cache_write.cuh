@@ -126,41 +126,54 @@ struct Quotient {
 // Code of x / scale = q. A NaN keeps the sign of x, as on the CPU.
 __device__ __forceinline__ uint8_t code_of(float x, float q, bool fp8, bool soft) {
   if (!fp8) return static_cast<uint8_t>(to_int8(q));
-  if (q != q)
-    return static_cast<uint8_t>(x != x ? (__float_as_uint(x) >> 24 & 0x80u) | 0x7Fu : 0x7Fu);
+  if (q != q) return x != x && __float_as_int(x) < 0 ? 0xFF : 0x7F;
   return to_e4m3(q, soft);
 }
 
-// Four finite quotients as four codes.
-__device__ __forceinline__ uint32_t four_codes(float a, float b, float c, float d, bool fp8,
-                                               bool soft) {
-  if (!fp8) {
-    return (to_int8(a) & 0xFFu) | (to_int8(b) & 0xFFu) << 8 | (to_int8(c) & 0xFFu) << 16 |
-           static_cast<uint32_t>(to_int8(d) & 0xFF) << 24;
-  }
+// Four quotients, finite and below 1024, as four codes.
+__device__ __forceinline__ uint32_t four_codes(const float (&q)[4], bool fp8) {
+  if (fp8) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  if (!soft) {
-    const uint32_t low = __nv_cvt_float2_to_fp8x2({a, b}, __NV_SATFINITE, __NV_E4M3);
-    const uint32_t high = __nv_cvt_float2_to_fp8x2({c, d}, __NV_SATFINITE, __NV_E4M3);
+    const uint32_t low = __nv_cvt_float2_to_fp8x2({q[0], q[1]}, __NV_SATFINITE, __NV_E4M3);
+    const uint32_t high = __nv_cvt_float2_to_fp8x2({q[2], q[3]}, __NV_SATFINITE, __NV_E4M3);
     return low | high << 16;
-  }
+#else
+    return soft_e4m3(q[0]) | soft_e4m3(q[1]) << 8 | soft_e4m3(q[2]) << 16 |
+           static_cast<uint32_t>(soft_e4m3(q[3])) << 24;
 #endif
-  return soft_e4m3(a) | soft_e4m3(b) << 8 | soft_e4m3(c) << 16 |
-         static_cast<uint32_t>(soft_e4m3(d)) << 24;
+  }
+  uint32_t word[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j)  // 1.5 * 2^23: the fp32 adder rounds, the low byte is the code
+    word[j] = __float_as_uint(__fadd_rn(fminf(fmaxf(q[j], -127.0f), 127.0f), 12582912.0f));
+  return __byte_perm(__byte_perm(word[0], word[1], 0x40), __byte_perm(word[2], word[3], 0x40),
+                     0x5410);
 }
 
-// Elements [i, i + N) of a row of n codes.
+// May codes be stored in whole words by the instructions of this GPU?
+__device__ __forceinline__ bool word_codes(bool packs, bool fp8, bool soft) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  return packs && !(fp8 && soft);
+#else
+  return packs;
+#endif
+}
+
+// Elements [i, i + N) of a row of n codes. The fast way is straight code; everything else (edges,
+// NaN, FASTINFER_FORCE_ARCH=80) shares one compact loop: inlined four times, its code did not fit
+// the instruction cache.
 template <int N>
 __device__ __forceinline__ void store_codes(char* row, int64_t i, int64_t n, bool packs,
                                             const float (&x)[N], const Quotient& divide, bool fp8,
                                             bool soft) {
   static_assert(N == 4 || N == 8, "codes are stored four or eight at a time");
-  if (packs && divide.quick(x)) {
+  if (word_codes(packs, fp8, soft) && divide.quick(x)) {
     uint32_t word[N / 4];
 #pragma unroll
     for (int w = 0; w < N / 4; ++w)
-      word[w] = four_codes(divide(x[4 * w]), divide(x[4 * w + 1]), divide(x[4 * w + 2]),
-                           divide(x[4 * w + 3]), fp8, soft);
+      word[w] = four_codes(
+          {divide(x[4 * w]), divide(x[4 * w + 1]), divide(x[4 * w + 2]), divide(x[4 * w + 3])},
+          fp8);
     if constexpr (N == 8) {
       *reinterpret_cast<uint2*>(row + i) = make_uint2(word[0], word[1]);
     } else {
@@ -168,10 +181,25 @@ __device__ __forceinline__ void store_codes(char* row, int64_t i, int64_t n, boo
     }
     return;
   }
+  float y[N];  // indexed by a loop: in local memory, here only
 #pragma unroll
-  for (int j = 0; j < N; ++j)
-    if (i + j < n)
-      row[i + j] = static_cast<char>(code_of(x[j], __fdiv_rn(x[j], divide.scale), fp8, soft));
+  for (int j = 0; j < N; ++j) y[j] = x[j];
+#pragma unroll 1
+  for (int j = 0; j < N && i + j < n; ++j)
+    row[i + j] = static_cast<char>(code_of(y[j], __fdiv_rn(y[j], divide.scale), fp8, soft));
+}
+
+// The values of a pack. A NaN keeps its sign, which the conversion from fp16 drops.
+template <class T>
+__device__ __forceinline__ void as_floats(const Pack<T>& pack, float (&x)[Pack<T>::kSize]) {
+#pragma unroll
+  for (int j = 0; j < Pack<T>::kSize; ++j) x[j] = to_float(pack.v[j]);
+}
+template <>
+__device__ __forceinline__ void as_floats(const Pack<__half>& pack, float (&x)[8]) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(&pack);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x[j] = copysignf(to_float(pack.v[j]), bits[j] >> 15 ? -1.0f : 1.0f);
 }
 
 // First element of the head that a slot holds.

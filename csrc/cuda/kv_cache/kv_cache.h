@@ -48,6 +48,14 @@ int launch_swap_blocks(const CopyShape& shape, int64_t src_block, int64_t dst_bl
                        const int64_t* src_ids, const int64_t* dst_ids, int64_t pairs,
                        bool over_pcie, void* stream);
 
+// The same through a dense buffer on the device, of pairs * host_block bytes: for one pair of
+// tensors whose host side is dense. host_ids ascend; stretches of consecutive ones are copied at
+// once.
+constexpr int kMaxSwapPairs = 320;  // of one kernel launch
+int launch_staged_swap(const CopyShape& shape, int64_t device_block, int64_t host_block,
+                       char* device, char* host, bool into_host, const int64_t* device_ids,
+                       const int64_t* host_ids, int64_t pairs, char* staging, void* stream);
+
 // ---- host memory and other devices
 // May a kernel read and write these bytes of the host? (Pinned or registered memory.)
 bool is_pinned(const void* p, int64_t bytes);
