@@ -164,23 +164,35 @@ def swap(
         on_host = torch.randperm(total)[:blocks] if scattered else torch.arange(blocks) + 16 * i
         ids = [torch.randperm(total)[:blocks], on_host]
         mappings.append(torch.stack(ids if into_host else ids[::-1], 1))
-    samples = []
-    calls = 20 if pinned and blocks < 2048 else 4
-    for _ in range(8):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for i in range(calls):
-            fastinfer.swap_blocks(src, dst, mappings[i % 4])
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3 / calls)
-    us = statistics.median(samples[1:])
-    gbs = blocks * BLOCK * row_bytes(bench) / us / 1e3
-    row = {"op": "kvcopy", "case": case, "peer": OURS, "us": round(us, 2)}
-    bench.rows.append(row | {"us_min": round(min(samples[1:]), 2), "gbs": round(gbs, 1)})
-    print(
-        f"case={case:<51} {OURS:<21} {us:>10.1f} us (min {min(samples[1:]):.1f}) {gbs:>9.1f} GB/s"
-    )
+    peers = {OURS: lambda i: fastinfer.swap_blocks(src, dst, mappings[i])}
+    if not scattered:
+        row = slice(0, blocks)
+        ids = [m[:, 0 if into_host else 1].to(bench.device) for m in mappings]
+        peers["one cudaMemcpy"] = lambda i: dst[row].copy_(src[row], non_blocking=True)
+        if into_host:
+            peers["gather + 1 memcpy"] = lambda i: host[row].copy_(here[ids[i]], non_blocking=True)
+        else:
+            peers["1 memcpy + scatter"] = lambda i: here.index_copy_(
+                0, ids[i], host[row].to(bench.device, non_blocking=True)
+            )
+    for peer, call in peers.items():
+        samples = []
+        calls = 20 if pinned and blocks < 2048 else 4
+        for _ in range(8):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for i in range(calls):
+                call(i % 4)
+            end.record()
+            end.synchronize()
+            samples.append(start.elapsed_time(end) * 1e3 / calls)
+        us, least = statistics.median(samples[1:]), min(samples[1:])
+        gbs = blocks * BLOCK * row_bytes(bench) / us / 1e3
+        keys = {"op": "kvcopy", "case": case, "peer": peer}
+        bench.rows.append(
+            keys | {"us": round(us, 2), "us_min": round(least, 2), "gbs": round(gbs, 1)}
+        )
+        print(f"case={case:<66} {peer:<19} {us:>8.1f} us {gbs:>6.1f} GB/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ void add(std::vector<Group>& groups, const Tensor& s, const Tensor& d, bool by_k
   group->dst.push_back(static_cast<char*>(d.mutable_data_ptr()));
 }
 
-constexpr int64_t kLongStretch = 512 << 10, kStagingBytes = 64 << 20;
+constexpr int64_t kLongStretch = 512 << 10, kStagedBytes = 4 << 20, kStagingBytes = 64 << 20;
 
 // Mean bytes of a stretch: consecutive ids in `a` and, where given, in `b`.
 int64_t mean_stretch(int64_t block, const std::vector<int64_t>& a, const std::vector<int64_t>* b) {
@@ -235,7 +235,8 @@ void swap_blocks_with_device(const std::vector<Tensor>& src, const std::vector<T
         g.layout.block().outer().size() <= cuda::CopyShape::kMaxDims) {
       sorted = by_host_id(m, into_host);
       const int64_t block = into_host ? g.layout.dst_block() : g.layout.src_block();
-      staged = mean_stretch(block, into_host ? sorted.dst : sorted.src, nullptr) >= kLongStretch;
+      staged = block * static_cast<int64_t>(m.src.size()) >= kStagedBytes &&
+               mean_stretch(block, into_host ? sorted.dst : sorted.src, nullptr) >= kLongStretch;
       if (staged && g.layout.dense(into_host ? 1 : 2) &&
           mean_stretch(block, sorted.src, &sorted.dst) >= kLongStretch)
         by_kernel = staged = false;

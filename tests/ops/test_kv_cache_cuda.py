@@ -69,7 +69,7 @@ def test_agrees_with_cpu(arch: str, dtype: torch.dtype, cache_dtype: torch.dtype
         (1, 576, 64, 100, "dynamic"),
         (5, 36, 7, 800, "head"),
     ):
-        blocks = tokens // block * 2
+        blocks = tokens // block * 2 + 4
         k, v = (3 * randn(tokens, heads, dim, seed=i, dtype=dtype) for i in (1, 2))
         slots = torch.randperm(blocks * block)[:tokens].int()
         slots[::17] = -1

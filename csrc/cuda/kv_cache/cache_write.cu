@@ -10,6 +10,7 @@
 #include "../common/launch.cuh"
 #include "cache_write.cuh"
 #include "divide.cuh"
+#include "half_codes.cuh"
 #include "kv_cache.h"
 
 namespace fastinfer::cuda {
@@ -89,85 +90,105 @@ struct CodesParams {
   const void* tokens[2];
   int64_t token_stride[2], head_stride[2];  // elements
   bool packs[2];                            // of the tokens
+  bool by_sixteen;
   Indices slots;
   int64_t num_tokens, block_size;
   int32_t tokens_per_cta, lanes_log2;
   Divisor heads;
 };
 
-// Heads of more than 32 packs, one at a time.
+// Any alignment, head dim and type: a pack per lane and round; the tokens are read again for the
+// codes.
 template <class T>
-__device__ void write_long_heads(const CodesParams& p, int64_t first, uint32_t heads) {
+__device__ void write_any_heads(const CodesParams& p, int64_t first, uint32_t heads) {
   constexpr int kSize = Pack<T>::kSize;
-  const int side = blockIdx.y, lane = threadIdx.x % 32;
+  const int side = blockIdx.y, lanes = 1 << p.lanes_log2, lane = threadIdx.x & (lanes - 1);
   const CacheStore& store = p.store[side];
-  for (uint32_t item = threadIdx.x / 32; item < heads; item += kThreads / 32) {
-    uint32_t head;
-    const int64_t t = first + p.heads(item, head);
-    const int64_t slot = p.slots[t];
-    if (slot < 0) continue;  // the same for the whole warp
+  const uint32_t group = threadIdx.x >> p.lanes_log2, groups = kThreads >> p.lanes_log2;
+#pragma unroll 1
+  for (uint32_t base = 0; base < heads;
+       base += groups) {  // the same number of rounds for all lanes
+    const bool active = base + group < heads;
+    uint32_t head = 0;
+    const int64_t t = active ? first + p.heads(base + group, head) : 0;
+    const int64_t slot = active ? p.slots[t] : -1;
     const T* x = static_cast<const T*>(p.tokens[side]) + t * p.token_stride[side] +
                  head * p.head_stride[side];
     float value[kSize];
     uint32_t top = 0;
-    for (int64_t i = lane * kSize; store.scale.dynamic && i < store.dim; i += 32 * kSize) {
-      as_floats(load_pack(x, i, store.dim, p.packs[side]), value);
-      top = max(top, top_bits(value));
+    if (store.scale.dynamic) {
+      for (int64_t i = lane * kSize; active && i < store.dim; i += lanes * kSize) {
+        as_floats(load_pack(x, i, store.dim, p.packs[side]), value);
+        top = max(top, top_bits(value));
+      }
+      top = group_max(top, lanes);
     }
+    if (slot < 0) continue;
     const Slot at = split_slot(slot, p.block_size);
-    const float scale = head_scale(store, at, head, group_max(top, 32), lane == 0);
-    for (int64_t i = lane * kSize; i < store.dim; i += 32 * kSize) {
+    const float scale = head_scale(store, at, head, top, lane == 0);
+    for (int64_t i = lane * kSize; i < store.dim; i += lanes * kSize) {
       as_floats(load_pack(x, i, store.dim, p.packs[side]), value);
-      store_head_pack<T>(store, at, head, i, value, scale);
+      store_codes(cache_row(store, at, head), i, store.dim, store.packs, value, Quotient(scale),
+                  store.dtype == DType::f8e4m3, store.soft);
     }
   }
 }
 
+// 16-bit tokens, everything aligned, heads of at most 512 elements: 16 elements per lane.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 5)
-    write_codes_kernel(const __grid_constant__ CodesParams p) {
-  constexpr int kSize = Pack<T>::kSize;
-  grid_wait();
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * p.tokens_per_cta;
-  const int64_t left = p.num_tokens - first;
-  const uint32_t count = static_cast<uint32_t>(left < p.tokens_per_cta ? left : p.tokens_per_cta);
-  const uint32_t heads = count * p.heads.value;
-  const int side = blockIdx.y, lanes = 1 << p.lanes_log2;
+__device__ __forceinline__ void write_half_heads(const CodesParams& p, int64_t first,
+                                                 uint32_t heads) {
+  const int side = blockIdx.y, lanes = 1 << p.lanes_log2, lane = threadIdx.x & (lanes - 1);
   const CacheStore& store = p.store[side];
-  if (store.dim > 32 * kSize) return write_long_heads<T>(p, first, heads);
-  const int64_t i = (threadIdx.x & (lanes - 1)) * kSize;
+  const bool inside = lane * 16 < store.dim, fp8 = store.dtype == DType::f8e4m3;
   const uint32_t group = threadIdx.x >> p.lanes_log2, groups = kThreads >> p.lanes_log2;
-  const bool inside = i < store.dim;
-  for (uint32_t base = group; base - group < heads; base += kHeadUnroll * groups) {
-    Pack<T> pack[kHeadUnroll];
+  for (uint32_t base = 0; base < heads; base += kHeadUnroll * groups) {
+    HalfRow row[kHeadUnroll];
     int64_t slot[kHeadUnroll];
     uint32_t head[kHeadUnroll];
     float scale[kHeadUnroll];
 #pragma unroll
     for (int u = 0; u < kHeadUnroll; ++u) {
-      const uint32_t item = base + u * groups;
+      const uint32_t item = base + u * groups + group;
       slot[u] = -1, head[u] = 0, scale[u] = 1.0f;
-      pack[u] = Pack<T>{};
+      row[u] = HalfRow{};
       if (item < heads && inside) {
         const int64_t t = first + p.heads(item, head[u]);
         slot[u] = p.slots[t];
-        pack[u] = load_pack(static_cast<const T*>(p.tokens[side]) + t * p.token_stride[side] +
-                                head[u] * p.head_stride[side],
-                            i, store.dim, p.packs[side]);
+        const uint4* from = reinterpret_cast<const uint4*>(
+            static_cast<const T*>(p.tokens[side]) + t * p.token_stride[side] +
+            head[u] * p.head_stride[side] + lane * 16);
+        reinterpret_cast<uint4*>(&row[u])[0] = from[0];
+        reinterpret_cast<uint4*>(&row[u])[1] = from[1];
         if (!store.scale.dynamic) scale[u] = store.scale.data[head[u] * store.scale.head];
       }
     }
 #pragma unroll
     for (int u = 0; u < kHeadUnroll; ++u) {
-      float x[kSize];
-      as_floats(pack[u], x);
-      const uint32_t top = store.scale.dynamic ? group_max(top_bits(x), lanes) : 0;
+      uint32_t top = top_bits<T>(row[u]);
+      if (store.scale.dynamic) top = group_max(top, lanes);
       if (slot[u] < 0) continue;
       const Slot at = split_slot(slot[u], p.block_size);
-      if (store.scale.dynamic) scale[u] = head_scale(store, at, head[u], top, i == 0);
-      store_head_pack<T>(store, at, head[u], i, x, scale[u]);
+      if (store.scale.dynamic) scale[u] = head_scale(store, at, head[u], top, lane == 0);
+      char* to = store.cache + at.block * store.block_stride + at.position * store.position_stride +
+                 head[u] * store.head_stride + lane * 16;
+      store_half_codes<T>(to, row[u], Quotient(scale[u]), top, fp8);
     }
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4)
+    write_codes_kernel(const __grid_constant__ CodesParams p) {
+  grid_wait();
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * p.tokens_per_cta;
+  const int64_t left = p.num_tokens - first;
+  const uint32_t count = static_cast<uint32_t>(left < p.tokens_per_cta ? left : p.tokens_per_cta);
+  const uint32_t heads = count * p.heads.value;
+  if constexpr (sizeof(T) == 2) {
+    if (p.by_sixteen) return write_half_heads<T>(p, first, heads);
+  }
+  write_any_heads<T>(p, first, heads);
 }
 
 // ---- host
@@ -224,7 +245,16 @@ int write_codes(const cpu::CacheWriteParams& p, int64_t tokens, void* stream) {
     c.token_stride[i] = s.token_stride, c.head_stride[i] = s.token_head_stride;
     c.packs[i] = packs_fit(s.tokens, p.dim, sizeof(T), {s.token_stride, s.token_head_stride});
   }
-  const int lanes = lanes_of_head(ceil_div(p.dim, kSize));
+  // The fast path has the e4m3 conversion of the GPU it is compiled for only.
+  const bool fp8_ok =
+      p.cache_dtype != DType::f8e4m3 || !soft || device_facts().compute_capability < 89;
+  c.by_sixteen = sizeof(T) == 2 && p.dim % 16 == 0 && p.dim <= 512 && fp8_ok;
+  for (int i = 0; i < 2; ++i) {
+    const cpu::CacheSide& s = *sides[i];
+    c.by_sixteen = c.by_sixteen && c.packs[i] &&
+                   packs_fit(s.cache, p.dim, 1, {s.block_stride, s.position_stride, s.head_stride});
+  }
+  const int lanes = lanes_of_head(ceil_div(p.dim, c.by_sixteen ? 16 : kSize));
   while (1 << c.lanes_log2 < lanes) ++c.lanes_log2;
   c.slots = Indices(p.slots, p.slot_dtype, p.slot_stride);
   c.num_tokens = tokens, c.block_size = p.block_size;

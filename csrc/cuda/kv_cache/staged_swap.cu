@@ -6,7 +6,8 @@
 //   from the host   one large copy per stretch (caller's stream) -> scatter chunk (side stream)
 //
 // The side stream lets the gather of one chunk run under the copy of another; all of it is ordered
-// into the caller's stream by events, at the start and at the end.
+// into the caller's stream by events, at the start and at the end. A single chunk needs no second
+// stream.
 #include <cuda_runtime.h>
 
 #include "kv_cache.h"
@@ -25,23 +26,22 @@ cudaStream_t side_stream() {
   return s;
 }
 
-int64_t chunk_of(int64_t pairs, int64_t block) {
-  constexpr int64_t kLeast = 2 << 20, kMost = 16 << 20;
-  int64_t bytes = pairs * block / 4;
-  bytes = bytes < kLeast ? kLeast : bytes > kMost ? kMost : bytes;
-  return bytes > block ? bytes / block : 1;
-}
+// Up to this many bytes the events between two streams cost more than they hide.
+constexpr int64_t kChunkBytes = 16 << 20;
 
 }  // namespace
 
 int launch_staged_swap(const CopyShape& shape, int64_t device_block, int64_t host_block,
                        char* device, char* host, bool into_host, const int64_t* device_ids,
                        const int64_t* host_ids, int64_t pairs, char* staging, void* stream) {
-  const auto main = static_cast<cudaStream_t>(stream), side = side_stream();
+  const int64_t chunk = kChunkBytes > host_block ? kChunkBytes / host_block : 1;
+  const auto main = static_cast<cudaStream_t>(stream), side = pairs <= chunk ? main : side_stream();
   int current = 0;
   cudaGetDevice(&current);
-  int error = order_streams(main, current, side);
-  const int64_t chunk = chunk_of(pairs, host_block);
+  auto order = [&](cudaStream_t earlier, cudaStream_t later) {
+    return earlier == later ? 0 : order_streams(earlier, current, later);
+  };
+  int error = order(main, side);
   int64_t places[kMaxSwapPairs];
   for (int64_t first = 0; first < pairs && !error; first += chunk) {
     const int64_t count = pairs - first < chunk ? pairs - first : chunk;
@@ -60,7 +60,7 @@ int launch_staged_swap(const CopyShape& shape, int64_t device_block, int64_t hos
     };
     if (into_host) {
       pack();
-      if (!error) error = order_streams(side, current, main);
+      if (!error) error = order(side, main);
     }
     for (int64_t i = 0, n; i < count && !error; i += n) {
       n = 1;
@@ -71,12 +71,12 @@ int launch_staged_swap(const CopyShape& shape, int64_t device_block, int64_t hos
                          main);
     }
     if (!into_host && !error) {
-      error = order_streams(main, current, side);
+      error = order(main, side);
       if (!error) pack();
     }
   }
   // Also after an error: the buffer goes back when the caller's stream gets here.
-  const int joined = order_streams(side, current, main);
+  const int joined = order(side, main);
   return error ? error : joined;
 }
 
