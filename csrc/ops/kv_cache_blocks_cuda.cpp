@@ -5,7 +5,7 @@
 // model all do. swap_blocks with pinned host memory: blocks scattered over the host are read or
 // written by a kernel (about 50 GB/s on a PCIe 5 link); long stretches of host blocks go through a
 // buffer on the device and large copies (54 GB/s), directly where both sides hold them in a row.
-// Pageable memory and other devices: cudaMemcpyAsync, one per stretch.
+// Pageable memory: the same, or one copy per block. Other devices: cudaMemcpyAsync per stretch.
 #include <algorithm>
 
 #include "cuda_shim.h"
@@ -110,7 +110,10 @@ void add(std::vector<Group>& groups, const Tensor& s, const Tensor& d, bool by_k
   group->dst.push_back(static_cast<char*>(d.mutable_data_ptr()));
 }
 
-constexpr int64_t kLongStretch = 512 << 10, kStagedBytes = 4 << 20, kStagingBytes = 64 << 20;
+// Large copies pay off from these sizes on; a kernel writes to the host better than it reads from
+// it.
+constexpr int64_t kLongStretch = 512 << 10, kLeastToHost = 16 << 20, kLeastFromHost = 4 << 20,
+                  kStagingBytes = 64 << 20;
 
 // Mean bytes of a stretch: consecutive ids in `a` and, where given, in `b`.
 int64_t mean_stretch(int64_t block, const std::vector<int64_t>& a, const std::vector<int64_t>* b) {
@@ -231,13 +234,14 @@ void swap_blocks_with_device(const std::vector<Tensor>& src, const std::vector<T
     const bool over_pcie = g.src_device < 0 || g.dst_device < 0, into_host = g.dst_device < 0;
     bool by_kernel = g.by_kernel, staged = false;
     BlockMapping sorted;
-    if (by_kernel && over_pcie && g.layout.dense(into_host ? 2 : 1) &&
+    if (over_pcie && g.layout.dense(into_host ? 2 : 1) &&
         g.layout.block().outer().size() <= cuda::CopyShape::kMaxDims) {
       sorted = by_host_id(m, into_host);
       const int64_t block = into_host ? g.layout.dst_block() : g.layout.src_block();
-      staged = block * static_cast<int64_t>(m.src.size()) >= kStagedBytes &&
+      const int64_t least = !by_kernel ? 0 : into_host ? kLeastToHost : kLeastFromHost;
+      staged = block * static_cast<int64_t>(m.src.size()) >= least &&
                mean_stretch(block, into_host ? sorted.dst : sorted.src, nullptr) >= kLongStretch;
-      if (staged && g.layout.dense(into_host ? 1 : 2) &&
+      if (g.layout.dense(into_host ? 1 : 2) &&
           mean_stretch(block, sorted.src, &sorted.dst) >= kLongStretch)
         by_kernel = staged = false;
     }

@@ -170,28 +170,29 @@ def test_many_caches_pairs_and_dimensions() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("strided", [False, True])
-def test_swap_blocks_in_long_stretches(strided: bool) -> None:
+@pytest.mark.filterwarnings("ignore:swap_blocks")
+@pytest.mark.parametrize("strided, pinned", [(False, True), (True, True), (False, False)])
+def test_swap_blocks_in_long_stretches(strided: bool, pinned: bool) -> None:
     """Host blocks in a row: through a buffer, or directly where the device's are in a row too."""
-    here = randn(900, 16, 8, 64, seed=1, device="cuda")
+    n = 2200  # blocks of 32 KiB: more than the buffer holds at a time
+    here = randn(n, 16, 8, 64, seed=1, device="cuda")
     if strided:
         here = here.transpose(1, 2).contiguous().transpose(1, 2)
-    host = randn(3000, 16, 8, 64, seed=2).pin_memory()
-    shuffled = torch.randperm(900, generator=torch.Generator().manual_seed(3))
-    in_a_row = torch.arange(100, 1000)
+    host = torch.zeros(5000, 16, 8, 64, pin_memory=pinned)
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(3))
+    in_a_row = torch.arange(100, 100 + n)
     in_a_row[500:] += 1500  # two stretches
-    for ids in (shuffled, torch.arange(900)):
-        order = torch.randperm(900, generator=torch.Generator().manual_seed(4))
+    for ids in (shuffled, torch.arange(n)):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(4))
         pairs = torch.stack([ids, in_a_row], 1)[order]
-        want = host.clone()
-        want[in_a_row] = here.cpu()[ids]
-        host_out = host.clone().pin_memory()
-        swap_blocks(here, host_out, pairs)
+        swap_blocks(here, host, pairs)
         back = torch.zeros_like(here)
-        swap_blocks(host_out, back, pairs.flip(1))
+        swap_blocks(host, back, pairs.flip(1))
         torch.cuda.synchronize()
-        assert torch.equal(host_out, want)
+        assert torch.equal(host[in_a_row], here.cpu()[ids])
+        assert not host[:100].any() and not host[600:2100].any()
         assert torch.equal(back, here)
+        host.zero_()
 
 
 @pytest.mark.gpu

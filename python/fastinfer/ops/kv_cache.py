@@ -255,8 +255,8 @@ def _warn_of_pageable(src: list[Tensor], dst: list[Tensor]) -> None:
         if host.device.type == "cpu" and other.device.type == "cuda" and not host.is_pinned():
             _warned_of_pageable = True
             warnings.warn(
-                "swap_blocks: a host tensor is in pageable memory, so its blocks are copied one by "
-                "one, and waited for; allocate it with pin_memory=True",
+                "swap_blocks: a host tensor is in pageable memory: its copies are slow and waited "
+                "for; allocate it with pin_memory=True",
                 stacklevel=3,
             )
             return
