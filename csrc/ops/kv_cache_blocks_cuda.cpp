@@ -110,10 +110,8 @@ void add(std::vector<Group>& groups, const Tensor& s, const Tensor& d, bool by_k
   group->dst.push_back(static_cast<char*>(d.mutable_data_ptr()));
 }
 
-// Large copies pay off from these sizes on; a kernel writes to the host better than it reads from
-// it.
-constexpr int64_t kLongStretch = 512 << 10, kLeastToHost = 16 << 20, kLeastFromHost = 4 << 20,
-                  kStagingBytes = 64 << 20;
+// Large copies pay off from these sizes on (pinned memory; pageable memory has no other way).
+constexpr int64_t kLongStretch = 512 << 10, kLeastStaged = 16 << 20, kStagingBytes = 64 << 20;
 
 // Mean bytes of a stretch: consecutive ids in `a` and, where given, in `b`.
 int64_t mean_stretch(int64_t block, const std::vector<int64_t>& a, const std::vector<int64_t>* b) {
@@ -238,7 +236,7 @@ void swap_blocks_with_device(const std::vector<Tensor>& src, const std::vector<T
         g.layout.block().outer().size() <= cuda::CopyShape::kMaxDims) {
       sorted = by_host_id(m, into_host);
       const int64_t block = into_host ? g.layout.dst_block() : g.layout.src_block();
-      const int64_t least = !by_kernel ? 0 : into_host ? kLeastToHost : kLeastFromHost;
+      const int64_t least = by_kernel ? kLeastStaged : 0;
       staged = block * static_cast<int64_t>(m.src.size()) >= least &&
                mean_stretch(block, into_host ? sorted.dst : sorted.src, nullptr) >= kLongStretch;
       if (g.layout.dense(into_host ? 1 : 2) &&

@@ -14,7 +14,7 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kThreads = 256, kUnroll = 2, kMaxTokens = 64;
+constexpr int kThreads = 256, kUnroll = 4, kMaxTokens = 64;
 
 struct GatherSide {
   char *tokens, *cache;

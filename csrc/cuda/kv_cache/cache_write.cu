@@ -16,7 +16,7 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kThreads = 256, kUnroll = 2, kHeadUnroll = 1;
+constexpr int kThreads = 128, kUnroll = 4, kHeadUnroll = 1;
 
 // ---- float caches: bytes
 struct BytesSide {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void write_units(const BytesParams& p, int64_t first,
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, 10)
     write_bytes_kernel(const __grid_constant__ BytesParams p) {
   grid_wait();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.tokens_per_cta;
@@ -178,7 +178,7 @@ __device__ __forceinline__ void write_half_heads(const CodesParams& p, int64_t f
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 6)
+__global__ void __launch_bounds__(kThreads, 12)
     write_codes_kernel(const __grid_constant__ CodesParams p) {
   grid_wait();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.tokens_per_cta;
