@@ -4,6 +4,8 @@
 // in pairs, and the signs of four codes are put in at once.
 #pragma once
 
+#include <type_traits>
+
 #include "cache_write.cuh"
 
 namespace fastinfer::cuda {
