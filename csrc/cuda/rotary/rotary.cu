@@ -1,0 +1,234 @@
+// Rotary embedding of q and k (csrc/cpu/rotary.cpp), and with a cache the write of the rotated k and of
+// v into their slots, in one launch:
+//
+//   a' = a c - b s      half-split:  a = x[i],  b = x[i + half]
+//   b' = b c + a s      interleaved: a = x[2i], b = x[2i + 1]
+//
+// q, k [B, S, H, D] with any strides (packed tokens: B = 1), cos, sin [max_pos, half] of fp32 or q's
+// type, fp32 arithmetic, one rounding; the rounded k is what is cached (kv_cache/cache_write.cuh).
+//
+// A head belongs to `lanes` neighbouring lanes (a power of two of at most a warp). A slot of a lane is
+// two packs of 16 bytes: the kSize pairs [slot * kSize, ..) as a pack of a's and one of b's, or two
+// neighbouring packs of interleaved pairs; behind them two neighbouring packs of columns that are not
+// rotated. Both packs then use the same kSize values of cos and sin. Heads are numbered q, k, v within
+// a token. Heads that need more than one round of slots are read again for the cache.
+#include "rotary.h"
+
+#include "../common/row_group.cuh"
+#include "../kv_cache/cache_write.cuh"
+
+namespace fastinfer::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct RotaryLaunch {
+  cpu::RotaryParams p;
+  cpu::RotaryTensor tensor[3];  // q, k, v
+  CacheStore cache[2];          // of k and v
+  const void* slots;
+  int64_t slot_stride, block_size;
+  DType slot_dtype;
+  int64_t groups;  // tokens * heads of a token
+  int heads, lanes, slots_rotated, slots_all;
+  bool packs, table_packs, cached;
+};
+
+// What a lane does in one slot.
+struct Place {
+  int first, second;          // elements
+  int first_end, second_end;  // where the elements of each pack end
+  bool rotated;
+};
+
+template <int kSize>
+__device__ __forceinline__ Place place_of(const RotaryLaunch& a, int slot, bool rotates) {
+  const int dim = static_cast<int>(a.p.dim), half = static_cast<int>(a.p.half);
+  if (rotates && slot < a.slots_rotated) {
+    if (a.p.interleaved) return {2 * slot * kSize, (2 * slot + 1) * kSize, 2 * half, 2 * half, true};
+    return {slot * kSize, half + slot * kSize, half, 2 * half, true};
+  }
+  const int at = rotates ? 2 * half + 2 * (slot - a.slots_rotated) * kSize : 2 * slot * kSize;
+  return {at, at + kSize, dim, dim, false};
+}
+
+template <class E>
+__device__ __forceinline__ void rotate(Pack<E>& first, Pack<E>& second, const float (&c)[Pack<E>::kSize],
+                                       const float (&s)[Pack<E>::kSize], bool interleaved) {
+  constexpr int kSize = Pack<E>::kSize;
+  float x[kSize], y[kSize], u[kSize], v[kSize];
+  unpack(x, first);
+  unpack(y, second);
+  if (interleaved) {
+#pragma unroll
+    for (int j = 0; j < kSize / 2; ++j) {
+      u[2 * j] = x[2 * j] * c[j] - x[2 * j + 1] * s[j];
+      u[2 * j + 1] = x[2 * j + 1] * c[j] + x[2 * j] * s[j];
+      const int k = j + kSize / 2;
+      v[2 * j] = y[2 * j] * c[k] - y[2 * j + 1] * s[k];
+      v[2 * j + 1] = y[2 * j + 1] * c[k] + y[2 * j] * s[k];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      u[j] = x[j] * c[j] - y[j] * s[j];
+      v[j] = y[j] * c[j] + x[j] * s[j];
+    }
+  }
+  first = pack_of<E>(u);
+  second = pack_of<E>(v);
+}
+
+template <class E>
+__device__ __forceinline__ Pack<E> load_part(const E* row, int i, int end, bool packs) {
+  return i < end ? load_row_pack(row, i, end, packs) : Pack<E>{};
+}
+
+template <class E>
+__device__ __forceinline__ void cache_part(CacheStore store, Slot slot, int64_t head, int i, int end,
+                                           const Pack<E>& pack, float scale) {
+  if (i >= end) return;
+  float x[Pack<E>::kSize];
+  unpack(x, pack);
+  store.dim = end;
+  store_head_pack<E>(store, slot, head, i, x, scale);
+}
+
+template <class E>
+__global__ void __launch_bounds__(kThreads, 4) rotary_kernel(const __grid_constant__ RotaryLaunch a) {
+  constexpr int kSize = Pack<E>::kSize;
+  const cpu::RotaryParams& p = a.p;
+  const int64_t groups_per_block = blockDim.x / a.lanes;
+  const int64_t index = blockIdx.x * groups_per_block + threadIdx.x / a.lanes;
+  const int lane = threadIdx.x % a.lanes;
+  const bool active = index < a.groups;
+  const int64_t t = active ? divide(index, a.heads) : 0;
+  int head = static_cast<int>(active ? index - t * a.heads : 0), which = 0;
+  for (; which < 2 && head >= a.tensor[which].heads; ++which)
+    head -= static_cast<int>(a.tensor[which].heads);
+  const cpu::RotaryTensor& tensor = a.tensor[which];
+  const bool is_q = which == 0, is_v = which == 2;
+  int64_t b = 0, s = t;
+  if (t >= p.seq) b = divide(t, p.seq), s = t - b * p.seq;
+  const E* in = static_cast<const E*>(tensor.in) + b * tensor.in_batch + s * tensor.in_token +
+                head * tensor.in_head;
+  E* out = static_cast<E*>(tensor.out) + b * tensor.out_batch + s * tensor.out_token +
+           head * tensor.out_head;
+  grid_wait();
+
+  int64_t position = s;
+  if (p.positions && active && !is_v)
+    position = index_at(p.positions, p.position_dtype, b * p.position_batch + s * p.position_token);
+  int64_t slot = -1;
+  const bool caches = a.cached && !is_q;
+  if (caches && active) slot = index_at(a.slots, a.slot_dtype, t * a.slot_stride);
+  if (!a.cached) grid_launch_dependents();
+
+  const int64_t table_size = dtype_size(p.table_dtype);
+  const auto table = [&](const void* base, int64_t stride) {
+    return static_cast<const char*>(base) + position * stride * table_size;
+  };
+  Pack<E> first = {}, second = {};
+  uint32_t top = 0;
+  for (int n = lane; n < a.slots_all; n += a.lanes) {
+    if (!active) break;
+    const Place at = place_of<kSize>(a, n, !is_v);
+    if (at.first >= at.first_end || (!at.rotated && !caches && in == out)) continue;
+    first = load_part(in, at.first, at.first_end, a.packs);
+    second = load_part(in, at.second, at.second_end, a.packs);
+    if (at.rotated) {
+      float c[kSize], sine[kSize];
+      const int half = static_cast<int>(p.half), i = n * kSize;
+      load_floats(c, table(p.cos, p.cos_stride), p.table_dtype, i, half, a.table_packs);
+      load_floats(sine, table(p.sin, p.sin_stride), p.table_dtype, i, half, a.table_packs);
+      rotate(first, second, c, sine, p.interleaved);
+    }
+    if (at.rotated || in != out) {
+      store_row_pack(out, at.first, at.first_end, a.packs, first);
+      if (at.second < at.second_end)
+        store_row_pack(out, at.second, at.second_end, a.packs, second);
+    }
+    if (caches) {
+      float x[kSize];
+      unpack(x, first);
+      top = max(top, top_bits(x));
+      unpack(x, second);
+      top = max(top, top_bits(x));
+    }
+  }
+  if (!a.cached) return;
+
+  const CacheStore& store = a.cache[is_v];
+  if (a.cache[0].scale.dynamic || a.cache[1].scale.dynamic) top = group_max(top, a.lanes);
+  if (slot < 0) return;
+  const Slot where = split_slot(slot, a.block_size);
+  const float scale = head_scale(store, where, head, top, lane == 0);
+  const bool again = a.slots_all > a.lanes;
+  for (int n = lane; n < a.slots_all; n += a.lanes) {
+    const Place at = place_of<kSize>(a, n, !is_v);
+    if (again) {  // written by this thread
+      first = load_part(out, at.first, at.first_end, a.packs);
+      second = load_part(out, at.second, at.second_end, a.packs);
+    }
+    cache_part(store, where, head, at.first, at.first_end, first, scale);
+    cache_part(store, where, head, at.second, at.second_end, second, scale);
+  }
+}
+
+// Host side: can the rows of a tensor be moved in packs?
+template <class E>
+bool tensor_packs(const cpu::RotaryTensor& t, int64_t dim, int64_t tokens, int64_t seq) {
+  const int64_t batch = tokens > seq ? 1 : 0, token = seq > 1 ? 1 : 0, head = t.heads > 1 ? 1 : 0;
+  return packs_fit(t.in, dim, sizeof(E),
+                   {batch * t.in_batch, token * t.in_token, head * t.in_head}) &&
+         packs_fit(t.out, dim, sizeof(E),
+                   {batch * t.out_batch, token * t.out_token, head * t.out_head});
+}
+
+}  // namespace
+
+int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t tokens,
+           void* stream) {
+  return with_float(p.dtype, [&](auto element) {
+    using E = decltype(element);
+    constexpr int kSize = Pack<E>::kSize;
+    RotaryLaunch a{};
+    a.p = p;
+    a.tensor[0] = p.q, a.tensor[1] = p.k;
+    const int64_t half = p.half;
+    a.packs = half % kSize == 0 && tensor_packs<E>(p.q, p.dim, tokens, p.seq) &&
+              (!p.k.in || tensor_packs<E>(p.k, p.dim, tokens, p.seq));
+    a.cached = write != nullptr;
+    int64_t heads = p.q.heads + p.k.heads;
+    if (write) {
+      const cpu::CacheSide& v = write->value;
+      a.tensor[2] = {v.tokens, v.tokens, 0, v.token_stride, v.token_head_stride, 0, v.token_stride,
+                     v.token_head_stride, write->heads};
+      heads += write->heads;
+      a.packs = a.packs && tensor_packs<E>(a.tensor[2], p.dim, tokens, p.seq);
+      a.cache[0] = cache_store(write->key, *write, kSize, force_portable());
+      a.cache[1] = cache_store(write->value, *write, kSize, force_portable());
+      if (half % kSize != 0) a.cache[0].packs = false;  // its packs start at any element
+      a.slots = write->slots, a.slot_stride = write->slot_stride, a.slot_dtype = write->slot_dtype;
+      a.block_size = write->block_size;
+    }
+    const int64_t table_size = dtype_size(p.table_dtype);
+    a.table_packs = half % kSize == 0 &&
+                    packs_fit(p.cos, half, table_size, {p.cos_stride}) &&
+                    packs_fit(p.sin, half, table_size, {p.sin_stride});
+    const int64_t rotated = ceil_div(half, kSize);
+    const int64_t tail = ceil_div(p.dim - 2 * half, 2 * kSize);
+    const int64_t plain = write ? ceil_div(p.dim, 2 * kSize) : 0;
+    a.slots_rotated = static_cast<int>(rotated);
+    a.slots_all = static_cast<int>(rotated + tail > plain ? rotated + tail : plain);
+    a.lanes = lanes_of_head(a.slots_all);
+    a.heads = static_cast<int>(heads);
+    a.groups = tokens * heads;
+    // Little work: small blocks, so that it reaches many multiprocessors.
+    const int threads = a.groups * a.lanes < int64_t{device_facts().sms} * kThreads ? 64 : kThreads;
+    const auto blocks = static_cast<unsigned>(ceil_div(a.groups, threads / a.lanes));
+    return launch(rotary_kernel<E>, blocks, threads, 0, stream, a);
+  });
+}
+
+}  // namespace fastinfer::cuda
