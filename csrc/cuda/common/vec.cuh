@@ -1,6 +1,7 @@
-// 16-byte accesses. A row whose address and length allow it is moved in packs of 16 bytes; any other
-// row goes through the same code element by element, so that a kernel has one loop for both. Whether
-// packs are possible is decided once per launch (packs_fit) and passed in as a uniform flag.
+// 16-byte accesses. A row whose address and length allow it is moved in packs of 16 bytes; any
+// other row goes through the same code element by element, so that a kernel has one loop for both.
+// Whether packs are possible is decided once per launch (packs_fit) and passed in as a uniform
+// flag.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,8 @@ __device__ __forceinline__ Pack<T> load_pack(const T* row, int64_t i, int64_t n,
 }
 
 template <class T>
-__device__ __forceinline__ void store_pack(T* row, int64_t i, int64_t n, bool packs, const Pack<T>& pack) {
+__device__ __forceinline__ void store_pack(T* row, int64_t i, int64_t n, bool packs,
+                                           const Pack<T>& pack) {
   if (packs) {
     *reinterpret_cast<uint4*>(row + i) = *reinterpret_cast<const uint4*>(&pack);
   } else {

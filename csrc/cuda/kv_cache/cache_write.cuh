@@ -63,6 +63,10 @@ struct Slot {
 
 // slot >= 0. A 64-bit division is a subroutine of a hundred instructions: only where it is needed.
 __device__ __forceinline__ Slot split_slot(int64_t slot, int64_t block_size) {
+  if ((block_size & (block_size - 1)) == 0) {
+    const int shift = __ffsll(block_size) - 1;
+    return {slot >> shift, slot & (block_size - 1)};
+  }
   if (((slot | block_size) >> 32) == 0) {
     const uint32_t n = static_cast<uint32_t>(slot), d = static_cast<uint32_t>(block_size);
     return {n / d, n % d};
