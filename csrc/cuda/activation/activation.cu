@@ -1,9 +1,9 @@
-// out = act(gate) * up, fp32 arithmetic, one rounding. x [rows, 2I] = [gate, up], out [rows, I], any
-// row strides (cpu/rows.h).
+// out = act(gate) * up, fp32 arithmetic, one rounding. x [rows, 2I] = [gate, up], out [rows, I],
+// any row strides (cpu/rows.h).
 //
-// Elementwise: a block is a tile of packs of 16 bytes, threadIdx.x across a row and threadIdx.y over
-// rows, blockIdx.x over rows and blockIdx.y along them. Every thread has two packs of gate and two of
-// up under way. How wide a tile is depends on the amount of work, which no element notices.
+// Elementwise: a block is a tile of packs of 16 bytes, threadIdx.x across a row and threadIdx.y
+// over rows, blockIdx.x over rows and blockIdx.y along them. Every thread has two packs of gate and
+// two of up under way. How wide a tile is depends on the amount of work, which no element notices.
 #include "activation.h"
 
 #include "../common/row_group.cuh"

@@ -1,5 +1,5 @@
-// Launchers of the gated activations; parameters and meaning as in csrc/cpu/activation.h. `rows` and
-// inner > 0. Returns a cudaError_t.
+// Launchers of the gated activations; parameters and meaning as in csrc/cpu/activation.h. `rows`
+// and inner > 0. Returns a cudaError_t.
 #pragma once
 
 #include "../../cpu/activation.h"

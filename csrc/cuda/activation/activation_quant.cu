@@ -1,10 +1,10 @@
-// silu(gate) * up as int8 codes per row (common/quantize_row.cuh); x [rows, 2I] = [gate, up] with any
-// row strides, q [rows, I] contiguous.
+// silu(gate) * up as int8 codes per row (common/quantize_row.cuh); x [rows, 2I] = [gate, up] with
+// any row strides, q [rows, I] contiguous.
 //
-// One block per row: the first pass computes the products in fp32, keeps them in shared memory (each
-// thread reads back only what it wrote, so no barrier guards them) and finds their range; the second
-// turns them into codes. A row wider than shared memory is computed twice. Minima and maxima do not
-// depend on their order, so the number of threads may follow the number of rows.
+// One block per row: the first pass computes the products in fp32, keeps them in shared memory
+// (each thread reads back only what it wrote, so no barrier guards them) and finds their range; the
+// second turns them into codes. A row wider than shared memory is computed twice. Minima and maxima
+// do not depend on their order, so the number of threads may follow the number of rows.
 #include "../common/quantize_row.cuh"
 #include "activation.h"
 #include "gate.cuh"
@@ -26,8 +26,7 @@ __device__ __forceinline__ void product(float (&y)[Pack<E>::kSize], const Pack<E
   unpack(y, gate);
   unpack(u, up);
 #pragma unroll
-  for (int j = 0; j < Pack<E>::kSize; ++j)
-    y[j] = activate<cpu::Activation::silu>(y[j]) * u[j];
+  for (int j = 0; j < Pack<E>::kSize; ++j) y[j] = activate<cpu::Activation::silu>(y[j]) * u[j];
 }
 
 template <class E>

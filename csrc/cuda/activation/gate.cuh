@@ -4,8 +4,8 @@
 //   gelu_erf(g)  = g * Phi(g)
 //   gelu_tanh(g) = silu-like: g / (1 + e^-2u), u = sqrt(2 / pi) (g + 0.044715 g^3)
 //
-// None subtracts nearly equal numbers, so that the relative error stays at a few 1e-6 for negative g
-// too. expf keeps its argument's rounding out of the result; reciprocals are approximate (1 ulp).
+// None subtracts nearly equal numbers, so that the relative error stays at a few 1e-6 for negative
+// g too. expf keeps its argument's rounding out of the result; reciprocals are approximate (1 ulp).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -15,7 +15,7 @@
 namespace fastinfer::cuda {
 
 struct RowRange {
-  int32_t top = 0;                 // bits of the largest positive value
+  int32_t top = 0;                // bits of the largest positive value
   uint32_t bottom = 0x80000000u;  // bits of the smallest negative value
 
   __device__ __forceinline__ void add(float y) {
@@ -38,9 +38,8 @@ __device__ __forceinline__ RowRange reduce_range(RowGroup& group, RowRange range
     const uint32_t high = max(static_cast<uint32_t>(a >> 32), static_cast<uint32_t>(b >> 32));
     return static_cast<uint64_t>(high) << 32 | low;
   };
-  const uint64_t word =
-      group.reduce(static_cast<uint64_t>(range.bottom) << 32 | static_cast<uint32_t>(range.top),
-                   scratch, pick);
+  const uint64_t word = group.reduce(
+      static_cast<uint64_t>(range.bottom) << 32 | static_cast<uint32_t>(range.top), scratch, pick);
   RowRange all;
   all.top = static_cast<int32_t>(static_cast<uint32_t>(word));
   all.bottom = static_cast<uint32_t>(word >> 32) | 0x80000000u;
@@ -119,7 +118,8 @@ struct RowCodes {
         *reinterpret_cast<uint32_t*>(q + i) = word[0];
       }
     } else {
-      uint64_t codes = kSize == 8 ? static_cast<uint64_t>(word[kSize / 4 - 1]) << 32 | word[0] : word[0];
+      uint64_t codes =
+          kSize == 8 ? static_cast<uint64_t>(word[kSize / 4 - 1]) << 32 | word[0] : word[0];
       const int count = min(n - i, kSize);
 #pragma unroll 1
       for (int j = 0; j < count; ++j, codes >>= 8) q[i + j] = static_cast<int8_t>(codes);

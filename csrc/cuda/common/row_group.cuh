@@ -52,8 +52,8 @@ struct RowGroup {
   }
 };
 
-// n / d for n >= 0, d > 0. A 64-bit division is a subroutine of a hundred instructions: only where it is
-// needed.
+// n / d for n >= 0, d > 0. A 64-bit division is a subroutine of a hundred instructions: only where
+// it is needed.
 __device__ __forceinline__ int64_t divide(int64_t n, int64_t d) {
   if (((n | d) >> 32) == 0) return static_cast<uint32_t>(n) / static_cast<uint32_t>(d);
   return n / d;
@@ -83,8 +83,8 @@ inline bool row_packs(const cpu::RowShape& shape, const cpu::Rows& t, int64_t n,
   return fit;
 }
 
-// load_pack and store_pack with a small element path: a rolled loop that shifts elements in and out of
-// the pack, where the unrolled one costs a kernel with several packs half its registers.
+// load_pack and store_pack with a small element path: a rolled loop that shifts elements in and out
+// of the pack, where the unrolled one costs a kernel with several packs half its registers.
 template <class E>
 __device__ __forceinline__ Pack<E> load_row_pack(const E* row, int i, int n, bool packs) {
   if (packs) return load_pack(row, i, n, true);
@@ -139,8 +139,8 @@ __device__ __forceinline__ void load_as(float (&v)[kSize], const T* p, int i, in
 }
 
 template <int kSize>
-__device__ __forceinline__ void load_floats(float (&v)[kSize], const void* p, DType type, int i, int n,
- bool packs) {
+__device__ __forceinline__ void load_floats(float (&v)[kSize], const void* p, DType type, int i,
+                                            int n, bool packs) {
   if (type == DType::f32) {
     load_as(v, static_cast<const float*>(p), i, n, packs);
   } else if (type == DType::f16) {

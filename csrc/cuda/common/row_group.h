@@ -1,8 +1,8 @@
 // How rows are laid over threads: host side, pure.
 //
-// A row is cut into packs of 16 bytes. `threads` neighbouring threads share a row: a power of two up
-// to a warp, else whole warps; thread t holds packs t, t + threads, ... The choice depends on the
-// length of a row alone, never on the number of rows, so that a row is summed in the same order
+// A row is cut into packs of 16 bytes. `threads` neighbouring threads share a row: a power of two
+// up to a warp, else whole warps; thread t holds packs t, t + threads, ... The choice depends on
+// the length of a row alone, never on the number of rows, so that a row is summed in the same order
 // whatever it is batched with.
 #pragma once
 
@@ -34,9 +34,9 @@ static_assert(row_layout(16, 2).threads == 8 && row_layout(16, 2).rows_per_block
 static_assert(row_layout(96, 2).threads == 64 && row_layout(96, 2).rows_per_block == 2, "768");
 static_assert(row_layout(0, 2).threads == 1 && row_layout(1 << 20, 2).threads == 1024, "limits");
 
-// Elementwise work on rows: tiles `width` threads across and `rows` down, `packs_per_thread` packs per
-// thread. No element's value depends on the tile: small work is cut finely so that it reaches many
-// multiprocessors, large work into full blocks.
+// Elementwise work on rows: tiles `width` threads across and `rows` down, `packs_per_thread` packs
+// per thread. No element's value depends on the tile: small work is cut finely so that it reaches
+// many multiprocessors, large work into full blocks.
 struct TileLayout {
   int width, rows;
 };

@@ -1,9 +1,9 @@
-// quantize_per_token: x [M, K] to int8 q [M, K] with one scale (and zero point) per row; the rule and
-// the bits of csrc/cpu/quantize_row.h (common/quantize_row.cuh). A static scale needs no range.
+// quantize_per_token: x [M, K] to int8 q [M, K] with one scale (and zero point) per row; the rule
+// and the bits of csrc/cpu/quantize_row.h (common/quantize_row.cuh). A static scale needs no range.
 //
-// A row belongs to a group of threads (common/row_group.h). Aligned rows of at most 1024 * kPacks packs
-// of 16 bytes (32768 elements of a 16-bit type) stay in registers between range and codes; any other
-// row is walked pack by pack and read twice.
+// A row belongs to a group of threads (common/row_group.h). Aligned rows of at most 1024 * kPacks
+// packs of 16 bytes (32768 elements of a 16-bit type) stay in registers between range and codes;
+// any other row is walked pack by pack and read twice.
 #include "quantize_rows.h"
 
 #include "../common/quantize_row.cuh"
@@ -97,12 +97,12 @@ int quantize_rows(const cpu::QuantizeRowsParams& p, int64_t rows, void* stream) 
     QuantizeLaunch a{p, rows, layout.threads, layout.rows_per_block, false, false, false};
     const int64_t x_stride = rows > 1 ? p.x_stride : 0, q_stride = rows > 1 ? p.q_stride : 0;
     a.packs = packs_fit(p.x, p.k, sizeof(E), {x_stride});
-    a.code_packs = reinterpret_cast<uintptr_t>(p.q) % kSize == 0 && p.k % kSize == 0 &&
-                   q_stride % kSize == 0;
+    a.code_packs =
+        reinterpret_cast<uintptr_t>(p.q) % kSize == 0 && p.k % kSize == 0 && q_stride % kSize == 0;
     a.in_registers = a.packs && a.code_packs && packs <= int64_t{layout.threads} * kPacks;
     const auto blocks = static_cast<unsigned>(ceil_div(rows, layout.rows_per_block));
-    return launch(quantize_rows_kernel<E>, blocks, layout.threads * layout.rows_per_block, 0, stream,
-                  a);
+    return launch(quantize_rows_kernel<E>, blocks, layout.threads * layout.rows_per_block, 0,
+                  stream, a);
   });
 }
 

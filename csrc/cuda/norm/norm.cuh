@@ -6,9 +6,11 @@
 //
 // Rows x [rows, D], residual, out with strides (cpu/rows.h); weight [D] of any float type.
 //
-// A row belongs to a group of threads (common/row_group.h), chosen by D alone, and every thread sums
-// its packs of 16 bytes in the same order on both paths: a row's bits depend on nothing but the row.
-//   in registers   rows of at most 1024 * kNormPacks packs (16384 elements of a 16-bit type), aligned,
+// A row belongs to a group of threads (common/row_group.h), chosen by D alone, and every thread
+// sums its packs of 16 bytes in the same order on both paths: a row's bits depend on nothing but
+// the row.
+//   in registers   rows of at most 1024 * kNormPacks packs (16384 elements of a 16-bit type),
+//   aligned,
 //                  weight of x's type: read once, kept between the sum and the output
 //   any row        walked pack by pack, read again for the output
 #pragma once
@@ -58,7 +60,8 @@ __device__ __forceinline__ Pack<E> sum_of(const Pack<E>& a, const Pack<E>& b) {
 
 __device__ __forceinline__ RowCodes norm_codes(const NormLaunch& a, RowGroup& group, RowRange range,
                                                bool active, int64_t r, NormScratch& scratch) {
-  const RowCodes codes = row_codes(reduce_range(group, range, scratch.ranges), a.p.zeros != nullptr);
+  const RowCodes codes =
+      row_codes(reduce_range(group, range, scratch.ranges), a.p.zeros != nullptr);
   if (active && group.thread == 0) {
     a.p.scale[r] = codes.scale;
     if (a.p.zeros) a.p.zeros[r] = codes.zero;
@@ -161,8 +164,8 @@ __device__ __forceinline__ void norm_any(const NormLaunch& a, RowGroup& group, i
   if (p.residual.data) {
     E* residual = static_cast<E*>(p.residual.data) + row_offset_of(p.shape, p.residual, r);
     for (int i = first; i < dim; i += step) {
-      const Pack<E> sum = sum_of(load_row_pack(x, i, dim, a.packs),
-                                 load_row_pack(residual, i, dim, a.packs));
+      const Pack<E> sum =
+          sum_of(load_row_pack(x, i, dim, a.packs), load_row_pack(residual, i, dim, a.packs));
       store_row_pack(residual, i, dim, a.packs, sum);
       float v[kSize];
       unpack(v, sum);
@@ -207,7 +210,8 @@ __device__ __forceinline__ void norm_any(const NormLaunch& a, RowGroup& group, i
 }
 
 template <class E, bool kQuant>
-__global__ void __launch_bounds__(kMaxRowThreads) norm_kernel(const __grid_constant__ NormLaunch a) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    norm_kernel(const __grid_constant__ NormLaunch a) {
   __shared__ NormScratch scratch;
   RowGroup group(a.row_threads);
   const int64_t r = static_cast<int64_t>(blockIdx.x) * a.rows_per_block + group.row;

@@ -1,5 +1,5 @@
-// Launchers of the norm operators; parameters and meaning as in csrc/cpu/norm.h. `rows` > 0. Returns
-// a cudaError_t.
+// Launchers of the norm operators; parameters and meaning as in csrc/cpu/norm.h. `rows` > 0.
+// Returns a cudaError_t.
 #pragma once
 
 #include "../../cpu/norm.h"

@@ -1,17 +1,18 @@
-// Rotary embedding of q and k (csrc/cpu/rotary.cpp), and with a cache the write of the rotated k and of
-// v into their slots, in one launch:
+// Rotary embedding of q and k (csrc/cpu/rotary.cpp), and with a cache the write of the rotated k
+// and of v into their slots, in one launch:
 //
 //   a' = a c - b s      half-split:  a = x[i],  b = x[i + half]
 //   b' = b c + a s      interleaved: a = x[2i], b = x[2i + 1]
 //
-// q, k [B, S, H, D] with any strides (packed tokens: B = 1), cos, sin [max_pos, half] of fp32 or q's
-// type, fp32 arithmetic, one rounding; the rounded k is what is cached (kv_cache/cache_write.cuh).
+// q, k [B, S, H, D] with any strides (packed tokens: B = 1), cos, sin [max_pos, half] of fp32 or
+// q's type, fp32 arithmetic, one rounding; the rounded k is what is cached
+// (kv_cache/cache_write.cuh).
 //
-// A head belongs to `lanes` neighbouring lanes (a power of two of at most a warp). A slot of a lane is
-// two packs of 16 bytes: the kSize pairs [slot * kSize, ..) as a pack of a's and one of b's, or two
-// neighbouring packs of interleaved pairs; behind them two neighbouring packs of columns that are not
-// rotated. Both packs then use the same kSize values of cos and sin. Heads are numbered q, k, v within
-// a token. Heads that need more than one round of slots are read again for the cache.
+// A head belongs to `lanes` neighbouring lanes (a power of two of at most a warp). A slot of a lane
+// is two packs of 16 bytes: the kSize pairs [slot * kSize, ..) as a pack of a's and one of b's, or
+// two neighbouring packs of interleaved pairs; behind them two neighbouring packs of columns that
+// are not rotated. Both packs then use the same kSize values of cos and sin. Heads are numbered q,
+// k, v within a token. Heads that need more than one round of slots are read again for the cache.
 #include "rotary.h"
 
 #include "../common/row_group.cuh"
@@ -45,7 +46,8 @@ template <int kSize>
 __device__ __forceinline__ Place place_of(const RotaryLaunch& a, int slot, bool rotates) {
   const int dim = static_cast<int>(a.p.dim), half = static_cast<int>(a.p.half);
   if (rotates && slot < a.slots_rotated) {
-    if (a.p.interleaved) return {2 * slot * kSize, (2 * slot + 1) * kSize, 2 * half, 2 * half, true};
+    if (a.p.interleaved)
+      return {2 * slot * kSize, (2 * slot + 1) * kSize, 2 * half, 2 * half, true};
     return {slot * kSize, half + slot * kSize, half, 2 * half, true};
   }
   const int at = rotates ? 2 * half + 2 * (slot - a.slots_rotated) * kSize : 2 * slot * kSize;
@@ -53,7 +55,8 @@ __device__ __forceinline__ Place place_of(const RotaryLaunch& a, int slot, bool 
 }
 
 template <class E>
-__device__ __forceinline__ void rotate(Pack<E>& first, Pack<E>& second, const float (&c)[Pack<E>::kSize],
+__device__ __forceinline__ void rotate(Pack<E>& first, Pack<E>& second,
+                                       const float (&c)[Pack<E>::kSize],
                                        const float (&s)[Pack<E>::kSize], bool interleaved) {
   constexpr int kSize = Pack<E>::kSize;
   float x[kSize], y[kSize], u[kSize], v[kSize];
@@ -85,8 +88,8 @@ __device__ __forceinline__ Pack<E> load_part(const E* row, int i, int end, bool 
 }
 
 template <class E>
-__device__ __forceinline__ void cache_part(CacheStore store, Slot slot, int64_t head, int i, int end,
-                                           const Pack<E>& pack, float scale) {
+__device__ __forceinline__ void cache_part(CacheStore store, Slot slot, int64_t head, int i,
+                                           int end, const Pack<E>& pack, float scale) {
   if (i >= end) return;
   float x[Pack<E>::kSize];
   unpack(x, pack);
@@ -95,7 +98,8 @@ __device__ __forceinline__ void cache_part(CacheStore store, Slot slot, int64_t 
 }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads, 4) rotary_kernel(const __grid_constant__ RotaryLaunch a) {
+__global__ void __launch_bounds__(kThreads, 4)
+    rotary_kernel(const __grid_constant__ RotaryLaunch a) {
   constexpr int kSize = Pack<E>::kSize;
   const cpu::RotaryParams& p = a.p;
   const int64_t groups_per_block = blockDim.x / a.lanes;
@@ -145,8 +149,7 @@ __global__ void __launch_bounds__(kThreads, 4) rotary_kernel(const __grid_consta
     }
     if (at.rotated || in != out) {
       store_row_pack(out, at.first, at.first_end, a.packs, first);
-      if (at.second < at.second_end)
-        store_row_pack(out, at.second, at.second_end, a.packs, second);
+      if (at.second < at.second_end) store_row_pack(out, at.second, at.second_end, a.packs, second);
     }
     if (caches) {
       float x[kSize];
@@ -202,8 +205,15 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
     int64_t heads = p.q.heads + p.k.heads;
     if (write) {
       const cpu::CacheSide& v = write->value;
-      a.tensor[2] = {v.tokens, v.tokens, 0, v.token_stride, v.token_head_stride, 0, v.token_stride,
-                     v.token_head_stride, write->heads};
+      a.tensor[2] = {v.tokens,
+                     v.tokens,
+                     0,
+                     v.token_stride,
+                     v.token_head_stride,
+                     0,
+                     v.token_stride,
+                     v.token_head_stride,
+                     write->heads};
       heads += write->heads;
       a.packs = a.packs && tensor_packs<E>(a.tensor[2], p.dim, tokens, p.seq);
       a.cache[0] = cache_store(write->key, *write, kSize, force_portable());
@@ -213,8 +223,7 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
       a.block_size = write->block_size;
     }
     const int64_t table_size = dtype_size(p.table_dtype);
-    a.table_packs = half % kSize == 0 &&
-                    packs_fit(p.cos, half, table_size, {p.cos_stride}) &&
+    a.table_packs = half % kSize == 0 && packs_fit(p.cos, half, table_size, {p.cos_stride}) &&
                     packs_fit(p.sin, half, table_size, {p.sin_stride});
     const int64_t rotated = ceil_div(half, kSize);
     const int64_t tail = ceil_div(p.dim - 2 * half, 2 * kSize);

@@ -1,6 +1,6 @@
-// Launcher of the rotary operators; parameters and meaning as in csrc/cpu/rotary.h, and `write` as in
-// csrc/cpu/kv_cache.h where the rotated k and v also go to the paged cache (nullptr: they do not).
-// tokens > 0. Returns a cudaError_t.
+// Launcher of the rotary operators; parameters and meaning as in csrc/cpu/rotary.h, and `write` as
+// in csrc/cpu/kv_cache.h where the rotated k and v also go to the paged cache (nullptr: they do
+// not). tokens > 0. Returns a cudaError_t.
 #pragma once
 
 #include "../../cpu/kv_cache.h"
