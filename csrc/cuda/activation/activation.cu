@@ -12,7 +12,7 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kThreads = 256, kTilePacks = 2;
+constexpr int kThreads = 256;
 
 struct GatedLaunch {
   cpu::GatedParams p;
@@ -26,42 +26,32 @@ __device__ __forceinline__ Pack<E> gated_pack(const Pack<E>& gate, const Pack<E>
   unpack(g, gate);
   unpack(u, up);
 #pragma unroll
-  for (int j = 0; j < Pack<E>::kSize; ++j) g[j] = activate<kKind>(g[j]) * u[j];
+  for (int j = 0; j < Pack<E>::kSize; ++j) g[j] = activate<kKind, E>(g[j]) * u[j];
   return pack_of<E>(g);
 }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads) gated_kernel(const __grid_constant__ GatedLaunch a) {
-  constexpr int kSize = Pack<E>::kSize;
+__global__ void __launch_bounds__(kThreads, 8) gated_kernel(const __grid_constant__ GatedLaunch a) {
   const cpu::GatedParams& p = a.p;
   const int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int inner = static_cast<int>(p.inner), step = blockDim.x * kSize;
-  const int first = blockIdx.y * step * kTilePacks + threadIdx.x * kSize;
+  const int inner = static_cast<int>(p.inner);
+  const int i = (blockIdx.y * blockDim.x + threadIdx.x) * Pack<E>::kSize;
   grid_wait();
-  if (r >= a.rows || first >= inner) return;
-  const E* gate = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
-  const E* up = gate + inner;
-  E* out = static_cast<E*>(p.out.data) + row_offset_of(p.shape, p.out, r);
-  Pack<E> g[kTilePacks], u[kTilePacks];
-#pragma unroll
-  for (int k = 0; k < kTilePacks; ++k) {
-    const int i = first + k * step;
-    g[k] = i < inner ? load_row_pack(gate, i, inner, a.packs) : Pack<E>{};
-    u[k] = i < inner ? load_row_pack(up, i, inner, a.packs) : Pack<E>{};
-  }
+  if (r >= a.rows || i >= inner) return;
+  const E* x = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
+  const Pack<E> gate = load_row_pack(x, i, inner, a.packs);
+  const Pack<E> up = load_row_pack(x + inner, i, inner, a.packs);
   grid_launch_dependents();
-#pragma unroll
-  for (int k = 0; k < kTilePacks; ++k) {
-    if (p.activation == cpu::Activation::silu) {
-      g[k] = gated_pack<cpu::Activation::silu>(g[k], u[k]);
-    } else if (p.activation == cpu::Activation::gelu_erf) {
-      g[k] = gated_pack<cpu::Activation::gelu_erf>(g[k], u[k]);
-    } else {
-      g[k] = gated_pack<cpu::Activation::gelu_tanh>(g[k], u[k]);
-    }
-    const int i = first + k * step;
-    if (i < inner) store_row_pack(out, i, inner, a.packs, g[k]);
+  Pack<E> y;
+  if (p.activation == cpu::Activation::silu) {
+    y = gated_pack<cpu::Activation::silu>(gate, up);
+  } else if (p.activation == cpu::Activation::gelu_erf) {
+    y = gated_pack<cpu::Activation::gelu_erf>(gate, up);
+  } else {
+    y = gated_pack<cpu::Activation::gelu_tanh>(gate, up);
   }
+  E* out = static_cast<E*>(p.out.data) + row_offset_of(p.shape, p.out, r);
+  store_row_pack(out, i, inner, a.packs, y);
 }
 
 }  // namespace
@@ -73,9 +63,9 @@ int gated_activation(const cpu::GatedParams& p, int64_t rows, void* stream) {
     GatedLaunch a{p, rows, false};
     a.packs = row_packs(p.shape, p.x, p.inner, sizeof(E)) &&
               row_packs(p.shape, p.out, p.inner, sizeof(E));
-    const TileLayout tile = tile_layout(rows, packs, kTilePacks, kThreads, device_facts().sms);
+    const TileLayout tile = tile_layout(rows, packs, kThreads, device_facts().sms);
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, tile.rows)),
-                    static_cast<unsigned>(ceil_div(packs, int64_t{tile.width} * kTilePacks)));
+                    static_cast<unsigned>(ceil_div(packs, tile.width)));
     return launch(gated_kernel<E>, grid, dim3(tile.width, tile.rows), 0, stream, a);
   });
 }

@@ -26,7 +26,7 @@ __device__ __forceinline__ void product(float (&y)[Pack<E>::kSize], const Pack<E
   unpack(y, gate);
   unpack(u, up);
 #pragma unroll
-  for (int j = 0; j < Pack<E>::kSize; ++j) y[j] = activate<cpu::Activation::silu>(y[j]) * u[j];
+  for (int j = 0; j < Pack<E>::kSize; ++j) y[j] = activate<cpu::Activation::silu, E>(y[j]) * u[j];
 }
 
 template <class E>
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     gated_quant_kernel(const __grid_constant__ GatedQuantLaunch a) {
   constexpr int kSize = Pack<E>::kSize, kQuads = kSize / 4;
   extern __shared__ float4 staged[];  // quad h of pack k at [h * packs + k]: no bank conflicts
-  __shared__ RowScratch<uint64_t> ranges;
+  __shared__ RowScratch<uint2> ranges;
   const cpu::GatedParams& p = a.p.gated;
   const int64_t r = blockIdx.x;
   const int inner = static_cast<int>(p.inner), packs = (inner + kSize - 1) / kSize;
@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
   }
   grid_launch_dependents();
-  const RowCodes codes = row_codes(reduce_range(group, range, ranges), a.p.zeros != nullptr);
+  const RowCodes codes =
+      row_codes(reduce_range(group, range, !a.p.zeros, ranges), a.p.zeros != nullptr);
   if (threadIdx.x == 0) {
     a.p.scale[r] = codes.scale;
     if (a.p.zeros) a.p.zeros[r] = codes.zero;

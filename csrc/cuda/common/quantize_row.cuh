@@ -30,19 +30,37 @@ struct RowRange {
   }
 };
 
-// Both bounds travel as one 64-bit word; 0 stands for no value.
-__device__ __forceinline__ RowRange reduce_range(RowGroup& group, RowRange range,
-                                                 RowScratch<uint64_t>& scratch) {
-  const auto pick = [](uint64_t a, uint64_t b) {
-    const uint32_t low = max(static_cast<uint32_t>(a), static_cast<uint32_t>(b));
-    const uint32_t high = max(static_cast<uint32_t>(a >> 32), static_cast<uint32_t>(b >> 32));
-    return static_cast<uint64_t>(high) << 32 | low;
+// Over the row; every thread of the block calls. Symmetric codes need the larger magnitude only,
+// which is returned as `top`.
+__device__ __forceinline__ RowRange reduce_range(RowGroup& group, RowRange range, bool symmetric,
+                                                 RowScratch<uint2>& scratch) {
+  uint32_t bottom = range.bottom & 0x7FFFFFFFu, top = static_cast<uint32_t>(range.top);
+  if (symmetric) top = max(top, bottom), bottom = 0;
+  const auto over_lanes = [&](int lanes) {
+    if (lanes == 32) {
+      top = __reduce_max_sync(kAllLanes, top);
+      if (!symmetric) bottom = __reduce_max_sync(kAllLanes, bottom);
+      return;
+    }
+    for (int lane = lanes / 2; lane > 0; lane >>= 1) {
+      top = max(top, __shfl_xor_sync(kAllLanes, top, lane));
+      bottom = max(bottom, __shfl_xor_sync(kAllLanes, bottom, lane));
+    }
   };
-  const uint64_t word = group.reduce(
-      static_cast<uint64_t>(range.bottom) << 32 | static_cast<uint32_t>(range.top), scratch, pick);
+  over_lanes(min(group.threads, 32));
+  if (group.warps > 1) {
+    uint2* values = scratch.value[group.turn];
+    group.turn ^= 1;
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) values[threadIdx.x / 32] = make_uint2(top, bottom);
+    __syncthreads();
+    const uint2 mine = values[group.row * group.warps + min(lane, group.warps - 1)];
+    top = mine.x, bottom = mine.y;
+    over_lanes(32);
+  }
   RowRange all;
-  all.top = static_cast<int32_t>(static_cast<uint32_t>(word));
-  all.bottom = static_cast<uint32_t>(word >> 32) | 0x80000000u;
+  all.top = static_cast<int32_t>(top);
+  all.bottom = bottom | 0x80000000u;
   return all;
 }
 
@@ -96,7 +114,8 @@ struct RowCodes {
       t = t == t ? t : 0.0f;
       t = fminf(fmaxf(t, low), high);
     }
-    return __float_as_uint(__fadd_rn(t, kMagic)) + zero;
+    const uint32_t bits = __float_as_uint(__fadd_rn(t, kMagic));
+    return kMode == CodeMode::plain ? bits : bits + zero;
   }
 
   // n codes at q + i; whole packs when `packs`.

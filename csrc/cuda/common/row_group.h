@@ -34,24 +34,22 @@ static_assert(row_layout(16, 2).threads == 8 && row_layout(16, 2).rows_per_block
 static_assert(row_layout(96, 2).threads == 64 && row_layout(96, 2).rows_per_block == 2, "768");
 static_assert(row_layout(0, 2).threads == 1 && row_layout(1 << 20, 2).threads == 1024, "limits");
 
-// Elementwise work on rows: tiles `width` threads across and `rows` down, `packs_per_thread` packs
-// per thread. No element's value depends on the tile: small work is cut finely so that it reaches
-// many multiprocessors, large work into full blocks.
+// Elementwise work on rows: tiles `width` threads across and `rows` down, a pack per thread. No
+// element's value depends on the tile: little work is cut finely so that it reaches many
+// multiprocessors, much work into full blocks.
 struct TileLayout {
   int width, rows;
 };
 
-constexpr TileLayout tile_layout(int64_t rows, int64_t packs, int packs_per_thread, int threads,
-                                 int sms) {
-  const int64_t across = (packs + packs_per_thread - 1) / packs_per_thread;
-  const int most = rows * across < int64_t{sms} * threads ? 64 : threads;
+constexpr TileLayout tile_layout(int64_t rows, int64_t packs, int threads, int sms) {
+  const int most = rows * packs < int64_t{sms} * threads ? 64 : threads;
   int width = 1;
-  while (width < most && width < across) width *= 2;
+  while (width < most && width < packs) width *= 2;
   return {width, most / width};
 }
 
-static_assert(tile_layout(1, 512, 2, 256, 132).width == 64, "one row: four blocks");
-static_assert(tile_layout(8192, 512, 2, 256, 132).width == 256, "many rows: one block each");
-static_assert(tile_layout(8192, 16, 2, 256, 132).rows == 32, "short rows share a block");
+static_assert(tile_layout(1, 512, 256, 132).width == 64, "one row: eight blocks");
+static_assert(tile_layout(8192, 512, 256, 132).width == 256, "many rows: two blocks each");
+static_assert(tile_layout(8192, 16, 256, 132).rows == 16, "short rows share a block");
 
 }  // namespace fastinfer::cuda

@@ -24,7 +24,7 @@ template <class E>
 __global__ void __launch_bounds__(kMaxRowThreads)
     quantize_rows_kernel(const __grid_constant__ QuantizeLaunch a) {
   constexpr int kSize = Pack<E>::kSize;
-  __shared__ RowScratch<uint64_t> ranges;
+  __shared__ RowScratch<uint2> ranges;
   const cpu::QuantizeRowsParams& p = a.p;
   RowGroup group(a.row_threads);
   int64_t r = static_cast<int64_t>(blockIdx.x) * a.rows_per_block + group.row;
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
   }
   grid_launch_dependents();
-  const RowCodes codes = p.static_scale
-                             ? static_codes(*p.static_scale)
-                             : row_codes(reduce_range(group, range, ranges), p.zeros != nullptr);
+  const RowCodes codes =
+      p.static_scale ? static_codes(*p.static_scale)
+                     : row_codes(reduce_range(group, range, !p.zeros, ranges), p.zeros != nullptr);
   if (active && group.thread == 0) {
     p.scale[r] = codes.scale;
     if (p.zeros) p.zeros[r] = codes.zero;

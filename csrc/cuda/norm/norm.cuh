@@ -26,12 +26,12 @@ struct NormLaunch {
   cpu::RmsNormQuantParams p;
   int64_t rows;
   int row_threads, rows_per_block;
-  bool in_registers, packs, weight_packs, code_packs;
+  bool packs, weight_packs, code_packs;
 };
 
 struct NormScratch {
   RowScratch<float> sums;
-  RowScratch<uint64_t> ranges;
+  RowScratch<uint2> ranges;
 };
 
 __device__ __forceinline__ float inverse_norm(RowGroup& group, float squares, int dim, float eps,
@@ -61,7 +61,7 @@ __device__ __forceinline__ Pack<E> sum_of(const Pack<E>& a, const Pack<E>& b) {
 __device__ __forceinline__ RowCodes norm_codes(const NormLaunch& a, RowGroup& group, RowRange range,
                                                bool active, int64_t r, NormScratch& scratch) {
   const RowCodes codes =
-      row_codes(reduce_range(group, range, scratch.ranges), a.p.zeros != nullptr);
+      row_codes(reduce_range(group, range, !a.p.zeros, scratch.ranges), a.p.zeros != nullptr);
   if (active && group.thread == 0) {
     a.p.scale[r] = codes.scale;
     if (a.p.zeros) a.p.zeros[r] = codes.zero;
@@ -70,8 +70,11 @@ __device__ __forceinline__ RowCodes norm_codes(const NormLaunch& a, RowGroup& gr
 }
 
 template <class E, bool kQuant>
-__device__ __forceinline__ void norm_in_registers(const NormLaunch& a, RowGroup& group, int64_t r,
-                                                  NormScratch& scratch) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    norm_kernel(const __grid_constant__ NormLaunch a) {
+  __shared__ NormScratch scratch;
+  RowGroup group(a.row_threads);
+  const int64_t r = static_cast<int64_t>(blockIdx.x) * a.rows_per_block + group.row;
   constexpr int kSize = Pack<E>::kSize;
   const cpu::RmsNormParams& p = a.p.norm;
   const int dim = static_cast<int>(p.dim), step = a.row_threads * kSize;
@@ -149,78 +152,8 @@ __device__ __forceinline__ void norm_in_registers(const NormLaunch& a, RowGroup&
   }
 }
 
-template <class E, bool kQuant>
-__device__ __forceinline__ void norm_any(const NormLaunch& a, RowGroup& group, int64_t r,
-                                         NormScratch& scratch) {
-  constexpr int kSize = Pack<E>::kSize;
-  const cpu::RmsNormParams& p = a.p.norm;
-  const int dim = static_cast<int>(p.dim), step = a.row_threads * kSize;
-  const bool active = r < a.rows;
-  const int first = active ? group.thread * kSize : dim;  // no work without a row
-  r = active ? r : 0;
-  grid_wait();
-  const E* x = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
-  float squares = 0.0f;
-  if (p.residual.data) {
-    E* residual = static_cast<E*>(p.residual.data) + row_offset_of(p.shape, p.residual, r);
-    for (int i = first; i < dim; i += step) {
-      const Pack<E> sum =
-          sum_of(load_row_pack(x, i, dim, a.packs), load_row_pack(residual, i, dim, a.packs));
-      store_row_pack(residual, i, dim, a.packs, sum);
-      float v[kSize];
-      unpack(v, sum);
-      squares = add_squares(squares, v);
-    }
-    x = residual;
-  } else {
-    for (int i = first; i < dim; i += step) {
-      float v[kSize];
-      unpack(v, load_row_pack(x, i, dim, a.packs));
-      squares = add_squares(squares, v);
-    }
-  }
-  grid_launch_dependents();
-  const float inv = inverse_norm(group, squares, dim, p.eps, scratch);
-  const auto for_packs = [&](auto&& f) {
-    for (int i = first; i < dim; i += step) {
-      float y[kSize], w[kSize];
-      unpack(y, load_row_pack(x, i, dim, a.packs));
-      load_floats(w, p.weight, p.weight_dtype, i, dim, a.weight_packs);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) y[j] = y[j] * inv * w[j];
-      f(i, y);
-    }
-  };
-  if constexpr (kQuant) {
-    RowRange range;
-    for_packs([&](int, const float(&y)[kSize]) { range.add(y); });
-    const RowCodes codes = norm_codes(a, group, range, active, r, scratch);
-    int8_t* q = a.p.q + r * dim;
-    with_mode(codes.mode, [&](auto tag) {
-      for_packs([&](int i, const float(&y)[kSize]) {
-        codes.template store<decltype(tag)::mode>(q, i, dim, a.code_packs, y);
-      });
-    });
-  } else {
-    E* out = static_cast<E*>(p.out.data) + row_offset_of(p.shape, p.out, r);
-    for_packs([&](int i, const float(&y)[kSize]) {
-      store_row_pack(out, i, dim, a.packs, pack_of<E>(y));
-    });
-  }
-}
-
-template <class E, bool kQuant>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    norm_kernel(const __grid_constant__ NormLaunch a) {
-  __shared__ NormScratch scratch;
-  RowGroup group(a.row_threads);
-  const int64_t r = static_cast<int64_t>(blockIdx.x) * a.rows_per_block + group.row;
-  if (a.in_registers) {
-    norm_in_registers<E, kQuant>(a, group, r, scratch);
-  } else {
-    norm_any<E, kQuant>(a, group, r, scratch);
-  }
-}
+// norm_any.cu: the path for any row.
+int launch_norm_any(const NormLaunch& a, unsigned blocks, int block, void* stream);
 
 template <bool kQuant>
 int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
@@ -230,17 +163,19 @@ int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
     constexpr int kSize = Pack<E>::kSize;
     const int64_t packs = ceil_div(n.dim, kSize);
     const RowLayout layout = row_layout(packs, kNormPacks);
-    NormLaunch a{p, rows, layout.threads, layout.rows_per_block, false, true, true, true};
+    NormLaunch a{p, rows, layout.threads, layout.rows_per_block, true, true, true};
     a.packs = row_packs(n.shape, n.x, n.dim, sizeof(E));
     if (n.residual.data) a.packs = a.packs && row_packs(n.shape, n.residual, n.dim, sizeof(E));
     if (!kQuant) a.packs = a.packs && row_packs(n.shape, n.out, n.dim, sizeof(E));
     a.weight_packs = packs_fit(n.weight, n.dim, sizeof(E), {});
     a.code_packs = reinterpret_cast<uintptr_t>(p.q) % kSize == 0 && n.dim % kSize == 0;
-    a.in_registers = a.packs && a.weight_packs && a.code_packs && n.weight_dtype == n.dtype &&
-                     packs <= int64_t{layout.threads} * kNormPacks;
+    const bool in_registers = a.packs && a.weight_packs && a.code_packs &&
+                              n.weight_dtype == n.dtype &&
+                              packs <= int64_t{layout.threads} * kNormPacks;
     const auto blocks = static_cast<unsigned>(ceil_div(rows, layout.rows_per_block));
-    return launch(norm_kernel<E, kQuant>, blocks, layout.threads * layout.rows_per_block, 0, stream,
-                  a);
+    const int block = layout.threads * layout.rows_per_block;
+    if (in_registers) return launch(norm_kernel<E, kQuant>, blocks, block, 0, stream, a);
+    return launch_norm_any(a, blocks, block, stream);
   });
 }
 

@@ -21,7 +21,7 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kHeads = 2;
 
 struct RotaryLaunch {
   cpu::RotaryParams p;
@@ -30,10 +30,30 @@ struct RotaryLaunch {
   const void* slots;
   int64_t slot_stride, block_size;
   DType slot_dtype;
-  int64_t groups;  // tokens * heads of a token
-  int heads, lanes, slots_rotated, slots_all;
-  bool packs, table_packs, cached;
+  int64_t tokens;
+  int heads[3], groups;
+  int lanes, lane_bits, slots_rotated, slots_all;
+  bool packs, table_packs, cached, dynamic;
 };
+
+// A block is `width` threads on each of `tokens` tokens; `groups` groups of lanes share the heads
+// of a token, each taking one or (much work: cos and sin are then loaded once for both) two of
+// them.
+struct RotaryLayout {
+  int groups, width, tokens, parts;
+};
+
+constexpr RotaryLayout rotary_layout(int64_t tokens, int64_t heads, int lanes, int sms) {
+  const bool much = tokens * heads * lanes > int64_t{sms} * 4 * kThreads;
+  const int groups = static_cast<int>(much ? (heads + kHeads - 1) / kHeads : heads);
+  const int64_t need = (int64_t{groups} * lanes + 31) / 32 * 32;
+  const int most = much ? kThreads : 64;
+  const int width = static_cast<int>(need < most ? need : most);
+  return {groups, width, much ? kThreads / width : 1, static_cast<int>((need + width - 1) / width)};
+}
+
+static_assert(rotary_layout(1, 40, 8, 132).parts == 5, "one token: five blocks");
+static_assert(rotary_layout(8192, 40, 8, 132).width == 160, "20 groups of 8 lanes, 2 heads each");
 
 // What a lane does in one slot.
 struct Place {
@@ -97,84 +117,106 @@ __device__ __forceinline__ void cache_part(CacheStore store, Slot slot, int64_t 
   store_head_pack<E>(store, slot, head, i, x, scale);
 }
 
-template <class E>
+// kCached: the form that can also write the cache. Without it a kernel has fewer registers.
+template <class E, bool kCached>
 __global__ void __launch_bounds__(kThreads, 4)
     rotary_kernel(const __grid_constant__ RotaryLaunch a) {
   constexpr int kSize = Pack<E>::kSize;
   const cpu::RotaryParams& p = a.p;
-  const int64_t groups_per_block = blockDim.x / a.lanes;
-  const int64_t index = blockIdx.x * groups_per_block + threadIdx.x / a.lanes;
-  const int lane = threadIdx.x % a.lanes;
-  const bool active = index < a.groups;
-  const int64_t t = active ? divide(index, a.heads) : 0;
-  int head = static_cast<int>(active ? index - t * a.heads : 0), which = 0;
-  for (; which < 2 && head >= a.tensor[which].heads; ++which)
-    head -= static_cast<int>(a.tensor[which].heads);
-  const cpu::RotaryTensor& tensor = a.tensor[which];
-  const bool is_q = which == 0, is_v = which == 2;
+  const int lane = threadIdx.x & (a.lanes - 1);
+  const int group = (blockIdx.y * blockDim.x + threadIdx.x) >> a.lane_bits;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool live = token < a.tokens && group < a.groups;
+  const int64_t t = live ? token : 0;
   int64_t b = 0, s = t;
   if (t >= p.seq) b = divide(t, p.seq), s = t - b * p.seq;
-  const E* in = static_cast<const E*>(tensor.in) + b * tensor.in_batch + s * tensor.in_token +
-                head * tensor.in_head;
-  E* out = static_cast<E*>(tensor.out) + b * tensor.out_batch + s * tensor.out_token +
-           head * tensor.out_head;
   grid_wait();
-
-  int64_t position = s;
-  if (p.positions && active && !is_v)
+  int64_t position = s, slot = -1;
+  if (p.positions)
     position = index_at(p.positions, p.position_dtype, b * p.position_batch + s * p.position_token);
-  int64_t slot = -1;
-  const bool caches = a.cached && !is_q;
-  if (caches && active) slot = index_at(a.slots, a.slot_dtype, t * a.slot_stride);
-  if (!a.cached) grid_launch_dependents();
+  if (kCached && a.cached && live) slot = index_at(a.slots, a.slot_dtype, t * a.slot_stride);
+  if (!kCached || !a.cached) grid_launch_dependents();
+
+  const E* in[kHeads];
+  E* out[kHeads];
+  int head[kHeads], which[kHeads];  // 0, 1, 2: q, k, v; 3: none
+#pragma unroll
+  for (int j = 0; j < kHeads; ++j) {
+    head[j] = group + j * a.groups;
+    which[j] = 0;
+    while (which[j] < 3 && head[j] >= a.heads[which[j]]) head[j] -= a.heads[which[j]++];
+    if (!live) which[j] = 3;
+    const cpu::RotaryTensor& tensor = a.tensor[which[j] < 3 ? which[j] : 0];
+    in[j] = static_cast<const E*>(tensor.in) + b * tensor.in_batch + s * tensor.in_token +
+            head[j] * tensor.in_head;
+    out[j] = static_cast<E*>(tensor.out) + b * tensor.out_batch + s * tensor.out_token +
+             head[j] * tensor.out_head;
+  }
+  const auto caches = [&](int j) {
+    return kCached && slot >= 0 && (which[j] == 1 || which[j] == 2);
+  };
 
   const int64_t table_size = dtype_size(p.table_dtype);
   const auto table = [&](const void* base, int64_t stride) {
     return static_cast<const char*>(base) + position * stride * table_size;
   };
-  Pack<E> first = {}, second = {};
-  uint32_t top = 0;
+  Pack<E> first[kHeads] = {}, second[kHeads] = {};
+  uint32_t top[kHeads] = {};
   for (int n = lane; n < a.slots_all; n += a.lanes) {
-    if (!active) break;
-    const Place at = place_of<kSize>(a, n, !is_v);
-    if (at.first >= at.first_end || (!at.rotated && !caches && in == out)) continue;
-    first = load_part(in, at.first, at.first_end, a.packs);
-    second = load_part(in, at.second, at.second_end, a.packs);
-    if (at.rotated) {
-      float c[kSize], sine[kSize];
+    bool needed[kHeads];
+#pragma unroll
+    for (int j = 0; j < kHeads; ++j) {
+      const Place at = place_of<kSize>(a, n, which[j] != 2);
+      needed[j] =
+          which[j] < 3 && at.first < at.first_end && (at.rotated || caches(j) || in[j] != out[j]);
+      if (!needed[j]) continue;
+      first[j] = load_row_pack(in[j], at.first, at.first_end, a.packs);
+      second[j] = load_part(in[j], at.second, at.second_end, a.packs);
+    }
+    float c[kSize], sine[kSize];
+    if (n < a.slots_rotated) {
       const int half = static_cast<int>(p.half), i = n * kSize;
       load_floats(c, table(p.cos, p.cos_stride), p.table_dtype, i, half, a.table_packs);
       load_floats(sine, table(p.sin, p.sin_stride), p.table_dtype, i, half, a.table_packs);
-      rotate(first, second, c, sine, p.interleaved);
     }
-    if (at.rotated || in != out) {
-      store_row_pack(out, at.first, at.first_end, a.packs, first);
-      if (at.second < at.second_end) store_row_pack(out, at.second, at.second_end, a.packs, second);
-    }
-    if (caches) {
-      float x[kSize];
-      unpack(x, first);
-      top = max(top, top_bits(x));
-      unpack(x, second);
-      top = max(top, top_bits(x));
+#pragma unroll
+    for (int j = 0; j < kHeads; ++j) {
+      if (!needed[j]) continue;
+      const Place at = place_of<kSize>(a, n, which[j] != 2);
+      if (at.rotated) rotate(first[j], second[j], c, sine, p.interleaved);
+      if (at.rotated || in[j] != out[j]) {
+        store_row_pack(out[j], at.first, at.first_end, a.packs, first[j]);
+        if (at.second < at.second_end)
+          store_row_pack(out[j], at.second, at.second_end, a.packs, second[j]);
+      }
+      if (caches(j)) {
+        float x[kSize];
+        unpack(x, first[j]);
+        top[j] = max(top[j], top_bits(x));
+        unpack(x, second[j]);
+        top[j] = max(top[j], top_bits(x));
+      }
     }
   }
-  if (!a.cached) return;
+  if (!kCached || !a.cached) return;
 
-  const CacheStore& store = a.cache[is_v];
-  if (a.cache[0].scale.dynamic || a.cache[1].scale.dynamic) top = group_max(top, a.lanes);
-  if (slot < 0) return;
-  const Slot where = split_slot(slot, a.block_size);
-  const float scale = head_scale(store, where, head, top, lane == 0);
   const bool again = a.slots_all > a.lanes;
-  for (int n = lane; n < a.slots_all; n += a.lanes) {
-    const Place at = place_of<kSize>(a, n, !is_v);
-    if (again) {  // written by this thread
-      first = load_part(out, at.first, at.first_end, a.packs);
-      second = load_part(out, at.second, at.second_end, a.packs);
+#pragma unroll
+  for (int j = 0; j < kHeads; ++j) {
+    if (a.dynamic) top[j] = group_max(top[j], a.lanes);  // with every lane of the warp
+    if (!caches(j)) continue;
+    const CacheStore& store = a.cache[which[j] - 1];
+    const Slot where = split_slot(slot, a.block_size);
+    const float scale = head_scale(store, where, head[j], top[j], lane == 0);
+    for (int n = lane; n < a.slots_all; n += a.lanes) {
+      const Place at = place_of<kSize>(a, n, which[j] != 2);
+      if (again) {  // written by this thread
+        first[j] = load_part(out[j], at.first, at.first_end, a.packs);
+        second[j] = load_part(out[j], at.second, at.second_end, a.packs);
+      }
+      cache_part(store, where, head[j], at.first, at.first_end, first[j], scale);
+      cache_part(store, where, head[j], at.second, at.second_end, second[j], scale);
     }
-    cache_part(store, where, head, at.first, at.first_end, first, scale);
-    cache_part(store, where, head, at.second, at.second_end, second, scale);
   }
 }
 
@@ -202,7 +244,6 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
     a.packs = half % kSize == 0 && tensor_packs<E>(p.q, p.dim, tokens, p.seq) &&
               (!p.k.in || tensor_packs<E>(p.k, p.dim, tokens, p.seq));
     a.cached = write != nullptr;
-    int64_t heads = p.q.heads + p.k.heads;
     if (write) {
       const cpu::CacheSide& v = write->value;
       a.tensor[2] = {v.tokens,
@@ -214,13 +255,13 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
                      v.token_stride,
                      v.token_head_stride,
                      write->heads};
-      heads += write->heads;
       a.packs = a.packs && tensor_packs<E>(a.tensor[2], p.dim, tokens, p.seq);
       a.cache[0] = cache_store(write->key, *write, kSize, force_portable());
       a.cache[1] = cache_store(write->value, *write, kSize, force_portable());
       if (half % kSize != 0) a.cache[0].packs = false;  // its packs start at any element
       a.slots = write->slots, a.slot_stride = write->slot_stride, a.slot_dtype = write->slot_dtype;
       a.block_size = write->block_size;
+      a.dynamic = write->key.scale.dynamic || write->value.scale.dynamic;
     }
     const int64_t table_size = dtype_size(p.table_dtype);
     a.table_packs = half % kSize == 0 && packs_fit(p.cos, half, table_size, {p.cos_stride}) &&
@@ -231,12 +272,18 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
     a.slots_rotated = static_cast<int>(rotated);
     a.slots_all = static_cast<int>(rotated + tail > plain ? rotated + tail : plain);
     a.lanes = lanes_of_head(a.slots_all);
-    a.heads = static_cast<int>(heads);
-    a.groups = tokens * heads;
-    // Little work: small blocks, so that it reaches many multiprocessors.
-    const int threads = a.groups * a.lanes < int64_t{device_facts().sms} * kThreads ? 64 : kThreads;
-    const auto blocks = static_cast<unsigned>(ceil_div(a.groups, threads / a.lanes));
-    return launch(rotary_kernel<E>, blocks, threads, 0, stream, a);
+    while (1 << a.lane_bits < a.lanes) ++a.lane_bits;
+    a.tokens = tokens;
+    int64_t heads = 0;
+    for (int i = 0; i < 3; ++i) heads += a.heads[i] = static_cast<int>(a.tensor[i].heads);
+    const RotaryLayout layout = rotary_layout(tokens, heads, a.lanes, device_facts().sms);
+    a.groups = layout.groups;
+    const dim3 grid(static_cast<unsigned>(ceil_div(tokens, layout.tokens)),
+                    static_cast<unsigned>(layout.parts));
+    const dim3 block(layout.width, layout.tokens);
+    if constexpr (std::is_same_v<E, __nv_bfloat16>)
+      if (!write) return launch(rotary_kernel<E, false>, grid, block, 0, stream, a);
+    return launch(rotary_kernel<E, true>, grid, block, 0, stream, a);
   });
 }
 
