@@ -187,6 +187,22 @@ def test_a_row_does_not_depend_on_the_path_nor_on_its_mates(device: str) -> None
         assert_close_to_reference(want, rms_norm_reference(x.double(), w), baseline(x, w))
 
 
+@NORM
+def test_many_rows_have_the_bits_of_one(device: str) -> None:
+    """Enough of them for the layouts that a launch takes for many rows."""
+    for dim in (128, 2048, 4096, 5120) if device == "cuda" else (256,):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = randn(700, dim, seed=dim, dtype=dtype, device=device)
+            w = randn(dim, seed=3, dtype=dtype, device=device)
+            want, codes = rms_norm(x, w), rms_norm_quant(x, w, residual=x.clone(), symmetric=False)
+            for r in (0, 5, 699):
+                row = x[r : r + 1]
+                assert torch.equal(rms_norm(row, w), want[r : r + 1])
+                alone = rms_norm_quant(row, w, residual=row.clone(), symmetric=False)
+                for a, b in zip(alone, codes, strict=True):
+                    assert a is not None and b is not None and torch.equal(a, b[r : r + 1])
+
+
 @pytest.mark.parametrize("device", devices("rms_norm")[1:])
 def test_cuda_agrees_with_the_cpu(device: str) -> None:
     for dtype in FLOATS:

@@ -166,6 +166,34 @@ def test_threads_do_not_change_bits() -> None:
     assert torch.equal(one, results[0][0][77:78])
 
 
+@pytest.mark.parametrize("device", devices("apply_rotary_and_cache"))
+@STYLES
+def test_many_tokens_have_the_bits_of_few(interleaved: bool, device: str) -> None:
+    """Enough of them for the layout that a launch takes for many tokens; an odd number of heads."""
+    tokens, style = (6000, {"interleaved": interleaved})
+    cos, sin = tables(tokens, 64, device=device)
+    q, k, v = (randn(tokens, h, 64, seed=h, dtype=torch.bfloat16, device=device) for h in (5, 3, 3))
+    positions = torch.randperm(tokens, device=device)
+    want = apply_rotary(q, k, cos, sin, positions, **style)
+    some = slice(2000, 2010)
+    few = apply_rotary(q[some], k[some], cos, sin, positions[some], **style)
+    assert torch.equal(few[0], want[0][some]) and torch.equal(few[1], want[1][some])
+    for dtype in (torch.bfloat16, torch.int8):
+        pair = [torch.zeros(tokens, 1, 3, 64, device=device).to(dtype) for _ in range(2)]
+        scales = {}
+        if dtype == torch.int8:
+            scales = {n: torch.zeros(tokens, 1, 3, device=device) for n in ("k_scale", "v_scale")}
+        rotated = [q.clone(), k.clone()]
+        slots = torch.arange(tokens, device=device).flip(0)
+        apply_rotary_and_cache(*rotated, v, cos, sin, positions, *pair, slots, **style, **scales)
+        assert torch.equal(rotated[0], want[0]) and torch.equal(rotated[1], want[1])
+        on_cpu = [torch.zeros_like(c, device="cpu") for c in pair]
+        cpu_scales = {n: torch.zeros_like(t, device="cpu") for n, t in scales.items()}
+        reshape_and_cache(want[1].cpu(), v.cpu(), *on_cpu, slots.cpu(), **cpu_scales)
+        for a, b in zip((*pair, *scales.values()), (*on_cpu, *cpu_scales.values()), strict=True):
+            assert torch.equal(a.cpu(), b)
+
+
 def caches(
     dtype: torch.dtype, heads: int, dim: int, device: str = "cpu"
 ) -> tuple[list[Tensor], Tensor | None]:

@@ -21,10 +21,10 @@ struct GatedLaunch {
 };
 
 template <cpu::Activation kKind, class E>
-__device__ __forceinline__ Pack<E> gated_pack(const Pack<E>& gate, const Pack<E>& up) {
+__device__ __forceinline__ uint4 gated_pack(const uint4& gate, const uint4& up) {
   float g[Pack<E>::kSize], u[Pack<E>::kSize];
-  unpack(g, gate);
-  unpack(u, up);
+  unpack<E>(g, gate);
+  unpack<E>(u, up);
 #pragma unroll
   for (int j = 0; j < Pack<E>::kSize; ++j) g[j] = activate<kKind, E>(g[j]) * u[j];
   return pack_of<E>(g);
@@ -39,16 +39,16 @@ __global__ void __launch_bounds__(kThreads, 8) gated_kernel(const __grid_constan
   grid_wait();
   if (r >= a.rows || i >= inner) return;
   const E* x = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
-  const Pack<E> gate = load_row_pack(x, i, inner, a.packs);
-  const Pack<E> up = load_row_pack(x + inner, i, inner, a.packs);
+  const uint4 gate = load_row_pack(x, i, inner, a.packs);
+  const uint4 up = load_row_pack(x + inner, i, inner, a.packs);
   grid_launch_dependents();
-  Pack<E> y;
+  uint4 y;
   if (p.activation == cpu::Activation::silu) {
-    y = gated_pack<cpu::Activation::silu>(gate, up);
+    y = gated_pack<cpu::Activation::silu, E>(gate, up);
   } else if (p.activation == cpu::Activation::gelu_erf) {
-    y = gated_pack<cpu::Activation::gelu_erf>(gate, up);
+    y = gated_pack<cpu::Activation::gelu_erf, E>(gate, up);
   } else {
-    y = gated_pack<cpu::Activation::gelu_tanh>(gate, up);
+    y = gated_pack<cpu::Activation::gelu_tanh, E>(gate, up);
   }
   E* out = static_cast<E*>(p.out.data) + row_offset_of(p.shape, p.out, r);
   store_row_pack(out, i, inner, a.packs, y);

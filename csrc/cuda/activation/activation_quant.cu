@@ -12,7 +12,7 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kUnroll = 2;
+constexpr int kUnroll = 2;  // packs of gate and of up under way per thread
 
 struct GatedQuantLaunch {
   cpu::GatedQuantParams p;
@@ -20,18 +20,17 @@ struct GatedQuantLaunch {
 };
 
 template <class E>
-__device__ __forceinline__ void product(float (&y)[Pack<E>::kSize], const Pack<E>& gate,
-                                        const Pack<E>& up) {
+__device__ __forceinline__ void product(float (&y)[Pack<E>::kSize], const uint4& gate,
+                                        const uint4& up) {
   float u[Pack<E>::kSize];
-  unpack(y, gate);
-  unpack(u, up);
+  unpack<E>(y, gate);
+  unpack<E>(u, up);
 #pragma unroll
   for (int j = 0; j < Pack<E>::kSize; ++j) y[j] = activate<cpu::Activation::silu, E>(y[j]) * u[j];
 }
 
 template <class E>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    gated_quant_kernel(const __grid_constant__ GatedQuantLaunch a) {
+__global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ GatedQuantLaunch a) {
   constexpr int kSize = Pack<E>::kSize, kQuads = kSize / 4;
   extern __shared__ float4 staged[];  // quad h of pack k at [h * packs + k]: no bank conflicts
   __shared__ RowScratch<uint2> ranges;
@@ -44,12 +43,12 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const E* up = gate + inner;
   RowRange range;
   for (int base = threadIdx.x; base < packs; base += blockDim.x * kUnroll) {
-    Pack<E> g[kUnroll], u[kUnroll];
+    uint4 g[kUnroll], u[kUnroll];
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       const int at = base + k * blockDim.x;
-      g[k] = at < packs ? load_row_pack(gate, at * kSize, inner, a.packs) : Pack<E>{};
-      u[k] = at < packs ? load_row_pack(up, at * kSize, inner, a.packs) : Pack<E>{};
+      g[k] = at < packs ? load_row_pack(gate, at * kSize, inner, a.packs) : uint4{};
+      u[k] = at < packs ? load_row_pack(up, at * kSize, inner, a.packs) : uint4{};
     }
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
@@ -103,8 +102,9 @@ int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* strea
     a.packs = row_packs(g.shape, g.x, g.inner, sizeof(E));
     a.code_packs = reinterpret_cast<uintptr_t>(p.q) % kSize == 0 && g.inner % kSize == 0;
     // Few rows: as many threads as there is work for. Many: several blocks per multiprocessor.
-    const int most = rows <= 2 * device_facts().sms ? kMaxRowThreads : 512;
-    const int64_t want = ceil_div(packs, kUnroll);
+    const bool few = rows <= 2 * device_facts().sms;
+    const int most = few ? kMaxRowThreads : 512;
+    const int64_t want = ceil_div(packs, few ? 1 : 2 * kUnroll);
     const int threads = static_cast<int>(want < most ? ceil_div(want, 32) * 32 : most);
     return launch(gated_quant_kernel<E>, static_cast<unsigned>(rows), threads,
                   a.staged ? static_cast<size_t>(bytes) : 0, stream, a);

@@ -22,12 +22,14 @@ struct RowGroup {
   int threads, thread, row;  // of this row; the row's index in its block
   int warps, turn;
 
-  __device__ __forceinline__ explicit RowGroup(int row_threads)
-      : threads(row_threads),
-        thread(threadIdx.x % row_threads),
-        row(threadIdx.x / row_threads),
-        warps(row_threads / 32),
-        turn(0) {}
+  // Rows that share a block have a power of two of threads.
+  __device__ __forceinline__ explicit RowGroup(int row_threads) {
+    threads = row_threads;
+    row = threads < static_cast<int>(blockDim.x) ? threadIdx.x >> (31 - __clz(threads)) : 0;
+    thread = threadIdx.x - row * threads;
+    warps = threads / 32;
+    turn = 0;
+  }
 
   // Every thread of the block calls, also those without a row.
   template <class F, class T>
@@ -62,6 +64,7 @@ __device__ __forceinline__ int64_t divide(int64_t n, int64_t d) {
 // Offset of row r in elements.
 __device__ __forceinline__ int64_t row_offset_of(const cpu::RowShape& shape, const cpu::Rows& t,
                                                  int64_t r) {
+  if (shape.ndim == 1) return r * t.stride[0];
   int64_t offset = 0;
 #pragma unroll
   for (int d = cpu::kRowDims - 1; d > 0; --d) {
@@ -83,11 +86,12 @@ inline bool row_packs(const cpu::RowShape& shape, const cpu::Rows& t, int64_t n,
   return fit;
 }
 
-// load_pack and store_pack with a small element path: a rolled loop that shifts elements in and out
-// of the pack, where the unrolled one costs a kernel with several packs half its registers.
+// A pack of a row that ends at n (0 beyond), i < n, with a small element path: a rolled loop that
+// shifts elements in and out of the pack, where the unrolled one costs a kernel with several packs
+// half its registers.
 template <class E>
-__device__ __forceinline__ Pack<E> load_row_pack(const E* row, int i, int n, bool packs) {
-  if (packs) return load_pack(row, i, n, true);
+__device__ __forceinline__ uint4 load_row_pack(const E* row, int i, int n, bool packs) {
+  if (packs) return *reinterpret_cast<const uint4*>(row + i);
   constexpr int kBits = 8 * sizeof(E);
   using Raw = std::conditional_t<sizeof(E) == 4, uint32_t, uint16_t>;
   uint64_t low = 0, high = 0;
@@ -96,19 +100,20 @@ __device__ __forceinline__ Pack<E> load_row_pack(const E* row, int i, int n, boo
     high = high << kBits | low >> (64 - kBits);
     low = low << kBits | reinterpret_cast<const Raw*>(row)[i + j];
   }
-  Pack<E> pack;
-  *reinterpret_cast<ulonglong2*>(&pack) = make_ulonglong2(low, high);
-  return pack;
+  return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32),
+                    static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32));
 }
 
 template <class E>
-__device__ __forceinline__ void store_row_pack(E* row, int i, int n, bool packs,
-                                               const Pack<E>& pack) {
-  if (packs) return store_pack(row, i, n, true, pack);
+__device__ __forceinline__ void store_row_pack(E* row, int i, int n, bool packs, const uint4& raw) {
+  if (packs) {
+    *reinterpret_cast<uint4*>(row + i) = raw;
+    return;
+  }
   constexpr int kBits = 8 * sizeof(E);
   using Raw = std::conditional_t<sizeof(E) == 4, uint32_t, uint16_t>;
-  const ulonglong2 raw = *reinterpret_cast<const ulonglong2*>(&pack);
-  uint64_t low = raw.x, high = raw.y;
+  uint64_t low = static_cast<uint64_t>(raw.y) << 32 | raw.x;
+  uint64_t high = static_cast<uint64_t>(raw.w) << 32 | raw.z;
   const int count = min(n - i, Pack<E>::kSize);
 #pragma unroll 1
   for (int j = 0; j < count; ++j) {
@@ -128,7 +133,7 @@ __device__ __forceinline__ void load_as(float (&v)[kSize], const T* p, int i, in
 #pragma unroll
     for (int k = 0; k < kSize; k += kStep) {
       float part[kStep];
-      unpack(part, load_row_pack(p, i + k, n, packs));
+      unpack<T>(part, load_row_pack(p, i + k, n, packs));
 #pragma unroll
       for (int j = 0; j < kStep; ++j) v[k + j] = part[j];
     }

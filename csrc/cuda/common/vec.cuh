@@ -43,10 +43,10 @@ __device__ __forceinline__ void store_pack(T* row, int64_t i, int64_t n, bool pa
   }
 }
 
-// A pack as fp32 values, and back (two conversions per instruction).
+// A pack as fp32 values, and back (two conversions per instruction). The pack is a plain uint4: the
+// compiler takes a struct of 16-bit elements apart right after its load, and so waits for it there.
 template <class T>
-__device__ __forceinline__ void unpack(float (&v)[Pack<T>::kSize], const Pack<T>& pack) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(&pack);
+__device__ __forceinline__ void unpack(float (&v)[Pack<T>::kSize], const uint4& raw) {
   const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ void unpack(float (&v)[Pack<T>::kSize], const Pack<T>
 }
 
 template <class T>
-__device__ __forceinline__ Pack<T> pack_of(const float (&v)[Pack<T>::kSize]) {
+__device__ __forceinline__ uint4 pack_of(const float (&v)[Pack<T>::kSize]) {
   uint32_t word[4];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
@@ -77,9 +77,7 @@ __device__ __forceinline__ Pack<T> pack_of(const float (&v)[Pack<T>::kSize]) {
       word[w] = *reinterpret_cast<const uint32_t*>(&two);
     }
   }
-  Pack<T> pack;
-  *reinterpret_cast<uint4*>(&pack) = make_uint4(word[0], word[1], word[2], word[3]);
-  return pack;
+  return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
 // Host side: may rows of n elements starting at `data` plus multiples of the strides (in elements)

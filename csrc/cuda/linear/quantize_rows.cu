@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const E* x = static_cast<const E*>(p.x) + r * p.x_stride;
   int8_t* q = p.q + r * p.q_stride;
 
-  Pack<E> held[kPacks] = {};
+  uint4 held[kPacks] = {};
   RowRange range;
   if (a.in_registers) {
 #pragma unroll
@@ -48,12 +48,12 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     if (a.in_registers) {
 #pragma unroll
       for (int n = 0; n < kPacks; ++n) {
-        unpack(y, held[n]);
+        unpack<E>(y, held[n]);
         range.add(y);
       }
     } else {
       for (int i = first; i < k; i += step) {
-        unpack(y, load_row_pack(x, i, k, a.packs));
+        unpack<E>(y, load_row_pack(x, i, k, a.packs));
         range.add(y);
       }
     }
@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 #pragma unroll
       for (int n = 0; n < kPacks; ++n) {
         if (first + n * step >= k) continue;
-        unpack(y, held[n]);
+        unpack<E>(y, held[n]);
         codes.template store<kMode>(q, first + n * step, k, true, y);
       }
     } else {
       for (int i = first; i < k; i += step) {
-        unpack(y, load_row_pack(x, i, k, a.packs));
+        unpack<E>(y, load_row_pack(x, i, k, a.packs));
         codes.template store<kMode>(q, i, k, a.code_packs, y);
       }
     }

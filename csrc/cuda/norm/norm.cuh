@@ -7,12 +7,14 @@
 // Rows x [rows, D], residual, out with strides (cpu/rows.h); weight [D] of any float type.
 //
 // A row belongs to a group of threads (common/row_group.h), chosen by D alone, and every thread
-// sums its packs of 16 bytes in the same order on both paths: a row's bits depend on nothing but
-// the row.
-//   in registers   rows of at most 1024 * kNormPacks packs (16384 elements of a 16-bit type),
-//   aligned,
-//                  weight of x's type: read once, kept between the sum and the output
-//   any row        walked pack by pack, read again for the output
+// sums its packs of 16 bytes in the same order on all paths: a row's bits depend on nothing but the
+// row.
+//   in registers   rows of at most 1024 * 2 packs (16384 elements of a 16-bit type), aligned,
+//   weight of
+//                  x's type: read once, kept between the sum and the output
+//   any row        norm_any.cu: walked pack by pack, read again for the output
+// With many rows the int8 form lets a thread do the work of two of the group (t and t + threads /
+// 2), with a sum of its own for each: the same tree, half the reductions and scales per element.
 #pragma once
 
 #include "../../cpu/norm.h"
@@ -20,12 +22,13 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kNormPacks = 2;
+constexpr int kNormPacks = 2;  // of a thread of the group
 
 struct NormLaunch {
   cpu::RmsNormQuantParams p;
   int64_t rows;
-  int row_threads, rows_per_block;
+  int row_threads, threads, rows_per_block;  // of the group; in fact; rows
+  float inverse_dim;
   bool packs, weight_packs, code_packs;
 };
 
@@ -34,11 +37,33 @@ struct NormScratch {
   RowScratch<uint2> ranges;
 };
 
-__device__ __forceinline__ float inverse_norm(RowGroup& group, float squares, int dim, float eps,
-                                              NormScratch& scratch) {
-  const auto add = [](float a, float b) { return a + b; };
-  const float sum = group.reduce(squares, scratch.sums, add);
-  return rsqrtf(__fdiv_rn(sum, static_cast<float>(dim)) + eps);
+__device__ __forceinline__ float inverse_norm(const NormLaunch& a, float sum) {
+  return rsqrtf(sum * a.inverse_dim + a.p.norm.eps);
+}
+
+__device__ __forceinline__ float sum_row(RowGroup& group, float sum, NormScratch& scratch) {
+  return group.reduce(sum, scratch.sums, [](float x, float y) { return x + y; });
+}
+
+// sum_row over a group of twice as many threads: this one's sums stand for those of thread t and of
+// thread t + threads. One row per block.
+__device__ __forceinline__ float sum_row_of_pairs(const RowGroup& group, float low, float high,
+                                                  NormScratch& scratch) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane >>= 1) {
+    low += __shfl_xor_sync(kAllLanes, low, lane);
+    high += __shfl_xor_sync(kAllLanes, high, lane);
+  }
+  float* values = scratch.sums.value[0];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = 2 * group.warps;
+  if (lane == 0) values[warp] = low, values[group.warps + warp] = high;
+  __syncthreads();
+  const int span = 1 << (32 - __clz(warps - 1)), mine = lane & (span - 1);
+  float sum = mine < warps ? values[mine] : 0.0f;
+#pragma unroll
+  for (int other = 16; other > 0; other >>= 1)
+    if (other < span) sum += __shfl_xor_sync(kAllLanes, sum, other);
+  return sum;
 }
 
 template <int kSize>
@@ -49,10 +74,10 @@ __device__ __forceinline__ float add_squares(float sum, const float (&v)[kSize])
 }
 
 template <class E>
-__device__ __forceinline__ Pack<E> sum_of(const Pack<E>& a, const Pack<E>& b) {
+__device__ __forceinline__ uint4 sum_of(const uint4& a, const uint4& b) {
   float u[Pack<E>::kSize], v[Pack<E>::kSize];
-  unpack(u, a);
-  unpack(v, b);
+  unpack<E>(u, a);
+  unpack<E>(v, b);
 #pragma unroll
   for (int j = 0; j < Pack<E>::kSize; ++j) u[j] += v[j];
   return pack_of<E>(u);
@@ -72,82 +97,89 @@ __device__ __forceinline__ RowCodes norm_codes(const NormLaunch& a, RowGroup& gr
 template <class E, bool kQuant>
 __global__ void __launch_bounds__(kMaxRowThreads)
     norm_kernel(const __grid_constant__ NormLaunch a) {
+  constexpr int kSize = Pack<E>::kSize, kPacks = kQuant ? 2 * kNormPacks : kNormPacks;
   __shared__ NormScratch scratch;
-  RowGroup group(a.row_threads);
+  RowGroup group(a.threads);
   const int64_t r = static_cast<int64_t>(blockIdx.x) * a.rows_per_block + group.row;
-  constexpr int kSize = Pack<E>::kSize;
   const cpu::RmsNormParams& p = a.p.norm;
-  const int dim = static_cast<int>(p.dim), step = a.row_threads * kSize;
-  const int first = group.thread * kSize;
-  const bool active = r < a.rows;
-  const auto at = [&](const void* row, int k) {
-    return reinterpret_cast<uint4*>(const_cast<void*>(row)) + group.thread + k * a.row_threads;
+  const int dim = static_cast<int>(p.dim), packs = dim / kSize;
+  const bool active = r < a.rows, paired = kQuant && a.threads < a.row_threads;
+  // Slot k of this thread: pack k of thread t of the group; where a thread does the work of two,
+  // the odd slots are those of the second.
+  const auto pack_at = [&](int k) {
+    if (!kQuant) return group.thread + k * a.row_threads;
+    return group.thread + k / 2 * a.row_threads + k % 2 * a.threads;
   };
-  const auto holds = [&](int k) { return first + k * step < dim; };
+  const auto holds = [&](int k) { return pack_at(k) < packs && (!kQuant || k % 2 == 0 || paired); };
+  const auto at = [&](const void* row, int k) {
+    return reinterpret_cast<uint4*>(const_cast<void*>(row)) + pack_at(k);
+  };
 
   // Weights are there before the launch of the graph that this kernel is part of.
-  Pack<E> weight[kNormPacks] = {}, x[kNormPacks] = {};
+  uint4 weight[kPacks] = {}, x[kPacks] = {};
 #pragma unroll
-  for (int k = 0; k < kNormPacks; ++k)
-    if (holds(k)) *reinterpret_cast<uint4*>(&weight[k]) = *at(p.weight, k);
+  for (int k = 0; k < kPacks; ++k)
+    if (holds(k)) weight[k] = *at(p.weight, k);
   grid_wait();
   if (active) {
     const E* row = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
 #pragma unroll
-    for (int k = 0; k < kNormPacks; ++k)
-      if (holds(k)) *reinterpret_cast<uint4*>(&x[k]) = *at(row, k);
+    for (int k = 0; k < kPacks; ++k)
+      if (holds(k)) x[k] = *at(row, k);
     if (p.residual.data) {
       E* residual = static_cast<E*>(p.residual.data) + row_offset_of(p.shape, p.residual, r);
-      Pack<E> add[kNormPacks] = {};
+      uint4 add[kPacks] = {};
 #pragma unroll
-      for (int k = 0; k < kNormPacks; ++k)
-        if (holds(k)) *reinterpret_cast<uint4*>(&add[k]) = *at(residual, k);
+      for (int k = 0; k < kPacks; ++k)
+        if (holds(k)) add[k] = *at(residual, k);
 #pragma unroll
-      for (int k = 0; k < kNormPacks; ++k) {
-        x[k] = sum_of(x[k], add[k]);
-        if (holds(k)) *at(residual, k) = *reinterpret_cast<const uint4*>(&x[k]);
+      for (int k = 0; k < kPacks; ++k) {
+        x[k] = sum_of<E>(x[k], add[k]);
+        if (holds(k)) *at(residual, k) = x[k];
       }
     }
   }
   grid_launch_dependents();
-  float squares = 0.0f;
+  float squares[2] = {};
 #pragma unroll
-  for (int k = 0; k < kNormPacks; ++k) {
+  for (int k = 0; k < kPacks; ++k) {
     float v[kSize];
-    unpack(v, x[k]);
-    squares = add_squares(squares, v);
+    unpack<E>(v, x[k]);
+    float& sum = squares[kQuant ? k % 2 : 0];
+    sum = add_squares(sum, v);
   }
-  const float inv = inverse_norm(group, squares, dim, p.eps, scratch);
+  const float sum = paired ? sum_row_of_pairs(group, squares[0], squares[1], scratch)
+                           : sum_row(group, squares[0], scratch);
+  const float inv = inverse_norm(a, sum);
 
-  float y[kNormPacks][kSize];
+  float y[kPacks][kSize];
 #pragma unroll
-  for (int k = 0; k < kNormPacks; ++k) {
+  for (int k = 0; k < kPacks; ++k) {
     float w[kSize];
-    unpack(w, weight[k]);
-    unpack(y[k], x[k]);
+    unpack<E>(w, weight[k]);
+    unpack<E>(y[k], x[k]);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) y[k][j] = y[k][j] * inv * w[j];
   }
   if constexpr (kQuant) {
     RowRange range;
 #pragma unroll
-    for (int k = 0; k < kNormPacks; ++k)
+    for (int k = 0; k < kPacks; ++k)
       if (active && holds(k)) range.add(y[k]);
     const RowCodes codes = norm_codes(a, group, range, active, r, scratch);
     if (!active) return;
     int8_t* q = a.p.q + r * dim;
     with_mode(codes.mode, [&](auto tag) {
 #pragma unroll
-      for (int k = 0; k < kNormPacks; ++k)
+      for (int k = 0; k < kPacks; ++k)
         if (holds(k))
-          codes.template store<decltype(tag)::mode>(q, first + k * step, dim, true, y[k]);
+          codes.template store<decltype(tag)::mode>(q, pack_at(k) * kSize, dim, true, y[k]);
     });
   } else if (active) {
     E* out = static_cast<E*>(p.out.data) + row_offset_of(p.shape, p.out, r);
 #pragma unroll
-    for (int k = 0; k < kNormPacks; ++k) {
-      const Pack<E> pack = pack_of<E>(y[k]);
-      if (holds(k)) *at(out, k) = *reinterpret_cast<const uint4*>(&pack);
+    for (int k = 0; k < kPacks; ++k) {
+      if (holds(k)) *at(out, k) = pack_of<E>(y[k]);
     }
   }
 }
@@ -163,7 +195,15 @@ int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
     constexpr int kSize = Pack<E>::kSize;
     const int64_t packs = ceil_div(n.dim, kSize);
     const RowLayout layout = row_layout(packs, kNormPacks);
-    NormLaunch a{p, rows, layout.threads, layout.rows_per_block, true, true, true};
+    NormLaunch a{p,
+                 rows,
+                 layout.threads,
+                 layout.threads,
+                 layout.rows_per_block,
+                 1.0f / static_cast<float>(n.dim),
+                 true,
+                 true,
+                 true};
     a.packs = row_packs(n.shape, n.x, n.dim, sizeof(E));
     if (n.residual.data) a.packs = a.packs && row_packs(n.shape, n.residual, n.dim, sizeof(E));
     if (!kQuant) a.packs = a.packs && row_packs(n.shape, n.out, n.dim, sizeof(E));
@@ -173,7 +213,10 @@ int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
                               n.weight_dtype == n.dtype &&
                               packs <= int64_t{layout.threads} * kNormPacks;
     const auto blocks = static_cast<unsigned>(ceil_div(rows, layout.rows_per_block));
-    const int block = layout.threads * layout.rows_per_block;
+    if (kQuant && in_registers && layout.threads >= 128 && layout.threads % 64 == 0 &&
+        rows > 2 * device_facts().sms)
+      a.threads /= 2;
+    const int block = a.threads * layout.rows_per_block;
     if (in_registers) return launch(norm_kernel<E, kQuant>, blocks, block, 0, stream, a);
     return launch_norm_any(a, blocks, block, stream);
   });

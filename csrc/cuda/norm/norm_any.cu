@@ -24,27 +24,27 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   if (p.residual.data) {
     E* residual = static_cast<E*>(p.residual.data) + row_offset_of(p.shape, p.residual, r);
     for (int i = first; i < dim; i += step) {
-      const Pack<E> sum =
-          sum_of(load_row_pack(x, i, dim, a.packs), load_row_pack(residual, i, dim, a.packs));
+      const uint4 sum =
+          sum_of<E>(load_row_pack(x, i, dim, a.packs), load_row_pack(residual, i, dim, a.packs));
       store_row_pack(residual, i, dim, a.packs, sum);
       float v[kSize];
-      unpack(v, sum);
+      unpack<E>(v, sum);
       squares = add_squares(squares, v);
     }
     x = residual;
   } else {
     for (int i = first; i < dim; i += step) {
       float v[kSize];
-      unpack(v, load_row_pack(x, i, dim, a.packs));
+      unpack<E>(v, load_row_pack(x, i, dim, a.packs));
       squares = add_squares(squares, v);
     }
   }
   grid_launch_dependents();
-  const float inv = inverse_norm(group, squares, dim, p.eps, scratch);
+  const float inv = inverse_norm(a, sum_row(group, squares, scratch));
   const auto for_packs = [&](auto&& f) {
     for (int i = first; i < dim; i += step) {
       float y[kSize], w[kSize];
-      unpack(y, load_row_pack(x, i, dim, a.packs));
+      unpack<E>(y, load_row_pack(x, i, dim, a.packs));
       load_floats(w, p.weight, p.weight_dtype, i, dim, a.weight_packs);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) y[j] = y[j] * inv * w[j];

@@ -75,13 +75,13 @@ __device__ __forceinline__ Place place_of(const RotaryLaunch& a, int slot, bool 
 }
 
 template <class E>
-__device__ __forceinline__ void rotate(Pack<E>& first, Pack<E>& second,
+__device__ __forceinline__ void rotate(uint4& first, uint4& second,
                                        const float (&c)[Pack<E>::kSize],
                                        const float (&s)[Pack<E>::kSize], bool interleaved) {
   constexpr int kSize = Pack<E>::kSize;
   float x[kSize], y[kSize], u[kSize], v[kSize];
-  unpack(x, first);
-  unpack(y, second);
+  unpack<E>(x, first);
+  unpack<E>(y, second);
   if (interleaved) {
 #pragma unroll
     for (int j = 0; j < kSize / 2; ++j) {
@@ -103,16 +103,16 @@ __device__ __forceinline__ void rotate(Pack<E>& first, Pack<E>& second,
 }
 
 template <class E>
-__device__ __forceinline__ Pack<E> load_part(const E* row, int i, int end, bool packs) {
-  return i < end ? load_row_pack(row, i, end, packs) : Pack<E>{};
+__device__ __forceinline__ uint4 load_part(const E* row, int i, int end, bool packs) {
+  return i < end ? load_row_pack(row, i, end, packs) : uint4{};
 }
 
 template <class E>
 __device__ __forceinline__ void cache_part(CacheStore store, Slot slot, int64_t head, int i,
-                                           int end, const Pack<E>& pack, float scale) {
+                                           int end, const uint4& pack, float scale) {
   if (i >= end) return;
   float x[Pack<E>::kSize];
-  unpack(x, pack);
+  unpack<E>(x, pack);
   store.dim = end;
   store_head_pack<E>(store, slot, head, i, x, scale);
 }
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const auto table = [&](const void* base, int64_t stride) {
     return static_cast<const char*>(base) + position * stride * table_size;
   };
-  Pack<E> first[kHeads] = {}, second[kHeads] = {};
+  uint4 first[kHeads] = {}, second[kHeads] = {};
   uint32_t top[kHeads] = {};
   for (int n = lane; n < a.slots_all; n += a.lanes) {
     bool needed[kHeads];
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int j = 0; j < kHeads; ++j) {
       if (!needed[j]) continue;
       const Place at = place_of<kSize>(a, n, which[j] != 2);
-      if (at.rotated) rotate(first[j], second[j], c, sine, p.interleaved);
+      if (at.rotated) rotate<E>(first[j], second[j], c, sine, p.interleaved);
       if (at.rotated || in[j] != out[j]) {
         store_row_pack(out[j], at.first, at.first_end, a.packs, first[j]);
         if (at.second < at.second_end)
@@ -191,9 +191,9 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
       if (caches(j)) {
         float x[kSize];
-        unpack(x, first[j]);
+        unpack<E>(x, first[j]);
         top[j] = max(top[j], top_bits(x));
-        unpack(x, second[j]);
+        unpack<E>(x, second[j]);
         top[j] = max(top[j], top_bits(x));
       }
     }
@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(kThreads, 4)
         first[j] = load_part(out[j], at.first, at.first_end, a.packs);
         second[j] = load_part(out[j], at.second, at.second_end, a.packs);
       }
-      cache_part(store, where, head[j], at.first, at.first_end, first[j], scale);
-      cache_part(store, where, head[j], at.second, at.second_end, second[j], scale);
+      cache_part<E>(store, where, head[j], at.first, at.first_end, first[j], scale);
+      cache_part<E>(store, where, head[j], at.second, at.second_end, second[j], scale);
     }
   }
 }
