@@ -104,7 +104,7 @@ int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* strea
     // Few rows: as many threads as there is work for. Many: several blocks per multiprocessor.
     const bool few = rows <= 2 * device_facts().sms;
     const int most = few ? kMaxRowThreads : 512;
-    const int64_t want = ceil_div(packs, few ? 1 : 2 * kUnroll);
+    const int64_t want = ceil_div(packs, few ? 1 : kUnroll);
     const int threads = static_cast<int>(want < most ? ceil_div(want, 32) * 32 : most);
     return launch(gated_quant_kernel<E>, static_cast<unsigned>(rows), threads,
                   a.staged ? static_cast<size_t>(bytes) : 0, stream, a);

@@ -119,7 +119,7 @@ __device__ __forceinline__ void cache_part(CacheStore store, Slot slot, int64_t 
 
 // kCached: the form that can also write the cache. Without it a kernel has fewer registers.
 template <class E, bool kCached>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     rotary_kernel(const __grid_constant__ RotaryLaunch a) {
   constexpr int kSize = Pack<E>::kSize;
   const cpu::RotaryParams& p = a.p;
