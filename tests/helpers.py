@@ -22,6 +22,15 @@ CUDA_OPS: frozenset[str] = frozenset(
         "copy_blocks",
         "swap_blocks",
         "repeat_kv",
+        "apply_rotary",
+        "apply_rotary_and_cache",
+        "gelu_and_mul",
+        "fused_add_rms_norm",
+        "quantize_per_token",
+        "rms_norm",
+        "rms_norm_quant",
+        "silu_and_mul",
+        "silu_and_mul_quant",
     }
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
