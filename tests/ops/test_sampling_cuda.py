@@ -56,7 +56,7 @@ def same(logits: Tensor, **kw: Any) -> None:
     assert not wrong, (logits.shape, logits.dtype, wrong[:9])
     for a, b in ((want.logprobs, got.logprobs), (want.top_logprobs, got.top_logprobs)):
         if a is not None:
-            torch.testing.assert_close(b, a, rtol=2.0**-22, atol=0)
+            torch.testing.assert_close(b, a, rtol=2.0**-22, atol=0, equal_nan=True)
     if want.top_ids is not None:
         assert torch.equal(want.top_ids, got.top_ids)
 

@@ -27,7 +27,7 @@ __device__ __forceinline__ float score_of(float weight, uint32_t bits) {
   return __fdiv_rn(weight, exponential<float, uint32_t>(to_float(bits), to_float(~bits)));
 }
 
-__device__ __forceinline__ uint32_t random_word(const PhiloxKey& key, int id, uint32_t stream) {
+__device__ __noinline__ uint32_t random_word(PhiloxKey key, int id, uint32_t stream) {
   const PhiloxWords r = philox(key, static_cast<uint32_t>(id) / 4, stream);
   const int i = id % 4;
   return i < 2 ? (i == 0 ? r.word[0] : r.word[1]) : (i == 2 ? r.word[2] : r.word[3]);
@@ -107,89 +107,59 @@ struct Draw {
     return left;
   }
 
-  // ---- from a list: CTA 0 alone, s.list[0, n) holds every token that top-k keeps
-  __device__ __forceinline__ uint64_t race_list(const float (&w)[2], const int (&id)[2],
-                                                const Residual& left, uint32_t stream) {
-    uint64_t best = 0;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (!(w[e] > 0.0f)) continue;
-      const float weight = left(w[e], id[e]);
-      if (weight > 0.0f)
-        best = max(best, entry_of(score_of(weight, random_word(key, id[e], stream)), id[e]));
-    }
-    return block_reduce<Max, kThreads>(best, search.c.s.scratch);
-  }
-
+  // ---- from a list: CTA 0 alone, s.list[0, n) holds every token that top-k keeps, one per thread
   __device__ __noinline__ void from_list(int n, const Rule& rule) {
-    Shared& s = search.c.s;
-    sort_list(s, n);
-    const uint32_t floor = static_cast<uint32_t>(s.sorted[rule.top_k - 1] >> 32);
-    float x[2], w[2];
-    int id[2];
-    uint64_t m[2], total;
-    bool in[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int j = 2 * threadIdx.x + e;
-      const uint64_t word = j < n ? s.sorted[j] : 0;
-      in[e] = j < n && static_cast<uint32_t>(word >> 32) >= floor;
-      x[e] = j < n ? logit_of(word) : -kInf;
-      id[e] = id_of(word);
-      w[e] = in[e] ? law.weight(x[e]) : 0.0f;
-      m[e] = mass_of(w[e]);
+    Shared& s = shared();
+    sort_list(n);
+    const Law law = this->law;
+    const int j = threadIdx.x;
+    const uint64_t word = j < n ? s.sorted[j] : 0;
+    const float x = j < n ? logit_of(word) : -kInf;
+    const int id = id_of(word);
+    bool in = j < n && word >> 32 >= s.sorted[rule.top_k - 1] >> 32;
+    float w = in ? law.weight(x) : 0.0f;
+    uint64_t total;
+    if (rule.top_p < 1.0f) {
+      const uint64_t m = mass_of(w), before = block_scan(m, total) - m;
+      in = in && before < mass_target(rule.top_p, total);
     }
-    const bool cut = rule.top_p < 1.0f;
-    if (cut) {
-      uint64_t before = block_scan(m[0] + m[1], s.scratch, total) - m[0] - m[1];
-      const uint64_t target = mass_target(rule.top_p, total);
-      in[0] = in[0] && before < target;
-      in[1] = in[1] && before + m[0] < target;
-    }
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      in[e] = in[e] && w[e] >= kept.least;
-      if (!in[e]) w[e] = 0.0f, m[e] = 0;
-    }
+    in = in && w >= kept.least;
+    if (!in) w = 0.0f;
     const bool wants_total = task.verify || wants_logprobs();
-    if (wants_total) total = block_reduce<Sum, kThreads>(m[0] + m[1], s.scratch);
+    if (wants_total) total = block_reduce<Sum, kThreads>(mass_of(w), s.scratch);
 
-    if (task.verify) {
-      if (position == drafts) {
-        const uint64_t best = race_list(w, id, Residual(), kStreamSample);
-        if (threadIdx.x == 0) write_token(id_of(best));
-        return;
-      }
+    Residual left;
+    uint32_t stream = kStreamSample;
+    if (task.verify && position < drafts) {
       const int64_t proposed = draft();
-      if (threadIdx.x == 0) s.draft_weight = 0.0f;
-      __syncthreads();
-      for (int e = 0; e < 2; ++e)
-        if (in[e] && id[e] == proposed) s.draft_weight = w[e];
-      __syncthreads();
       const float* q = draft_probs();
+      if (j == 0) s.draft_weight = 0.0f;
+      __syncthreads();
+      if (in && id == proposed) s.draft_weight = w;
+      __syncthreads();
       if (accepts(q, proposed, s.draft_weight, total)) {
-        if (threadIdx.x == 0) write_token(static_cast<int>(proposed), true);
+        if (j == 0) write_token(static_cast<int>(proposed), true);
         return;
       }
-      uint64_t best = race_list(w, id, residual(q, proposed, total), kStreamResample);
-      if (best == 0) best = race_list(w, id, Residual(), kStreamResample);
-      if (threadIdx.x == 0) write_token(id_of(best));
-      return;
+      left = residual(q, proposed, total);
+      stream = kStreamResample;
     }
-
-    const uint64_t best = race_list(w, id, Residual(), kStreamSample);
-    if (threadIdx.x == 0) write_token(id_of(best));
-    if (!wants_total) return;
+    const uint32_t bits = w > 0.0f ? random_word(key, id, stream) : 0;
+    uint64_t best;
+    do {
+      const float weight = w > 0.0f ? left(w, id) : 0.0f;
+      best = weight > 0.0f ? entry_of(score_of(weight, bits), id) : 0;
+      best = block_reduce<Max, kThreads>(best, s.scratch);
+      left = Residual();  // where nothing is left of p - q, p itself
+    } while (best == 0);
+    if (j == 0) write_token(id_of(best));
+    if (task.verify || !wants_total) return;
     const double log_total = log_of(total);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int j = 2 * threadIdx.x + e;
-      if (task.logprobs && j < n && in[e] && id[e] == id_of(best))
-        task.logprobs[r] = logprob(x[e], log_total);
-      if (j >= task.num_top) continue;
-      task.top_ids[r * task.num_top + j] = id[e];
-      task.top_logprobs[r * task.num_top + j] = in[e] ? logprob(x[e], log_total) : -kInf;
-    }
+    const float value = in ? logprob(x, log_total) : -kInf;
+    if (task.logprobs && in && id == id_of(best)) task.logprobs[r] = value;
+    if (j >= task.num_top) return;
+    task.top_ids[r * task.num_top + j] = id;
+    task.top_logprobs[r * task.num_top + j] = value;
   }
 
   // ---- from the row: all CTAs of the cluster
@@ -220,19 +190,18 @@ struct Draw {
 
   // The last word that top-p keeps among those that top-k left.
   __device__ __noinline__ uint64_t nucleus(float top_p) {
-    Shared& s = search.c.s;
+    Shared& s = shared();
     const float scale = fminf(__fdiv_rn(128.0f, law.temperature), 1e30f);
     const float at = floor();
-    clear_bins(s);
+    clear_bins();
     const Row<T> row = search.row;
     const Law law = this->law;
     row.template each<1>([&](int, const float(&x)[kPack]) {
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        if (!(x[j] >= at) || law.log2_weight(x[j]) < kNoMass) continue;
-        const uint64_t m = mass_of(law.weight(x[j]));
-        if (m != 0) add_to_bin(s, bin_of(law, x[j], scale), m);
-      }
+      rolled<4>(x, [&](int, float v) {
+        if (!(v >= at) || law.log2_weight(v) < kNoMass) return;
+        const uint64_t m = mass_of(law.weight(v));
+        if (m != 0) add_to_bin(bin_of(law, v, scale), m);
+      });
     });
     const Found f = find_bin(search.c, 0, &top_p);
     const uint32_t low = lowest_key(f.bin, scale);
@@ -249,19 +218,18 @@ struct Draw {
     const Law law = this->law;
     const Kept kept = this->kept;
     row.template each<1>([&](int first, const float(&x)[kPack]) {
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        if (!(x[j] >= at) || law.log2_weight(x[j]) < kNoMass) continue;
-        const float w = law.weight(x[j]);
-        if (kept.has(word_of(normalised(x[j]), first + j), w)) total += mass_of(w);
-      }
+      rolled<4>(x, [&](int j, float v) {
+        if (!(v >= at) || law.log2_weight(v) < kNoMass) return;
+        const float w = law.weight(v);
+        if (kept.has(word_of(normalised(v), first + j), w)) total += mass_of(w);
+      });
     });
     return search.c.template all_reduce<Sum>(total);
   }
 
-  static __device__ __forceinline__ uint64_t entry(const Law& law, const Kept& kept,
-                                                   const Residual& left, float x, int id,
-                                                   uint32_t bits) {
+  // Exact score of a token of the row.
+  static __device__ __noinline__ uint64_t entry(Law law, Kept kept, Residual left, float x, int id,
+                                                uint32_t bits) {
     const float w = law.weight(x);
     if (!(w > 0.0f) || !kept.has(word_of(normalised(x), id), w)) return 0;
     const float weight = left(w, id);
@@ -270,7 +238,7 @@ struct Draw {
 
   // `likely`: a token whose score is a good first threshold.
   __device__ __noinline__ uint64_t race(int likely, Residual left, uint32_t stream) {
-    Shared& s = search.c.s;
+    Shared& s = shared();
     const float at = floor();
     const Row<T> row = search.row;
     const Law law = this->law;
@@ -342,7 +310,9 @@ struct Draw {
   // The num_top largest words, a list at a time.
   __device__ __noinline__ void write_top(uint64_t high, double log_total) {
     Cluster& c = search.c;
-    const Message* m = c.exchange(search.group_bound(task.num_top), 0);
+    const uint64_t best =
+        block_reduce<Max, kThreads>(static_cast<uint64_t>(search.group_key), shared().scratch);
+    const Message* m = c.exchange(search.group_bound(task.num_top, static_cast<uint32_t>(best)), 0);
     uint64_t low = m[0].a;
     for (int i = 1; i < c.size; ++i) low = min(low, m[i].a);
     low <<= 32;
@@ -354,9 +324,9 @@ struct Draw {
         n = search.gather(low, high);
       }
       if (c.rank == 0) {
-        sort_list(c.s, n);
+        sort_list(n);
         for (int j = threadIdx.x; j < some; j += kThreads) {
-          const uint64_t word = c.s.sorted[j];
+          const uint64_t word = shared().sorted[j];
           const float x = logit_of(word);
           const int64_t to = r * task.num_top + done + j;
           task.top_ids[to] = id_of(word);
@@ -367,7 +337,7 @@ struct Draw {
       }
       done += some;
       // Below the last one written; all CTAs learn it, and none leaves before CTA 0 has read.
-      high = c.exchange(c.rank == 0 ? c.s.sorted[some - 1] - 1 : 0, 0)[0].a;
+      high = c.exchange(c.rank == 0 ? shared().sorted[some - 1] - 1 : 0, 0)[0].a;
       low = 0;
     }
   }

@@ -189,6 +189,24 @@ struct Row {
   }
 };
 
+// f(j, x[j]) for all j in a loop of kStep: bodies of a hundred instructions, unrolled over a pack
+// at every place they are used, would not fit the instruction cache. (x moves through the
+// registers: an index that is not constant would put it into local memory.)
+template <int kStep, int N, class F>
+__device__ __forceinline__ void rolled(const float (&x)[N], F&& f) {
+  static_assert(N % kStep == 0, "whole steps");
+  float y[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) y[i] = x[i];
+#pragma unroll 1
+  for (int j = 0; j < N; j += kStep) {
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) f(j + i, y[i]);
+#pragma unroll
+    for (int i = 0; i + kStep < N; ++i) y[i] = y[i + kStep];
+  }
+}
+
 struct Rule {
   float temperature, top_p, min_p;
   int64_t top_k, seed, step;

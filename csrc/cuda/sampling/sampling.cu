@@ -20,10 +20,9 @@ namespace fastinfer::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) sampling_kernel(const __grid_constant__ Task task) {
-  __shared__ Shared s;
+__global__ void __launch_bounds__(kThreads, 1) sampling_kernel(const __grid_constant__ Task task) {
   grid_wait();
-  Cluster c(s);
+  Cluster c;
   const int64_t unit = blockIdx.x / c.size, r = unit / task.positions;
   const int position = static_cast<int>(unit % task.positions);
   int drafts = 0;
@@ -40,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 2) sampling_kernel(const __grid_cons
 
   float best = -kInf;
   int best_id = 0;
-  row.template each<4>([&](int first, const float(&x)[Row<T>::kPack]) {
+  row.template each<8>([&](int first, const float(&x)[Row<T>::kPack]) {
     float most = x[0];
 #pragma unroll
     for (int j = 1; j < Row<T>::kPack; ++j) most = fmaxf(most, x[j]);  // drops NaN
@@ -58,10 +57,12 @@ __global__ void __launch_bounds__(kThreads, 2) sampling_kernel(const __grid_cons
 
   bool greedy = !(rule.temperature > 0.0f);
   const bool by_rank = !greedy && rule.top_k > 0 && rule.top_k < task.vocab;
+  const uint64_t mine = block_reduce<Max, kThreads>(word_of(best, best_id), shared().scratch);
   const uint32_t my_bound =
-      by_rank ? search.group_bound(max(rule.top_k, static_cast<int64_t>(task.num_top))) : 0;
-  const Message* m =
-      c.exchange(block_reduce<Max, kThreads>(word_of(best, best_id), s.scratch), my_bound);
+      by_rank ? search.group_bound(max(rule.top_k, static_cast<int64_t>(task.num_top)),
+                                   static_cast<uint32_t>(mine >> 32))
+              : 0;
+  const Message* m = c.exchange(mine, my_bound);
   uint64_t top_word = m[0].a, bound = m[0].b;
   for (int i = 1; i < c.size; ++i) {
     top_word = max(top_word, m[i].a);
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 2) sampling_kernel(const __grid_cons
     if (by_rank) {
       if (bound != 0) {
         const int n = draw.search.gather(bound << 32, top_word);
-        if (n <= kListSize) {
+        if (n <= kThreads) {
           if (c.rank == 0) draw.from_list(n, rule);
           return;
         }
@@ -131,15 +132,13 @@ __global__ void __launch_bounds__(256)
   for (int j = i + 1; j < task.positions; ++j) ids[j] = -1;
 }
 
+// Compiled for sm_90 or newer, not translated from older PTX: only then does the code know
+// clusters.
 template <class T>
 bool clusters_work() {
-  // Compiled for sm_90 or newer, not translated from older PTX: only then does the code know them.
   static const bool yes = [] {
     cudaFuncAttributes a;
-    if (cudaFuncGetAttributes(&a, sampling_kernel<T>) != cudaSuccess || a.ptxVersion < 90)
-      return false;
-    return cudaFuncSetAttribute(sampling_kernel<T>, cudaFuncAttributeNonPortableClusterSizeAllowed,
-                                1) == cudaSuccess;
+    return cudaFuncGetAttributes(&a, sampling_kernel<T>) == cudaSuccess && a.ptxVersion >= 90;
   }();
   return yes;
 }
@@ -179,7 +178,7 @@ int launch_task(const Task& task, DType dtype, int64_t rows, void* stream) {
 int sampling_ctas_per_row(int64_t rows, int64_t vocab, int sms) {
   constexpr int64_t kLeast = 4096;  // tokens per CTA worth a CTA
   int ctas = 1;
-  while (ctas < kMaxCtas && 2 * ctas * rows <= 2 * sms && 2 * ctas * kLeast <= vocab) ctas *= 2;
+  while (ctas < kMaxCtas && 2 * ctas * rows <= sms && 2 * ctas * kLeast <= vocab) ctas *= 2;
   return ctas;
 }
 

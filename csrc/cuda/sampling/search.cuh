@@ -20,9 +20,9 @@ namespace fastinfer::cuda {
 
 constexpr int kListSize = 1024;
 constexpr int kBins = 2048;
-constexpr int kMaxCtas = 16;
+constexpr int kMaxCtas = 8;       // the largest portable cluster
 constexpr int kRankSorted = 256;  // lists up to here are sorted by counting larger elements
-constexpr int kBoundBits = 20;    // of the key: bfloat16 keys have 16, finer is not worth barriers
+constexpr int kBoundBins = 1024;
 
 struct Message {
   uint64_t a, b;
@@ -40,13 +40,18 @@ struct Shared {
   float draft_weight;
 };
 
+// The CTA's shared memory. Not passed around: behind a pointer every access would be a generic one,
+// and a generic atomic first has to find out where it points.
+__device__ __forceinline__ Shared& shared() {
+  __shared__ Shared s;
+  return s;
+}
+
 struct Cluster {
-  Shared& s;
   const int rank, size;
   int parity;
 
-  __device__ explicit Cluster(Shared& s)
-      : s(s), rank(cluster_rank()), size(cluster_size()), parity(0) {}
+  __device__ Cluster() : rank(cluster_rank()), size(cluster_size()), parity(0) {}
 
   __device__ __forceinline__ void sync() {
     if (size == 1) {
@@ -61,6 +66,7 @@ struct Cluster {
   // until the next but one exchange.
   __device__ __forceinline__ const Message* exchange(uint64_t a, uint64_t b) {
     parity ^= 1;
+    Shared& s = shared();
     Message* mine = &s.inbox[parity][rank];
     if (threadIdx.x < static_cast<unsigned>(size)) {
       cluster_store(&mine->a, threadIdx.x, a);
@@ -71,7 +77,7 @@ struct Cluster {
   }
   template <class Op>
   __device__ __forceinline__ uint64_t all_reduce(uint64_t x) {
-    const Message* m = exchange(block_reduce<Op, kThreads>(x, s.scratch), 0);
+    const Message* m = exchange(block_reduce<Op, kThreads>(x, shared().scratch), 0);
     x = m[0].a;
     for (int c = 1; c < size; ++c) x = Op::combine(x, m[c].a);
     return x;
@@ -79,7 +85,8 @@ struct Cluster {
 };
 
 // Inclusive prefix sum over the threads of the CTA.
-__device__ __forceinline__ uint64_t block_scan(uint64_t x, uint64_t* scratch, uint64_t& total) {
+__device__ __forceinline__ uint64_t block_scan(uint64_t x, uint64_t& total) {
+  uint64_t* scratch = shared().scratch;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
@@ -107,7 +114,8 @@ __device__ __forceinline__ uint64_t mass_target(float top_p, uint64_t total) {
 }
 
 // s.list[0, n) -> s.sorted[0, n), descending. Words are unique.
-__device__ __noinline__ void sort_list(Shared& s, int n) {
+__device__ __noinline__ void sort_list(int n) {
+  Shared& s = shared();
   const int tid = threadIdx.x;
   if (n <= kRankSorted) {
     int width = 32;  // threads per round: a power of two, so that a warp reads one word at a time
@@ -144,12 +152,14 @@ __device__ __noinline__ void sort_list(Shared& s, int n) {
     }
 }
 
-__device__ __forceinline__ void clear_bins(Shared& s) {
+__device__ __forceinline__ void clear_bins() {
+  Shared& s = shared();
   for (int i = threadIdx.x; i < kBins; i += kThreads) s.low[i] = s.high[i] = 0;
   __syncthreads();
 }
 
-__device__ __forceinline__ void add_to_bin(Shared& s, int bin, uint64_t x) {
+__device__ __forceinline__ void add_to_bin(int bin, uint64_t x) {
+  Shared& s = shared();
   const uint32_t low = static_cast<uint32_t>(x), old = atomicAdd(&s.low[bin], low);
   const uint32_t high = static_cast<uint32_t>(x >> 32) + (old + low < old);
   if (high != 0) atomicAdd(&s.high[bin], high);
@@ -164,7 +174,7 @@ struct Found {
 // The bin, counted over all CTAs, in which the sum from bin 0 on reaches `target`, or, where top_p
 // is given, that part of the whole.
 __device__ __noinline__ Found find_bin(Cluster& c, uint64_t target, const float* top_p) {
-  Shared& s = c.s;
+  Shared& s = shared();
   c.sync();
   if (c.rank == 0) {
     constexpr int kEach = kBins / kThreads;
@@ -181,7 +191,7 @@ __device__ __noinline__ Found find_bin(Cluster& c, uint64_t target, const float*
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) sum += bins[i];
-    uint64_t before = block_scan(sum, s.scratch, total) - sum;
+    uint64_t before = block_scan(sum, total) - sum;
     if (top_p) target = mass_target(*top_p, total);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -204,22 +214,52 @@ struct Search {
   const Row<T>& row;
   uint32_t group_key;  // of the largest logit among this thread's tokens
 
-  // CTA-level part of the bound on the n-th largest key; 0 bounds nothing.
-  __device__ __forceinline__ uint32_t group_bound(int64_t n) const {
+  // This CTA's part of the bound on the n-th largest key, in warp 0 (which sends it to the others);
+  // 0 bounds nothing. Distances from the CTA's largest key are counted in bins of 1/32 of their
+  // magnitude, so that one pass with one barrier does.
+  __device__ __forceinline__ uint32_t group_bound(int64_t n, uint32_t largest) const {
+    Shared& s = shared();
     const int64_t mine = (n + c.size - 1) / c.size;
     if (mine > kThreads) return 0;
-    uint32_t bound = 0;
-    for (int bit = 31; bit >= 32 - kBoundBits; --bit) {
-      const uint32_t trial = bound | 1u << bit;
-      if (__syncthreads_count(group_key >= trial) >= mine) bound = trial;
+    static_assert(kBoundBins == 2 * kThreads && kBoundBins == 32 * 32,
+                  "two per thread, 32 per lane");
+    reinterpret_cast<uint2*>(s.low)[threadIdx.x] = make_uint2(0, 0);
+    __syncthreads();
+    const uint32_t distance = largest - group_key;
+    const int shift = max(0, 26 - __clz(distance));
+    atomicAdd(&s.low[32 * shift + (distance >> shift)], 1u);
+    __syncthreads();
+    if (threadIdx.x >= 32) return 0;
+    const uint4* bins = reinterpret_cast<const uint4*>(s.low) + 8 * threadIdx.x;
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += bins[i].x + bins[i].y + bins[i].z + bins[i].w;
+    uint32_t reached = sum;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const uint32_t y = __shfl_up_sync(kAllLanes, reached, d);
+      if (threadIdx.x >= d) reached += y;
     }
-    return bound;
+    const uint32_t lanes = __ballot_sync(kAllLanes, reached >= mine);  // lane 31 reaches kThreads
+    const int lane = __ffs(lanes) - 1;
+    const uint32_t before = __shfl_sync(kAllLanes, reached - sum, lane);
+    uint32_t count = s.low[32 * lane + threadIdx.x];
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const uint32_t y = __shfl_up_sync(kAllLanes, count, d);
+      if (threadIdx.x >= d) count += y;
+    }
+    const int bin = 32 * lane + __ffs(__ballot_sync(kAllLanes, before + count >= mine)) - 1;
+    const int size = bin < 64 ? 0 : bin / 32 - 1;  // the shift of that bin
+    const uint32_t part = bin - 32 * size;
+    const uint64_t farthest = (static_cast<uint64_t>(part + 1) << size) - 1;
+    return farthest < largest ? largest - static_cast<uint32_t>(farthest) : 1;
   }
 
   // Number of words in [low, high] of the whole row. If they are at most kListSize, CTA 0 has them
   // in s.list.
   __device__ __noinline__ int gather(uint64_t low, uint64_t high) {
-    Shared& s = c.s;
+    Shared& s = shared();
     if (threadIdx.x == 0) s.count = 0;
     __syncthreads();
     if (group_key >= static_cast<uint32_t>(low >> 32)) {
@@ -232,14 +272,14 @@ struct Search {
     const Message* m = c.exchange(s.count, 0);
     uint64_t n = 0;
     for (int r = 0; r < c.size; ++r) n += m[r].a;
-    if (n <= kListSize && c.rank == 0) {
-      int at = static_cast<int>(m[0].a);
-      for (int r = 1; r < c.size; ++r) {
-        const int some = static_cast<int>(m[r].a);
-        for (int i = threadIdx.x; i < some; i += kThreads)
-          s.list[at + i] = cluster_load(s.list + i, r);
-        at += some;
-      }
+    if (n <= kListSize && c.rank == 0 &&
+        c.size > 1) {  // the other CTAs' words, a warp or more each
+      const int r = threadIdx.x / 32 % c.size, share = threadIdx.x / 32 / c.size * 32;
+      int at = 0;
+      for (int i = 0; i < r; ++i) at += static_cast<int>(m[i].a);
+      const int some = r == 0 ? 0 : static_cast<int>(m[r].a);
+      for (int i = share + threadIdx.x % 32; i < some; i += kThreads / c.size)
+        s.list[at + i] = cluster_load(s.list + i, r);
     }
     c.sync();
     return static_cast<int>(n);
@@ -247,7 +287,7 @@ struct Search {
 
   __device__ __forceinline__ void gather_packs(const Row<T>& row, int base, float at, uint64_t low,
                                                uint64_t high) {
-    Shared& s = c.s;
+    Shared& s = shared();
     Pack<T> raw[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u)
@@ -257,11 +297,16 @@ struct Search {
       const int pack = base + u * row.step;
       if (pack >= row.packs) break;
       const typename Row<T>::Values x = row.values(pack, raw[u]);
+      uint32_t hits = 0;
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        if (x.v[j] < at) continue;  // (NaN goes on)
-        const int id = pack * kPack + j;
-        const uint64_t word = word_of(normalised(x.v[j]), id);
+      for (int j = 0; j < kPack; ++j)
+        if (!(x.v[j] < at)) hits |= 1u << j;  // (NaN too)
+      for (; hits != 0; hits &= hits - 1) {
+        const int j = __ffs(hits) - 1, id = pack * kPack + j;
+        float v = x.v[0];
+#pragma unroll
+        for (int i = 1; i < kPack; ++i) v = i == j ? x.v[i] : v;
+        const uint64_t word = word_of(normalised(v), id);
         if (word < low || word > high || id >= row.vocab) continue;
         const uint32_t slot = atomicAdd(&s.count, 1u);
         if (slot < kListSize) s.list[slot] = word;
@@ -276,20 +321,18 @@ struct Search {
     const uint64_t span = high - low;
     const int shift = span < kBins ? 0 : 64 - __clzll(span) - 11;
     const float at = from_order_key(max(static_cast<uint32_t>(low >> 32), kKeyLowest));
-    clear_bins(c.s);
+    clear_bins();
     const Row<T> local = row;
-    local.template each<1>(
-        [&, s = &c.s, vocab = local.vocab, low, high](int first, const float(&x)[kPack]) {
-#pragma unroll
-          for (int j = 0; j < kPack; ++j) {
-            if (x[j] < at) continue;
-            const float v = normalised(x[j]);
-            const uint64_t word = word_of(v, first + j);
-            if (word < low || word > high || first + j >= vocab) continue;
-            const uint64_t amount = kMass ? mass_of(law.weight(v)) : 1;
-            if (amount != 0) add_to_bin(*s, static_cast<int>((high - word) >> shift), amount);
-          }
-        });
+    local.template each<1>([&, vocab = local.vocab, low, high](int first, const float(&x)[kPack]) {
+      rolled<4>(x, [&](int j, float v) {
+        if (v < at) return;
+        v = normalised(v);
+        const uint64_t word = word_of(v, first + j);
+        if (word < low || word > high || first + j >= vocab) return;
+        const uint64_t amount = kMass ? mass_of(law.weight(v)) : 1;
+        if (amount != 0) add_to_bin(static_cast<int>((high - word) >> shift), amount);
+      });
+    });
     const Found f = find_bin(c, target, nullptr);
     target = f.rest;
     high -= static_cast<uint64_t>(f.bin) << shift;
@@ -303,7 +346,7 @@ struct Search {
   template <bool kMass>
   __device__ __noinline__ uint64_t select(uint64_t low, uint64_t high, uint64_t target,
                                           uint64_t some, Law law) {
-    Shared& s = c.s;
+    Shared& s = shared();
     int n;
     for (;;) {
       if (some <= kListSize) {
@@ -314,13 +357,13 @@ struct Search {
       if (kMass) some = 0;
     }
     if (c.rank == 0) {
-      sort_list(s, n);
+      sort_list(n);
       const int i = 2 * threadIdx.x;
       if (kMass) {
         uint64_t m[2], total;
         for (int e = 0; e < 2; ++e)
           m[e] = i + e < n ? mass_of(law.weight(logit_of(s.sorted[i + e]))) : 0;
-        const uint64_t sum = block_scan(m[0] + m[1], s.scratch, total), before = sum - m[0] - m[1];
+        const uint64_t sum = block_scan(m[0] + m[1], total), before = sum - m[0] - m[1];
         if (before < target && target <= sum)
           s.found.a = s.sorted[before + m[0] >= target ? i : i + 1];
       } else if (i == 0) {
