@@ -21,12 +21,14 @@ __device__ __forceinline__ uint32_t cluster_size() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
   return n;
 }
-// Barrier over all threads of the cluster in two halves; orders shared and global memory.
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
+// Barrier over all threads of the cluster. Orders shared memory only: what a CTA wrote into its own
+// before, every other may read after. (A barrier that also orders global memory costs a
+// membar.gl, about a microsecond. PTX ISA 8.6, fence.sync_restrict.)
+__device__ __forceinline__ void cluster_sync_shared() {
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 }
 // Address, in the shared memory of CTA `rank`, of what `local` is in this CTA.
 __device__ __forceinline__ uint32_t cluster_map(const void* local, uint32_t rank) {
@@ -35,10 +37,6 @@ __device__ __forceinline__ uint32_t cluster_map(const void* local, uint32_t rank
       : "=r"(a)
       : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(local))), "r"(rank));
   return a;
-}
-__device__ __forceinline__ void cluster_store(uint64_t* local, uint32_t rank, uint64_t v) {
-  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(cluster_map(local, rank)), "l"(v)
-               : "memory");
 }
 __device__ __forceinline__ uint64_t cluster_load(const uint64_t* local, uint32_t rank) {
   uint64_t v;
@@ -61,9 +59,7 @@ __device__ __forceinline__ uint4 cluster_load(const uint4* local, uint32_t rank)
 
 __device__ __forceinline__ uint32_t cluster_rank() { return 0; }
 __device__ __forceinline__ uint32_t cluster_size() { return 1; }
-__device__ __forceinline__ void cluster_arrive() {}
-__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
-__device__ __forceinline__ void cluster_store(uint64_t* local, uint32_t, uint64_t v) { *local = v; }
+__device__ __forceinline__ void cluster_sync_shared() { __syncthreads(); }
 __device__ __forceinline__ uint64_t cluster_load(const uint64_t* local, uint32_t) { return *local; }
 __device__ __forceinline__ uint4 cluster_load(const uint4* local, uint32_t) { return *local; }
 

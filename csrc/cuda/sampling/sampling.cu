@@ -32,8 +32,6 @@ __global__ void __launch_bounds__(kThreads, 1) sampling_kernel(const __grid_cons
     drafts = static_cast<int>(n < 0 ? 0 : n > k ? k : n);
     if (position > drafts) return;  // the whole cluster
   }
-  // No CTA writes into another before all of them run: the wait is behind the first pass.
-  cluster_arrive();
   const Row<T> row(task, r, position, c.rank, c.size);
   Rule rule(task.rules, r);
 
@@ -53,7 +51,6 @@ __global__ void __launch_bounds__(kThreads, 1) sampling_kernel(const __grid_cons
   grid_launch_dependents();
   best = normalised(best);
   Search<T> search{c, row, order_key(best)};
-  cluster_wait();
 
   bool greedy = !(rule.temperature > 0.0f);
   const bool by_rank = !greedy && rule.top_k > 0 && rule.top_k < task.vocab;
@@ -111,8 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) sampling_kernel(const __grid_cons
       draw.sample_from_row(argmax, false, top_word);
     }
   }
-  // Messages to a CTA that has left would be lost in somebody else's memory: none is under way
-  // after an exchange, and every path ends with one.
+  c.sync();
 }
 
 // Rows of verify_draft: tokens up to the first draft that did not stand, then -1.

@@ -32,7 +32,7 @@ struct Shared {
   uint64_t list[kListSize], sorted[kListSize];
   // A bin is a 64-bit sum in two halves. The low one wraps; whoever sees it wrap carries.
   alignas(16) uint32_t low[kBins], high[kBins];
-  Message inbox[2][kMaxCtas];
+  Message outbox[2], inbox[2][kMaxCtas];
   uint64_t scratch[32];
   Message found;
   uint32_t count;
@@ -53,26 +53,33 @@ struct Cluster {
 
   __device__ Cluster() : rank(cluster_rank()), size(cluster_size()), parity(0) {}
 
+  // Every CTA may then read what the others wrote into their own shared memory. The last access to
+  // another CTA's memory must be followed by one: none may leave earlier.
   __device__ __forceinline__ void sync() {
     if (size == 1) {
       __syncthreads();
     } else {
-      cluster_arrive();
-      cluster_wait();
+      cluster_sync_shared();
     }
   }
 
-  // Sends (a, b), uniform in the CTA, to every CTA. Returns all CTAs' messages in order, valid
-  // until the next but one exchange.
+  // Every CTA gives (a, b), as warp 0 has them, and gets all CTAs' messages in order, valid until
+  // the next but one exchange.
   __device__ __forceinline__ const Message* exchange(uint64_t a, uint64_t b) {
-    parity ^= 1;
     Shared& s = shared();
-    Message* mine = &s.inbox[parity][rank];
-    if (threadIdx.x < static_cast<unsigned>(size)) {
-      cluster_store(&mine->a, threadIdx.x, a);
-      cluster_store(&mine->b, threadIdx.x, b);
+    parity ^= 1;
+    if (size == 1) {
+      if (threadIdx.x == 0) s.inbox[parity][0] = {a, b};
+      __syncthreads();
+      return s.inbox[parity];
     }
+    if (threadIdx.x == 0) s.outbox[parity] = {a, b};
     sync();
+    const int from = threadIdx.x;
+    if (from < size)
+      s.inbox[parity][from] = {cluster_load(&s.outbox[parity].a, from),
+                               cluster_load(&s.outbox[parity].b, from)};
+    __syncthreads();
     return s.inbox[parity];
   }
   template <class Op>
@@ -264,9 +271,10 @@ struct Search {
     __syncthreads();
     if (group_key >= static_cast<uint32_t>(low >> 32)) {
       const float at = from_order_key(max(static_cast<uint32_t>(low >> 32), kKeyLowest));
+      const float up = from_order_key(static_cast<uint32_t>(high >> 32));
       const Row<T> local = row;
       for (int base = local.first; base < local.packs; base += 4 * local.step)
-        gather_packs(local, base, at, low, high);
+        gather_packs(local, base, at, up, low, high);
     }
     __syncthreads();
     const Message* m = c.exchange(s.count, 0);
@@ -285,8 +293,8 @@ struct Search {
     return static_cast<int>(n);
   }
 
-  __device__ __forceinline__ void gather_packs(const Row<T>& row, int base, float at, uint64_t low,
-                                               uint64_t high) {
+  __device__ __forceinline__ void gather_packs(const Row<T>& row, int base, float at, float up,
+                                               uint64_t low, uint64_t high) {
     Shared& s = shared();
     Pack<T> raw[4];
 #pragma unroll
@@ -300,7 +308,7 @@ struct Search {
       uint32_t hits = 0;
 #pragma unroll
       for (int j = 0; j < kPack; ++j)
-        if (!(x.v[j] < at)) hits |= 1u << j;  // (NaN too)
+        if (!(x.v[j] < at) && !(x.v[j] > up)) hits |= 1u << j;  // (NaN too)
       for (; hits != 0; hits &= hits - 1) {
         const int j = __ffs(hits) - 1, id = pack * kPack + j;
         float v = x.v[0];
@@ -321,11 +329,12 @@ struct Search {
     const uint64_t span = high - low;
     const int shift = span < kBins ? 0 : 64 - __clzll(span) - 11;
     const float at = from_order_key(max(static_cast<uint32_t>(low >> 32), kKeyLowest));
+    const float up = from_order_key(static_cast<uint32_t>(high >> 32));
     clear_bins();
     const Row<T> local = row;
     local.template each<1>([&, vocab = local.vocab, low, high](int first, const float(&x)[kPack]) {
       rolled<4>(x, [&](int j, float v) {
-        if (v < at) return;
+        if (v < at || v > up) return;
         v = normalised(v);
         const uint64_t word = word_of(v, first + j);
         if (word < low || word > high || first + j >= vocab) return;
