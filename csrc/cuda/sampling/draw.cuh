@@ -196,7 +196,7 @@ struct Draw {
     clear_bins();
     const Row<T> row = search.row;
     const Law law = this->law;
-    row.template each<1>([&](int, const float(&x)[kPack]) {
+    row.template each<1>([&](int, const float(&x)[kPack], int) {
       rolled<4>(x, [&](int, float v) {
         if (!(v >= at) || law.log2_weight(v) < kNoMass) return;
         const uint64_t m = mass_of(law.weight(v));
@@ -217,7 +217,7 @@ struct Draw {
     const Row<T> row = search.row;
     const Law law = this->law;
     const Kept kept = this->kept;
-    row.template each<1>([&](int first, const float(&x)[kPack]) {
+    row.template each<1>([&](int first, const float(&x)[kPack], int) {
       rolled<4>(x, [&](int j, float v) {
         if (!(v >= at) || law.log2_weight(v) < kNoMass) return;
         const float w = law.weight(v);
@@ -251,7 +251,7 @@ struct Draw {
     }
     __syncthreads();
     uint64_t best = 0;
-    row.template each<1>([&](int first, const float(&x)[kPack]) {
+    row.template each<1>([&](int first, const float(&x)[kPack], int) {
       const float threshold =
           kSlack * __uint_as_float(*static_cast<volatile uint32_t*>(&s.threshold));
       float bound[kPack], most = 0.0f;

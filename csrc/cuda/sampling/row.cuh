@@ -161,8 +161,8 @@ struct Row {
     return x;
   }
 
-  // f(first id, x) for every pack of this thread, kUnroll loads in flight; x may hold NaN, and -inf
-  // past the end of the row. All lanes of a warp make the same number of calls.
+  // f(first id, x, u) for every pack of this thread, the u-th of kUnroll loads in flight; x may
+  // hold NaN, and -inf past the end of the row. All lanes of a warp make the same number of calls.
   template <int kUnroll, class F>
   __device__ __forceinline__ void each(F&& f) const {
     for (int base = first; base - static_cast<int>(threadIdx.x % 32) < packs;
@@ -183,7 +183,7 @@ struct Row {
         const int pack = base + u * step;
         if (pack - static_cast<int>(threadIdx.x % 32) >= packs) break;
         const Values x = values(pack, raw[u]);
-        f(pack * kPack, x.v);
+        f(pack * kPack, x.v, u);
       }
     }
   }

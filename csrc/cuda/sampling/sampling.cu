@@ -37,10 +37,14 @@ __global__ void __launch_bounds__(kThreads, 1) sampling_kernel(const __grid_cons
 
   float best = -kInf;
   int best_id = 0;
-  row.template each<8>([&](int first, const float(&x)[Row<T>::kPack]) {
+  float slot[kSlots];
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) slot[i] = -kInf;
+  row.template each<kSlots>([&](int first, const float(&x)[Row<T>::kPack], int u) {
     float most = x[0];
 #pragma unroll
     for (int j = 1; j < Row<T>::kPack; ++j) most = fmaxf(most, x[j]);  // drops NaN
+    slot[u] = fmaxf(slot[u], most);
     if (most > best) {
       best = most;
 #pragma unroll
@@ -50,7 +54,9 @@ __global__ void __launch_bounds__(kThreads, 1) sampling_kernel(const __grid_cons
   });
   grid_launch_dependents();
   best = normalised(best);
-  Search<T> search{c, row, order_key(best)};
+  Search<T> search{c, row, order_key(best), {}};
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) search.slot[i] = slot[i];
 
   bool greedy = !(rule.temperature > 0.0f);
   const bool by_rank = !greedy && rule.top_k > 0 && rule.top_k < task.vocab;

@@ -23,6 +23,7 @@ constexpr int kBins = 2048;
 constexpr int kMaxCtas = 8;       // the largest portable cluster
 constexpr int kRankSorted = 256;  // lists up to here are sorted by counting larger elements
 constexpr int kBoundBins = 1024;
+constexpr int kSlots = 8;
 
 struct Message {
   uint64_t a, b;
@@ -220,6 +221,7 @@ struct Search {
   Cluster& c;
   const Row<T>& row;
   uint32_t group_key;  // of the largest logit among this thread's tokens
+  float slot[kSlots];  // the largest logit of every kSlots-th of this thread's packs
 
   // This CTA's part of the bound on the n-th largest key, in warp 0 (which sends it to the others);
   // 0 bounds nothing. Distances from the CTA's largest key are counted in bins of 1/32 of their
@@ -273,8 +275,16 @@ struct Search {
       const float at = from_order_key(max(static_cast<uint32_t>(low >> 32), kKeyLowest));
       const float up = from_order_key(static_cast<uint32_t>(high >> 32));
       const Row<T> local = row;
-      for (int base = local.first; base < local.packs; base += 4 * local.step)
-        gather_packs(local, base, at, up, low, high);
+      uint32_t slots = 0;  // those worth another look: with few words wanted, hardly any
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i)
+        if (slot[i] >= at) slots |= 1u << i;
+      const int stride = kSlots * local.step;
+      for (; slots != 0; slots &= slots - 1) {
+        const int first = local.first + (__ffs(slots) - 1) * local.step;
+        for (int base = first; base < local.packs; base += 4 * stride)
+          gather_packs(local, base, stride, at, up, low, high);
+      }
     }
     __syncthreads();
     const Message* m = c.exchange(s.count, 0);
@@ -293,16 +303,16 @@ struct Search {
     return static_cast<int>(n);
   }
 
-  __device__ __forceinline__ void gather_packs(const Row<T>& row, int base, float at, float up,
-                                               uint64_t low, uint64_t high) {
+  __device__ __forceinline__ void gather_packs(const Row<T>& row, int base, int stride, float at,
+                                               float up, uint64_t low, uint64_t high) {
     Shared& s = shared();
     Pack<T> raw[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u)
-      if (base + u * row.step < row.packs) row.load(base + u * row.step, raw[u]);
+      if (base + u * stride < row.packs) row.load(base + u * stride, raw[u]);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const int pack = base + u * row.step;
+      const int pack = base + u * stride;
       if (pack >= row.packs) break;
       const typename Row<T>::Values x = row.values(pack, raw[u]);
       uint32_t hits = 0;
@@ -332,16 +342,17 @@ struct Search {
     const float up = from_order_key(static_cast<uint32_t>(high >> 32));
     clear_bins();
     const Row<T> local = row;
-    local.template each<1>([&, vocab = local.vocab, low, high](int first, const float(&x)[kPack]) {
-      rolled<4>(x, [&](int j, float v) {
-        if (v < at || v > up) return;
-        v = normalised(v);
-        const uint64_t word = word_of(v, first + j);
-        if (word < low || word > high || first + j >= vocab) return;
-        const uint64_t amount = kMass ? mass_of(law.weight(v)) : 1;
-        if (amount != 0) add_to_bin(static_cast<int>((high - word) >> shift), amount);
-      });
-    });
+    local.template each<1>(
+        [&, vocab = local.vocab, low, high](int first, const float(&x)[kPack], int) {
+          rolled<4>(x, [&](int j, float v) {
+            if (v < at || v > up) return;
+            v = normalised(v);
+            const uint64_t word = word_of(v, first + j);
+            if (word < low || word > high || first + j >= vocab) return;
+            const uint64_t amount = kMass ? mass_of(law.weight(v)) : 1;
+            if (amount != 0) add_to_bin(static_cast<int>((high - word) >> shift), amount);
+          });
+        });
     const Found f = find_bin(c, target, nullptr);
     target = f.rest;
     high -= static_cast<uint64_t>(f.bin) << shift;
