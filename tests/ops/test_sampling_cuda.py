@@ -155,7 +155,7 @@ def test_strides_and_alignment(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("vocab", [17, 5000, 128256])
 def test_the_batch_changes_nothing(vocab: int) -> None:
-    """One row alone (16 CTAs), among 30 (8 or fewer), among 300 (one)."""
+    """One row alone (8 CTAs at most), among 30 (4), among 300 (1)."""
     logits, kw = randn(300, vocab, seed=6).cuda() * 3, rules(300, vocab, seed=6)
     kw = {k: v.cuda() for k, v in kw.items()}
     together = sample(logits, **kw, return_logprobs=True, num_top_logprobs=5)

@@ -1,8 +1,7 @@
 // Finding words of a row (row.cuh) by rank or by mass, without sorting the vocabulary.
 //
-//   group_bound  a key that at least n logits reach: every CTA takes the ceil(n / CTAs)-th largest
-//   of
-//                its threads' maxima, the cluster the smallest of those
+//   group_bound  a key that at least n logits reach: in every CTA the ceil(n / CTAs)-th largest of
+//                its threads' maxima, of those the smallest
 //   gather       collects all words of a range, if they are few, in the first CTA's shared memory
 //   narrow       histogram over 2048 bins of a range of words; the range becomes the bin in which
 //                the running count or mass, from the largest word down, reaches the target
@@ -22,8 +21,8 @@ constexpr int kListSize = 1024;
 constexpr int kBins = 2048;
 constexpr int kMaxCtas = 8;       // the largest portable cluster
 constexpr int kRankSorted = 256;  // lists up to here are sorted by counting larger elements
-constexpr int kBoundBins = 1024;
-constexpr int kSlots = 8;
+constexpr int kBoundBins = 1024;  // of group_bound
+constexpr int kSlots = 8;         // per thread; gather looks again only into slots that reach it
 
 struct Message {
   uint64_t a, b;
@@ -290,8 +289,7 @@ struct Search {
     const Message* m = c.exchange(s.count, 0);
     uint64_t n = 0;
     for (int r = 0; r < c.size; ++r) n += m[r].a;
-    if (n <= kListSize && c.rank == 0 &&
-        c.size > 1) {  // the other CTAs' words, a warp or more each
+    if (n <= kListSize && c.rank == 0 && c.size > 1) {  // from each other CTA, a warp or more
       const int r = threadIdx.x / 32 % c.size, share = threadIdx.x / 32 / c.size * 32;
       int at = 0;
       for (int i = 0; i < r; ++i) at += static_cast<int>(m[i].a);
