@@ -33,6 +33,7 @@ CUDA_OPS: frozenset[str] = frozenset(
         "silu_and_mul_quant",
     }
 )
+CUDA_OPS: frozenset[str] = frozenset({"sample", "verify_draft"})
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
 ISA_LEVELS = ("generic", "avx2", "avx512", "vnni")
