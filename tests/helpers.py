@@ -31,9 +31,10 @@ CUDA_OPS: frozenset[str] = frozenset(
         "rms_norm_quant",
         "silu_and_mul",
         "silu_and_mul_quant",
+        "sample",
+        "verify_draft",
     }
 )
-CUDA_OPS: frozenset[str] = frozenset({"sample", "verify_draft"})
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
 ISA_LEVELS = ("generic", "avx2", "avx512", "vnni")
