@@ -40,6 +40,7 @@ void gated(const char* op, const Tensor& x, Activation activation, const Tensor&
   FI_CHECK(same, op, ": out must have the shape of x (", shape_of(x),
            ") with the last size halved, got ", describe(out));
   check_written(op, "out", out);
+  check_apart(op, "out", out, {{"x", &x}});
   if (out.numel() == 0) return;
   Rows rows[2] = {};
   p.shape = fold_rows(op, {&x, &out}, rows);

@@ -154,15 +154,23 @@ bool share_memory(const Tensor& a, const Tensor& b) {
   const auto [a_begin, a_end] = address_range(a);
   const auto [b_begin, b_end] = address_range(b);
   if (a_end <= b_begin || b_end <= a_begin) return false;
-  if (a.dim() != 2 || b.dim() != 2) return true;
-  // Slices of columns of one buffer: the rows of both start at fixed places of one row.
-  const int64_t size = static_cast<int64_t>(a.element_size());
-  const int64_t row = a.stride(0) * size;
-  if (b.stride(0) * static_cast<int64_t>(b.element_size()) != row || row <= 0) return true;
-  const int64_t a_width = a.size(1) * size,
-                b_width = b.size(1) * static_cast<int64_t>(b.element_size());
+  // Slices of the columns of one buffer: rows start at multiples of one distance in both.
+  const int64_t dims = a.dim(), a_size = static_cast<int64_t>(a.element_size()),
+                b_size = static_cast<int64_t>(b.element_size());
+  if (b.dim() != dims) return true;
+  int64_t row = 0;
+  for (int64_t d = 0; d + 1 < dims; ++d) {
+    if (a.size(d) != b.size(d)) return true;
+    if (a.size(d) == 1) continue;
+    const int64_t step = a.stride(d) * a_size;
+    if (step != b.stride(d) * b_size || step <= 0) return true;
+    row = row == 0 || step < row ? step : row;
+  }
+  if (row == 0) return true;
+  for (int64_t d = 0; d + 1 < dims; ++d)
+    if (a.size(d) > 1 && a.stride(d) * a_size % row != 0) return true;
   const int64_t apart = ((b_begin - a_begin) % row + row) % row;
-  return apart < a_width || apart + b_width > row;
+  return apart < a.size(dims - 1) * a_size || apart + b.size(dims - 1) * b_size > row;
 }
 
 }  // namespace

@@ -32,6 +32,7 @@ void repeat_kv(Tensor x, int64_t n_rep, int64_t dim, Tensor out) {
   FI_CHECK(ok, op, ": out must have the shape of x (", shape_of(x), ") with dimension ", d,
            " times ", n_rep, ", got ", describe(out));
   check_written(op, "out", out);
+  check_apart(op, "out", out, {{"x", &x}});
   if (out.numel() == 0) return;
   std::vector<CopyDim> dims;
   if (!x.is_cpu()) {

@@ -235,6 +235,9 @@ def test_refusals() -> None:
         refuses(lambda fn=fn: fn(x.double()), name, "x", "float64")
         refuses(lambda fn=fn: fn(torch.ones(6, 4).t()), name, "x", "contiguous")
         refuses(lambda fn=fn: fn(x.clone().requires_grad_()), name, "grad")
+    wide = torch.zeros(2, 3, 40)
+    refuses(lambda: silu_and_mul(wide[..., :24], out=wide[..., 23:35]), "out must not share memory")
+    silu_and_mul(wide[..., :24], out=wide[..., 24:36])  # slices of one buffer that are apart
     refuses(lambda: silu_and_mul(x, out=torch.empty(2, 4)), "silu_and_mul", "out", "[2, 6]")
     refuses(lambda: silu_and_mul(x, out=torch.empty(2, 3).half()), "silu_and_mul", "out", "dtype")
     refuses(lambda: silu_and_mul(x, out=torch.empty(3, 2).t()), "silu_and_mul", "out", "contiguous")

@@ -330,6 +330,8 @@ def test_swap_blocks_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_repeat_kv_refusals() -> None:
     x = torch.ones(2, 3, 4)
     name = "repeat_kv: "
+    both = torch.zeros(6, 4)
+    refuses(lambda: repeat_kv(both[:2], 3, dim=0, out=both), name + "out must not share memory")
     for dim in (-1, 2, 3, -4):
         refuses(lambda d=dim: repeat_kv(x, 2, dim=d), name + "dim must name", f"got {dim}")
         out = torch.empty(2, 6, 4)
