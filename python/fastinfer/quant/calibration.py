@@ -275,6 +275,12 @@ class Statistics:
         in_features: K.
         sample: rows to keep.
         of: rows that will come.
+
+    Attributes:
+        count: rows seen.
+        total: float64 [K], sum of |x|.
+        max_abs: fp32 [K], largest |x|.
+        sample: fp32 [rows, K], evenly spread.
     """
 
     def __init__(self, in_features: int, *, sample: int, of: int) -> None:
@@ -282,7 +288,7 @@ class Statistics:
         self.total = torch.zeros(in_features, dtype=torch.float64)
         self.max_abs = torch.zeros(in_features)
         self._every = max(1, -(-of // sample))
-        self._rows: list[Tensor] = []
+        self.sample = torch.empty(-(-of // self._every), in_features)
 
     def add(self, x: Tensor) -> None:
         """Take inputs."""
@@ -291,15 +297,12 @@ class Statistics:
         magnitude = x.detach().float().abs()
         self.total += magnitude.sum(0, dtype=torch.float64)
         self.max_abs = torch.maximum(self.max_abs, magnitude.amax(0))
-        self._rows.append(x.detach()[-self.count % self._every :: self._every].float().clone())
+        rows = x.detach()[-self.count % self._every :: self._every]
+        first = -(-self.count // self._every)
+        self.sample[first : first + rows.shape[0]] = rows
         self.count += x.shape[0]
 
     @property
     def mean_abs(self) -> Tensor:
         """fp32 [K]."""
         return (self.total / max(self.count, 1)).float()
-
-    @property
-    def sample(self) -> Tensor:
-        """fp32 [rows, K], evenly spread."""
-        return torch.cat(self._rows)

@@ -190,9 +190,6 @@ def _set_group(grid: Grid, group: int, weight: Tensor, options: GridOptions) -> 
 
 def output_loss(wrong: Tensor, factor: Factor) -> float:
     """tr(D H D^T) for D [N, K]: with H of `Moments`, twice the squared output error per token."""
-    total = 0.0
-    for begin, end in row_chunks(wrong):
-        part = wrong[begin:end].float().masked_fill(factor.dead, 0.0)[:, factor.stored]
-        total += float((part @ factor.lower).square().sum(dtype=torch.float64))
-        total -= factor.added * float(part.square().sum(dtype=torch.float64))
-    return max(total, 0.0)
+    wrong = wrong.float().masked_fill(factor.dead, 0.0)[:, factor.stored]
+    total = (wrong @ factor.lower).square_().sum(dtype=torch.float64)
+    return max(float(total - factor.added * wrong.square_().sum(dtype=torch.float64)), 0.0)

@@ -9,13 +9,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # elements of a weight that are worked on together
+_CHUNK = 1 << 18  # elements of a weight that are worked on together
 
 
-def row_chunks(weight: Tensor, elements: int = _CHUNK) -> Iterator[tuple[int, int]]:
-    """Row ranges [begin, end) of a matrix, each of about that many elements; at least one range."""
+def row_chunks(weight: Tensor, least: int = 1) -> Iterator[tuple[int, int]]:
+    """Row ranges [begin, end) of a matrix, of about 1 MB each; at least one range.
+
+    Args:
+        weight: [N, K].
+        least: rows of a range: more of them for matrix products with something large.
+    """
     rows, columns = weight.shape
-    step = max(1, elements // max(columns, 1))
+    step = max(least, _CHUNK // max(columns, 1))
     for begin in range(0, max(rows, 1), step):
         yield begin, min(begin + step, rows)
 

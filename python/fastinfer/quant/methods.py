@@ -30,7 +30,7 @@ from .rtn import (
 METHODS = ("rtn", "awq", "gptq", "smoothquant")
 SAMPLE = 2048  # rows of an input that AWQ and SmoothQuant keep
 ATTENTION_SAMPLE = 4096  # tokens that AWQ runs through the attention module
-_ROWS = 512  # rows that are multiplied together
+_ROWS = 256  # rows that are multiplied together
 _NORM_OF = {"attn.qkv_proj": "input_norm", "mlp.gate_up_proj": "post_norm"}
 
 
@@ -151,6 +151,7 @@ def _gptq(
             for begin, end in row_chunks(weight):
                 weight[begin:end] = unpacked(result.weight, begin, end)
             done(result)
+        del factor  # before the next moments
 
 
 def _factor_of(
@@ -174,7 +175,7 @@ def _run_gptq(name: str, weight: Tensor, factor: Factor, options: MethodOptions)
     static = options.static_groups
     stored = _named(name, lambda: gptq(weight, factor, options.grid, static_groups=static))
     loss = power = 0.0
-    for begin, end in row_chunks(weight):
+    for begin, end in row_chunks(weight, _ROWS):
         part = weight[begin:end]
         loss += output_loss(part - unpacked(stored, begin, end), factor)
         power += output_loss(part, factor)
@@ -195,6 +196,11 @@ def _statistics(block: Block, module: str, calibration: Calibration) -> Statisti
     found = Statistics(block.linear(module).in_features, sample=SAMPLE, of=calibration.tokens)
     calibration.inputs_of(block, module, lambda step, x: found.add(x))
     return found
+
+
+def _sample(block: Block, module: str, calibration: Calibration) -> Tensor:
+    """Of the inputs of one module, as the block is now."""
+    return _statistics(block, module, calibration).sample
 
 
 def _attention_inputs(block: Block, calibration: Calibration) -> dict[int, Tensor]:
@@ -239,7 +245,7 @@ def _awq(
         trim_heap()
     # The factors cancel, so the outputs of the block are still the original ones.
     for module in modules:
-        weight, x = block.linear(module).weight.data, _statistics(block, module, calibration).sample
+        weight, x = block.linear(module).weight.data, _sample(block, module, calibration)
         share = awq.clip_factors(weight, x, options.grid)
         if module == "attn.qkv_proj":
             # Clipping q and k changes attention scores, which partial outputs do not show.
@@ -301,7 +307,7 @@ def _smoothquant(
             weight = block.linear(module).weight.data
             _fold(block, module, smoothquant.smooth_factors(weight, largest, alpha=options.alpha))
     for module in modules:
-        x = _statistics(block, module, calibration).sample
+        x = _sample(block, module, calibration)
         rounded = smoothquant.fake_quantize_tokens(x)
         for part in block.of(module):
             if part.name in wanted:
@@ -319,7 +325,7 @@ def _result(
 ) -> Result:
     """Errors of a layer whose inputs x arrive as `rounded`."""
     wrong = right = 0.0
-    for begin, end in row_chunks(weight):
+    for begin, end in row_chunks(weight, _ROWS):
         for rows, seen in zip(x.split(_ROWS), rounded.split(_ROWS), strict=True):
             exact = rows @ weight[begin:end].t()
             right += float(exact.square().sum(dtype=torch.float64))
