@@ -354,6 +354,8 @@ def test_bias_is_passed_on() -> None:
 
 
 W = qp.random_weight(24, 64)
+W8 = qp.random_weight(24, 64, bits=8, group_size=-1)
+INT8 = replace(CT, bits=8, group_size=-1, style="int-quantized")
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
@@ -425,6 +427,30 @@ DAMAGED = {
         {"qzeros": torch.zeros(4, 24, dtype=torch.int32)},
         ["m.qzeros", "[4, 3]", "[4, 24]"],
     ),
+    "awq group count": (
+        AWQ,
+        qp.awq(W),
+        {"scales": torch.ones(5, 24)},
+        ["m.scales", "[4, 24]", "[5, 24]"],
+    ),
+    "weight_g_idx too high": (
+        CT,
+        qp.pack_quantized(W, symmetric=True),
+        {"weight_g_idx": torch.arange(64, dtype=torch.int32) // 8},
+        ["m.weight_g_idx", "0..3", "0..7"],
+    ),
+    "int8 weight": (
+        INT8,
+        qp.int_quantized(W8),
+        {"weight": torch.zeros(24, 60, dtype=torch.int8)},
+        ["m.weight", "[24, 64]", "[24, 60]"],
+    ),
+    "int8 group count": (
+        INT8,
+        qp.int_quantized(W8),
+        {"weight_scale": torch.ones(24, 2)},
+        ["m.weight_scale", "[24, 1]", "[24, 2]"],
+    ),
     "weight_shape": (
         CT,
         qp.pack_quantized(W, symmetric=True),
@@ -462,6 +488,12 @@ DAMAGED = {
         ["m.weight_zero_point", "symmetric"],
     ),
     "SCB": (BNB8, qp.bnb_int8(24, 64, 0)[0], {"SCB": torch.ones(64)}, ["m.SCB", "[24]", "[64]"]),
+    "bitsandbytes int8 weight": (
+        BNB8,
+        qp.bnb_int8(24, 64, 0)[0],
+        {"weight": torch.zeros(64, 24, dtype=torch.int8)},
+        ["m.weight", "[24, 64]", "[64, 24]"],
+    ),
     "int8 layout of a GPU": (
         BNB8,
         qp.bnb_int8(24, 64, 0)[0],
@@ -491,6 +523,30 @@ DAMAGED = {
         qp.bnb_4bit(24, 64, 0)[0],
         {NF4_STATE: _state(blocksize=128)},
         ["m.weight.absmax", "[12]", "[24]"],
+    ),
+    "native qweight": (
+        NATIVE,
+        qp.native(W, symmetric=True),
+        {"qweight": torch.zeros(9, 24, dtype=torch.int32)},
+        ["m.qweight", "[8, 24]", "[9, 24]"],
+    ),
+    "native group count": (
+        NATIVE,
+        qp.native(W, symmetric=True),
+        {"scales": torch.ones(3, 24)},
+        ["m.scales", "[4, 24]", "[3, 24]"],
+    ),
+    "native perm too high": (
+        NATIVE,
+        qp.native(W, symmetric=True),
+        {"perm": torch.arange(1, 65, dtype=torch.int32)},
+        ["m: perm", "0..63"],
+    ),
+    "native W8A8 scales": (
+        replace(NATIVE, bits=8, group_size=-1, activations="int8_token"),
+        qp.int_quantized(W8),
+        {"weight_scale": torch.ones(23)},
+        ["m.weight_scale", "[24]", "[23]"],
     ),
     "native perm": (
         NATIVE,
