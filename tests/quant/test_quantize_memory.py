@@ -75,6 +75,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 BLOCK = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
+SAMPLED = min(SAMPLES * SEQLEN, 2048)
 GATE_UP = 4 * 2 * HIDDEN * INTERMEDIATE
 
 
@@ -85,9 +86,9 @@ GATE_UP = 4 * 2 * HIDDEN * INTERMEDIATE
         ("rtn", 0),
         ("gptq", 2 * 4 * INTERMEDIATE**2),  # the moments and their factor
         # The sampled inputs, exact and rounded.
-        pytest.param("smoothquant", 2 * 4 * 2048 * INTERMEDIATE, marks=pytest.mark.full),
+        pytest.param("smoothquant", 2 * 4 * SAMPLED * INTERMEDIATE, marks=pytest.mark.full),
         # The layers that share an input once more, and the sampled inputs.
-        pytest.param("awq", GATE_UP + 4 * 2048 * INTERMEDIATE, marks=pytest.mark.full),
+        pytest.param("awq", GATE_UP + 4 * SAMPLED * INTERMEDIATE, marks=pytest.mark.full),
     ],
 )
 def test_peak_memory(method: str, largest: int, model: Path, tmp_path: Path) -> None:

@@ -148,6 +148,17 @@ def test_what_formats_cannot_hold_is_refused() -> None:
         format_config("awq", bits=4, group_size=128, symmetric=False, lm_head=True)
 
 
+def test_zero_points_that_v1_readers_get_wrong_are_said_aloud(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weight = rtn(torch.rand(8, 32), GridOptions(4, 16, False))  # nothing negative: zero points 0
+    write_linear("gptq_v2", NAME, weight)
+    assert not caplog.text
+    tensors = write_linear("gptq", NAME, weight)
+    assert "write gptq_v2" in caplog.text
+    assert (tensors[f"{NAME}.qzeros"] == -1).all()
+
+
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_ignored_layers_and_heads_are_found_again(form: str) -> None:
     other = "model.layers.1.mlp.up_proj"
