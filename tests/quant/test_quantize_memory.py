@@ -12,7 +12,7 @@ import torch
 import transformers
 from quantizing import MODEL, calibration_text
 
-HIDDEN, INTERMEDIATE, LAYERS, SAMPLES, SEQLEN = 768, 2048, 4, 8, 128
+HIDDEN, INTERMEDIATE, LAYERS, SAMPLES, SEQLEN = 768, 2048, 3, 8, 128
 MB = 1_000_000
 # What a run needs however small its model: the tokenizer and the text, the buffers of the matrix
 # products, the temporary tensors of row chunks of 1 MB, one step of 512 tokens inside of a block.
@@ -87,8 +87,13 @@ GATE_UP = 4 * 2 * HIDDEN * INTERMEDIATE
         ("gptq", 2 * 4 * INTERMEDIATE**2),  # the moments and their factor
         # The sampled inputs, exact and rounded.
         pytest.param("smoothquant", 2 * 4 * SAMPLED * INTERMEDIATE, marks=pytest.mark.full),
-        # The layers that share an input once more, and the sampled inputs.
-        pytest.param("awq", GATE_UP + 4 * SAMPLED * INTERMEDIATE, marks=pytest.mark.full),
+        # The layers that share an input once more, the sampled inputs, and twelve bytes per token
+        # and channel for the attention module.
+        pytest.param(
+            "awq",
+            GATE_UP + 4 * SAMPLED * INTERMEDIATE + 12 * SAMPLES * SEQLEN * HIDDEN,
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_peak_memory(method: str, largest: int, model: Path, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def quantize_block(
     assert calibration is not None
     run = {"gptq": _gptq, "awq": _awq, "smoothquant": _smoothquant}[options.method]
     run(block, options, calibration, wanted, done)
+    trim_heap()
     calibration.advance(block)
 
 
@@ -158,10 +159,16 @@ def _factor_of(
     block: Block, module: str, calibration: Calibration, options: MethodOptions
 ) -> Factor:
     """The moments live only here: one [K, K] matrix is left when the layers are rounded."""
+    factor = _factor(_moments_of(block, module, calibration), options)
+    trim_heap()
+    return factor
+
+
+def _moments_of(block: Block, module: str, calibration: Calibration) -> Moments:
     moments = Moments(block.linear(module).in_features)
     calibration.inputs_of(block, module, lambda step, x: moments.add(x))
     trim_heap()
-    return _factor(moments, options)
+    return moments
 
 
 def _factor(moments: Moments, options: MethodOptions) -> Factor:
