@@ -58,7 +58,7 @@ def _cached(
         work = [torch.full_like(t, float("nan")) for t in (q, k)]
         # Every slot of the cache is written; the last token is skipped.
         slots = torch.tensor([3, 0, 5, 1, 2, 4, -1], device=device)
-        pair = [torch.empty(2, 3, 2, dim, device=device).to(cache) for _ in "kv"]
+        pair = [torch.zeros(2, 3, 2, dim, device=device).to(cache) for _ in "kv"]
         scales: list[Tensor] = []
         if cache in (_FP8, torch.int8):
             shape = (2, 3, 2) if dynamic else (2,)
