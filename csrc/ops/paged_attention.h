@@ -37,4 +37,7 @@ struct RowBlocks {
 };
 RowBlocks choose_row_blocks(int64_t rows, bool batch_invariant);
 
+// Lists among which (key head, row block) pairs are dealt, each served by ctas / lanes CTAs.
+int64_t choose_lanes(int64_t pairs, int64_t ctas);
+
 }  // namespace fastinfer::paged_attention

@@ -20,6 +20,14 @@ RowBlocks choose_row_blocks(int64_t rows, bool batch_invariant) {
   return {tiles, (rows + 16 * tiles - 1) / (16 * tiles)};
 }
 
+// As many as possible, so that CTAs that run together read neighbouring heads, as long as few CTAs are
+// left over.
+int64_t choose_lanes(int64_t pairs, int64_t ctas) {
+  for (int64_t lanes = std::min(pairs, ctas); lanes > 1; --lanes)
+    if (pairs % lanes == 0 && ctas / lanes * lanes * 100 >= ctas * 96) return lanes;
+  return 1;
+}
+
 #ifdef FASTINFER_WITH_CUDA
 namespace {
 
@@ -80,7 +88,8 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
   p.rows = narrow(s.group * t.q.size(1));
   const RowBlocks blocks = choose_row_blocks(p.rows, invariant);
   p.row_tiles = narrow(blocks.row_tiles), p.row_blocks = narrow(blocks.blocks);
-  p.window_left = narrow(s.window_left), p.window_right = narrow(s.window_right);
+  const auto window = [](int64_t w) { return w < int64_t{1} << 30 ? static_cast<int32_t>(w) : -1; };
+  p.window_left = window(s.window_left), p.window_right = window(s.window_right);
   p.scale = s.scale, p.softcap = s.softcap;
   p.q_dtype = s.dtype, p.kv_dtype = s.kv_dtype;
   p.invariant = invariant;
@@ -220,6 +229,11 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
   }
   if (t.q.numel() == 0) return;
   const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
+  const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
+  p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
+  if (const char* env = std::getenv("FASTINFER_DECODE_LANES")) p.lanes = std::atoi(env);
+  p.lane_items = static_cast<int32_t>(pairs / p.lanes);
+  p.min_share = p.rows > 16 ? 2 : 1;
   place_workspace(op, p, slots, t, counters, partials);
   check_launch(op, launch_attention(p, slots, device.stream()));
 #else

@@ -14,11 +14,12 @@
 
 namespace fastinfer::cuda {
 
-__device__ __forceinline__ Item make_item(const DecodeParams& p, const Walk& walk) {
+__device__ __forceinline__ Item make_item(const DecodeParams& p, const Slot& slot, const Walk& walk) {
   Item item;
   item.b = walk.b;
-  item.head = p.row_blocks == 1 ? walk.item : walk.item / p.row_blocks;
-  item.row_block = p.row_blocks == 1 ? 0 : walk.item - item.head * p.row_blocks;
+  const int pair = walk.pair(p, slot);
+  item.head = p.row_blocks == 1 ? pair : pair / p.row_blocks;
+  item.row_block = pair - item.head * p.row_blocks;
   item.rows = min(p.rows - item.row_block * p.row_tiles * 16, p.row_tiles * 16);
   item.len = walk.len;
   item.first = item.low = walk.low;
@@ -35,6 +36,14 @@ __device__ __forceinline__ Item make_item(const DecodeParams& p, const Walk& wal
     item.last = min(item.last, at_last + p.window_right + 1);
   }
   return item;
+}
+
+// A short block table on its way into the cache while the lengths are being read.
+__device__ __forceinline__ void prefetch_rows(const DecodeParams& p) {
+  if (!p.table) return;
+  const int64_t line = (static_cast<int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x) * 32;
+  if (line < p.batch * p.table_stride && line < 32 * 4096)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.table + line));
 }
 
 template <class F, int D, DecodePath kPath>
@@ -64,8 +73,8 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
     for (int s = 0; s < L::kStages; ++s) clear_padding(s);
 #endif
   }
-  const Slot slot =
-      find_slot(p, blockIdx.x, gridDim.x, reinterpret_cast<int*>(shared + L::kInts));
+  prefetch_rows(p);
+  const Slot slot = find_slot(p, reinterpret_cast<int*>(shared + L::kInts));
   if (slot.begin >= slot.end) {
     grid_wait();
     return;
@@ -85,7 +94,7 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
   Walk walk;
   walk.start(p, slot);
   do {
-    Item item = make_item(p, walk);
+    Item item = make_item(p, slot, walk);
     if (walk.len <= 0) {
       const Finish<A> finish{p, item, shared, shared};
       finish.empty();
@@ -130,7 +139,7 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
 
 template <class F, int D, DecodePath kPath>
 int launch_decode_instance(const DecodeParams& p, int slots, void* stream) {
-  return launch(decode_kernel<F, D, kPath>, dim3(slots), dim3(kDecodeThreads), Layout<F, D>::kTotal,
+  return launch(decode_kernel<F, D, kPath>, dim3(slots / p.lanes * p.lanes), dim3(kDecodeThreads), Layout<F, D>::kTotal,
                 stream, p);
 }
 

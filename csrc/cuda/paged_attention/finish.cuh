@@ -12,16 +12,22 @@ namespace fastinfer::cuda {
 // How an item is cut and where its partial results are.
 struct Pieces {
   int count, ordinal;  // of this piece
-  int base;            // first slot of the item; fixed pieces: first index
+  int base;            // CTA of the first piece; fixed pieces: its index
+  int step;            // between the CTAs of neighbouring pieces
   bool fixed;
+  int fan;          // pieces of a group; all of them when one merge does
   int32_t* done;    // counter of the item
   int32_t* groups;  // counters of its groups
-  int group_step;   // between two of those
-  int fan;          // pieces of a group
 
-  // A slot holds at most one piece that another slot began (2s) and one that another goes on with.
+  // A CTA holds at most one piece that another one began (2s) and one that another goes on with.
   __device__ __forceinline__ int index(int k) const {
-    return fixed ? base + k : k == 0 ? 2 * base + 1 : 2 * (base + k);
+    return fixed ? base + k : k == 0 ? 2 * base + 1 : 2 * (base + k * step);
+  }
+  __device__ __forceinline__ int32_t* group_counter(int group) const {
+    if (fixed) return groups + group;
+    // Group 0 and the others count in different thirds: a CTA can begin one item and go on with
+    // another.
+    return groups + (group > 0 ? gridDim.x : 0) + group * fan * step;
   }
 };
 
@@ -32,27 +38,30 @@ __device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& sl
   if (c.fixed) {
     const int lowest = first_tile(walk.len, p.q_len, p.window_left) / kInvariantTiles;
     const int tiles = (walk.len + kPlanTile - 1) / kPlanTile;
-    const int item = walk.b * p.heads_kv * p.row_blocks + walk.item;
-    const int items = p.batch * p.heads_kv * p.row_blocks;
+    const int pairs = p.heads_kv * p.row_blocks;
+    const int item = walk.b * pairs + walk.pair(p, slot);
     const int group_counters = (p.max_pieces + kMergeFan - 1) / kMergeFan;
     c.count = (tiles + kInvariantTiles - 1) / kInvariantTiles - lowest;
     c.ordinal = tile / kInvariantTiles - lowest;
     c.base = item * p.max_pieces;
-    c.done = p.counters + item;
-    c.groups = p.counters + items + item * group_counters;
-    c.group_step = 1;
+    c.step = 1;
     c.fan = kMergeFan;
+    c.done = p.counters + item;
+    c.groups = p.counters + p.batch * pairs + item * group_counters;
   } else {
     const int first = walk.position / slot.share;
     c.count = (walk.position + walk.cost - 1) / slot.share - first + 1;
-    c.ordinal = static_cast<int>(blockIdx.x) - first;
-    c.base = first;
-    c.done = p.counters + first;
-    // The group of piece 0 and the groups after it count in different thirds: a slot can begin one
-    // item and go on with another.
-    c.groups = p.counters + gridDim.x + first;
-    c.group_step = kMergeFan;
-    c.fan = c.count > 48 || (c.count > kMergeFan && p.rows > 8) ? kMergeFan : c.count;
+    c.ordinal = static_cast<int>(blockIdx.x) / p.lanes - first;
+    c.base = first * p.lanes + slot.lane;
+    c.step = p.lanes;
+    c.done = p.counters + c.base;
+    c.groups = p.counters + gridDim.x + c.base;
+    // One CTA reads about 64 bytes per clock; a second round of arrivals costs about a microsecond.
+    c.fan = c.count;
+    if (c.count * min(p.rows, 16 * p.row_tiles) * p.dim > 300 * 128) {
+      c.fan = 2;
+      while (c.fan * c.fan < c.count) ++c.fan;
+    }
   }
   return c;
 }
@@ -145,82 +154,73 @@ struct Finish {
     if (threadIdx.x == 0) {
       __threadfence();
       const bool last = atomicAdd(counter, 1) == expected - 1;
-      if (last) *counter = 0;
-      __threadfence();
+      if (last) {
+        *counter = 0;
+        __threadfence();
+      }
       *flag() = last;
     }
     __syncthreads();
     return *flag() != 0;
   }
 
-  // Partial results k = 0, step, 2 step .. below `end`, starting at `begin`, into one: the output, or
-  // the place of the first.
+  // Partial results `begin`, begin + step, .. below `end` into one: the output, or the place of the
+  // first. Each thread reads all it needs, maxima and sums of its row included, in rounds of kRound.
   __device__ __forceinline__ void merge(const Pieces& c, int begin, int end, int step,
                                         bool last) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float* top = maxima();  // [rows], as sums(): 64 values each
-    float* sum = sums();
-    for (int row = warp; row < item.rows; row += kDecodeWarps) {
-      float m = kMinusInf;
-      for (int k = begin + lane * step; k < end; k += 32 * step)
-        m = fmaxf(m, __ldcg(partial_ml(c.index(k)) + 2 * row));
-      m = warp_reduce<Max>(m);
-      const float origin = finite_origin(m);
-      float s = 0.0f;
-      for (int k = begin + lane * step; k < end; k += 32 * step) {
-        const float2 ml = __ldcg(reinterpret_cast<const float2*>(partial_ml(c.index(k)) + 2 * row));
-        s += ml.y * exp2_approx(ml.x - origin);
-      }
-      s = warp_reduce<Sum>(s);
-      if (lane == 0) top[row] = m, sum[row] = s;
-    }
-    __syncthreads();
+    constexpr int kRound = 16;
     for_units([&](int row, int column) {
-      const float origin = finite_origin(top[row]);
+      float top = kMinusInf, sum = 0.0f;
       float4 o = make_float4(0, 0, 0, 0);
-      constexpr int kAhead = 8;
-      for (int k = begin; k < end; k += kAhead * step) {
-        float4 x[kAhead];
-        float w[kAhead];
+      for (int k = begin; k < end; k += kRound * step) {
+        float4 x[kRound];
+        float2 ml[kRound];
 #pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
+        for (int j = 0; j < kRound; ++j) {
           const int at = k + j * step;
-          w[j] = kMinusInf;
+          ml[j] = make_float2(kMinusInf, 0.0f);
           x[j] = make_float4(0, 0, 0, 0);
           if (at < end) {
             const int index = c.index(at);
-            w[j] = __ldcg(partial_ml(index) + 2 * row);
+            ml[j] = __ldcg(reinterpret_cast<const float2*>(partial_ml(index) + 2 * row));
             x[j] = __ldcg(reinterpret_cast<const float4*>(partial(index) + row * p.dim + column));
           }
         }
+        float m = top;
 #pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          const float weight = exp2_approx(w[j] - origin);
+        for (int j = 0; j < kRound; ++j) m = fmaxf(m, ml[j].x);
+        const float origin = finite_origin(m), keep = exp2_approx(top - origin);
+        sum *= keep, o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
+        top = m;
+#pragma unroll
+        for (int j = 0; j < kRound; ++j) {
+          const float weight = exp2_approx(ml[j].x - origin);
+          sum += weight * ml[j].y;
           o.x += weight * x[j].x;
           o.y += weight * x[j].y;
           o.z += weight * x[j].z;
           o.w += weight * x[j].w;
         }
       }
-      if (last)
-        emit(row, column, o, top[row], sum[row]);
-      else
+      if (last) {
+        emit(row, column, o, top, sum);
+      } else {
+        // The maxima and sums of the first result are still being read: they go elsewhere for now.
         *reinterpret_cast<float4*>(partial(c.index(begin)) + row * p.dim + column) = o;
+        if (column == 0) maxima()[row] = top, sums()[row] = sum;
+      }
     });
+    if (last) return;
     __syncthreads();
-    if (!last && threadIdx.x < item.rows) {
-      float* ml = partial_ml(c.index(begin)) + 2 * threadIdx.x;
-      ml[0] = top[threadIdx.x];
-      ml[1] = sum[threadIdx.x];
-    }
+    if (threadIdx.x < item.rows)
+      *reinterpret_cast<float2*>(partial_ml(c.index(begin)) + 2 * threadIdx.x) =
+          make_float2(maxima()[threadIdx.x], sums()[threadIdx.x]);
   }
 
   __device__ __forceinline__ void combine(const Pieces& c) const {
     if (c.count > c.fan) {
       const int group = c.ordinal / c.fan, begin = group * c.fan, end = min(begin + c.fan, c.count);
-      int32_t* counter = c.groups + group * c.group_step;
-      if (!c.fixed && group > 0) counter += gridDim.x;
-      if (!arrive(counter, end - begin)) return;
+      if (!arrive(c.group_counter(group), end - begin)) return;
       merge(c, begin, end, 1, false);
       if (!arrive(c.done, (c.count + c.fan - 1) / c.fan)) return;
       merge(c, 0, c.count, c.fan, true);

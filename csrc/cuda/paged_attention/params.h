@@ -4,11 +4,13 @@
 // (sequence, key head) is token r / group, head kv_head * group + r % group. A CTA works on a block of
 // 16 * row_tiles of them.
 //
-// Work. Item (b, h, row block) costs max(1, tiles of 64 visible keys); slot s, which is CTA s, does
-// cost [s * share, (s + 1) * share) of the list of all items, share = ceil(total / slots). An item cut by
-// slot borders is summed up from partial results by whichever CTA finishes last, in the order of
-// the keys. Batch-invariant: an item consists of pieces of 1024 keys at absolute positions, a piece
-// belongs to the slot of its first tile.
+// Work. The (key head, row block) pairs are dealt round robin to `lanes`; lane j's list runs over the
+// sequences and, within one, over the lane's pairs. An item, (b, pair), costs max(1, tiles of 64 visible
+// keys). CTA s works for lane s % lanes, on cost [g * share, (g + 1) * share) of its list, g = s / lanes,
+// share = ceil(total / CTAs per lane): neighbouring CTAs read neighbouring heads of the same keys at the
+// same time. An item cut by such borders is summed up from partial results by whichever CTA finishes
+// last, in the order of the keys. Batch-invariant: an item consists of pieces of 1024 keys at absolute
+// positions, a piece belongs to the CTA of its first tile.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +22,7 @@ namespace fastinfer::cuda {
 constexpr int kPlanTile = 64;        // keys per unit of cost
 constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
 constexpr int kPlanHeader = 8;       // see csrc/ops/paged_attention.cpp
-constexpr int kMergeFan = 16;        // partial results merged in one go
+constexpr int kMergeFan = 16;        // fixed pieces that are merged in one go
 
 struct DecodeParams {
   const void* q;
@@ -48,6 +50,8 @@ struct DecodeParams {
   uint32_t page16, token16, head16;  // strides of K and V in 16-byte units, where `packs`
   int32_t batch, q_len, append, capacity, heads_kv, group, dim, page_size;
   int32_t rows, row_tiles, row_blocks;
+  int32_t lanes, lane_items;  // lane_items = heads_kv * row_blocks / lanes
+  int32_t min_share;
   int32_t window_left, window_right;  // -1: unlimited
   int32_t max_pieces;                 // per item, batch-invariant mode
   float scale, softcap;

@@ -47,7 +47,8 @@ struct Stream {
     const int end = min(walk.len, walk.end * kPlanTile);
     const int key = base + warp() * L::kTokens + lane() % L::kTokens;
     valid = key >= walk.low && key < end;
-    head = p.row_blocks == 1 ? walk.item : walk.item / p.row_blocks;
+    head = walk.pair(p, slot);
+    if (p.row_blocks > 1) head /= p.row_blocks;
     page = walk.row;
     place = key;
     if (p.table && valid) {

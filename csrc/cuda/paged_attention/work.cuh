@@ -29,18 +29,20 @@ __device__ __forceinline__ int sequence_cost(int len, int q_len, int window_left
 
 struct Slot {
   int begin, end;       // cost
-  int share;
+  int share, lane;
   int b, first_cost;    // sequence at `begin`, cost of those before it
 };
 
 // Every thread calls. `scratch`: 8 ints of shared memory. A slot without work has begin >= end.
-__device__ __forceinline__ Slot find_slot(const DecodeParams& p, int slot, int slots, int* scratch) {
-  const int items = p.heads_kv * p.row_blocks, tid = threadIdx.x;
+__device__ __forceinline__ Slot find_slot(const DecodeParams& p, int* scratch) {
+  const int items = p.lane_items, tid = threadIdx.x;
+  const int slot = blockIdx.x / p.lanes, slots = gridDim.x / p.lanes;
   Slot s{};
+  s.lane = blockIdx.x - slot * p.lanes;
   if (p.plan) {
     const int32_t* sums = p.plan + kPlanHeader;
     const int total = sums[p.batch] * items;
-    s.share = max(1, (total + slots - 1) / slots);
+    s.share = max(p.min_share, (total + slots - 1) / slots);
     s.begin = slot * s.share;
     s.end = min(s.begin + s.share, total);
     for (int b = tid; b < p.batch; b += kDecodeThreads) {
@@ -72,7 +74,7 @@ __device__ __forceinline__ Slot find_slot(const DecodeParams& p, int slot, int s
       total += scratch[w];
     }
     total *= items;
-    s.share = max(1, (total + slots - 1) / slots);
+    s.share = max(p.min_share, (total + slots - 1) / slots);
     s.begin = slot * s.share;
     s.end = min(s.begin + s.share, total);
     if (before * items <= s.begin && s.begin < (before + own) * items) {
@@ -96,7 +98,7 @@ __device__ __forceinline__ Slot find_slot(const DecodeParams& p, int slot, int s
 
 // One item of a slot and the tiles [tile, end) of it that the slot does.
 struct Walk {
-  int b, item;      // item: kv head * row_blocks + row block
+  int b, item;      // item of the lane
   int position;     // cost before this item
   int cost, len, low, row;  // keys of the sequence, first one that is visible to some row, cache row
   int tile, end;
@@ -132,9 +134,8 @@ struct Walk {
   __device__ __forceinline__ void start(const DecodeParams& p, const Slot& s) {
     b = s.b;
     load_sequence(p);
-    const int items = p.heads_kv * p.row_blocks;
-    item = (s.begin - s.first_cost * items) / cost;
-    position = s.first_cost * items + item * cost;
+    item = (s.begin - s.first_cost * p.lane_items) / cost;
+    position = s.first_cost * p.lane_items + item * cost;
     cut(p, s);
   }
 
@@ -142,7 +143,7 @@ struct Walk {
   __device__ __forceinline__ bool next(const DecodeParams& p, const Slot& s) {
     position += cost;
     if (position >= s.end) return false;
-    if (++item == p.heads_kv * p.row_blocks) {
+    if (++item == p.lane_items) {
       item = 0;
       ++b;
       load_sequence(p);
@@ -151,6 +152,10 @@ struct Walk {
     return true;
   }
 
+  // kv head * row_blocks + row block
+  __device__ __forceinline__ int pair(const DecodeParams& p, const Slot& s) const {
+    return item * p.lanes + s.lane;
+  }
   __device__ __forceinline__ bool has_tiles() const { return tile < end; }
 };
 
