@@ -32,7 +32,6 @@ int64_t choose_lanes(int64_t pairs, int64_t ctas) {
 namespace {
 
 using cuda::DecodeParams;
-using cuda::DecodePath;
 
 constexpr int64_t kCounterBytes = 64 * 1024;
 
@@ -85,9 +84,13 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
   p.capacity = narrow(capacity);
   p.heads_kv = narrow(s.heads_kv), p.group = narrow(s.group), p.dim = narrow(s.head_dim);
   p.page_size = t.block_table ? narrow(t.k_cache.size(1)) : 1;
+  p.page_shift = -1;
+  for (int shift = 0; shift < 31; ++shift)
+    if (p.page_size == 1 << shift) p.page_shift = shift;
   p.rows = narrow(s.group * t.q.size(1));
   const RowBlocks blocks = choose_row_blocks(p.rows, invariant);
   p.row_tiles = narrow(blocks.row_tiles), p.row_blocks = narrow(blocks.blocks);
+  p.row_shift = p.row_tiles / 2;
   const auto window = [](int64_t w) { return w < int64_t{1} << 30 ? static_cast<int32_t>(w) : -1; };
   p.window_left = window(s.window_left), p.window_right = window(s.window_right);
   p.scale = s.scale, p.softcap = s.softcap;
@@ -106,7 +109,6 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
     p.token16 = static_cast<uint32_t>(s.k.token * size / 16);
     p.head16 = static_cast<uint32_t>(s.k.head * size / 16);
   }
-  p.q_packs = aligned(s.q, 8) && p.q_batch % 4 == 0 && s.q_token % 4 == 0 && s.q_head % 4 == 0;
   p.out_packs =
       aligned(s.out, 8) && p.out_batch % 4 == 0 && s.out_token % 4 == 0 && s.out_head % 4 == 0;
   return p;
@@ -115,9 +117,12 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
 cuda::AppendParams append_params(const attention::Call& call, const Tensors& t, void* q_out) {
   const auto& s = call.p;
   cuda::AppendParams a{};
-  a.k = t.k->const_data_ptr(), a.v = t.v->const_data_ptr();
-  a.k_batch = t.k->stride(0), a.k_token = t.k->stride(1), a.k_head = t.k->stride(2);
-  a.v_batch = t.v->stride(0), a.v_token = t.v->stride(1), a.v_head = t.v->stride(2);
+  if (t.k) {
+    a.k = t.k->const_data_ptr(), a.v = t.v->const_data_ptr();
+    a.k_batch = t.k->stride(0), a.k_token = t.k->stride(1), a.k_head = t.k->stride(2);
+    a.v_batch = t.v->stride(0), a.v_token = t.v->stride(1), a.v_head = t.v->stride(2);
+    a.tokens = static_cast<int32_t>(t.k->size(1));
+  }
   a.k_cache = const_cast<void*>(s.k.data), a.v_cache = const_cast<void*>(s.v.data);
   a.k_scale = const_cast<float*>(s.k.scale), a.v_scale = const_cast<float*>(s.v.scale);
   a.k_scale_per_token = s.k.scale_per_token, a.v_scale_per_token = s.v.scale_per_token;
@@ -131,13 +136,14 @@ cuda::AppendParams append_params(const attention::Call& call, const Tensors& t, 
   a.cos_stride = s.rotary.cos_stride, a.sin_stride = s.rotary.sin_stride;
   a.rotary_dim = static_cast<int32_t>(s.rotary.dim);
   a.interleaved = s.rotary.interleaved, a.q_per_token = s.rotary_per_token;
-  a.lengths = int_data(t.cache_seqlens), a.lengths_stride = t.cache_seqlens->stride(0);
+  a.lengths = int_data(t.cache_seqlens);
+  a.lengths_stride = t.cache_seqlens ? t.cache_seqlens->stride(0) : 0;
   a.cache_rows = int_data(t.cache_batch_idx);
   a.cache_rows_stride = t.cache_batch_idx ? t.cache_batch_idx->stride(0) : 0;
   a.table = int_data(t.block_table);
   a.table_stride = t.block_table ? t.block_table->stride(0) : 0;
   a.page_size = static_cast<int32_t>(t.k_cache.size(1));
-  a.batch = static_cast<int32_t>(t.q.size(0)), a.tokens = static_cast<int32_t>(t.k->size(1));
+  a.batch = static_cast<int32_t>(t.q.size(0));
   a.heads_kv = static_cast<int32_t>(s.heads_kv), a.dim = static_cast<int32_t>(s.head_dim);
   a.q_len = static_cast<int32_t>(t.q.size(1)), a.heads_q = static_cast<int32_t>(s.heads_q);
   a.dtype = s.dtype, a.cache_dtype = s.kv_dtype;
@@ -183,20 +189,9 @@ void place_workspace(const char* op, DecodeParams& p, int64_t slots, const Tenso
 }
 
 int launch_attention(const DecodeParams& p, int slots, void* stream) {
-  const bool old = cuda::force_portable();
-#ifdef FASTINFER_HAVE_SM90A
-  const char* path = std::getenv("FASTINFER_DECODE_PATH");
-  const bool bulk = path ? path[0] == 'b' : true;
-  if (bulk && !old && p.packs && cuda::device_facts().compute_capability == 90) {
-    if (p.kv_dtype == DType::bf16) return cuda::launch_decode_bf16_sm90(p, slots, stream);
-    if (p.kv_dtype == DType::f16) return cuda::launch_decode_f16_sm90(p, slots, stream);
-    if (p.kv_dtype == DType::f8e4m3) return cuda::launch_decode_e4m3_sm90(p, slots, stream);
-    return cuda::launch_decode_i8_sm90(p, slots, stream);
-  }
-#endif
   if (p.kv_dtype == DType::bf16) return cuda::launch_decode_bf16(p, slots, stream);
   if (p.kv_dtype == DType::f16) return cuda::launch_decode_f16(p, slots, stream);
-  if (p.kv_dtype == DType::f8e4m3) return cuda::launch_decode_e4m3(p, slots, old, stream);
+  if (p.kv_dtype == DType::f8e4m3) return cuda::launch_decode_e4m3(p, slots, cuda::force_portable(), stream);
   return cuda::launch_decode_i8(p, slots, stream);
 }
 
@@ -214,26 +209,26 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
            ": head_dim must be a multiple of 16 for an 8-bit cache on CUDA, got ", s.head_dim);
   const CudaLaunch device(t.q);
   DecodeParams p = decode_params(call, t, capacity, batch_invariant);
-  OptTensor rotated, counters, partials;
-  if (p.append > 0) {
-    if (s.rotary.cos && t.q.numel() > 0) {
-      rotated = torch::stable::new_empty(t.q, t.q.sizes());
-      p.q = rotated->const_data_ptr();
-      p.q_head = s.head_dim, p.q_token = s.head_dim * s.heads_q;
-      p.q_batch = p.q_token * t.q.size(1);
-      p.q_packs = true;
-    }
-    check_launch(op, cuda::launch_append(
-                         append_params(call, t, rotated ? rotated->mutable_data_ptr() : nullptr),
-                         device.stream()));
+  OptTensor own_q, counters, partials;
+  const bool readable =
+      aligned(s.q, 4) && p.q_batch % 2 == 0 && s.q_token % 2 == 0 && s.q_head % 2 == 0;
+  if (t.q.numel() > 0 && (s.rotary.cos || !readable)) {
+    own_q = torch::stable::new_empty(t.q, t.q.sizes());
+    p.q = own_q->const_data_ptr();
+    p.q_head = s.head_dim, p.q_token = s.head_dim * s.heads_q;
+    p.q_batch = p.q_token * t.q.size(1);
   }
+  if (p.append > 0 || own_q)
+    check_launch(op, cuda::launch_append(
+                         append_params(call, t, own_q ? own_q->mutable_data_ptr() : nullptr),
+                         device.stream()));
   if (t.q.numel() == 0) return;
   const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
   if (const char* env = std::getenv("FASTINFER_DECODE_LANES")) p.lanes = std::atoi(env);
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);
-  p.min_share = p.rows > 16 ? 2 : 1;
+  p.min_share = p.rows > 16 ? 4 : 1;
   place_workspace(op, p, slots, t, counters, partials);
   check_launch(op, launch_attention(p, slots, device.stream()));
 #else

@@ -1,5 +1,6 @@
 // What happens before decode attention when k and v come along: new keys (rotated) and values written
-// behind the cached ones (quantised for an 8-bit cache), and q rotated into a buffer.
+// behind the cached ones (quantised for an 8-bit cache), and q copied into a buffer, rotated. The copy
+// alone is also made for a q that is not aligned to 4 bytes.
 //
 //   rotary (Su et al. 2021), c, s = cos, sin[position, i]:  a' = a c - b s,  b' = b c + a s
 //   codes: x / scale to nearest even, saturating; a scale per token and head is max|x| / largest code
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(32 * kWarps) append_kernel(const __grid_consta
     const T* from = static_cast<const T*>(p.q) + b * p.q_batch + token * p.q_token + head * p.q_head;
     for (int i = lane; i < p.dim; i += 32) x[i] = to_float(from[i]);
     __syncwarp();
-    const int64_t position = p.lengths[b * p.lengths_stride] + (p.q_per_token ? token : 0);
-    rotate<T>(p, position, x, lane);
+    if (p.cos)
+      rotate<T>(p, p.lengths[b * p.lengths_stride] + (p.q_per_token ? token : 0), x, lane);
     T* to = static_cast<T*>(p.q_out) + r * p.dim;
     for (int i = lane; i < p.dim; i += 32) to[i] = from_float<T>(x[i]);
     return;

@@ -24,9 +24,12 @@ __device__ __forceinline__ Item make_item(const DecodeParams& p, const Slot& slo
   item.len = walk.len;
   item.first = item.low = walk.low;
   item.last = item.high = walk.len;
-  const int first_row = item.row_block * p.row_tiles * 16;
-  const int at_first = walk.len - p.q_len + first_row / p.group;
-  const int at_last = walk.len - p.q_len + (first_row + item.rows - 1) / p.group;
+  int at_first = walk.len - p.q_len, at_last = at_first;
+  if (p.q_len > 1) {
+    const int first_row = item.row_block * p.row_tiles * 16;
+    at_first += first_row / p.group;
+    at_last += (first_row + item.rows - 1) / p.group;
+  }
   if (p.window_left >= 0) {
     item.first = max(item.first, at_first - p.window_left);
     item.low = max(item.low, at_last - p.window_left);
@@ -41,113 +44,92 @@ __device__ __forceinline__ Item make_item(const DecodeParams& p, const Slot& slo
 // A short block table on its way into the cache while the lengths are being read.
 __device__ __forceinline__ void prefetch_rows(const DecodeParams& p) {
   if (!p.table) return;
-  const int64_t line = (static_cast<int64_t>(blockIdx.x) * kDecodeThreads + threadIdx.x) * 32;
+  const int cta = blockIdx.y * gridDim.x + blockIdx.x;
+  const int64_t line = static_cast<int64_t>(cta * kDecodeThreads + threadIdx.x) * 32;
   if (line < p.batch * p.table_stride && line < 32 * 4096)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.table + line));
 }
 
-template <class F, int D, DecodePath kPath>
+template <class F, int D, bool kSoft>
 __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   using L = Layout<F, D>;
-  using A = Attend<F, D, kPath == DecodePath::soft>;
-  constexpr bool kBulk = kPath == DecodePath::bulk;
+  using A = Attend<F, D, kSoft>;
   extern __shared__ __align__(128) char shared[];
   const uint32_t ring = shared_address(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // Bulk copies bring `dim` columns only; what lies behind them in K must be 0, not NaN.
-  auto clear_padding = [&](int stage) {
-    if (p.dim == D) return;
-    char* slice = shared + (stage * kDecodeWarps + warp) * L::kSlice;
-    const int packs = (D - p.dim) * F::kBytes / 16;
-    for (int i = lane; i < L::kTokens * packs; i += 32)
-      *reinterpret_cast<uint4*>(slice + i / packs * L::kPitch + p.dim * F::kBytes +
-                                i % packs * 16) = make_uint4(0, 0, 0, 0);
-  };
-  if constexpr (kBulk) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (threadIdx.x < L::kStages * kDecodeWarps)
-      mbarrier_init(ring + L::kBarriers + threadIdx.x * 8, 1);
-    mbarrier_init_fence();
-    for (int s = 0; s < L::kStages; ++s) clear_padding(s);
-#endif
-  }
   prefetch_rows(p);
   const Slot slot = find_slot(p, reinterpret_cast<int*>(shared + L::kInts));
   if (slot.begin >= slot.end) {
     grid_wait();
     return;
   }
-  Stream<F, D, kPath> stream(p, slot, ring);
+  Walk walk;
+  walk.start(p, slot);
+  Stream<F, D> stream(p, slot, walk, ring);
 #pragma unroll 1
-  for (int s = 0; s < L::kStages - 1; ++s) stream.issue(s);
+  for (int s = -1; s < L::kStages - 1; ++s) {
+    if (s >= 0) stream.issue(s);
+    stream.look_up();
+  }
   // Lengths, tables and cached keys were complete before this kernel started; the queries, the
   // output and the workspace belong to kernels that may still run.
   grid_wait();
   grid_launch_dependents();
 
-  const int team = warp / p.row_tiles, tile = warp - team * p.row_tiles;
+  const int team = warp >> p.row_shift, tile = warp & (p.row_tiles - 1);
   A a;
   a.q_shared = ring + L::kQuery + warp * (D / 16) * 512 + lane * 16;
-  int stage = 0, parity = 0;
-  Walk walk;
-  walk.start(p, slot);
+  int stage = 0;
+#pragma unroll 1
   do {
     Item item = make_item(p, slot, walk);
-    if (walk.len <= 0) {
-      const Finish<A> finish{p, item, shared, shared};
-      finish.empty();
-      continue;
-    }
-    for (int from = walk.tile; from < walk.end;) {
+#pragma unroll 1
+    for (int from = walk.tile; from < walk.end || walk.len <= 0;) {  // no keys: one empty piece
       int to = walk.end;
       if (p.invariant) to = min(to, (from / kInvariantTiles + 1) * kInvariantTiles);
       const int end = min(walk.len, to * kPlanTile);
       a.load_rows(p, item, tile);
       a.clear();
-      int read = 0;
+      int read = stage == 0 ? L::kStages - 1 : stage - 1;  // nothing is under way to this one
+#pragma unroll 1
       for (int base = from * kPlanTile; base < end; base += L::kStepTokens) {
-        if constexpr (kBulk) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-          for (int s = 0; s < p.row_tiles; ++s)
-            mbarrier_wait(
-                ring + L::kBarriers + (stage * kDecodeWarps + team * p.row_tiles + s) * 8, parity);
-#endif
-        }
-        if constexpr (!kBulk || F::kBytes == 1) cp_async_wait<L::kStages - 2>();
+        cp_async_wait<L::kStages - 2>();
         if (p.row_tiles == 1)
           __syncwarp();
         else
           named_barrier(1 + team, 32 * p.row_tiles);
-        stream.issue(stage == 0 ? L::kStages - 1 : stage - 1);
+        stream.issue(read);
+        stream.look_up();
+#pragma unroll 1
         for (int s = 0; s < p.row_tiles; ++s) {
           const int owner = team * p.row_tiles + s, first = base + owner * L::kTokens;
           if (first < end && first < item.last && first + L::kTokens > item.first)
             a.step(p, item, ring + (stage * kDecodeWarps + owner) * L::kSlice, first);
         }
         read = stage;
-        if (++stage == L::kStages) stage = 0, parity ^= 1;
+        if (++stage == L::kStages) stage = 0;
       }
       const Finish<A> merge{p, item, shared, shared + read * L::kStage};
       merge.run(a, cut_item(p, slot, walk, from));
-      if constexpr (kBulk) clear_padding(read);
       from = to;
+      if (walk.len <= 0) break;
     }
   } while (walk.next(p, slot));
 }
 
-template <class F, int D, DecodePath kPath>
-int launch_decode_instance(const DecodeParams& p, int slots, void* stream) {
-  return launch(decode_kernel<F, D, kPath>, dim3(slots / p.lanes * p.lanes), dim3(kDecodeThreads), Layout<F, D>::kTotal,
+template <class F, int D, bool kSoft>
+int launch_decode_instance(const DecodeParams& p, int ctas, void* stream) {
+  return launch(decode_kernel<F, D, kSoft>, dim3(p.lanes, ctas / p.lanes), dim3(kDecodeThreads), Layout<F, D>::kTotal,
                 stream, p);
 }
 
-template <class F, DecodePath kPath>
-int launch_decode_dim(const DecodeParams& p, int slots, void* stream) {
-  if (p.dim <= 64) return launch_decode_instance<F, 64, kPath>(p, slots, stream);
-  if (p.dim <= 128) return launch_decode_instance<F, 128, kPath>(p, slots, stream);
-  return launch_decode_instance<F, 256, kPath>(p, slots, stream);
+template <class F, bool kSoft = false>
+int launch_decode_dim(const DecodeParams& p, int ctas, void* stream) {
+  if (p.dim <= 64) return launch_decode_instance<F, 64, kSoft>(p, ctas, stream);
+  if (p.dim <= 128) return launch_decode_instance<F, 128, kSoft>(p, ctas, stream);
+  return launch_decode_instance<F, 256, kSoft>(p, ctas, stream);
 }
 
 }  // namespace fastinfer::cuda

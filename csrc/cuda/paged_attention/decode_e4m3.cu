@@ -1,11 +1,12 @@
-// Decode attention over e4m3 caches, portable (cp.async) path.
+// Decode attention over e4m3 caches.
 #include "decode.cuh"
+#include "paged_attention.h"
 
 namespace fastinfer::cuda {
 
-int launch_decode_e4m3(const DecodeParams& p, int slots, bool soft, void* stream) {
-  return soft ? launch_decode_dim<FormatE4m3, DecodePath::soft>(p, slots, stream)
-              : launch_decode_dim<FormatE4m3, DecodePath::portable>(p, slots, stream);
+int launch_decode_e4m3(const DecodeParams& p, int ctas, bool soft, void* stream) {
+  return soft ? launch_decode_dim<FormatE4m3, true>(p, ctas, stream)
+              : launch_decode_dim<FormatE4m3, false>(p, ctas, stream);
 }
 
 }  // namespace fastinfer::cuda

@@ -27,7 +27,7 @@ struct Pieces {
     if (fixed) return groups + group;
     // Group 0 and the others count in different thirds: a CTA can begin one item and go on with
     // another.
-    return groups + (group > 0 ? gridDim.x : 0) + group * fan * step;
+    return groups + (group > 0 ? gridDim.x * gridDim.y : 0) + group * fan * step;
   }
 };
 
@@ -41,7 +41,7 @@ __device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& sl
     const int pairs = p.heads_kv * p.row_blocks;
     const int item = walk.b * pairs + walk.pair(p, slot);
     const int group_counters = (p.max_pieces + kMergeFan - 1) / kMergeFan;
-    c.count = (tiles + kInvariantTiles - 1) / kInvariantTiles - lowest;
+    c.count = max(1, (tiles + kInvariantTiles - 1) / kInvariantTiles - lowest);
     c.ordinal = tile / kInvariantTiles - lowest;
     c.base = item * p.max_pieces;
     c.step = 1;
@@ -49,17 +49,20 @@ __device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& sl
     c.done = p.counters + item;
     c.groups = p.counters + p.batch * pairs + item * group_counters;
   } else {
+    c.count = 1;
+    if (walk.position >= slot.begin && walk.position + walk.cost <= slot.end) return c;
     const int first = walk.position / slot.share;
     c.count = (walk.position + walk.cost - 1) / slot.share - first + 1;
-    c.ordinal = static_cast<int>(blockIdx.x) / p.lanes - first;
+    c.ordinal = static_cast<int>(blockIdx.y) - first;
     c.base = first * p.lanes + slot.lane;
     c.step = p.lanes;
     c.done = p.counters + c.base;
-    c.groups = p.counters + gridDim.x + c.base;
+    c.groups = p.counters + gridDim.x * gridDim.y + c.base;
     // One CTA reads about 64 bytes per clock; a second round of arrivals costs about a microsecond.
     c.fan = c.count;
-    if (c.count * min(p.rows, 16 * p.row_tiles) * p.dim > 300 * 128) {
+    if (c.count > 24 || c.count * min(p.rows, 16 * p.row_tiles) * p.dim > 300 * 128) {
       c.fan = 2;
+#pragma unroll 1
       while (c.fan * c.fan < c.count) ++c.fan;
     }
   }
@@ -69,6 +72,8 @@ __device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& sl
 template <class A>
 struct Finish {
   using L = typename A::L;
+  static constexpr int kColumns = L::kMergePitch - 4;  // D
+  static constexpr int kRowStep = kDecodeThreads * 4 / kColumns;
   const DecodeParams& p;
   const Item& item;
   char* shared;
@@ -80,25 +85,28 @@ struct Finish {
   __device__ __forceinline__ float* sums() const {
     return reinterpret_cast<float*>(shared + L::kSum);
   }
+  __device__ __forceinline__ float* tops() const {
+    return reinterpret_cast<float*>(shared + L::kTop);
+  }
   __device__ __forceinline__ int* flag() const {
     return reinterpret_cast<int*>(shared + L::kInts) + 6;
   }
   __device__ __forceinline__ int block_rows() const { return min(p.rows, 16 * p.row_tiles); }
 
-  // Rows (row, 4 columns) of the block are dealt to the threads.
+  // A thread has four columns of every kRowStep-th row of the block.
   template <class Body>
   __device__ __forceinline__ void for_units(Body&& body) const {
-    const int columns = p.dim / 4;
-    for (int u = threadIdx.x; u < item.rows * columns; u += kDecodeThreads) {
-      const int row = u / columns;
-      body(row, (u - row * columns) * 4);
-    }
+    const int column = threadIdx.x % (kColumns / 4) * 4;
+    if (column >= p.dim) return;
+#pragma unroll 1
+    for (int row = threadIdx.x / (kColumns / 4); row < item.rows; row += kRowStep) body(row, column);
   }
 
   // Four columns of a row: o / sum, with the sink as one more term of the sum.
   __device__ __forceinline__ void emit(int row, int column, float4 o, float top, float sum) const {
     const int r = item.row_block * p.row_tiles * 16 + row;
-    const int token = r / p.group, head = item.head * p.group + r % p.group;
+    const int token = p.q_len == 1 ? 0 : r / p.group;
+    const int head = item.head * p.group + r - token * p.group;
     float weight = 1.0f;
     if (p.v_scale && !p.scale_per_token_v) weight = __ldg(p.v_scale + item.head * p.vs_head);
     if (p.sinks && sum != 0.0f) {
@@ -135,12 +143,6 @@ struct Finish {
           sum == 0.0f ? kMinusInf : top * kLn2 + logf(sum);
   }
 
-  __device__ __forceinline__ void empty() const {
-    for_units([&](int row, int column) {
-      emit(row, column, make_float4(0, 0, 0, 0), kMinusInf, 0.0f);
-    });
-  }
-
   __device__ __forceinline__ float* partial(int index) const {
     return p.partial + static_cast<int64_t>(index) * block_rows() * p.dim;
   }
@@ -164,27 +166,41 @@ struct Finish {
     return *flag() != 0;
   }
 
-  // Partial results `begin`, begin + step, .. below `end` into one: the output, or the place of the
-  // first. Each thread reads all it needs, maxima and sums of its row included, in rounds of kRound.
-  __device__ __forceinline__ void merge(const Pieces& c, int begin, int end, int step,
+  // `count` partial results, `step` apart from piece `begin` on, into one: the output, or the place of
+  // the first. Each thread reads all it needs, maxima and sums of its row included, in rounds of
+  // kRound. The loops stay rolled: this runs once, and instructions have to be fetched too.
+  __device__ __forceinline__ void merge(const Pieces& c, int begin, int count, int step,
                                         bool last) const {
-    constexpr int kRound = 16;
+    constexpr int kRound = 8;
+    const int first = c.index(begin);
+    // What lies between neighbours; piece 0 of an unfixed item is out of line.
+    const int between = (c.fixed ? 1 : 2 * c.step) * step;
+    const int start = begin == 0 && !c.fixed ? 2 * c.base : first;
+    const int64_t apart = static_cast<int64_t>(between) * block_rows() * p.dim;
+    const int64_t ml_apart = static_cast<int64_t>(between) * block_rows() * 2;
     for_units([&](int row, int column) {
       float top = kMinusInf, sum = 0.0f;
       float4 o = make_float4(0, 0, 0, 0);
-      for (int k = begin; k < end; k += kRound * step) {
+      const int at = row * p.dim + column;
+      const float* x_at = partial(start) + at;
+      const float* ml_at = partial_ml(start) + 2 * row;
+#pragma unroll 1
+      for (int left = count; left > 0; left -= kRound) {
         float4 x[kRound];
         float2 ml[kRound];
 #pragma unroll
         for (int j = 0; j < kRound; ++j) {
-          const int at = k + j * step;
+          const bool other = j == 0 && left == count;
+          const float* x_from = other ? partial(first) + at : x_at;
+          const float* ml_from = other ? partial_ml(first) + 2 * row : ml_at;
           ml[j] = make_float2(kMinusInf, 0.0f);
           x[j] = make_float4(0, 0, 0, 0);
-          if (at < end) {
-            const int index = c.index(at);
-            ml[j] = __ldcg(reinterpret_cast<const float2*>(partial_ml(index) + 2 * row));
-            x[j] = __ldcg(reinterpret_cast<const float4*>(partial(index) + row * p.dim + column));
+          if (j < left) {
+            ml[j] = __ldcg(reinterpret_cast<const float2*>(ml_from));
+            x[j] = __ldcg(reinterpret_cast<const float4*>(x_from));
           }
+          x_at += apart;
+          ml_at += ml_apart;
         }
         float m = top;
 #pragma unroll
@@ -206,70 +222,68 @@ struct Finish {
         emit(row, column, o, top, sum);
       } else {
         // The maxima and sums of the first result are still being read: they go elsewhere for now.
-        *reinterpret_cast<float4*>(partial(c.index(begin)) + row * p.dim + column) = o;
-        if (column == 0) maxima()[row] = top, sums()[row] = sum;
+        *reinterpret_cast<float4*>(partial(first) + at) = o;
+        if (column == 0) tops()[row] = top, sums()[row] = sum;
       }
     });
     if (last) return;
     __syncthreads();
     if (threadIdx.x < item.rows)
-      *reinterpret_cast<float2*>(partial_ml(c.index(begin)) + 2 * threadIdx.x) =
-          make_float2(maxima()[threadIdx.x], sums()[threadIdx.x]);
+      *reinterpret_cast<float2*>(partial_ml(first) + 2 * threadIdx.x) =
+          make_float2(tops()[threadIdx.x], sums()[threadIdx.x]);
   }
 
   __device__ __forceinline__ void combine(const Pieces& c) const {
-    if (c.count > c.fan) {
-      const int group = c.ordinal / c.fan, begin = group * c.fan, end = min(begin + c.fan, c.count);
-      if (!arrive(c.group_counter(group), end - begin)) return;
-      merge(c, begin, end, 1, false);
-      if (!arrive(c.done, (c.count + c.fan - 1) / c.fan)) return;
-      merge(c, 0, c.count, c.fan, true);
-    } else {
-      if (!arrive(c.done, c.count)) return;
-      merge(c, 0, c.count, 1, true);
+    const int group = c.ordinal / c.fan, groups = (c.count + c.fan - 1) / c.fan;
+#pragma unroll 1
+    for (bool last = groups == 1;; last = true) {
+      int begin = 0, count = groups, step = c.fan;
+      if (!last || groups == 1) begin = group * c.fan, count = min(c.fan, c.count - begin), step = 1;
+      if (!arrive(last ? c.done : c.group_counter(group), count)) return;
+      merge(c, begin, count, step, last);
+      if (last) return;
     }
   }
 
   __device__ __forceinline__ void run(A& a, const Pieces& c) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int team = warp / p.row_tiles, tile = warp - team * p.row_tiles;
-    const int teams = kDecodeWarps / p.row_tiles, g = lane / 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
+    const int tile = warp & (p.row_tiles - 1);
     float* top = maxima();
     float* sum = sums();
     a.close();
     if (lane % 4 == 0) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        top[warp * 16 + g + 8 * i] = a.m[i];
-        sum[warp * 16 + g + 8 * i] = a.l[i];
-      }
+      for (int i = 0; i < 2; ++i) top[warp * 16 + g + 8 * i] = a.m[i];
     }
     __syncthreads();
-    // Of a row: its max over the teams, then weight 2^(own max - that).
-    auto common = [&](int row_tile, int row) {
-      float m = kMinusInf;
-      for (int other = 0; other < teams; ++other)
-        m = fmaxf(m, top[(other * p.row_tiles + row_tile) * 16 + row]);
-      return m;
-    };
+    // The max of a row over the teams; outputs and sums relative to it.
     float* own = reinterpret_cast<float*>(stage + warp * L::kSlice);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = g + 8 * i;
       if (tile * 16 + row >= item.rows) continue;
-      a.store(own, i, exp2_approx(a.reference(p, i) - finite_origin(common(tile, row))));
+      float m = kMinusInf;
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w)
+        if ((w & (p.row_tiles - 1)) == tile) m = fmaxf(m, top[w * 16 + row]);
+      const float origin = finite_origin(m);
+      a.store(own, i, exp2_approx(a.reference(p, i) - origin));
+      if (lane % 4 == 0) {
+        sum[warp * 16 + row] = a.l[i] * exp2_approx(a.m[i] - origin);
+        tops()[tile * 16 + row] = m;  // the same from every team
+      }
     }
     __syncthreads();
     for_units([&](int row, int column) {
-      const int row_tile = row / 16, in_tile = row % 16;
-      const float m = common(row_tile, in_tile), origin = finite_origin(m);
+      const float m = tops()[row];
       float4 o = make_float4(0, 0, 0, 0);
       float s = 0.0f;
-      for (int other = 0; other < teams; ++other) {
-        const int w = other * p.row_tiles + row_tile;
-        s += sum[w * 16 + in_tile] * exp2_approx(top[w * 16 + in_tile] - origin);
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        if ((w & (p.row_tiles - 1)) != row / 16) continue;
+        s += sum[w * 16 + row % 16];
         const float4 x = *reinterpret_cast<const float4*>(
-            stage + w * L::kSlice + (in_tile * L::kMergePitch + column) * 4);
+            stage + w * L::kSlice + (row % 16 * L::kMergePitch + column) * 4);
         o.x += x.x, o.y += x.y, o.z += x.z, o.w += x.w;
       }
       if (c.count == 1) {

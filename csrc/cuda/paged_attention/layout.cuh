@@ -47,9 +47,9 @@ struct Layout {
   static constexpr int kQueryBytes = kQueryInShared ? kDecodeWarps * (D / 16) * 512 : 0;
   static constexpr int kMax = kQuery + kQueryBytes;       // float [warp][16]
   static constexpr int kSum = kMax + kDecodeWarps * 64;   // float [warp][16]
-  static constexpr int kInts = kSum + kDecodeWarps * 64;  // int [8]
-  static constexpr int kBarriers = kInts + 32;            // uint64 [stage][warp]
-  static constexpr int kTotal = kBarriers + kStages * kDecodeWarps * 8;
+  static constexpr int kTop = kSum + kDecodeWarps * 64;   // float [row of the block]
+  static constexpr int kInts = kTop + 256;                // int [8]
+  static constexpr int kTotal = kInts + 32;
   static constexpr int kCtasPerSm = D == 256 ? 1 : 2;
 };
 

@@ -6,7 +6,7 @@
 //
 // Work. The (key head, row block) pairs are dealt round robin to `lanes`; lane j's list runs over the
 // sequences and, within one, over the lane's pairs. An item, (b, pair), costs max(1, tiles of 64 visible
-// keys). CTA s works for lane s % lanes, on cost [g * share, (g + 1) * share) of its list, g = s / lanes,
+// keys). CTA (lane, g) works on cost [g * share, (g + 1) * share) of its lane's list,
 // share = ceil(total / CTAs per lane): neighbouring CTAs read neighbouring heads of the same keys at the
 // same time. An item cut by such borders is summed up from partial results by whichever CTA finishes
 // last, in the order of the keys. Batch-invariant: an item consists of pieces of 1024 keys at absolute
@@ -25,7 +25,7 @@ constexpr int kPlanHeader = 8;       // see csrc/ops/paged_attention.cpp
 constexpr int kMergeFan = 16;        // fixed pieces that are merged in one go
 
 struct DecodeParams {
-  const void* q;
+  const void* q;  // 4-byte aligned, as are its strides
   void* out;
   float* lse;  // may be nullptr
   const void* k;
@@ -48,8 +48,9 @@ struct DecodeParams {
   int64_t lengths_stride, cache_rows_stride, leftpad_stride, table_stride;
   int64_t alibi_batch, alibi_head, sinks_stride;
   uint32_t page16, token16, head16;  // strides of K and V in 16-byte units, where `packs`
-  int32_t batch, q_len, append, capacity, heads_kv, group, dim, page_size;
-  int32_t rows, row_tiles, row_blocks;
+  int32_t batch, q_len, append, capacity, heads_kv, group, dim;
+  int32_t page_size, page_shift;  // page_shift: -1 where page_size is not a power of two
+  int32_t rows, row_tiles, row_shift, row_blocks;  // row_tiles = 1 << row_shift
   int32_t lanes, lane_items;  // lane_items = heads_kv * row_blocks / lanes
   int32_t min_share;
   int32_t window_left, window_right;  // -1: unlimited
@@ -57,7 +58,6 @@ struct DecodeParams {
   float scale, softcap;
   DType q_dtype, kv_dtype, sinks_dtype;
   bool packs;      // K and V rows: same strides, 16-byte aligned, less than 64 GiB apart
-  bool q_packs;    // q may be read 8 bytes at a time
   bool out_packs;  // out may be written 8 bytes at a time
   bool scale_per_token_k, scale_per_token_v;
   bool invariant;
@@ -71,8 +71,8 @@ struct AppendParams {
   void* v_cache;
   float* k_scale;
   float* v_scale;
-  const void* q;      // rotated into q_out when the tables are given
-  void* q_out;        // [B, Sq, Hq, D] contiguous
+  const void* q;  // copied to q_out, rotated when the tables are given
+  void* q_out;    // [B, Sq, Hq, D] contiguous, or nullptr
   const void* cos;    // [positions, rotary_dim / 2]
   const void* sin;
   const int32_t* lengths;

@@ -8,14 +8,12 @@
 #include "../ptx/async_copy.cuh"
 #include "../ptx/mma.cuh"
 #include "layout.cuh"
-#include "paged_attention.h"
 
 namespace fastinfer::cuda {
 
-template <class F, int D, DecodePath kPath>
+template <class F, int D>
 struct Stream {
   using L = Layout<F, D>;
-  static constexpr bool kBulk = kPath == DecodePath::bulk;
 
   const DecodeParams& p;
   const Slot& slot;
@@ -27,18 +25,18 @@ struct Stream {
   int page, place, head;
   bool valid, any;
 
-  __device__ __forceinline__ Stream(const DecodeParams& params, const Slot& s, uint32_t ring)
-      : p(params), slot(s), shared(ring) {
-    walk.start(p, slot);
+  __device__ __forceinline__ Stream(const DecodeParams& params, const Slot& s, const Walk& start,
+                                    uint32_t ring)
+      : p(params), slot(s), shared(ring), walk(start) {
     more = true;
     while (more && !walk.has_tiles()) more = walk.next(p, slot);
     base = walk.tile * kPlanTile;
-    look_up();
   }
 
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 
+  // Where the keys of the next step are.
   __device__ __forceinline__ void look_up() {
     any = more;
     valid = false;
@@ -52,7 +50,9 @@ struct Stream {
     page = walk.row;
     place = key;
     if (p.table && valid) {
-      const uint32_t size = p.page_size, column = static_cast<uint32_t>(key) / size;
+      const uint32_t size = p.page_size;
+      const uint32_t column =
+          p.page_shift >= 0 ? key >> p.page_shift : static_cast<uint32_t>(key) / size;
       page = __ldg(p.table + walk.b * p.table_stride + column);
       place = key - column * size;
     }
@@ -72,18 +72,13 @@ struct Stream {
       return;
     }
     const uint32_t slice = shared + (stage * kDecodeWarps + warp()) * L::kSlice;
-    if constexpr (kBulk) {
-      issue_bulk(slice, shared + L::kBarriers + (stage * kDecodeWarps + warp()) * 8);
-    } else {
-      if (p.packs)
-        issue_packs(slice);
-      else
-        copy_elements(p, slice, page, place, head, valid);
-    }
+    if (p.packs)
+      issue_packs(slice);
+    else
+      copy_elements(p, slice, page, place, head, valid);
     if constexpr (F::kBytes == 1)
       if (p.scale_per_token_k || p.scale_per_token_v) issue_scales(slice);
     cp_async_commit();
-    look_up();
   }
 
   __device__ __forceinline__ void issue_packs(uint32_t slice) {
@@ -127,12 +122,14 @@ struct Stream {
   // Any strides and alignment, any distance: element by element.
   static __device__ __noinline__ void copy_elements(const DecodeParams& p, uint32_t slice, int page,
                                                     int place, int head, bool valid) {
+#pragma unroll 1
     for (int row = 0; row < L::kTokens; ++row) {
       const int64_t row_page = __shfl_sync(kAllLanes, page, row);
       const int64_t row_place = __shfl_sync(kAllLanes, place, row);
       const bool there = __shfl_sync(kAllLanes, valid, row);
       const int64_t k_at = row_page * p.k_page + row_place * p.k_token + head * p.k_head;
       const int64_t v_at = row_page * p.v_page + row_place * p.v_token + head * p.v_head;
+#pragma unroll 1
       for (int i = lane(); i < D; i += 32) {
         const uint32_t to = slice + row * L::kPitch + i * F::kBytes;
         const bool read = there && i < p.dim;
@@ -149,36 +146,6 @@ struct Stream {
         }
       }
     }
-  }
-
-  static __device__ __forceinline__ void store_zeros(uint32_t at, int bytes) {
-    for (int i = 0; i < bytes; i += 16)
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at + i), "r"(0) : "memory");
-  }
-
-  __device__ __forceinline__ void issue_bulk(uint32_t slice, uint32_t barrier) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    const uint32_t bytes = p.dim * F::kBytes;
-    const uint32_t seen =
-        __ballot_sync(kAllLanes, valid) & (L::kTokens == 32 ? kAllLanes : 0xFFFFu);
-    // The slice was read, or written by a merge, through the other proxy.
-    fence_async_shared();
-    if (lane() == 0) mbarrier_arrive_expect(barrier, 2 * bytes * __popc(seen));
-    __syncwarp();
-    const uint64_t offset =
-        static_cast<uint64_t>(page * p.page16 + place * p.token16 + head * p.head16) * 16;
-    const int row = lane() % L::kTokens;
-    const uint32_t to = slice + row * L::kPitch;
-    const bool do_k = L::kTokens == 32 || lane() < 16, do_v = L::kTokens == 32 || lane() >= 16;
-    if (valid) {
-      if (do_k) bulk_copy(to, static_cast<const char*>(p.k) + offset, bytes, barrier);
-      if (do_v) bulk_copy(to + L::kV, static_cast<const char*>(p.v) + offset, bytes, barrier);
-    }
-    if (!valid) {
-      if (do_k) store_zeros(to, bytes);
-      if (do_v) store_zeros(to + L::kV, bytes);
-    }
-#endif
   }
 };
 

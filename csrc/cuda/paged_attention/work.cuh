@@ -28,23 +28,46 @@ __device__ __forceinline__ int sequence_cost(int len, int q_len, int window_left
 }
 
 struct Slot {
-  int begin, end;       // cost
+  int begin, end;     // cost, of the lane's list
   int share, lane;
-  int b, first_cost;    // sequence at `begin`, cost of those before it
+  int b, first_cost;  // sequence at `begin`, cost of those before it
 };
+
+__device__ __forceinline__ void set_share(const DecodeParams& p, int total, Slot& s) {
+  const int slots = gridDim.y;
+  s.lane = blockIdx.x;
+  s.share = max(p.min_share, (total + slots - 1) / static_cast<unsigned>(slots));
+  s.begin = blockIdx.y * s.share;
+  s.end = min(s.begin + s.share, total);
+}
 
 // Every thread calls. `scratch`: 8 ints of shared memory. A slot without work has begin >= end.
 __device__ __forceinline__ Slot find_slot(const DecodeParams& p, int* scratch) {
   const int items = p.lane_items, tid = threadIdx.x;
-  const int slot = blockIdx.x / p.lanes, slots = gridDim.x / p.lanes;
   Slot s{};
-  s.lane = blockIdx.x - slot * p.lanes;
+  if (p.batch <= 32 && !p.plan) {  // every warp by itself, without a barrier
+    const int b = tid % 32;
+    int own = 0;
+    if (b < p.batch) own = sequence_cost(sequence_length(p, b), p.q_len, p.window_left);
+    int sum = own;
+    if (p.batch > 1) {
+#pragma unroll
+      for (int lane = 1; lane < 32; lane *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, sum, lane);
+        if (b >= lane) sum += other;
+      }
+    }
+    set_share(p, __shfl_sync(kAllLanes, sum, p.batch - 1) * items, s);
+    // The first sequence that ends behind `begin`.
+    const unsigned behind = __ballot_sync(kAllLanes, b < p.batch && sum * items > s.begin);
+    s.b = max(__ffs(behind) - 1, 0);
+    s.first_cost = __shfl_sync(kAllLanes, sum - own, s.b);
+    return s;
+  }
   if (p.plan) {
     const int32_t* sums = p.plan + kPlanHeader;
-    const int total = sums[p.batch] * items;
-    s.share = max(p.min_share, (total + slots - 1) / slots);
-    s.begin = slot * s.share;
-    s.end = min(s.begin + s.share, total);
+    set_share(p, sums[p.batch] * items, s);
+#pragma unroll 1
     for (int b = tid; b < p.batch; b += kDecodeThreads) {
       const int before = sums[b];
       if (before * items <= s.begin && s.begin < sums[b + 1] * items) {
@@ -52,11 +75,11 @@ __device__ __forceinline__ Slot find_slot(const DecodeParams& p, int* scratch) {
         scratch[5] = before;
       }
     }
-    __syncthreads();
   } else {
     const int each = (p.batch + kDecodeThreads - 1) / kDecodeThreads;
     const int from = min(tid * each, p.batch), to = min(from + each, p.batch);
     int own = 0;
+#pragma unroll 1
     for (int b = from; b < to; ++b)
       own += sequence_cost(sequence_length(p, b), p.q_len, p.window_left);
     int sum = own;
@@ -73,12 +96,10 @@ __device__ __forceinline__ Slot find_slot(const DecodeParams& p, int* scratch) {
       if (w < tid / 32) before += scratch[w];
       total += scratch[w];
     }
-    total *= items;
-    s.share = max(p.min_share, (total + slots - 1) / slots);
-    s.begin = slot * s.share;
-    s.end = min(s.begin + s.share, total);
+    set_share(p, total * items, s);
     if (before * items <= s.begin && s.begin < (before + own) * items) {
       int b = from;
+#pragma unroll 1
       for (;; ++b) {
         const int cost = sequence_cost(sequence_length(p, b), p.q_len, p.window_left);
         if (s.begin < (before + cost) * items) break;
@@ -87,8 +108,8 @@ __device__ __forceinline__ Slot find_slot(const DecodeParams& p, int* scratch) {
       scratch[4] = b;
       scratch[5] = before;
     }
-    __syncthreads();
   }
+  __syncthreads();
   if (s.begin < s.end) {
     s.b = scratch[4];
     s.first_cost = scratch[5];
@@ -134,7 +155,7 @@ struct Walk {
   __device__ __forceinline__ void start(const DecodeParams& p, const Slot& s) {
     b = s.b;
     load_sequence(p);
-    item = (s.begin - s.first_cost * p.lane_items) / cost;
+    item = p.lane_items == 1 ? 0 : (s.begin - s.first_cost * p.lane_items) / cost;
     position = s.first_cost * p.lane_items + item * cost;
     cut(p, s);
   }

@@ -1,5 +1,5 @@
-// Asynchronous copies from global to shared memory: cp.async (sm_80, 4 or 16 bytes, zero fill) and
-// bulk copies that complete on an mbarrier (sm_90).
+// Asynchronous copies from global to shared memory (sm_80: 4 or 16 bytes, zero fill) and barriers of
+// part of a block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,44 +32,5 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-// After the inits, before any other thread or the copy engine touches a barrier.
-__device__ __forceinline__ void mbarrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-// Arrives once and adds `bytes` to what the current phase waits for.
-__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-// Order of this thread's earlier accesses to shared memory before later ones of the copy engine.
-__device__ __forceinline__ void fence_async_shared() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// `bytes`: a multiple of 16, both addresses aligned to 16. Completes on `barrier`.
-__device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes,
-                                          uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared),
-      "l"(global), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-#endif
 
 }  // namespace fastinfer::cuda
