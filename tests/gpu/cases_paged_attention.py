@@ -92,7 +92,7 @@ def decode(
             made = fastinfer.plan_decode(
                 seqlens, hq, hkv, dim, q_len=q_len, append=new, batch_invariant=invariant
             )
-        scratch = torch.zeros(8 << 20, dtype=torch.uint8, device=device) if workspace else None
+        scratch = torch.zeros(32 << 20, dtype=torch.uint8, device=device) if workspace else None
         out = torch.full_like(q, NAN)
 
         def run() -> None:

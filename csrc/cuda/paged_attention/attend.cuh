@@ -44,6 +44,9 @@ struct Attend {
   static constexpr bool k8 = F::kBytes == 1;
   static constexpr int kSteps = D / 16;            // of 16 columns
   static constexpr int kBlocks = L::kTokens / 8;   // of 8 keys
+  // Slices that one step takes: two give the products twice the independent chains. 8-bit slices are
+  // long enough, and at D = 256 there are no registers left.
+  static constexpr int kJoint = !k8 && D <= 128 ? 2 : 1;
 
   float o[D / 8][4];
   float m[2], l[2], mo[2];
@@ -168,9 +171,10 @@ struct Attend {
     }
   }
 
-  __device__ __forceinline__ void scores(uint32_t slice, float (&x)[kBlocks][4]) const {
+  template <int kSlices>
+  __device__ __forceinline__ void scores(uint32_t slice, float (&x)[kSlices * kBlocks][4]) const {
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i)
+    for (int i = 0; i < kSlices * kBlocks; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) x[i][j] = 0.0f;
     const int i = lane() / 8, r = lane() % 8;
@@ -178,11 +182,15 @@ struct Attend {
       const uint32_t at_lane = slice + ((i / 2) * 8 + r) * L::kPitch + (i % 2) * 16;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        uint32_t k[4], a[4];
-        ldmatrix_x4(k, at_lane + s * 32);
+        uint32_t a[4];
         get_query(s, a);
-        mma_16816<F::kBf16>(x[0], a, k[0], k[1]);
-        mma_16816<F::kBf16>(x[1], a, k[2], k[3]);
+#pragma unroll
+        for (int n = 0; n < kSlices; ++n) {
+          uint32_t k[4];
+          ldmatrix_x4(k, at_lane + n * L::kSlice + s * 32);
+          mma_16816<F::kBf16>(x[2 * n], a, k[0], k[1]);
+          mma_16816<F::kBf16>(x[2 * n + 1], a, k[2], k[3]);
+        }
       }
     } else {
       const uint32_t at_lane = slice + ((i % 2) * 8 + r) * L::kPitch + (i / 2) * 16;
@@ -208,7 +216,9 @@ struct Attend {
   // o += weights of keys 16 * half .. times their values.
   __device__ __forceinline__ void values(uint32_t slice, int half, const uint32_t (&a)[4]) {
     const int i = lane() / 8, r = lane() % 8;
-    const uint32_t at_lane = slice + L::kV + (half * 16 + (i % 2) * 8 + r) * L::kPitch + (i / 2) * 16;
+    constexpr int kHalves = L::kTokens / 16;
+    const uint32_t at_lane = slice + half / kHalves * L::kSlice + L::kV +
+                             (half % kHalves * 16 + (i % 2) * 8 + r) * L::kPitch + (i / 2) * 16;
     if constexpr (!k8) {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
@@ -236,19 +246,22 @@ struct Attend {
     }
   }
 
-  // Keys first .. first + kTokens - 1, which lie in `slice`.
+  // Keys first .. first + kSlices * kTokens - 1, which lie in `slice` and the one behind it.
+  template <int kSlices>
   __device__ __forceinline__ void step(const DecodeParams& p, const Item& item, uint32_t slice,
                                        int first) {
     const int t = lane() % 4;
-    float x[kBlocks][4];
-    scores(slice, x);
-    const bool masked = first < item.low || first + L::kTokens > item.high;
-    [[maybe_unused]] float v_log[kBlocks][2];
+    static_assert(kSlices == 1 || !k8, "scales are those of one slice");
+    constexpr int kN = kSlices * kBlocks;
+    float x[kN][4];
+    scores<kSlices>(slice, x);
+    const bool masked = first < item.low || first + kSlices * L::kTokens > item.high;
+    [[maybe_unused]] float v_log[kN][2];
     [[maybe_unused]] const bool v_scaled = k8 && p.scale_per_token_v;
     float top[2] = {kMinusInf, kMinusInf}, top_o[2] = {kMinusInf, kMinusInf};
     [[maybe_unused]] uint32_t negative = 0;  // V scales below 0, one bit per key of this lane
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < kN; ++n) {
       const int in_slice = 8 * n + 2 * t;
       if constexpr (k8) {
         if (p.scale_per_token_k) {
@@ -308,7 +321,7 @@ struct Attend {
         for (int j = 0; j < 4; ++j) o[i][j] *= keep[j / 2];
     }
 #pragma unroll
-    for (int half = 0; half < kBlocks / 2; ++half) {
+    for (int half = 0; half < kN / 2; ++half) {
       uint32_t a[4];
 #pragma unroll
       for (int n = 2 * half; n < 2 * half + 2; ++n) {

@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
       int to = walk.end;
       if (p.invariant) to = min(to, (from / kInvariantTiles + 1) * kInvariantTiles);
       const int end = min(walk.len, to * kPlanTile);
+      const Pieces pieces = cut_item(p, slot, walk, from);
       a.load_rows(p, item, tile);
       a.clear();
       int read = stage == 0 ? L::kStages - 1 : stage - 1;  // nothing is under way to this one
@@ -102,17 +103,22 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
           named_barrier(1 + team, 32 * p.row_tiles);
         stream.issue(read);
         stream.look_up();
+        const int joint = p.row_tiles == 1 ? 1 : A::kJoint;
 #pragma unroll 1
-        for (int s = 0; s < p.row_tiles; ++s) {
+        for (int s = 0; s < p.row_tiles; s += joint) {
           const int owner = team * p.row_tiles + s, first = base + owner * L::kTokens;
-          if (first < end && first < item.last && first + L::kTokens > item.first)
-            a.step(p, item, ring + (stage * kDecodeWarps + owner) * L::kSlice, first);
+          const uint32_t slice = ring + (stage * kDecodeWarps + owner) * L::kSlice;
+          if (first >= min(end, item.last) || first + joint * L::kTokens <= item.first) continue;
+          if (A::kJoint == 1 || joint == 1)
+            a.template step<1>(p, item, slice, first);
+          else
+            a.template step<A::kJoint>(p, item, slice, first);
         }
         read = stage;
         if (++stage == L::kStages) stage = 0;
       }
       const Finish<A> merge{p, item, shared, shared + read * L::kStage};
-      merge.run(a, cut_item(p, slot, walk, from));
+      merge.run(a, pieces);
       from = to;
       if (walk.len <= 0) break;
     }

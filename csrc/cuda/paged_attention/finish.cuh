@@ -60,7 +60,7 @@ __device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& sl
     c.groups = p.counters + gridDim.x * gridDim.y + c.base;
     // One CTA reads about 64 bytes per clock; a second round of arrivals costs about a microsecond.
     c.fan = c.count;
-    if (c.count > 24 || c.count * min(p.rows, 16 * p.row_tiles) * p.dim > 300 * 128) {
+    if (c.count * min(p.rows, 16 * p.row_tiles) * p.dim > 500 * 128) {
       c.fan = 2;
 #pragma unroll 1
       while (c.fan * c.fan < c.count) ++c.fan;
@@ -93,22 +93,27 @@ struct Finish {
   }
   __device__ __forceinline__ int block_rows() const { return min(p.rows, 16 * p.row_tiles); }
 
-  // A thread has four columns of every kRowStep-th row of the block.
-  template <class Body>
+  // A thread has four columns of every kRowStep-th row of the block; body(row, column) is given every
+  // kRows-th of those.
+  template <int kRows = 1, class Body>
   __device__ __forceinline__ void for_units(Body&& body) const {
     const int column = threadIdx.x % (kColumns / 4) * 4;
     if (column >= p.dim) return;
 #pragma unroll 1
-    for (int row = threadIdx.x / (kColumns / 4); row < item.rows; row += kRowStep) body(row, column);
+    for (int row = threadIdx.x / (kColumns / 4); row < item.rows; row += kRows * kRowStep)
+      body(row, column);
   }
 
   // Four columns of a row: o / sum, with the sink as one more term of the sum.
   __device__ __forceinline__ void emit(int row, int column, float4 o, float top, float sum) const {
-    const int r = item.row_block * p.row_tiles * 16 + row;
+    emit_row(p, item.b, item.head, item.row_block * p.row_tiles * 16 + row, column, o, top, sum);
+  }
+  static __device__ __noinline__ void emit_row(const DecodeParams& p, int b, int head_kv, int r,
+                                               int column, float4 o, float top, float sum) {
     const int token = p.q_len == 1 ? 0 : r / p.group;
-    const int head = item.head * p.group + r - token * p.group;
+    const int head = head_kv * p.group + r - token * p.group;
     float weight = 1.0f;
-    if (p.v_scale && !p.scale_per_token_v) weight = __ldg(p.v_scale + item.head * p.vs_head);
+    if (p.v_scale && !p.scale_per_token_v) weight = __ldg(p.v_scale + head_kv * p.vs_head);
     if (p.sinks && sum != 0.0f) {
       const int64_t at = head * p.sinks_stride;
       float sink = p.sinks_dtype == DType::f32   ? static_cast<const float*>(p.sinks)[at]
@@ -123,7 +128,7 @@ struct Finish {
     }
     const float inverse = sum == 0.0f ? 0.0f : weight / sum;
     const float x[4] = {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse};
-    const int64_t at = item.b * p.out_batch + token * p.out_token + head * p.out_head + column;
+    const int64_t at = b * p.out_batch + token * p.out_token + head * p.out_head + column;
     uint16_t* out = static_cast<uint16_t*>(p.out) + at;
     uint2 packed;
     if (p.q_dtype == DType::bf16)
@@ -139,7 +144,7 @@ struct Finish {
       out[3] = static_cast<uint16_t>(packed.y >> 16);
     }
     if (p.lse && column == 0)
-      p.lse[item.b * p.lse_batch + token * p.lse_token + head * p.lse_head] =
+      p.lse[b * p.lse_batch + token * p.lse_token + head * p.lse_head] =
           sum == 0.0f ? kMinusInf : top * kLn2 + logf(sum);
   }
 
@@ -154,12 +159,13 @@ struct Finish {
   __device__ __forceinline__ bool arrive(int32_t* counter, int expected) const {
     __syncthreads();
     if (threadIdx.x == 0) {
-      __threadfence();
-      const bool last = atomicAdd(counter, 1) == expected - 1;
-      if (last) {
-        *counter = 0;
-        __threadfence();
-      }
+      int before;
+      asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+                   : "=r"(before)
+                   : "l"(counter)
+                   : "memory");
+      const bool last = before == expected - 1;
+      if (last) *counter = 0;
       *flag() = last;
     }
     __syncthreads();
@@ -167,63 +173,78 @@ struct Finish {
   }
 
   // `count` partial results, `step` apart from piece `begin` on, into one: the output, or the place of
-  // the first. Each thread reads all it needs, maxima and sums of its row included, in rounds of
-  // kRound. The loops stay rolled: this runs once, and instructions have to be fetched too.
+  // the first. Each thread reads all it needs, maxima and sums of its rows included: kRows rows of
+  // kRound pieces at once, because nothing else hides the latency. Otherwise the loops stay rolled:
+  // this runs once, and instructions have to be fetched too.
+  template <int kRows, int kRound>
   __device__ __forceinline__ void merge(const Pieces& c, int begin, int count, int step,
                                         bool last) const {
-    constexpr int kRound = 8;
     const int first = c.index(begin);
     // What lies between neighbours; piece 0 of an unfixed item is out of line.
     const int between = (c.fixed ? 1 : 2 * c.step) * step;
     const int start = begin == 0 && !c.fixed ? 2 * c.base : first;
     const int64_t apart = static_cast<int64_t>(between) * block_rows() * p.dim;
     const int64_t ml_apart = static_cast<int64_t>(between) * block_rows() * 2;
-    for_units([&](int row, int column) {
-      float top = kMinusInf, sum = 0.0f;
-      float4 o = make_float4(0, 0, 0, 0);
-      const int at = row * p.dim + column;
+    for_units<kRows>([&](int first_row, int column) {
+      float top[kRows], sum[kRows];
+      float4 o[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        top[r] = kMinusInf, sum[r] = 0.0f, o[r] = make_float4(0, 0, 0, 0);
+      const int at = first_row * p.dim + column;
       const float* x_at = partial(start) + at;
-      const float* ml_at = partial_ml(start) + 2 * row;
+      const float* ml_at = partial_ml(start) + 2 * first_row;
 #pragma unroll 1
       for (int left = count; left > 0; left -= kRound) {
-        float4 x[kRound];
-        float2 ml[kRound];
+        float4 x[kRound][kRows];
+        float2 ml[kRound][kRows];
 #pragma unroll
         for (int j = 0; j < kRound; ++j) {
           const bool other = j == 0 && left == count;
           const float* x_from = other ? partial(first) + at : x_at;
-          const float* ml_from = other ? partial_ml(first) + 2 * row : ml_at;
-          ml[j] = make_float2(kMinusInf, 0.0f);
-          x[j] = make_float4(0, 0, 0, 0);
-          if (j < left) {
-            ml[j] = __ldcg(reinterpret_cast<const float2*>(ml_from));
-            x[j] = __ldcg(reinterpret_cast<const float4*>(x_from));
+          const float* ml_from = other ? partial_ml(first) + 2 * first_row : ml_at;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            ml[j][r] = make_float2(kMinusInf, 0.0f);
+            x[j][r] = make_float4(0, 0, 0, 0);
+            if (j < left && (r == 0 || first_row + r * kRowStep < item.rows)) {
+              ml[j][r] = __ldcg(reinterpret_cast<const float2*>(ml_from + 2 * r * kRowStep));
+              x[j][r] = __ldcg(reinterpret_cast<const float4*>(x_from + r * kRowStep * p.dim));
+            }
           }
           x_at += apart;
           ml_at += ml_apart;
         }
-        float m = top;
 #pragma unroll
-        for (int j = 0; j < kRound; ++j) m = fmaxf(m, ml[j].x);
-        const float origin = finite_origin(m), keep = exp2_approx(top - origin);
-        sum *= keep, o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
-        top = m;
+        for (int r = 0; r < kRows; ++r) {
+          float m = top[r];
 #pragma unroll
-        for (int j = 0; j < kRound; ++j) {
-          const float weight = exp2_approx(ml[j].x - origin);
-          sum += weight * ml[j].y;
-          o.x += weight * x[j].x;
-          o.y += weight * x[j].y;
-          o.z += weight * x[j].z;
-          o.w += weight * x[j].w;
+          for (int j = 0; j < kRound; ++j) m = fmaxf(m, ml[j][r].x);
+          const float origin = finite_origin(m), keep = exp2_approx(top[r] - origin);
+          sum[r] *= keep, o[r].x *= keep, o[r].y *= keep, o[r].z *= keep, o[r].w *= keep;
+          top[r] = m;
+#pragma unroll
+          for (int j = 0; j < kRound; ++j) {
+            const float weight = exp2_approx(ml[j][r].x - origin);
+            sum[r] += weight * ml[j][r].y;
+            o[r].x += weight * x[j][r].x;
+            o[r].y += weight * x[j][r].y;
+            o[r].z += weight * x[j][r].z;
+            o[r].w += weight * x[j][r].w;
+          }
         }
       }
-      if (last) {
-        emit(row, column, o, top, sum);
-      } else {
-        // The maxima and sums of the first result are still being read: they go elsewhere for now.
-        *reinterpret_cast<float4*>(partial(first) + at) = o;
-        if (column == 0) tops()[row] = top, sums()[row] = sum;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int row = first_row + r * kRowStep;
+        if (r > 0 && row >= item.rows) break;
+        if (last) {
+          emit(row, column, o[r], top[r], sum[r]);
+        } else {
+          // The maxima and sums of the first result are still being read: they go elsewhere for now.
+          *reinterpret_cast<float4*>(partial(first) + row * p.dim + column) = o[r];
+          if (column == 0) tops()[row] = top[r], sums()[row] = sum[r];
+        }
       }
     });
     if (last) return;
@@ -240,7 +261,11 @@ struct Finish {
       int begin = 0, count = groups, step = c.fan;
       if (!last || groups == 1) begin = group * c.fan, count = min(c.fan, c.count - begin), step = 1;
       if (!arrive(last ? c.done : c.group_counter(group), count)) return;
-      merge(c, begin, count, step, last);
+      // The order of the sums must not depend on the number of rows: rounds of eight in both.
+      if (item.rows <= kRowStep)
+        merge<1, 8>(c, begin, count, step, last);
+      else
+        merge<2, 8>(c, begin, count, step, last);
       if (last) return;
     }
   }

@@ -37,6 +37,8 @@ __device__ __forceinline__ void set_share(const DecodeParams& p, int total, Slot
   const int slots = gridDim.y;
   s.lane = blockIdx.x;
   s.share = max(p.min_share, (total + slots - 1) / static_cast<unsigned>(slots));
+  // Half the pieces to merge are worth more than twice the CTAs.
+  if (s.share == 1 && total > 16 * p.batch * p.lane_items) s.share = 2;
   s.begin = blockIdx.y * s.share;
   s.end = min(s.begin + s.share, total);
 }
