@@ -226,7 +226,6 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
   const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
-  if (const char* env = std::getenv("FASTINFER_DECODE_LANES")) p.lanes = std::atoi(env);
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);
   p.min_share = p.rows > 16 ? 4 : 1;
   place_workspace(op, p, slots, t, counters, partials);

@@ -69,7 +69,7 @@ def decode(
             elif scales == "token":
                 scale.append(torch.where(used[..., None], randn(*shape[:3]).abs() * 0.03, NAN))
             else:
-                scale.append(randn(hkv).abs() * 0.03 if scales == "head" else randn().abs() * 0.03)
+                scale.append(randn(hkv if scales == "head" else 1).abs() * 0.03)
         work = [t.clone() for t in (*caches, *scale) if t is not None]
         pristine = [t for t in (*caches, *scale) if t is not None]
         tensors = list(work)

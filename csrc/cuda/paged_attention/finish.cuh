@@ -108,7 +108,7 @@ struct Finish {
   __device__ __forceinline__ void emit(int row, int column, float4 o, float top, float sum) const {
     emit_row(p, item.b, item.head, item.row_block * p.row_tiles * 16 + row, column, o, top, sum);
   }
-  static __device__ __noinline__ void emit_row(const DecodeParams& p, int b, int head_kv, int r,
+  static __device__ __forceinline__ void emit_row(const DecodeParams& p, int b, int head_kv, int r,
                                                int column, float4 o, float top, float sum) {
     const int token = p.q_len == 1 ? 0 : r / p.group;
     const int head = head_kv * p.group + r - token * p.group;
