@@ -19,7 +19,7 @@ def main() -> None:
     bench = Bench("rotary", __doc__)
     dtype, device = bench.dtype, bench.device
     cos, sin = (torch.rand(POSITIONS, D // 2, device=device) for _ in range(2))
-    for t in (1, 64, 1024):
+    for t in (1, 64, 1024, 8192) if device == "cuda" else (1, 64, 1024):
 
         def inputs(t: int = t) -> list[torch.Tensor]:
             return [randn(t, h, D, dtype=dtype, device=device) for h in (HQ, HKV, HKV)]
@@ -28,6 +28,13 @@ def main() -> None:
             q, k, _ = inputs(t)
             positions = torch.randint(POSITIONS, (t,), device=device)
             return lambda: fastinfer.apply_rotary(q, k, cos, sin, positions, inplace=True)
+
+        def pairs(t: int = t) -> Call:
+            q, k, _ = inputs(t)
+            positions = torch.randint(POSITIONS, (t,), device=device)
+            return lambda: fastinfer.apply_rotary(
+                q, k, cos, sin, positions, interleaved=True, inplace=True
+            )
 
         def theirs(t: int = t) -> Call:
             q, k, _ = inputs(t)
@@ -40,20 +47,33 @@ def main() -> None:
 
             return call
 
-        def fused(t: int = t) -> Call:
+        def fused(t: int = t, cache: torch.dtype = dtype) -> Call:
             q, k, v = inputs(t)
             positions = torch.randint(POSITIONS, (t,), device=device)
             blocks = max(64, t // BLOCK + 1)
-            caches = [torch.empty(blocks, BLOCK, HKV, D, dtype=dtype, device=device) for _ in "kv"]
+            shape = (blocks, BLOCK, HKV, D)
+            caches = [torch.empty(shape, dtype=cache, device=device) for _ in "kv"]
             slots = torch.randperm(blocks * BLOCK, device=device)[:t]
+            scales = {}
+            if cache != dtype:  # dynamic: one per token and head
+                scales = {n: torch.ones(shape[:3], device=device) for n in ("k_scale", "v_scale")}
             return lambda: fastinfer.apply_rotary_and_cache(
-                q, k, v, cos, sin, positions, *caches, slots
+                q, k, v, cos, sin, positions, *caches, slots, **scales
             )
+
+        def fused_fp8(t: int = t) -> Call:
+            return fused(t, torch.float8_e4m3fn)
 
         keys = {"op": "rotary", "tokens": t, "hq": HQ, "hkv": HKV, "d": D}
         rotated = 2 * t * (HQ + HKV) * D * dtype.itemsize
         bench.case(
             {**keys, "case": "apply_rotary"}, {OURS: ours, "torch": theirs}, moved_bytes=rotated
+        )
+        bench.case({**keys, "case": "apply_rotary interleaved"}, {OURS: pairs}, moved_bytes=rotated)
+        bench.case(
+            {**keys, "case": "apply_rotary_and_cache fp8"},
+            {OURS: fused_fp8},
+            moved_bytes=rotated + t * HKV * (D * (dtype.itemsize + 2) + 8),
         )
         bench.case(
             {**keys, "case": "apply_rotary_and_cache"},

@@ -15,7 +15,26 @@ import torch
 from fastinfer import _lib
 
 # Operators with a CUDA kernel: their tests also run on the GPU where there is one.
-CUDA_OPS: frozenset[str] = frozenset()
+CUDA_OPS: frozenset[str] = frozenset(
+    {
+        "reshape_and_cache",
+        "gather_cache",
+        "copy_blocks",
+        "swap_blocks",
+        "repeat_kv",
+        "apply_rotary",
+        "apply_rotary_and_cache",
+        "gelu_and_mul",
+        "fused_add_rms_norm",
+        "quantize_per_token",
+        "rms_norm",
+        "rms_norm_quant",
+        "silu_and_mul",
+        "silu_and_mul_quant",
+        "sample",
+        "verify_draft",
+    }
+)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
 ISA_LEVELS = ("generic", "avx2", "avx512", "vnni")

@@ -5,6 +5,10 @@
 //   q [..., I] int8, scale [...] fp32, zeros [...] int32: contiguous
 #include "../cpu/activation.h"
 
+#ifdef FASTINFER_WITH_CUDA
+#include "../cuda/activation/activation.h"
+#include "cuda_shim.h"
+#endif
 #include "common.h"
 #include "rows.h"
 
@@ -36,8 +40,8 @@ void gated(const char* op, const Tensor& x, Activation activation, const Tensor&
   FI_CHECK(same, op, ": out must have the shape of x (", shape_of(x),
            ") with the last size halved, got ", describe(out));
   check_written(op, "out", out);
+  check_apart(op, "out", out, {{"x", &x}});
   if (out.numel() == 0) return;
-  if (!x.is_cpu()) no_cuda_kernel(op);
   Rows rows[2] = {};
   p.shape = fold_rows(op, {&x, &out}, rows);
   rows[0].data = const_cast<void*>(x.const_data_ptr());
@@ -45,6 +49,10 @@ void gated(const char* op, const Tensor& x, Activation activation, const Tensor&
   p.x = rows[0], p.out = rows[1];
   p.dtype = dtype_of(x);
   p.activation = activation;
+  if (!x.is_cpu()) {
+    FI_CUDA(op, x, cuda::gated_activation(p, out.numel() / p.inner, stream));
+    return;
+  }
   const int64_t tiles = (p.inner + cpu::kActivationTile - 1) / cpu::kActivationTile;
   const int64_t cost = 8 * (p.inner < cpu::kActivationTile ? p.inner : cpu::kActivationTile);
   torch::stable::parallel_for(
@@ -65,7 +73,6 @@ void silu_and_mul_quant(Tensor x, Tensor q, Tensor scale, OptTensor zeros) {
   check_row_codes(op, x, p.gated.inner, q, scale, ptr(zeros));
   const int64_t rows = scale.numel();
   if (rows == 0) return;
-  if (!x.is_cpu()) no_cuda_kernel(op);
   p.gated.shape = fold_rows(op, {&x}, &p.gated.x);
   p.gated.x.data = const_cast<void*>(x.const_data_ptr());
   p.gated.dtype = dtype_of(x);
@@ -73,6 +80,10 @@ void silu_and_mul_quant(Tensor x, Tensor q, Tensor scale, OptTensor zeros) {
   p.q = static_cast<int8_t*>(q.mutable_data_ptr());
   p.scale = static_cast<float*>(scale.mutable_data_ptr());
   p.zeros = zeros ? static_cast<int32_t*>(zeros->mutable_data_ptr()) : nullptr;
+  if (!x.is_cpu()) {
+    FI_CUDA(op, x, cuda::silu_and_mul_quant(p, rows, stream));
+    return;
+  }
   torch::stable::parallel_for(0, rows, grain(p.gated.inner * 12), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(p.gated.inner));
     FI_PICK(silu_and_mul_quant)(p, scratch.data(), begin, end);

@@ -139,6 +139,49 @@ void check_written(const char* op, const char* arg, const Tensor& t) {
              list(t.strides(), "*"), "; call .contiguous() on it first");
 }
 
+namespace {
+
+// First byte, and one past the last, that the elements of t touch.
+std::pair<const char*, const char*> address_range(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const char* first = static_cast<const char*>(t.const_data_ptr());
+  return {first, first + (last + 1) * static_cast<int64_t>(t.element_size())};
+}
+
+bool share_memory(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto [a_begin, a_end] = address_range(a);
+  const auto [b_begin, b_end] = address_range(b);
+  if (a_end <= b_begin || b_end <= a_begin) return false;
+  // Slices of the columns of one buffer: rows start at multiples of one distance in both.
+  const int64_t dims = a.dim(), a_size = static_cast<int64_t>(a.element_size()),
+                b_size = static_cast<int64_t>(b.element_size());
+  if (b.dim() != dims) return true;
+  int64_t row = 0;
+  for (int64_t d = 0; d + 1 < dims; ++d) {
+    if (a.size(d) != b.size(d)) return true;
+    if (a.size(d) == 1) continue;
+    const int64_t step = a.stride(d) * a_size;
+    if (step != b.stride(d) * b_size || step <= 0) return true;
+    row = row == 0 || step < row ? step : row;
+  }
+  if (row == 0) return true;
+  for (int64_t d = 0; d + 1 < dims; ++d)
+    if (a.size(d) > 1 && a.stride(d) * a_size % row != 0) return true;
+  const int64_t apart = ((b_begin - a_begin) % row + row) % row;
+  return apart < a.size(dims - 1) * a_size || apart + b.size(dims - 1) * b_size > row;
+}
+
+}  // namespace
+
+void check_apart(const char* op, const char* out_arg, const Tensor& out,
+                 std::initializer_list<std::pair<const char*, const Tensor*>> inputs) {
+  for (const auto& [arg, t] : inputs)
+    FI_CHECK(!t || !share_memory(out, *t), op, ": ", out_arg, " must not share memory with ", arg,
+             ", which is read while ", out_arg, " is written; pass another tensor or none");
+}
+
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim) {
   check_given(op, arg, t);
   FI_CHECK(t.dim() == dim, op, ": ", arg, " must have ", dim, " dimensions, got ", describe(t));

@@ -58,6 +58,10 @@ void check_given(const char* op, const char* arg, const Tensor& t);
 void check_last_dim(const char* op, const char* arg, const Tensor& t);
 // The same, for a tensor that is written: no two elements may share memory (expand()).
 void check_written(const char* op, const char* arg, const Tensor& t);
+// `out` may not share memory with an input that is still read while `out` is written. Exact for
+// rows of one stride (column slices of one buffer are apart), by address range otherwise.
+void check_apart(const char* op, const char* out_arg, const Tensor& out,
+                 std::initializer_list<std::pair<const char*, const Tensor*>> inputs);
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim);
 void check_dtype(const char* op, const char* arg, const Tensor& t,
                  std::initializer_list<DType> allowed);

@@ -11,6 +11,11 @@
 #include <algorithm>
 #include <cmath>
 
+#ifdef FASTINFER_WITH_CUDA
+#include "../cuda/kv_cache/kv_cache.h"
+#include "cuda_shim.h"
+#endif
+
 namespace fastinfer {
 namespace {
 
@@ -44,9 +49,13 @@ void reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
   const CacheWriteParams p = cache_write_params(op, "key", "value", key, value, key_cache,
                                                 value_cache, slot_mapping, k_scale, v_scale);
   if (key.numel() == 0) return;
-  if (!key.is_cpu()) no_cuda_kernel(op);
-  const int64_t tokens = key.size(0);
-  check_slots(op, p, tokens, key_cache.size(0) * key_cache.size(1));
+  const int64_t tokens = key.size(0), num_slots = key_cache.size(0) * key_cache.size(1);
+  if (!key.is_cpu()) {
+    check_slots_on_device(op, p, tokens, num_slots, slot_mapping, k_scale, v_scale);
+    FI_CUDA(op, key, cuda::launch_write_cache(p, tokens, stream));
+    return;
+  }
+  check_slots(op, p, tokens, num_slots);
   torch::stable::parallel_for(
       0, tokens, grain(p.heads * p.dim * 4),
       [&](int64_t begin, int64_t end) { FI_PICK(write_cache)(p, begin, end); });
@@ -109,7 +118,6 @@ void gather_cache(Tensor key_cache, Tensor value_cache, Tensor block_table, Tens
   p.key = side(key_out, key_cache, check_scale(op, "k_scale", k_scale, key_cache));
   p.value = side(value_out, value_cache, check_scale(op, "v_scale", v_scale, value_cache));
   if (key_out.numel() == 0) return;
-  if (!key_cache.is_cpu()) no_cuda_kernel(op);
   p.block_table = block_table.const_data_ptr(), p.table_dtype = dtype_of(block_table);
   p.table_row_stride = block_table.stride(0), p.table_col_stride = block_table.stride(1);
   p.cu_seqlens = cu_seqlens.const_data_ptr(), p.cu_dtype = dtype_of(cu_seqlens);
@@ -119,9 +127,27 @@ void gather_cache(Tensor key_cache, Tensor value_cache, Tensor block_table, Tens
   p.token_dtype = dtype_of(key_out), p.cache_dtype = dtype_of(key_cache);
   p.batch = batch, p.block_size = key_cache.size(1);
   p.heads = key_cache.size(2), p.dim = key_cache.size(3);
-  check_gather_indices(op, p, key_out.size(0), block_table.size(1), key_cache.size(0));
+  const int64_t tokens = key_out.size(0), blocks = key_cache.size(0);
+  if (!key_cache.is_cpu()) {
+#ifdef FASTINFER_WITH_CUDA
+    if (validate_data()) {
+      const CudaLaunch device(key_cache);
+      const HostCopy table(op, "block_table", block_table, device.stream());
+      const HostCopy lengths(op, "cu_seqlens", cu_seqlens, device.stream());
+      std::optional<HostCopy> starts;
+      if (seq_starts) starts.emplace(op, "seq_starts", *seq_starts, device.stream());
+      CacheGatherParams host = p;
+      host.block_table = table.data(), host.cu_seqlens = lengths.data();
+      host.seq_starts = starts ? starts->data() : nullptr;
+      check_gather_indices(op, host, tokens, block_table.size(1), blocks);
+    }
+#endif
+    FI_CUDA(op, key_cache, cuda::launch_gather_cache(p, tokens, stream));
+    return;
+  }
+  check_gather_indices(op, p, tokens, block_table.size(1), blocks);
   torch::stable::parallel_for(
-      0, key_out.size(0), grain(p.heads * p.dim * 4),
+      0, tokens, grain(p.heads * p.dim * 4),
       [&](int64_t begin, int64_t end) { FI_PICK(gather_cache)(p, begin, end); });
 }
 
@@ -222,6 +248,31 @@ void check_slots(const char* op, const CacheWriteParams& p, int64_t tokens, int6
                value, " for head ", h);
     }
   }
+}
+
+void check_slots_on_device([[maybe_unused]] const char* op,
+                           [[maybe_unused]] const CacheWriteParams& p,
+                           [[maybe_unused]] int64_t tokens, [[maybe_unused]] int64_t num_slots,
+                           [[maybe_unused]] const Tensor& slot_mapping,
+                           [[maybe_unused]] const OptTensor& k_scale,
+                           [[maybe_unused]] const OptTensor& v_scale) {
+#ifdef FASTINFER_WITH_CUDA
+  if (!validate_data()) return;
+  const CudaLaunch device(slot_mapping);
+  const HostCopy slots(op, "slot_mapping", slot_mapping, device.stream());
+  CacheWriteParams host = p;
+  host.slots = slots.data();
+  std::vector<HostCopy> scales;
+  scales.reserve(2);
+  auto copy = [&](const char* arg, const OptTensor& scale, ScaleView& view) {
+    if (!scale || view.dynamic) return;  // dynamic scales are written, not read
+    scales.emplace_back(op, arg, *scale, device.stream());
+    view.data = static_cast<float*>(const_cast<void*>(scales.back().data()));
+  };
+  copy("k_scale", k_scale, host.key.scale);
+  copy("v_scale", v_scale, host.value.scale);
+  check_slots(op, host, tokens, num_slots);
+#endif
 }
 
 FI_REGISTER_BOTH({

@@ -8,8 +8,11 @@
 // Work items: runs of contiguous bytes (repeat_kv), (cache, pair) for the others.
 #include <algorithm>
 
-#include "common.h"
-#include "strided_copy.h"
+#include "kv_cache.h"
+
+#ifdef FASTINFER_WITH_CUDA
+#include "cuda_shim.h"
+#endif
 
 namespace fastinfer {
 namespace {
@@ -29,9 +32,16 @@ void repeat_kv(Tensor x, int64_t n_rep, int64_t dim, Tensor out) {
   FI_CHECK(ok, op, ": out must have the shape of x (", shape_of(x), ") with dimension ", d,
            " times ", n_rep, ", got ", describe(out));
   check_written(op, "out", out);
+  check_apart(op, "out", out, {{"x", &x}});
   if (out.numel() == 0) return;
-  if (!x.is_cpu()) no_cuda_kernel(op);
   std::vector<CopyDim> dims;
+  if (!x.is_cpu()) {
+    // Each element is read once: the repetition is a loop of the kernel, no dimension.
+    for (int64_t i = 0; i < n; ++i)
+      dims.push_back({x.size(i), x.stride(i), out.stride(i) * (i == d ? n_rep : 1)});
+    return repeat_on_device(StridedCopy(dims, static_cast<int64_t>(x.element_size())), x, out,
+                            n_rep, out.stride(d) * static_cast<int64_t>(x.element_size()));
+  }
   for (int64_t i = 0; i < n; ++i) {
     dims.push_back({x.size(i), x.stride(i), out.stride(i) * (i == d ? n_rep : 1)});
     if (i == d) dims.push_back({n_rep, 0, out.stride(i)});
@@ -43,17 +53,14 @@ void repeat_kv(Tensor x, int64_t n_rep, int64_t dim, Tensor out) {
                               [&](int64_t begin, int64_t end) { copy(src, dst, begin, end); });
 }
 
-struct BlockMapping {
-  std::vector<int64_t> src, dst;
-};
-
-// CPU mapping: ids inside [0, limit) on both sides.
-BlockMapping read_mapping(const char* op, const Tensor& t, int64_t src_blocks, int64_t dst_blocks) {
+// `values` is t's data, or a copy of it, on the host. Ids inside [0, limit) on both sides.
+BlockMapping read_mapping(const char* op, const Tensor& t, const void* values, int64_t src_blocks,
+                          int64_t dst_blocks) {
   BlockMapping m;
   const int64_t n = t.size(0);
   const DType dtype = dtype_of(t);
   auto id = [&](int64_t i, int64_t side, const char* name, int64_t limit) {
-    const int64_t v = index_at(t.const_data_ptr(), dtype, i * t.stride(0) + side * t.stride(1));
+    const int64_t v = index_at(values, dtype, i * t.stride(0) + side * t.stride(1));
     FI_CHECK(v >= 0 && v < limit, op, ": block_mapping must hold ", name, " blocks from 0 to ",
              limit - 1, ", got ", v, " at row ", i);
     return v;
@@ -140,8 +147,18 @@ void copy_blocks(std::vector<Tensor> caches, Tensor block_mapping) {
   }
   check_device(op, caches[0], {{"block_mapping", &block_mapping}});
   if (block_mapping.size(0) == 0) return;
-  if (!caches[0].is_cpu()) no_cuda_kernel(op);
-  const BlockMapping m = read_mapping(op, block_mapping, blocks, blocks);
+  if (!caches[0].is_cpu()) {
+#ifdef FASTINFER_WITH_CUDA
+    if (validate_data()) {
+      const CudaLaunch device(caches[0]);
+      const HostCopy ids(op, "block_mapping", block_mapping, device.stream());
+      check_disjoint(op, read_mapping(op, block_mapping, ids.data(), blocks, blocks), true);
+    }
+#endif
+    return copy_blocks_on_device(caches, block_mapping, blocks);
+  }
+  const BlockMapping m =
+      read_mapping(op, block_mapping, block_mapping.const_data_ptr(), blocks, blocks);
   check_disjoint(op, m, true);
   move_blocks(caches, caches, m);
 }
@@ -155,7 +172,7 @@ void swap_blocks(std::vector<Tensor> src, std::vector<Tensor> dst, Tensor block_
            ": src and dst must be lists of the same length, at least 1, got ", src.size(), " and ",
            dst.size());
   int64_t src_blocks = 0, dst_blocks = 0;
-  bool on_cpu = true, same_cache = false;
+  bool same_cache = false;
   for (size_t i = 0; i < src.size(); ++i) {
     check_block_tensor(op, "src", i, src[i]);
     check_block_tensor(op, "dst", i, dst[i]);
@@ -166,14 +183,19 @@ void swap_blocks(std::vector<Tensor> src, std::vector<Tensor> dst, Tensor block_
              describe(src[i]), " and dst[", i, "] ", describe(dst[i]));
     src_blocks = i == 0 ? src[i].size(0) : std::min(src_blocks, src[i].size(0));
     dst_blocks = i == 0 ? dst[i].size(0) : std::min(dst_blocks, dst[i].size(0));
-    on_cpu = on_cpu && src[i].is_cpu() && dst[i].is_cpu();
     same_cache = same_cache || src[i].const_data_ptr() == dst[i].const_data_ptr();
   }
   if (block_mapping.size(0) == 0) return;
-  if (!on_cpu) no_cuda_kernel(op);
-  const BlockMapping m = read_mapping(op, block_mapping, src_blocks, dst_blocks);
+  const BlockMapping m =
+      read_mapping(op, block_mapping, block_mapping.const_data_ptr(), src_blocks, dst_blocks);
   check_disjoint(op, m, same_cache);
-  move_blocks(src, dst, m);
+  std::vector<Tensor> on_cpu[2], with_device[2];
+  for (size_t i = 0; i < src.size(); ++i) {
+    auto& lists = src[i].is_cpu() && dst[i].is_cpu() ? on_cpu : with_device;
+    lists[0].push_back(src[i]), lists[1].push_back(dst[i]);
+  }
+  move_blocks(on_cpu[0], on_cpu[1], m);
+  if (!with_device[0].empty()) swap_blocks_with_device(with_device[0], with_device[1], m);
 }
 
 }  // namespace

@@ -76,8 +76,14 @@ void linear(Tensor x, Tensor weight, OptTensor bias, bool batch_invariant, Tenso
   check_last_dim(op, "x", x);
   check_last_dim(op, "weight", weight);
   check_device(op, x, {{"weight", &weight}, {"bias", ptr(bias)}, {"out", &out}});
+  check_apart(op, "out", out, {{"x", &x}, {"weight", &weight}, {"bias", ptr(bias)}});
   if (m == 0 || n == 0) return;
-  if (!x.is_cpu()) no_cuda_kernel(op);
+  if (!x.is_cpu()) {
+    FI_CHECK(!batch_invariant, op,
+             ": batch_invariant must be False on CUDA, got True: torch's matrix product may sum in "
+             "another order for another number of rows; call it on the CPU, or without the flag");
+    return torch_linear(x, weight, bias, out);
+  }
   const DType dtype = dtype_of(x);
   if (k > 0 &&
       choose_linear_cpu(dtype, m, has_native_gemm(dtype), batch_invariant) == LinearPath::gemm)
@@ -130,6 +136,12 @@ void w8a8_linear(Tensor x_q, Tensor x_scale, Tensor weight, Tensor weight_scale,
                 {"x_zeros", ptr(x_zeros)},
                 {"weight_sum", ptr(weight_sum)},
                 {"out", &out}});
+  check_apart(op, "out", out,
+              {{"x_q", &x_q},
+               {"x_scale", &x_scale},
+               {"weight", &weight},
+               {"weight_scale", &weight_scale},
+               {"bias", ptr(bias)}});
   // |x| <= 128 and |x - zero| <= 255 against |w| <= 128.
   const int64_t limit = x_zeros ? 65793 : 131071;
   FI_CHECK(k <= limit, op, ": x_q must have at most ", limit, " columns",

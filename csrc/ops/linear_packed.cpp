@@ -189,6 +189,8 @@ void packed_linear(const char* op, int bits, const Tensor& x, const Tensor& qwei
                 {"bias", ptr(bias)},
                 {"perm", ptr(perm)},
                 {"out", &out}});
+  check_apart(op, "out", out,
+              {{"x", &x}, {"qweight", &qweight}, {"scales", &scales}, {"bias", ptr(bias)}});
   FI_CHECK(layout.cuda == !x.is_cpu(), op, ": qweight is packed for ",
            layout.cuda ? "CUDA" : "the CPU", " but x is not there, got ", describe(qweight),
            "; repack it with pack_weight(layout=\"", x.is_cpu() ? "cpu" : "cuda", "\")");

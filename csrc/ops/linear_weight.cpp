@@ -2,6 +2,10 @@
 // parallel. Packing and unpacking are plain index arithmetic over linear_layout.h, compiled once.
 #include "../cpu/quantize.h"
 #include "../cpu/simd.h"
+#ifdef FASTINFER_WITH_CUDA
+#include "../cuda/linear/quantize_rows.h"
+#include "cuda_shim.h"
+#endif
 #include "linear_checks.h"
 #include "linear_pack.h"
 
@@ -244,11 +248,6 @@ void quantize_per_token(Tensor x, OptTensor static_scale, Tensor q, Tensor scale
       op, x,
       {{"static_scale", ptr(static_scale)}, {"q", &q}, {"scale", &scale}, {"zeros", ptr(zeros)}});
   if (m == 0) return;
-  if (!x.is_cpu()) no_cuda_kernel(op);
-  if (static_scale && validate_data()) {
-    const float s = *static_cast<const float*>(static_scale->const_data_ptr());
-    FI_CHECK(s > 0.0f, op, ": static_scale must be positive, got ", s);
-  }
   const cpu::QuantizeRowsParams p{
       x.const_data_ptr(),
       row_stride(x),
@@ -260,6 +259,21 @@ void quantize_per_token(Tensor x, OptTensor static_scale, Tensor q, Tensor scale
       static_cast<float*>(scale.mutable_data_ptr()),
       zeros ? static_cast<int32_t*>(zeros->mutable_data_ptr()) : nullptr,
   };
+  const auto check_static = [&](const void* value) {
+    const float s = *static_cast<const float*>(value);
+    FI_CHECK(s > 0.0f, op, ": static_scale must be positive, got ", s);
+  };
+  if (!x.is_cpu()) {
+#ifdef FASTINFER_WITH_CUDA
+    if (static_scale && validate_data()) {
+      const CudaLaunch device(x);
+      check_static(HostCopy(op, "static_scale", *static_scale, device.stream()).data());
+    }
+#endif
+    FI_CUDA(op, x, cuda::quantize_rows(p, m, stream));
+    return;
+  }
+  if (static_scale && validate_data()) check_static(static_scale->const_data_ptr());
   torch::stable::parallel_for(0, m, grain(k * 2), [&](int64_t begin, int64_t end) {
     FI_PICK(quantize_rows)(p, begin, end);
   });

@@ -4,9 +4,14 @@
 //   weight [D]        fp32, fp16 or bf16
 //   q [..., D] int8, scale [...] fp32, zeros [...] int32: contiguous
 //
-// One work item is one row; the kernels (csrc/cpu/norm.cpp) take ranges of rows.
+// One work item is one row; the kernels (csrc/cpu/norm.cpp) take ranges of rows, the CUDA launchers
+// (csrc/cuda/norm) all of them.
 #include "../cpu/norm.h"
 
+#ifdef FASTINFER_WITH_CUDA
+#include "../cuda/norm/norm.h"
+#include "cuda_shim.h"
+#endif
 #include "common.h"
 #include "rows.h"
 
@@ -51,7 +56,10 @@ RmsNormParams params(const char* op, const Tensor& x, const Tensor& weight, doub
 
 void run(const char* op, const RmsNormParams& p, const Tensor& x) {
   if (x.numel() == 0) return;
-  if (!x.is_cpu()) no_cuda_kernel(op);
+  if (!x.is_cpu()) {
+    FI_CUDA(op, x, cuda::rms_norm(p, x.numel() / p.dim, stream));
+    return;
+  }
   torch::stable::parallel_for(
       0, x.numel() / p.dim, grain(p.dim * 4),
       [&](int64_t begin, int64_t end) { FI_PICK(rms_norm)(p, begin, end); });
@@ -73,10 +81,13 @@ void rms_norm_quant(Tensor x, Tensor weight, double eps, OptTensor residual, Ten
   check_row_codes(op, x, x.size(x.dim() - 1), q, scale, ptr(zeros));
   const int64_t rows = scale.numel();
   if (rows == 0) return;
-  if (!x.is_cpu()) no_cuda_kernel(op);
   p.q = static_cast<int8_t*>(q.mutable_data_ptr());
   p.scale = static_cast<float*>(scale.mutable_data_ptr());
   p.zeros = zeros ? static_cast<int32_t*>(zeros->mutable_data_ptr()) : nullptr;
+  if (!x.is_cpu()) {
+    FI_CUDA(op, x, cuda::rms_norm_quant(p, rows, stream));
+    return;
+  }
   torch::stable::parallel_for(0, rows, grain(p.norm.dim * 8), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(p.norm.dim));
     FI_PICK(rms_norm_quant)(p, scratch.data(), begin, end);

@@ -8,6 +8,10 @@
 // rotation in place and the cache write of reshape_and_cache.
 #include "../cpu/rotary.h"
 
+#ifdef FASTINFER_WITH_CUDA
+#include "../cuda/rotary/rotary.h"
+#include "cuda_shim.h"
+#endif
 #include "common.h"
 #include "kv_cache.h"
 
@@ -108,13 +112,32 @@ void check_positions(const char* op, const RotaryParams& p, int64_t batch, int64
     }
 }
 
+// CUDA: only with FASTINFER_VALIDATE=1, on a copy.
+void check_positions_on_device([[maybe_unused]] const char* op,
+                               [[maybe_unused]] const RotaryParams& p,
+                               [[maybe_unused]] const Tensor* positions,
+                               [[maybe_unused]] int64_t batch, [[maybe_unused]] int64_t max_pos) {
+#ifdef FASTINFER_WITH_CUDA
+  if (!positions || !validate_data()) return;
+  const CudaLaunch device(*positions);
+  const HostCopy host(op, "positions", *positions, device.stream());
+  RotaryParams copied = p;
+  copied.positions = host.data();
+  check_positions(op, copied, batch, max_pos);
+#endif
+}
+
 int64_t token_cost(const RotaryParams& p) { return (p.q.heads + p.k.heads) * p.dim * 4; }
 
-void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k,
-         const Tensor& cos) {
+void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k, const Tensor& cos,
+         const Tensor* positions) {
   if (q.numel() == 0 && (!k || k->numel() == 0)) return;
-  if (!q.is_cpu()) no_cuda_kernel(op);
   const int64_t batch = q.dim() == 4 ? q.size(0) : 1;
+  if (!q.is_cpu()) {
+    check_positions_on_device(op, p, positions, batch, cos.size(0));
+    FI_CUDA(op, q, cuda::rotary(p, nullptr, batch * p.seq, stream));
+    return;
+  }
   check_positions(op, p, batch, cos.size(0));
   torch::stable::parallel_for(0, batch * p.seq, grain(token_cost(p)),
                               [&](int64_t begin, int64_t end) { FI_PICK(rotary)(p, begin, end); });
@@ -125,14 +148,14 @@ void apply_rotary(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor posit
   const char* op = "apply_rotary";
   const RotaryParams p =  // checks cos before its size is asked for
       params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q_out, ptr(k_out));
-  run(op, p, q, ptr(k), cos);
+  run(op, p, q, ptr(k), cos, ptr(positions));
 }
 
 void apply_rotary_inplace(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
                           bool interleaved) {
   const char* op = "apply_rotary";
   const RotaryParams p = params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k));
-  run(op, p, q, ptr(k), cos);
+  run(op, p, q, ptr(k), cos, ptr(positions));
 }
 
 void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions,
@@ -144,9 +167,15 @@ void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin
   const cpu::CacheWriteParams write = cache_write_params(op, "k", "v", k, v, key_cache, value_cache,
                                                          slot_mapping, k_scale, v_scale);
   if (q.numel() == 0 && k.numel() == 0) return;
-  if (!q.is_cpu()) no_cuda_kernel(op);
+  const int64_t num_slots = key_cache.size(0) * key_cache.size(1);
+  if (!q.is_cpu()) {
+    check_positions_on_device(op, rotary, &positions, 1, cos.size(0));
+    check_slots_on_device(op, write, rotary.seq, num_slots, slot_mapping, k_scale, v_scale);
+    FI_CUDA(op, q, cuda::rotary(rotary, &write, rotary.seq, stream));
+    return;
+  }
   check_positions(op, rotary, 1, cos.size(0));
-  check_slots(op, write, rotary.seq, key_cache.size(0) * key_cache.size(1));
+  check_slots(op, write, rotary.seq, num_slots);
   torch::stable::parallel_for(0, rotary.seq, grain(2 * token_cost(rotary)),
                               [&](int64_t begin, int64_t end) {
                                 FI_PICK(rotary)(rotary, begin, end);

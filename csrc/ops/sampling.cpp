@@ -1,11 +1,15 @@
 // sample, verify_draft: checks, then rows in parallel. Rows are independent; a row's result depends
-// on its own logits and parameters only. Scratch (two floats per vocabulary entry) is taken once
-// per chunk of rows.
+// on its own logits and parameters only. CPU: scratch (two floats per vocabulary entry) is taken
+// once per chunk of rows. CUDA (csrc/cuda/sampling): no scratch, so `workspace` is not looked at.
 #include "../cpu/sampling.h"
 
 #include <memory>
 
 #include "common.h"
+#ifdef FASTINFER_WITH_CUDA
+#include "../cuda/sampling/sampling.h"
+#include "cuda_shim.h"
+#endif
 
 namespace fastinfer {
 namespace {
@@ -58,11 +62,33 @@ void check_logits(const char* op, const char* arg, const Tensor& t, int64_t dim)
            kMaxVocab - 1, " columns, got ", describe(t), "; pass [..., vocab] logits");
 }
 
-// Data checks, on CPU tensors under FASTINFER_VALIDATE=1.
+// What a tensor holds, on the host: for FASTINFER_VALIDATE=1.
+class HostValues {
+ public:
+  HostValues(const char* op, const char* arg, const Tensor& t) : data_(t.const_data_ptr()) {
+#ifdef FASTINFER_WITH_CUDA
+    if (t.is_cpu()) return;
+    const CudaLaunch device(t);
+    copy_.emplace(op, arg, t, device.stream());
+    data_ = copy_->data();
+#else
+    if (!t.is_cpu()) no_cuda_kernel(op);
+#endif
+  }
+  const void* data() const { return data_; }
+
+ private:
+  const void* data_;
+#ifdef FASTINFER_WITH_CUDA
+  std::optional<HostCopy> copy_;
+#endif
+};
+
 template <class Ok>
 void check_values(const char* op, const char* arg, const OptTensor& t, Ok ok, const char* want) {
-  if (!t || !t->is_cpu()) return;
-  const float* value = static_cast<const float*>(t->const_data_ptr());
+  if (!t) return;
+  const HostValues values(op, arg, *t);
+  const float* value = static_cast<const float*>(values.data());
   for (int64_t i = 0; i < t->numel(); ++i)
     FI_CHECK(ok(value[i]), op, ": ", arg, " must be ", want, ", got ", value[i], " in row ", i,
              "; correct that row");
@@ -162,7 +188,10 @@ void sample(Tensor logits, OptTensor temperature, OptTensor top_k, OptTensor top
         c.output("top_logprobs", *top_logprobs, DType::f32, {batch, p.num_top}));
   }
   if (batch == 0) return;
-  if (!logits.is_cpu()) no_cuda_kernel(op);
+  if (!logits.is_cpu()) {
+    FI_CUDA(op, logits, cuda::launch_sample(p, batch, stream));
+    return;
+  }
   for_rows(batch, vocab, p.num_top, [&](const SamplingScratch& s, int64_t begin, int64_t end) {
     FI_PICK(sample_rows)(p, s, begin, end);
   });
@@ -171,16 +200,19 @@ void sample(Tensor logits, OptTensor temperature, OptTensor top_k, OptTensor top
 void check_drafts(const char* op, const Tensor& draft_ids, const OptTensor& counts, int64_t vocab) {
   const int64_t batch = draft_ids.size(0), k = draft_ids.size(1);
   const DType type = dtype_of(draft_ids);
+  const HostValues ids(op, "draft_token_ids", draft_ids);
+  std::optional<HostValues> numbers;
+  if (counts) numbers.emplace(op, "num_draft_tokens", *counts);
   for (int64_t b = 0; b < batch; ++b) {
     int64_t n = k;
     if (counts) {
-      n = index_at(counts->const_data_ptr(), dtype_of(*counts), b);
+      n = index_at(numbers->data(), dtype_of(*counts), b);
       FI_CHECK(n >= 0 && n <= k, op, ": num_draft_tokens must be between 0 and ", k, ", got ", n,
                " in row ", b, "; correct that row");
     }
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t id = index_at(draft_ids.const_data_ptr(), type,
-                                  b * draft_ids.stride(0) + i * draft_ids.stride(1));
+      const int64_t id =
+          index_at(ids.data(), type, b * draft_ids.stride(0) + i * draft_ids.stride(1));
       FI_CHECK(id >= 0 && id < vocab, op, ": draft_token_ids must be between 0 and ", vocab - 1,
                ", got ", id, " in row ", b, "; drop the drafts from there on");
     }
@@ -228,10 +260,12 @@ void verify_draft(Tensor target_logits, Tensor draft_token_ids, OptTensor draft_
   p.token_ids = static_cast<int64_t*>(c.output("token_ids", token_ids, DType::i64, {batch, k + 1}));
   p.num_accepted =
       static_cast<int32_t*>(c.output("num_accepted", num_accepted, DType::i32, {batch}));
-  if (validate_data() && target_logits.is_cpu())
-    check_drafts(op, draft_token_ids, num_draft_tokens, vocab);
+  if (validate_data()) check_drafts(op, draft_token_ids, num_draft_tokens, vocab);
   if (batch == 0) return;
-  if (!target_logits.is_cpu()) no_cuda_kernel(op);
+  if (!target_logits.is_cpu()) {
+    FI_CUDA(op, target_logits, cuda::launch_verify_draft(p, batch, stream));
+    return;
+  }
   for_rows(batch, vocab, 0, [&](const SamplingScratch& s, int64_t begin, int64_t end) {
     FI_PICK(verify_rows)(p, s, begin, end);
   });

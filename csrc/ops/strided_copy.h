@@ -45,6 +45,8 @@ class StridedCopy {
 
   int64_t runs() const { return runs_; }
   int64_t run_bytes() const { return run_bytes_; }
+  // Dimensions around a run, innermost first, strides in bytes.
+  const std::vector<CopyDim>& outer() const { return outer_; }
 
   void operator()(const void* src, void* dst, int64_t begin, int64_t end) const {
     for (int64_t r = begin; r < end; ++r) {

@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,19 @@ class _MissingOps:
         raise ImportError(f"fastinfer: {LOAD_ERROR}")
 
 
+def _check_isa() -> None:
+    """Warn about a level in FASTINFER_CPU_ISA that does not exist: the kernels ignore it."""
+    wanted, levels = os.environ.get("FASTINFER_CPU_ISA"), ("generic", "avx2", "avx512", "vnni")
+    if wanted and wanted not in levels:
+        warnings.warn(
+            f"fastinfer: FASTINFER_CPU_ISA must be one of {', '.join(levels)}, got {wanted!r}, "
+            "which is ignored",
+            stacklevel=3,
+        )
+
+
 LOAD_ERROR = _load()
+_check_isa()
 ops: Any = _MissingOps() if LOAD_ERROR else torch.ops.fastinfer
 
 
@@ -145,6 +159,7 @@ def cpu_isa() -> str:
     """Instruction-set level the CPU kernels use now: generic, avx2, avx512 or vnni
     (FASTINFER_CPU_ISA can lower it).
     """
+    _check_isa()
     return ops.cpu_isa()
 
 

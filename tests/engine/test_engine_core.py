@@ -111,6 +111,8 @@ def test_bad_prompts_are_refused_before_anything_starts() -> None:
         ([[1], [1, "a"]], "LLM: prompt must be text, a list of token ids"),
         ([[1], 3.5], "LLM: prompt must be text, a list of token ids"),
         (None, "LLM: prompts must be text, a list of token ids"),
+        (b"abc", "LLM: prompts must be text, a list of token ids, or a list of these, got bytes"),
+        ([[1], b"abc"], "LLM: prompt must be text, a list of token ids"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             llm.generate(prompts, greedy())

@@ -20,6 +20,7 @@ from helpers import (
     assert_close_to_reference,
     assert_codes_match,
     compiles,
+    devices,
     opcheck,
     poisoned,
     randn,
@@ -30,6 +31,8 @@ from helpers import (
 OPS = torch.ops.fastinfer
 ODD = (1, 17, 63, 65, 127, 1000, 2049)
 KINDS = ("silu", "none", "tanh")
+DEVICES = pytest.mark.parametrize("device", devices("silu_and_mul"))
+QUANT = pytest.mark.parametrize("device", devices("silu_and_mul_quant"))
 
 
 def run(kind: str, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -45,18 +48,20 @@ def baseline(kind: str, x: Tensor) -> Tensor:
     return (F.silu(gate) if kind == "silu" else F.gelu(gate, approximate=kind)) * up
 
 
+@DEVICES
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_matches_fp64(isa: str, dtype: torch.dtype, kind: str) -> None:
+def test_matches_fp64(isa: str, dtype: torch.dtype, kind: str, device: str) -> None:
     for i, inner in enumerate(ODD):
-        x = (2 * randn(3, 2 * inner, seed=i)).to(dtype)
-        out = poisoned(3, inner, dtype=dtype)
+        x = (2 * randn(3, 2 * inner, seed=i, device=device)).to(dtype)
+        out = poisoned(3, inner, dtype=dtype, device=device)
         assert run(kind, x, out) is out
         assert_close_to_reference(out, reference(kind, x.double()), baseline(kind, x))
 
 
+@DEVICES
 @pytest.mark.parametrize("kind", KINDS)
-def test_relative_error_over_the_whole_range(isa: str, kind: str) -> None:
+def test_relative_error_over_the_whole_range(isa: str, kind: str, device: str) -> None:
     """No cancellation for large negative gates (torch's own GELU has some, in fp64 too, so the
     expected values are written without it).
     """
@@ -67,37 +72,40 @@ def test_relative_error_over_the_whole_range(isa: str, kind: str) -> None:
         "none": torch.special.erfc(-g / 2**0.5) / 2,
         "tanh": torch.sigmoid((8 / torch.pi) ** 0.5 * (g + 0.044715 * g**3)),
     }[kind]
-    got = run(kind, torch.cat((gate, torch.ones_like(gate))).view(1, -1))[0].double()
+    x = torch.cat((gate, torch.ones_like(gate))).view(1, -1)
+    got = run(kind, x.to(device))[0].cpu().double()
     error = (got / (g * factor) - 1)[g != 0].abs().max()
     # An exponent of size e carries a rounding of e * 2^-24: e = 40 for erf, 66 for tanh.
     assert error < (4e-6 if kind != "tanh" else 1e-5), error
 
 
+@DEVICES
 @pytest.mark.parametrize("kind", KINDS)
-def test_extreme_values(isa: str, kind: str) -> None:
+def test_extreme_values(isa: str, kind: str, device: str) -> None:
     gate = torch.tensor([0.0, -0.0, 100.0, -100.0, 3e4, -3e4, torch.inf, torch.nan])
-    x = torch.cat((gate, torch.ones_like(gate)))
-    got, want = run(kind, x), torch.tensor([0, 0, 100, 0, 3e4, 0, torch.inf, torch.nan])
+    x = torch.cat((gate, torch.ones_like(gate))).to(device)
+    got, want = run(kind, x).cpu(), torch.tensor([0, 0, 100, 0, 3e4, 0, torch.inf, torch.nan])
     torch.testing.assert_close(got, want, equal_nan=True)
     # A NaN in one row stays there.
-    rows = torch.ones(3, 34)
+    rows = torch.ones(3, 34, device=device)
     rows[1, 5] = torch.nan
     assert run(kind, rows).isnan().sum() == 1
 
 
+@DEVICES
 @pytest.mark.parametrize("kind", KINDS)
-def test_strides_leading_dims_and_empty(kind: str) -> None:
-    x = randn(5, 4, 3, 80, seed=1)
+def test_strides_leading_dims_and_empty(kind: str, device: str) -> None:
+    x = randn(5, 4, 3, 80, seed=1, device=device)
     views = (x[..., :38], x[:, 1:3, :, 2:40], x.transpose(0, 2)[..., :38], x[1, 1, 1, :38])
     for v in views:
         want = run(kind, v.contiguous())
         assert torch.equal(run(kind, v), want)
-        wide = torch.full((*want.shape[:-1], 50), 7.0)
+        wide = torch.full((*want.shape[:-1], 50), 7.0, device=device)
         run(kind, v, wide[..., 3:22])
         assert torch.equal(wide[..., 3:22], want)
         assert (wide[..., :3] == 7).all() and (wide[..., 22:] == 7).all()
     for shape in ((0, 8), (3, 0), (2, 0, 6)):
-        assert run(kind, torch.empty(shape)).shape == (*shape[:-1], shape[-1] // 2)
+        assert run(kind, torch.empty(shape, device=device)).shape == (*shape[:-1], shape[-1] // 2)
 
 
 def test_threads_do_not_change_bits() -> None:
@@ -111,25 +119,78 @@ def test_threads_do_not_change_bits() -> None:
     assert torch.equal(silu_and_mul(x[3:4]), results[0][0][3:4])  # batch mates do not matter
 
 
+@QUANT
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_quant_matches_reference(isa: str, dtype: torch.dtype, symmetric: bool) -> None:
+def test_quant_matches_reference(
+    isa: str, dtype: torch.dtype, symmetric: bool, device: str
+) -> None:
     for i, inner in enumerate(ODD):
-        x = randn(3, 2 * inner, seed=i, dtype=dtype)
+        x = randn(3, 2 * inner, seed=i, dtype=dtype, device=device)
         assert_codes_match(
             silu_and_mul_quant(x, symmetric=symmetric),
             silu_and_mul_quant_reference(x, symmetric=symmetric),
             silu_and_mul_reference(x.double()),
         )
-    x = randn(4, 3, 70, seed=9, dtype=dtype)
+    x = randn(4, 3, 70, seed=9, dtype=dtype, device=device)
     a = silu_and_mul_quant(x.transpose(0, 1)[..., 1:67], symmetric=symmetric)
     b = silu_and_mul_quant(x.transpose(0, 1)[..., 1:67].contiguous(), symmetric=symmetric)
     assert a[0].shape == (3, 4, 33) and a[1].shape == (3, 4)
     assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True) if s is not None)
 
 
-def test_quant_edge_rows() -> None:
-    x = randn(4, 20, seed=3)
+@DEVICES
+def test_a_row_does_not_depend_on_the_path_nor_on_its_mates(device: str) -> None:
+    """One row alone, one of many, aligned or not, staged or computed twice: the same bits."""
+    for inner in (24, 512, 4096, 14336, 45000):
+        x = randn(5, 2 * inner, seed=inner, dtype=torch.bfloat16, device=device)
+        shifted = poisoned(5, 2 * inner + 5, dtype=x.dtype, device=device)[:, 3 : 2 * inner + 3]
+        shifted.copy_(x)
+        codes = silu_and_mul_quant(x)
+        for kind in KINDS:
+            want = run(kind, x)
+            assert torch.equal(run(kind, x[3:4]), want[3:4])
+            assert torch.equal(run(kind, shifted), want)
+        for got, want in zip(silu_and_mul_quant(shifted)[:2], codes[:2], strict=True):
+            assert torch.equal(got, want)
+        assert torch.equal(silu_and_mul_quant(x[3:4])[0], codes[0][3:4])
+        assert_codes_match(
+            codes, silu_and_mul_quant_reference(x), silu_and_mul_reference(x.double())
+        )
+
+
+@DEVICES
+def test_many_rows_have_the_bits_of_one(device: str) -> None:
+    """Enough of them for the layouts that a launch takes for many rows."""
+    for inner in (48, 4096, 14336) if device == "cuda" else (48,):
+        x = randn(600, 2 * inner, seed=inner, dtype=torch.bfloat16, device=device)
+        outputs = [run(kind, x) for kind in KINDS]
+        codes = silu_and_mul_quant(x, symmetric=False)
+        for r in (0, 5, 599):
+            row = x[r : r + 1]
+            for kind, want in zip(KINDS, outputs, strict=True):
+                assert torch.equal(run(kind, row), want[r : r + 1])
+            for a, b in zip(silu_and_mul_quant(row, symmetric=False), codes, strict=True):
+                assert a is not None and b is not None and torch.equal(a, b[r : r + 1])
+
+
+@pytest.mark.parametrize("device", devices("silu_and_mul")[1:])
+def test_cuda_agrees_with_the_cpu(device: str) -> None:
+    for dtype in FLOATS:
+        x = randn(5, 2000, seed=1, dtype=dtype)
+        step = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+        for kind in KINDS:
+            torch.testing.assert_close(
+                run(kind, x.to(device)).cpu(), run(kind, x), rtol=step, atol=1e-6
+            )
+        got, want = silu_and_mul_quant(x.to(device)), silu_and_mul_quant(x)
+        torch.testing.assert_close(got[1].cpu(), want[1], rtol=1e-6, atol=0)
+        assert (got[0].cpu().int() - want[0].int()).abs().max() <= 1
+
+
+@QUANT
+def test_quant_edge_rows(device: str) -> None:
+    x = randn(4, 20, seed=3, device=device)
     x[1] = 0
     x[2, 0] = torch.nan
     q, scale, zeros = silu_and_mul_quant(x, symmetric=False)
@@ -137,7 +198,7 @@ def test_quant_edge_rows() -> None:
     assert scale[1] == 1 and zeros[1] == 0 and (q[1] == 0).all()
     assert scale[2].isnan() and scale[[0, 3]].isfinite().all()
     assert torch.equal(q[3:], alone[0])
-    q, scale, zeros = silu_and_mul_quant(torch.empty(0, 8))
+    q, scale, zeros = silu_and_mul_quant(torch.empty(0, 8, device=device))
     assert q.shape == (0, 4) and scale.shape == (0,) and zeros is None
 
 
@@ -174,6 +235,9 @@ def test_refusals() -> None:
         refuses(lambda fn=fn: fn(x.double()), name, "x", "float64")
         refuses(lambda fn=fn: fn(torch.ones(6, 4).t()), name, "x", "contiguous")
         refuses(lambda fn=fn: fn(x.clone().requires_grad_()), name, "grad")
+    wide = torch.zeros(2, 3, 40)
+    refuses(lambda: silu_and_mul(wide[..., :24], out=wide[..., 23:35]), "out must not share memory")
+    silu_and_mul(wide[..., :24], out=wide[..., 24:36])  # slices of one buffer that are apart
     refuses(lambda: silu_and_mul(x, out=torch.empty(2, 4)), "silu_and_mul", "out", "[2, 6]")
     refuses(lambda: silu_and_mul(x, out=torch.empty(2, 3).half()), "silu_and_mul", "out", "dtype")
     refuses(lambda: silu_and_mul(x, out=torch.empty(3, 2).t()), "silu_and_mul", "out", "contiguous")

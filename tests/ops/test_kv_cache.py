@@ -10,14 +10,42 @@ from torch import Tensor
 
 from fastinfer.ops._reference_kv_cache import gather_cache_reference, reshape_and_cache_reference
 from fastinfer.ops.kv_cache import gather_cache, reshape_and_cache
-from helpers import FLOATS, compiles, opcheck, poisoned, randn, refuses, threads
+from helpers import (
+    FLOATS,
+    available_isa_levels,
+    compiles,
+    devices,
+    opcheck,
+    poisoned,
+    randn,
+    refuses,
+    threads,
+)
 
 OPS = torch.ops.fastinfer
 FP8 = torch.float8_e4m3fn
 EIGHT_BIT = (FP8, torch.int8)
 SCALES = ("scalar", "one", "head", "dynamic")
 # heads, head dim, block size
-SHAPES = ((1, 1, 1), (2, 17, 3), (3, 63, 16), (1, 65, 5), (2, 127, 7), (1, 1000, 2), (4, 64, 16))
+SHAPES = (
+    *((1, 1, 1), (2, 17, 3), (3, 63, 16), (1, 65, 5), (2, 127, 7), (1, 1000, 2), (4, 64, 16)),
+    *((2, 128, 16), (3, 96, 5), (2, 512, 3)),
+)
+
+
+GPU = devices("reshape_and_cache")[1:]
+
+
+@pytest.fixture(params=[*available_isa_levels(), *GPU, *(f"{gpu}-portable" for gpu in GPU)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CPU at each of its instruction-set levels; the GPU with and without the fp8 conversions
+    of its own.
+    """
+    if request.param not in available_isa_levels():
+        monkeypatch.setenv("FASTINFER_FORCE_ARCH", "80" if "portable" in request.param else "")
+        return "cuda"
+    monkeypatch.setenv("FASTINFER_CPU_ISA", request.param)
+    return "cpu"
 
 
 def raw(t: Tensor) -> Tensor:
@@ -41,21 +69,23 @@ def slots_of(tokens: int, total: int, seed: int = 0) -> Tensor:
 
 
 def write_both(
-    key: Tensor, value: Tensor, caches: list[Tensor], slots: Tensor, scales: list
+    key: Tensor, value: Tensor, caches: list[Tensor], slots: Tensor, scales: list, device: str
 ) -> None:
-    """The operator and the reference on copies; every byte of caches and scales must agree."""
+    """The operator on `device` and the reference on the CPU, on copies; every byte of caches and
+    scales must agree.
+    """
     results = []
-    for write in (reshape_and_cache, reshape_and_cache_reference):
-        c = [cache.clone() for cache in caches]
-        s = [None if scale is None else scale.clone() for scale in scales]
-        write(key, value, *c, slots, k_scale=s[0], v_scale=s[1])
+    for write, d in ((reshape_and_cache, device), (reshape_and_cache_reference, "cpu")):
+        c = [cache.clone().to(d) for cache in caches]
+        s = [None if scale is None else scale.clone().to(d) for scale in scales]
+        write(key.to(d), value.to(d), *c, slots.to(d), k_scale=s[0], v_scale=s[1])
         results.append([*c, *(scale for scale in s if scale is not None)])
     for a, b in zip(*results, strict=True):
-        assert torch.equal(raw(a), raw(b))
+        assert torch.equal(raw(a.cpu()), raw(b))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_write_float_caches(isa: str, dtype: torch.dtype) -> None:
+def test_write_float_caches(device: str, dtype: torch.dtype) -> None:
     for i, (heads, dim, block) in enumerate(SHAPES):
         tokens = 11
         k, v = (randn(tokens, heads, dim, seed=i + j, dtype=dtype) for j in (0, 50))
@@ -63,14 +93,14 @@ def test_write_float_caches(isa: str, dtype: torch.dtype) -> None:
         blocks = 2 + -(-tokens // block)
         caches = [poisoned(blocks, block, heads, dim, dtype=dtype) for _ in range(2)]
         slots = slots_of(tokens, blocks * block, i).to((torch.int32, torch.int64)[i % 2])
-        write_both(k, v, caches, slots, [None, None])
+        write_both(k, v, caches, slots, [None, None], device)
 
 
 @pytest.mark.parametrize("cache_dtype", EIGHT_BIT)
 @pytest.mark.parametrize("kind", SCALES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_write_8bit_caches(
-    isa: str, dtype: torch.dtype, kind: str, cache_dtype: torch.dtype
+    device: str, dtype: torch.dtype, kind: str, cache_dtype: torch.dtype
 ) -> None:
     for i, (heads, dim, block) in enumerate(SHAPES):
         k, v = (4 * randn(9, heads, dim, seed=i + j, dtype=dtype) for j in (0, 50))
@@ -78,20 +108,22 @@ def test_write_8bit_caches(
         blocks = 2 + -(-9 // block)
         caches = [poisoned(blocks, block, heads, dim, dtype=cache_dtype) for _ in range(2)]
         scales = [make_scale(kind, blocks, block, heads, seed=j) for j in (1, 2)]
-        write_both(k, v, caches, slots_of(9, blocks * block, i), scales)
+        write_both(k, v, caches, slots_of(9, blocks * block, i), scales, device)
 
 
 @pytest.mark.parametrize("cache_dtype", EIGHT_BIT)
-def test_dynamic_scale_edges(isa: str, cache_dtype: torch.dtype) -> None:
+def test_dynamic_scale_edges(device: str, cache_dtype: torch.dtype) -> None:
     """Zero heads, the smallest numbers, NaN, inf: each only touches its own head."""
     k = randn(5, 2, 40, seed=1)
     k[0, 0] = 0
     k[1, 0] = 1e-45
     k[2, 0, 7] = torch.nan
     k[3, 0, 39] = torch.inf
-    caches = [torch.zeros(1, 5, 2, 40).to(cache_dtype) for _ in range(2)]
-    scales = [torch.zeros(1, 5, 2) for _ in range(2)]
-    reshape_and_cache(k, k, *caches, torch.arange(5), k_scale=scales[0], v_scale=scales[1])
+    caches = [torch.zeros(1, 5, 2, 40).to(cache_dtype).to(device) for _ in range(2)]
+    scales = [torch.zeros(1, 5, 2, device=device) for _ in range(2)]
+    x, slots = k.to(device), torch.arange(5, device=device)
+    reshape_and_cache(x, x, *caches, slots, k_scale=scales[0], v_scale=scales[1])
+    caches, scales = [c.cpu() for c in caches], [s.cpu() for s in scales]
     for cache, scale in zip(caches, scales, strict=True):
         assert scale[0, 0, 0] == 1 and scale[0, 1, 0] == 1
         assert (raw(cache[0, :2, 0]) == 0).all()
@@ -103,20 +135,20 @@ def test_dynamic_scale_edges(isa: str, cache_dtype: torch.dtype) -> None:
         assert ((values - k).abs()[good] <= (step.expand_as(k) * 1.0001)[good]).all()
         assert values[2:4, 0].isnan().all()  # the NaN and the infinity are not lost
     # The same from the reference, and from the vector and the tail part of a row.
-    write_both(k, k, caches, torch.arange(5), scales)
+    write_both(k, k, caches, torch.arange(5), scales, device)
     for at in (0, 38):
         k[2, 1, at] = torch.nan
         k[4, 1, at] = -torch.inf
-        write_both(k, k, caches, torch.arange(5), scales)
+        write_both(k, k, caches, torch.arange(5), scales, device)
 
 
-def test_write_strides(isa: str) -> None:
+def test_write_strides(device: str) -> None:
     """Views of a fused QKV projection into caches with padding and with K and V interleaved."""
-    qkv = randn(6, 4 + 2 + 2, 40, seed=1, dtype=torch.bfloat16)
+    qkv = randn(6, 4 + 2 + 2, 40, seed=1, dtype=torch.bfloat16, device=device)
     k, v = qkv[:, 4:6, :33], qkv[:, 6:, 3:36]
-    slots = torch.tensor([1, 4, -1, -1, 8, 0])[torch.tensor([0, 1, 2, 4, 5, 3])]
-    both = poisoned(4, 2, 3, 2, 48, dtype=torch.bfloat16)
-    heads_first = poisoned(4, 2, 5, 48, dtype=torch.bfloat16).transpose(1, 2)
+    slots = torch.tensor([1, 4, -1, -1, 8, 0])[torch.tensor([0, 1, 2, 4, 5, 3])].to(device)
+    both = poisoned(4, 2, 3, 2, 48, dtype=torch.bfloat16, device=device)
+    heads_first = poisoned(4, 2, 5, 48, dtype=torch.bfloat16, device=device).transpose(1, 2)
     for kc, vc in (
         (both[:, 0, ..., :33], both[:, 1, ..., 7:40]),
         (heads_first[:, :3, :, :33], both[:, 1, ..., :33]),
@@ -131,22 +163,23 @@ def test_write_strides(isa: str) -> None:
             for t, b in zip((both, heads_first), before, strict=True)
         )
         assert changed <= 2 * 4 * 2 * 33  # nothing beside the four written tokens
-    scale = poisoned(4, 3, 4)[..., ::2]  # strided dynamic scales
-    caches = [poisoned(4, 3, 2, 33, dtype=torch.int8) for _ in range(2)]
+    scale = poisoned(4, 3, 4, device=device)[..., ::2]  # strided dynamic scales
+    caches = [poisoned(4, 3, 2, 33, dtype=torch.int8, device=device) for _ in range(2)]
     strided_slots = torch.stack((slots, slots + 100), 1)[:, 0]
     reshape_and_cache(k, v, *caches, strided_slots, k_scale=scale, v_scale=scale.clone())
     assert scale.isfinite().sum() == 4 * 2
 
 
-def test_write_empty_and_all_skipped() -> None:
-    caches = [poisoned(2, 3, 2, 8) for _ in range(2)]
+def test_write_empty_and_all_skipped(device: str) -> None:
+    caches = [poisoned(2, 3, 2, 8, device=device) for _ in range(2)]
     before = raw(caches[0]).clone()
     for tokens in (0, 3):
-        x = torch.ones(tokens, 2, 8)
-        reshape_and_cache(x, x, *caches, torch.full((tokens,), -1))
+        x = torch.ones(tokens, 2, 8, device=device)
+        reshape_and_cache(x, x, *caches, torch.full((tokens,), -1, device=device))
     assert torch.equal(raw(caches[0]), before) and torch.equal(raw(caches[1]), before)
-    none = [torch.empty(0, 3, 2, 8) for _ in range(2)]
-    reshape_and_cache(torch.ones(1, 2, 8), torch.ones(1, 2, 8), *none, torch.tensor([-1]))
+    none = [torch.empty(0, 3, 2, 8, device=device) for _ in range(2)]
+    x = torch.ones(1, 2, 8, device=device)
+    reshape_and_cache(x, x, *none, torch.tensor([-1], device=device))
 
 
 def gather_case(block: int, seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -169,7 +202,7 @@ def gather_case(block: int, seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
     "cache_dtype, dtype",
     [*itertools.product(FLOATS, (None, *FLOATS)), *itertools.product(EIGHT_BIT, FLOATS)],
 )
-def test_gather(isa: str, cache_dtype: torch.dtype, dtype: torch.dtype | None) -> None:
+def test_gather(device: str, cache_dtype: torch.dtype, dtype: torch.dtype | None) -> None:
     for i, (heads, dim, block) in enumerate(SHAPES):
         table, cu, starts, blocks = gather_case(block, i)
         if i % 2:
@@ -182,19 +215,23 @@ def test_gather(isa: str, cache_dtype: torch.dtype, dtype: torch.dtype | None) -
             scales = [make_scale(kind, blocks, block, heads, seed=i) for kind in kinds]
             kw["k_scale"], kw["v_scale"] = (s.nan_to_num(0.01) for s in scales)
         n = int(cu[-1]) + 3
-        out = tuple(poisoned(n, heads, dim, dtype=dtype or cache_dtype) for _ in range(2))
-        got = gather_cache(*caches, table, cu, n, out=out, **kw)
+        out_dtype = dtype or cache_dtype
+        out = tuple(poisoned(n, heads, dim, dtype=out_dtype, device=device) for _ in range(2))
+        want = gather_cache_reference(*caches, table, cu, n, **kw)
+        here = [t.to(device) for t in (*caches, table, cu)]
+        kw = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kw.items()}
+        got = gather_cache(*here, n, out=out, **kw)
         assert got[0] is out[0] and got[1] is out[1]
-        for a, b in zip(got, gather_cache_reference(*caches, table, cu, n, **kw), strict=True):
+        for a, b in zip((t.cpu() for t in got), want, strict=True):
             assert torch.equal(a, b)
             assert (a[int(cu[-1]) :] == 0).all()
 
 
-def test_gather_defaults_strides_and_empty() -> None:
+def test_gather_defaults_strides_and_empty(device: str) -> None:
     block, heads, dim = 3, 2, 10
     table, cu, _, blocks = gather_case(block, 1)
-    table = table.clamp_min(0)
-    both = randn(blocks, 2, block, heads, 16, seed=1)
+    table, cu = table.clamp_min(0).to(device), cu.to(device)
+    both = randn(blocks, 2, block, heads, 16, seed=1, device=device)
     kc, vc = both[:, 0, ..., :dim], both[:, 1, ..., 4:14]
     want = gather_cache_reference(kc, vc, table, cu, 20)
     for got in (
@@ -202,7 +239,7 @@ def test_gather_defaults_strides_and_empty() -> None:
         gather_cache(kc, vc, table.t().contiguous().t(), torch.stack((cu, cu), 1)[:, 0], 20),
     ):
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    wide = torch.full((20, heads, 2 * dim + 2), 7.0)
+    wide = torch.full((20, heads, 2 * dim + 2), 7.0, device=device)
     gather_cache(kc, vc, table, cu, 20, out=(wide[..., :dim], wide[..., dim + 1 : -1]))
     assert torch.equal(wide[..., :dim], want[0]) and torch.equal(wide[..., dim + 1 : -1], want[1])
     assert (wide[..., dim] == 7).all() and (wide[..., -1] == 7).all()
@@ -211,17 +248,18 @@ def test_gather_defaults_strides_and_empty() -> None:
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, *EIGHT_BIT])
-def test_round_trip(isa: str, cache_dtype: torch.dtype) -> None:
+def test_round_trip(device: str, cache_dtype: torch.dtype) -> None:
     """What was written comes back: exactly, or within half a code."""
-    k, v = randn(30, 2, 64, seed=1, dtype=torch.float16), randn(30, 2, 64, seed=2).half()
-    caches = [poisoned(5, 7, 2, 64, dtype=cache_dtype) for _ in range(2)]
+    k, v = (randn(30, 2, 64, seed=i, dtype=torch.float16, device=device) for i in (1, 2))
+    caches = [poisoned(5, 7, 2, 64, dtype=cache_dtype, device=device) for _ in range(2)]
     scales = [make_scale("dynamic", 5, 7, 2) if cache_dtype in EIGHT_BIT else None] * 2
-    scales = [s if s is None else s.clone() for s in scales]
-    table = torch.tensor([[3, 0, 4, 1, 2]])
-    position = torch.arange(30)
+    scales = [s if s is None else s.to(device, copy=True) for s in scales]
+    table = torch.tensor([[3, 0, 4, 1, 2]], device=device)
+    position = torch.arange(30, device=device)
     kw = {"k_scale": scales[0], "v_scale": scales[1]}
     reshape_and_cache(k, v, *caches, table[0][position // 7] * 7 + position % 7, **kw)
-    got = gather_cache(*caches, table, torch.tensor([0, 30]), 30, dtype=torch.float16, **kw)
+    cu = torch.tensor([0, 30], device=device)
+    got = gather_cache(*caches, table, cu, 30, dtype=torch.float16, **kw)
     for a, b in zip(got, (k, v), strict=True):
         if cache_dtype == torch.float16:
             assert torch.equal(a, b)

@@ -68,6 +68,31 @@ def test_strides_out_and_leading_dimensions(m: int) -> None:
     assert linear(x[0], w).shape == (24,)
 
 
+@pytest.mark.parametrize("m", [2, 40])
+def test_out_must_not_share_memory_with_inputs(m: int) -> None:
+    x, w = randn(m, 8, seed=1), randn(8, 8, seed=2)
+    refuses(lambda: linear(x, w, out=x), "linear", "out must not share memory with x")
+    refuses(lambda: linear(x[:2], w, out=w[:2]), "out must not share memory with weight")
+    wide = torch.zeros(m, 20)
+    wide[:, :8] = x
+    refuses(lambda: linear(wide[:, :8], w, out=wide[:, 7:15]), "share memory with x")
+    refuses(lambda: linear(wide[:, 4:12], w, out=wide[:, :8]), "share memory with x")
+    y = linear(wide[:, :8], w, out=wide[:, 8:16])  # slices of one buffer that are apart
+    assert torch.equal(y, linear(x, w)) and torch.equal(wide[:, :8], x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("m", [1, 5, 64])
+def test_cuda_is_torchs_product(dtype: torch.dtype, m: int) -> None:
+    x, w, bias = (randn(*s, seed=m, dtype=dtype, device="cuda") for s in ((m, 96), (40, 96), (40,)))
+    wide = poisoned(m, 48, dtype=dtype, device="cuda")
+    y = linear(x, w, bias, out=wide[:, :40])
+    assert torch.equal(y, torch.nn.functional.linear(x, w, bias))
+    assert wide[:, 40:].isnan().all()
+    refuses(lambda: linear(x, w, batch_invariant=True), "linear", "batch_invariant must be False")
+
+
 def test_nan_stays_in_its_row(isa: str) -> None:
     x, w = randn(9, 70, seed=8), randn(20, 70, seed=9)
     expected = linear(x, w)

@@ -20,6 +20,7 @@ from helpers import (
     assert_close_to_reference,
     assert_codes_match,
     compiles,
+    devices,
     opcheck,
     poisoned,
     randn,
@@ -31,29 +32,38 @@ OPS = torch.ops.fastinfer
 ODD = (1, 17, 63, 65, 127, 1000)
 
 
+NORM = pytest.mark.parametrize("device", devices("rms_norm"))
+QUANT = pytest.mark.parametrize("device", devices("rms_norm_quant"))
+
+
 def baseline(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """The usual torch code of a model: fp32 inside, rounded before the weight."""
     y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return y.to(x.dtype) * weight.to(x.dtype)
 
 
+@NORM
 @pytest.mark.parametrize("weight_dtype", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_rms_norm_matches_fp64(isa: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def test_rms_norm_matches_fp64(
+    isa: str, dtype: torch.dtype, weight_dtype: torch.dtype, device: str
+) -> None:
     for i, dim in enumerate(ODD):
-        x, w = randn(3, dim, seed=i, dtype=dtype), randn(dim, seed=i + 50, dtype=weight_dtype)
-        out = poisoned(3, dim, dtype=dtype)
+        x = randn(3, dim, seed=i, dtype=dtype, device=device)
+        w = randn(dim, seed=i + 50, dtype=weight_dtype, device=device)
+        out = poisoned(3, dim, dtype=dtype, device=device)
         assert rms_norm(x, w, 1e-5, out=out) is out
         assert_close_to_reference(
             out, rms_norm_reference(x.double(), w, 1e-5), baseline(x, w, 1e-5)
         )
 
 
+@NORM
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_fused_add_matches_fp64(isa: str, dtype: torch.dtype) -> None:
+def test_fused_add_matches_fp64(isa: str, dtype: torch.dtype, device: str) -> None:
     for i, dim in enumerate(ODD):
-        x, r = randn(3, dim, seed=i, dtype=dtype), randn(3, dim, seed=i + 9, dtype=dtype)
-        w = randn(dim, seed=i + 50, dtype=dtype)
+        x, r = (randn(3, dim, seed=i + n, dtype=dtype, device=device) for n in (0, 9))
+        w = randn(dim, seed=i + 50, dtype=dtype, device=device)
         total = (x.float() + r.float()).to(dtype)
         y, new = fused_add_rms_norm_reference(x, r, w)
         assert torch.equal(new, total)
@@ -64,12 +74,15 @@ def test_fused_add_matches_fp64(isa: str, dtype: torch.dtype) -> None:
         assert y.dtype == dtype
 
 
+@QUANT
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_quant_matches_reference(isa: str, dtype: torch.dtype, symmetric: bool) -> None:
+def test_quant_matches_reference(
+    isa: str, dtype: torch.dtype, symmetric: bool, device: str
+) -> None:
     for i, dim in enumerate(ODD):
-        x, r = randn(3, dim, seed=i, dtype=dtype), randn(3, dim, seed=i + 9, dtype=dtype)
-        w = randn(dim, seed=i + 50, dtype=dtype)
+        x, r = (randn(3, dim, seed=i + n, dtype=dtype, device=device) for n in (0, 9))
+        w = randn(dim, seed=i + 50, dtype=dtype, device=device)
         for residual in (None, r.clone()):
             before = x.clone()
             *want, total = rms_norm_quant_reference(x, w, residual=residual, symmetric=symmetric)
@@ -81,8 +94,9 @@ def test_quant_matches_reference(isa: str, dtype: torch.dtype, symmetric: bool) 
                 assert torch.equal(residual, total)
 
 
-def test_quant_edge_rows() -> None:
-    x, w = randn(4, 20, seed=1), randn(20, seed=2)
+@QUANT
+def test_quant_edge_rows(device: str) -> None:
+    x, w = randn(4, 20, seed=1, device=device), randn(20, seed=2, device=device)
     x[1] = 0
     x[2, 3] = torch.nan
     q, scale, zeros = rms_norm_quant(x, w, symmetric=False)
@@ -91,9 +105,9 @@ def test_quant_edge_rows() -> None:
     assert torch.equal(q[3:], rms_norm_quant(x[3:], w, symmetric=False)[0])
 
 
-def strided(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def strided(seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
     """Views of one buffer: head slices, a transposed batch, one row, a broadcast row."""
-    x = randn(4, 3, 5, 40, seed=seed, dtype=dtype)
+    x = randn(4, 3, 5, 40, seed=seed, dtype=dtype, device=device)
     return [
         x[:, :, 1:3, :33],
         x.transpose(0, 2)[..., 4:37],
@@ -103,22 +117,25 @@ def strided(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     ]
 
 
+@NORM
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_strides(dtype: torch.dtype) -> None:
-    w = randn(80, seed=3, dtype=dtype)[:33]
-    for v in strided(1, dtype):
+def test_strides(dtype: torch.dtype, device: str) -> None:
+    w = randn(80, seed=3, dtype=dtype, device=device)[:33]
+    for v in strided(1, dtype, device):
         want = rms_norm(v.contiguous(), w)
         assert torch.equal(rms_norm(v, w), want)
         assert torch.equal(rms_norm_quant(v, w)[0], rms_norm_quant(v.contiguous(), w)[0])
-        wide = torch.full((*v.shape[:-1], 50), 7.0, dtype=dtype)
+        wide = torch.full((*v.shape[:-1], 50), 7.0, dtype=dtype, device=device)
         rms_norm(v, w, out=wide[..., 8:41])
         assert torch.equal(wide[..., 8:41], want)
         assert (wide[..., :8] == 7).all() and (wide[..., 41:] == 7).all()
 
 
-def test_fused_add_strides() -> None:
-    w = randn(33, seed=3)
-    for a, r in zip(strided(1)[:4], strided(2)[:4], strict=True):
+@NORM
+def test_fused_add_strides(device: str) -> None:
+    w = randn(33, seed=3, device=device)
+    views = (strided(seed, device=device)[:4] for seed in (1, 2))
+    for a, r in zip(*views, strict=True):
         x, res = a.contiguous(), r.contiguous()
         fused_add_rms_norm(x, res, w)
         rms = rms_norm_quant(a, w, residual=r.clone())
@@ -127,12 +144,13 @@ def test_fused_add_strides() -> None:
         assert rms[0].shape == a.shape
 
 
-def test_in_place_and_empty() -> None:
-    x, w = randn(3, 17, seed=1), randn(17, seed=2)
+@NORM
+def test_in_place_and_empty(device: str) -> None:
+    x, w = randn(3, 17, seed=1, device=device), randn(17, seed=2, device=device)
     want = rms_norm(x, w)
     assert torch.equal(rms_norm(x, w, out=x), want)
     for shape in ((0, 8), (2, 0, 8), (3, 0)):
-        e, we = torch.empty(shape), torch.ones(shape[-1])
+        e, we = torch.empty(shape, device=device), torch.ones(shape[-1], device=device)
         assert rms_norm(e, we).shape == e.shape
         fused_add_rms_norm(e, e.clone(), we)
         q, scale, _ = rms_norm_quant(e, we)
@@ -150,8 +168,59 @@ def test_threads_and_batch_mates_do_not_change_bits() -> None:
     assert torch.equal(rms_norm(x[5:6], w), results[0][0][5:6])
 
 
-def test_nan_stays_in_its_row() -> None:
-    x, w = randn(3, 17, seed=2), randn(17, seed=3)
+@NORM
+def test_a_row_does_not_depend_on_the_path_nor_on_its_mates(device: str) -> None:
+    """One row alone, one of many, aligned or not, read once or twice: the same bits."""
+    for dim in (24, 64, 256, 4096, 5120, 16384, 20000):
+        x = randn(9, dim, seed=dim, dtype=torch.bfloat16, device=device)
+        w = randn(dim, seed=3, dtype=torch.bfloat16, device=device)
+        want, codes = rms_norm(x, w), rms_norm_quant(x, w)
+        shifted = poisoned(9, dim + 5, dtype=torch.bfloat16, device=device)[:, 3 : dim + 3]
+        shifted.copy_(x)
+        for same, got in (
+            (rms_norm(x[4:5], w), rms_norm_quant(x[4:5], w)),
+            (rms_norm(shifted, w)[4:5], [t[4:5] for t in rms_norm_quant(shifted, w)[:2]]),
+            (rms_norm(x, w.float())[4:5], [t[4:5] for t in rms_norm_quant(x, w.float())[:2]]),
+        ):
+            assert torch.equal(same, want[4:5])
+            assert torch.equal(got[0], codes[0][4:5]) and torch.equal(got[1], codes[1][4:5])
+        assert_close_to_reference(want, rms_norm_reference(x.double(), w), baseline(x, w))
+
+
+@NORM
+def test_many_rows_have_the_bits_of_one(device: str) -> None:
+    """Enough of them for the layouts that a launch takes for many rows."""
+    for dim in (128, 2048, 4096, 5120) if device == "cuda" else (256,):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = randn(700, dim, seed=dim, dtype=dtype, device=device)
+            w = randn(dim, seed=3, dtype=dtype, device=device)
+            want, codes = rms_norm(x, w), rms_norm_quant(x, w, residual=x.clone(), symmetric=False)
+            for r in (0, 5, 699):
+                row = x[r : r + 1]
+                assert torch.equal(rms_norm(row, w), want[r : r + 1])
+                alone = rms_norm_quant(row, w, residual=row.clone(), symmetric=False)
+                for a, b in zip(alone, codes, strict=True):
+                    assert a is not None and b is not None and torch.equal(a, b[r : r + 1])
+
+
+@pytest.mark.parametrize("device", devices("rms_norm")[1:])
+def test_cuda_agrees_with_the_cpu(device: str) -> None:
+    for dtype in FLOATS:
+        x, r = (randn(5, 1000, seed=n, dtype=dtype) for n in (1, 2))
+        w = randn(1000, seed=3, dtype=dtype)
+        step = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+        on_cuda = [t.to(device) for t in (x, r, w)]
+        got, want = rms_norm_quant(on_cuda[0], on_cuda[2]), rms_norm_quant(x, w)
+        torch.testing.assert_close(got[1].cpu(), want[1], rtol=1e-6, atol=0)
+        assert (got[0].cpu().int() - want[0].int()).abs().max() <= 1
+        for a, b in zip(fused_add_rms_norm(*on_cuda), fused_add_rms_norm(x, r, w), strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=step, atol=step)
+        assert torch.equal(on_cuda[1].cpu(), r)
+
+
+@NORM
+def test_nan_stays_in_its_row(device: str) -> None:
+    x, w = randn(3, 17, seed=2, device=device), randn(17, seed=3, device=device)
     x[1, 4] = torch.nan
     y = rms_norm(x, w)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()

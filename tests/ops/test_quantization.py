@@ -9,7 +9,17 @@ import torch
 
 from fastinfer.ops import _reference_linear as R
 from fastinfer.ops import quantization as Q
-from helpers import FLOATS, compiles, generator, opcheck, poisoned, randn, refuses, relative_error
+from helpers import (
+    FLOATS,
+    compiles,
+    devices,
+    generator,
+    opcheck,
+    poisoned,
+    randn,
+    refuses,
+    relative_error,
+)
 
 TINY = 1e-30
 
@@ -178,47 +188,76 @@ def test_padding_stands_for_zero_weights() -> None:
 
 
 # ---- quantize_per_token ------------------------------------------------------------------------
+PER_TOKEN = pytest.mark.parametrize("device", devices("quantize_per_token"))
+
+
+@PER_TOKEN
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_per_token_is_bit_equal_to_the_reference(
-    isa: str, dtype: torch.dtype, symmetric: bool
+    isa: str, dtype: torch.dtype, symmetric: bool, device: str
 ) -> None:
     for k in (1, 7, 64, 515):
-        x = randn(9, k, seed=k, dtype=dtype)
+        x = randn(9, k, seed=k, dtype=dtype, device=device)
         x[1], x[2] = 0, x[2] + 5
         x[3] = -x[3].abs()
         x[4, 0] = 300
-        got, want = (
-            f(x, symmetric=symmetric)
-            for f in (Q.quantize_per_token, R.quantize_per_token_reference)
-        )
+        got = Q.quantize_per_token(x, symmetric=symmetric)
+        # On the CPU: torch divides by a constant with a multiplication on CUDA.
+        want = R.quantize_per_token_reference(x.cpu(), symmetric=symmetric)
         for a, b in zip(got, want, strict=True):
-            assert (a is None and b is None) or torch.equal(a, b), k
+            assert (a is None and b is None) or torch.equal(a.cpu(), b), k
         assert got[1][1] == 1 and (got[0][1] == 0).all()
-        wide = poisoned(9, k + 9, dtype=dtype)
+        wide = poisoned(9, k + 9, dtype=dtype, device=device)
         wide[:, 4 : 4 + k] = x
         strided = Q.quantize_per_token(wide[:, 4 : 4 + k], symmetric=symmetric)
         assert torch.equal(strided[0], got[0])
         assert torch.equal(Q.quantize_per_token(x[5:6], symmetric=symmetric)[0], got[0][5:6])
 
 
-def test_per_token_error_and_static_scale(isa: str) -> None:
-    x = randn(16, 4096, seed=3)
+@pytest.mark.parametrize("device", devices("quantize_per_token")[1:])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_per_token_on_cuda_has_the_bits_of_the_cpu(dtype: torch.dtype, device: str) -> None:
+    """Every quotient is the IEEE one: rows of all magnitudes, many of their elements near a tie."""
+    for m, k in ((400, 4096), (3, 14336), (2, 70000), (500, 129), (3, 0)):
+        x = randn(m, k, seed=k)
+        if k:
+            x *= torch.logspace(-36, 36, m)[:, None]  # zeros, subnormal and infinite ones too
+            ties = torch.randint(-254, 255, (m, k // 2), generator=generator(k)).double() / 2
+            x[:, : k // 2] = (ties * (x.abs().amax(1, keepdim=True).double() / 127)).float()
+        x = x.to(dtype)
+        for symmetric in (True, False):
+            got = Q.quantize_per_token(x.to(device), symmetric=symmetric)
+            for a, b in zip(got, Q.quantize_per_token(x, symmetric=symmetric), strict=True):
+                if a is not None and b is not None:
+                    torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+        for scale in (torch.tensor(0.01), torch.tensor([1e-38]), torch.tensor(3e30)):
+            a, b = (
+                Q.quantize_per_token(x.to(device), scale.to(device)),
+                Q.quantize_per_token(x, scale),
+            )
+            assert torch.equal(a[0].cpu(), b[0]) and torch.equal(a[1].cpu(), b[1])
+
+
+@PER_TOKEN
+def test_per_token_error_and_static_scale(isa: str, device: str) -> None:
+    x = randn(16, 4096, seed=3, device=device)
     q, s, zeros = Q.quantize_per_token(x)
     assert zeros is None and relative_error(q * s[:, None], x) == pytest.approx(0.0087, rel=0.05)
     q, s, z = Q.quantize_per_token(x + 2, symmetric=False)
     assert relative_error((q - z[:, None]) * s[:, None], x + 2) < 0.0087
-    static = torch.tensor([0.01])
+    static = torch.tensor([0.01], device=device)
     q, s, _ = Q.quantize_per_token(x, static)
     assert torch.equal(s, static.expand(16))
-    assert torch.equal(q, R.quantize_per_token_reference(x, static)[0])
+    assert torch.equal(q.cpu(), R.quantize_per_token_reference(x.cpu(), static.cpu())[0])
     assert q.max() == 127 and q.min() == -127
 
 
+@PER_TOKEN
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_per_token_marks_broken_rows(isa: str, symmetric: bool, bad: float) -> None:
-    x = randn(3, 40, seed=4)
+def test_per_token_marks_broken_rows(isa: str, symmetric: bool, bad: float, device: str) -> None:
+    x = randn(3, 40, seed=4, device=device)
     expected = Q.quantize_per_token(x, symmetric=symmetric)
     x[1, 38] = bad
     q, s, z = Q.quantize_per_token(x, symmetric=symmetric)

@@ -18,6 +18,7 @@ from helpers import (
     FLOATS,
     assert_close_to_reference,
     compiles,
+    devices,
     opcheck,
     poisoned,
     randn,
@@ -27,15 +28,18 @@ from helpers import (
 
 OPS = torch.ops.fastinfer
 FP8 = torch.float8_e4m3fn
+DEVICES = pytest.mark.parametrize("device", devices("apply_rotary"))
 STYLES = pytest.mark.parametrize("interleaved", [False, True])
 # Head dim and rotary dim; half of it below, at and above the vector length of every level.
 DIMS = ((2, 2), (17, 16), (63, 26), (64, 64), (65, 34), (80, 32), (127, 126), (128, 0), (1000, 66))
 
 
-def tables(max_pos: int, rotary_dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def tables(
+    max_pos: int, rotary_dim: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Tensor]:
     frequency = 1.0 / 10000 ** (torch.arange(0, rotary_dim, 2).double() / max(rotary_dim, 1))
     angle = torch.arange(max_pos).double()[:, None] * frequency
-    return [angle.cos().to(dtype), angle.sin().to(dtype)]
+    return [angle.cos().to(device, dtype), angle.sin().to(device, dtype)]
 
 
 def baseline(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
@@ -54,15 +58,20 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(torch.uint8)
 
 
+@DEVICES
 @STYLES
 @pytest.mark.parametrize("table_dtype", ["fp32", "same"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_matches_fp64(isa: str, dtype: torch.dtype, table_dtype: str, interleaved: bool) -> None:
+def test_matches_fp64(
+    isa: str, dtype: torch.dtype, table_dtype: str, interleaved: bool, device: str
+) -> None:
     for i, (dim, rotary_dim) in enumerate(DIMS):
-        q, k = randn(5, 3, dim, seed=i, dtype=dtype), randn(5, 1, dim, seed=i + 50, dtype=dtype)
-        cos, sin = tables(40, rotary_dim, torch.float32 if table_dtype == "fp32" else dtype)
+        q = randn(5, 3, dim, seed=i, dtype=dtype, device=device)
+        k = randn(5, 1, dim, seed=i + 50, dtype=dtype, device=device)
+        cos, sin = tables(40, rotary_dim, torch.float32 if table_dtype == "fp32" else dtype, device)
         positions = torch.tensor([0, 39, 7, 7, 21], dtype=(torch.int32, torch.int64)[i % 2])
-        out = [poisoned(*x.shape, dtype=dtype) for x in (q, k)]
+        positions = positions.to(device)
+        out = [poisoned(*x.shape, dtype=dtype, device=device) for x in (q, k)]
         OPS.apply_rotary(
             q, k, cos, sin, positions, interleaved=interleaved, q_out=out[0], k_out=out[1]
         )
@@ -73,25 +82,29 @@ def test_matches_fp64(isa: str, dtype: torch.dtype, table_dtype: str, interleave
             assert torch.equal(y[..., rotary_dim:], x[..., rotary_dim:])
 
 
+@DEVICES
 @STYLES
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_fp32_accuracy_is_one_rounding(isa: str, dtype: torch.dtype, interleaved: bool) -> None:
+def test_fp32_accuracy_is_one_rounding(
+    isa: str, dtype: torch.dtype, interleaved: bool, device: str
+) -> None:
     """fp32 tables: every element within half a unit of its dtype, plus the fp32 arithmetic."""
-    x = randn(64, 2, 64, seed=1, dtype=dtype)
-    cos, sin = tables(64, 64)
+    x = randn(64, 2, 64, seed=1, dtype=dtype, device=device)
+    cos, sin = tables(64, 64, device=device)
     want = rotary_reference(x.double(), cos, sin, interleaved=interleaved)
     got = apply_rotary(x, None, cos, sin, interleaved=interleaved)[0].double()
     half_unit = torch.finfo(dtype).eps / 2
     assert ((got - want).abs() <= want.abs() * half_unit + 1e-6).all()
 
 
+@DEVICES
 @STYLES
-def test_strided_views_inplace_and_neighbours(isa: str, interleaved: bool) -> None:
+def test_strided_views_inplace_and_neighbours(isa: str, interleaved: bool, device: str) -> None:
     """q and k as views of a fused QKV projection, packed and batched; the rest stays untouched."""
-    cos, sin = tables(30, 20)
+    cos, sin = tables(30, 20, device=device)
     for shape in ((7,), (2, 5)):
-        qkv = randn(*shape, (4 + 2 + 2) * 24 + 3, seed=3, dtype=torch.float16)
-        positions = torch.randint(0, 30, shape)
+        qkv = randn(*shape, (4 + 2 + 2) * 24 + 3, seed=3, dtype=torch.float16, device=device)
+        positions = torch.randint(0, 30, shape, device=device)
         before = qkv.clone()
         q = qkv[..., : 4 * 24].unflatten(-1, (4, 24))
         k = qkv[..., 4 * 24 : 6 * 24].unflatten(-1, (2, 24))
@@ -104,11 +117,12 @@ def test_strided_views_inplace_and_neighbours(isa: str, interleaved: bool) -> No
         assert torch.equal(qkv[..., 6 * 24 :], before[..., 6 * 24 :])
 
 
+@DEVICES
 @STYLES
-def test_positions_default_strides_and_missing_k(interleaved: bool) -> None:
-    cos, sin = tables(12, 16)
-    q = randn(3, 6, 2, 16, seed=1)
-    ramp = torch.arange(6).expand(3, 6)  # batch stride 0
+def test_positions_default_strides_and_missing_k(interleaved: bool, device: str) -> None:
+    cos, sin = tables(12, 16, device=device)
+    q = randn(3, 6, 2, 16, seed=1, device=device)
+    ramp = torch.arange(6, device=device).expand(3, 6)  # batch stride 0
     want = apply_rotary_reference(q, None, cos, sin, interleaved=interleaved)[0]
     for positions in (None, ramp, ramp.to(torch.int32).contiguous()):
         got, none = apply_rotary(q, None, cos, sin, positions, interleaved=interleaved)
@@ -117,7 +131,7 @@ def test_positions_default_strides_and_missing_k(interleaved: bool) -> None:
     # Packed tokens, positions with a stride, and caches of cos and sin that are views.
     packed = apply_rotary(q[1], None, cos, sin, interleaved=interleaved)[0]
     both = torch.cat((cos, sin), -1)
-    strided = torch.arange(12)[::2] // 2
+    strided = torch.arange(12, device=device)[::2] // 2
     assert torch.equal(
         apply_rotary(q[1], None, both[:, :8], both[:, 8:], strided, interleaved=interleaved)[0],
         packed,
@@ -128,13 +142,14 @@ def test_positions_default_strides_and_missing_k(interleaved: bool) -> None:
     )
 
 
-def test_empty() -> None:
-    cos, sin = tables(4, 8)
+@DEVICES
+def test_empty(device: str) -> None:
+    cos, sin = tables(4, 8, device=device)
     for shape in ((0, 2, 8), (2, 0, 3, 8), (3, 0, 8)):
-        q, k = torch.empty(shape), torch.empty(shape)
+        q, k = torch.empty(shape, device=device), torch.empty(shape, device=device)
         assert apply_rotary(q, k, cos, sin)[0].shape == shape
         apply_rotary(q, k, cos, sin, inplace=True)
-    q, k = randn(3, 2, 8, seed=1), torch.empty(3, 0, 8)
+    q, k = randn(3, 2, 8, seed=1, device=device), torch.empty(3, 0, 8, device=device)
     assert torch.equal(apply_rotary(q, k, cos, sin)[0], apply_rotary(q, None, cos, sin)[0])
 
 
@@ -151,25 +166,71 @@ def test_threads_do_not_change_bits() -> None:
     assert torch.equal(one, results[0][0][77:78])
 
 
-def caches(dtype: torch.dtype, heads: int, dim: int) -> tuple[list[Tensor], Tensor | None]:
-    pair = [poisoned(5, 3, heads, dim, dtype=dtype) for _ in range(2)]
-    return pair, poisoned(5, 3, heads) if dtype in (FP8, torch.int8) else None
+@pytest.mark.parametrize("device", devices("apply_rotary_and_cache"))
+@STYLES
+def test_many_tokens_have_the_bits_of_few(interleaved: bool, device: str) -> None:
+    """Enough of them for the layout that a launch takes for many tokens; an odd number of heads."""
+    tokens, style = (6000, {"interleaved": interleaved})
+    cos, sin = tables(tokens, 64, device=device)
+    q, k, v = (randn(tokens, h, 64, seed=h, dtype=torch.bfloat16, device=device) for h in (5, 3, 3))
+    positions = torch.randperm(tokens, device=device)
+    want = apply_rotary(q, k, cos, sin, positions, **style)
+    some = slice(2000, 2010)
+    few = apply_rotary(q[some], k[some], cos, sin, positions[some], **style)
+    assert torch.equal(few[0], want[0][some]) and torch.equal(few[1], want[1][some])
+    for dtype in (torch.bfloat16, torch.int8):
+        pair = [torch.zeros(tokens, 1, 3, 64, device=device).to(dtype) for _ in range(2)]
+        scales = {}
+        if dtype == torch.int8:
+            scales = {n: torch.zeros(tokens, 1, 3, device=device) for n in ("k_scale", "v_scale")}
+        rotated = [q.clone(), k.clone()]
+        slots = torch.arange(tokens, device=device).flip(0)
+        apply_rotary_and_cache(*rotated, v, cos, sin, positions, *pair, slots, **style, **scales)
+        assert torch.equal(rotated[0], want[0]) and torch.equal(rotated[1], want[1])
+        on_cpu = [torch.zeros_like(c, device="cpu") for c in pair]
+        cpu_scales = {n: torch.zeros_like(t, device="cpu") for n, t in scales.items()}
+        reshape_and_cache(want[1].cpu(), v.cpu(), *on_cpu, slots.cpu(), **cpu_scales)
+        for a, b in zip((*pair, *scales.values()), (*on_cpu, *cpu_scales.values()), strict=True):
+            assert torch.equal(a.cpu(), b)
 
 
+def caches(
+    dtype: torch.dtype, heads: int, dim: int, device: str = "cpu"
+) -> tuple[list[Tensor], Tensor | None]:
+    # Made on the CPU: devices differ in the NaN they convert to.
+    pair = [poisoned(5, 3, heads, dim, dtype=dtype).to(device) for _ in range(2)]
+    scaled = dtype in (FP8, torch.int8)
+    return pair, poisoned(5, 3, heads).to(device) if scaled else None
+
+
+@pytest.mark.parametrize("device", devices("apply_rotary_and_cache"))
 @STYLES
 @pytest.mark.parametrize("cache", ["same", FP8, torch.int8])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_and_cache_equals_the_two_steps(
-    isa: str, dtype: torch.dtype, cache: torch.dtype | str, interleaved: bool
+    isa: str, dtype: torch.dtype, cache: torch.dtype | str, interleaved: bool, device: str
 ) -> None:
-    cos, sin = tables(20, 34)
-    qkv = randn(9, 4 + 2 + 2, 40, seed=2, dtype=dtype)
-    positions = torch.randint(0, 20, (9,))
-    slots = torch.tensor([3, -1, 14, 0, 7, 8, -1, 1, 2])
+    # Aligned or not, rotated in whole packs or not, in several rounds of a warp.
+    for dim, rotary_dim in ((40, 34), (64, 64), (48, 32), (1024, 66)):
+        check_the_two_steps(dtype, cache, interleaved, device, dim, rotary_dim)
+
+
+def check_the_two_steps(
+    dtype: torch.dtype,
+    cache: torch.dtype | str,
+    interleaved: bool,
+    device: str,
+    dim: int,
+    rotary_dim: int,
+) -> None:
+    cos, sin = tables(20, rotary_dim, device=device)
+    qkv = randn(9, 4 + 2 + 2, dim, seed=2, dtype=dtype, device=device)
+    positions = torch.randint(0, 20, (9,), device=device)
+    slots = torch.tensor([3, -1, 14, 0, 7, 8, -1, 1, 2], device=device)
     results = []
     for fused in (True, False):
         q, k, v = qkv.clone().split((4, 2, 2), 1)
-        pair, scale = caches(dtype if cache == "same" else cache, 2, 40)
+        pair, scale = caches(dtype if cache == "same" else cache, 2, dim, device)
         scales = [None, None] if scale is None else [scale, scale.clone()]
         kw = {"k_scale": scales[0], "v_scale": scales[1]}
         if fused:
@@ -178,18 +239,47 @@ def test_and_cache_equals_the_two_steps(
             )
         else:
             apply_rotary(q, k, cos, sin, positions, interleaved=interleaved, inplace=True)
+            if device != "cpu":  # the CPU's cache write, on what was rotated here
+                k, v, slots = k.cpu(), v.cpu(), slots.cpu()
+                pair, scale = caches(dtype if cache == "same" else cache, 2, dim)
+                scales = [None, None] if scale is None else [scale, scale.clone()]
+                kw = {"k_scale": scales[0], "v_scale": scales[1]}
             reshape_and_cache(k, v, *pair, slots, **kw)
-        results.append([q, k, v, *pair, *(s for s in scales if s is not None)])
+        results.append([t.cpu() for t in (q, k, v, *pair, *(s for s in scales if s is not None))])
     for a, b in zip(*results, strict=True):
         assert torch.equal(bits(a), bits(b))
     if cache == "same":
-        q, k, v = qkv.clone().split((4, 2, 2), 1)
-        pair, _ = caches(dtype, 2, 40)
+        q, k, v = qkv.cpu().clone().split((4, 2, 2), 1)
+        pair, _ = caches(dtype, 2, dim)
         apply_rotary_and_cache_reference(
-            q, k, v, cos, sin, positions, *pair, slots, interleaved=interleaved
+            q,
+            k,
+            v,
+            cos.cpu(),
+            sin.cpu(),
+            positions.cpu(),
+            *pair,
+            slots.cpu(),
+            interleaved=interleaved,
         )
         for a, b in zip(results[0], (q, k, v, *pair), strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", devices("apply_rotary")[1:])
+def test_validation_on_cuda(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTINFER_VALIDATE", "1")
+    cos, sin = tables(10, 8, device=device)
+    q, k, v = (randn(3, h, 8, seed=h, device=device) for h in (4, 2, 1))
+    before = q.clone()
+    bad = torch.tensor([0, 10, 1], device=device)
+    refuses(lambda: apply_rotary(q, k, cos, sin, bad), "apply_rotary", "positions", "10", "index 1")
+    pair = [torch.zeros(2, 3, 1, 8, device=device) for _ in range(2)]
+    fine, slots = torch.tensor([0, 9, 1], device=device), torch.tensor([0, 6, 1], device=device)
+    for p, s, word in ((bad, fine, "positions"), (fine, slots, "slot_mapping")):
+        refuses(lambda p=p, s=s: apply_rotary_and_cache(q, v, v, cos, sin, p, *pair, s), word)
+    assert torch.equal(q, before)
+    apply_rotary(q, k, cos, sin, fine)
 
 
 def opcheck_inputs() -> tuple[Tensor, ...]:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import sampling_on_device
 from fastinfer.ops._reference_sampling import distribution_reference, penalise_reference
 from fastinfer.ops.sampling import sample, sample_reference
 from helpers import FLOATS, compiles, opcheck, randn
 
+device, isa = sampling_on_device.device, sampling_on_device.isa
 INF, NAN = float("inf"), float("nan")
 
 
@@ -145,7 +147,7 @@ def test_truncation_of_many_tokens(isa: str, vocab: int, offset: float) -> None:
         assert torch.equal(kept_tokens(logits, **rules), kept), rules
 
 
-def test_ties() -> None:
+def test_ties(device: str) -> None:
     logits = f32(1, 3, 2, 2, 2, 1)[None]
     assert kept_ids(logits, top_k=2) == [{1, 2, 3, 4}]  # every logit equal to the 2nd largest
     flat = torch.zeros(1, 10)
@@ -155,7 +157,7 @@ def test_ties() -> None:
     assert kept_ids(flat, min_p=1.0) == [set(range(10))]
 
 
-def test_rows_have_their_own_parameters() -> None:
+def test_rows_have_their_own_parameters(device: str) -> None:
     logits = randn(1, 300, seed=5).expand(6, 300)
     rules = {
         "temperature": f32(0, 1, 0.5, 1, 2, 1),
@@ -209,7 +211,7 @@ def test_penalties(isa: str, vocab: int) -> None:
         assert torch.equal(sample(logits, **drawn).token_ids, sample_reference(logits, **drawn)[0])
 
 
-def test_penalties_by_hand() -> None:
+def test_penalties_by_hand(device: str) -> None:
     logits = f32(2, 2, -2, -2, 1)[None]
     rules = {
         "repetition_penalty": f32(2),
@@ -241,7 +243,7 @@ def test_logprobs(isa: str, vocab: int, rules: dict[str, float]) -> None:
     torch.testing.assert_close(out.top_logprobs.double(), top, rtol=0, atol=1e-5)
 
 
-def test_top_logprobs_beyond_the_kept_set() -> None:
+def test_top_logprobs_beyond_the_kept_set(device: str) -> None:
     out = sample(f32(1, 5, 4, 4, 3)[None], **full(1, top_k=1), num_top_logprobs=4)
     assert out.top_ids.tolist() == [[1, 2, 3, 4]]
     assert out.top_logprobs.tolist() == [[0.0, -INF, -INF, -INF]]
@@ -284,7 +286,7 @@ def test_nan_and_infinite_logits(isa: str, temperature: float) -> None:
         ]
 
 
-def test_extreme_parameters() -> None:
+def test_extreme_parameters(device: str) -> None:
     logits, n = randn(1, 100, seed=14).expand(64, 100), 64
     seeds = torch.arange(n)
     top = int(logits[0].argmax())

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import sampling_on_device
 from fastinfer.ops._reference_sampling import distribution_reference
 from fastinfer.ops.sampling import sample, verify_draft, verify_draft_reference
 from helpers import FLOATS, available_isa_levels, chi_square_p, compiles, opcheck, randn
 
+device, isa = sampling_on_device.device, sampling_on_device.isa
 INF, NAN = float("inf"), float("nan")
 DRAWS = 40000
 
@@ -78,7 +80,7 @@ def test_no_drafts_is_sample(isa: str) -> None:
     assert torch.equal(k0.token_ids, got.token_ids[:, :1])
 
 
-def test_the_bonus_token_is_sample_at_its_step() -> None:
+def test_the_bonus_token_is_sample_at_its_step(device: str) -> None:
     target, ids, q = drafts(32, 2, 50, seed=6)
     target[:, :2] = torch.where(torch.nn.functional.one_hot(ids, 50).bool(), 0.0, -INF)
     kw = rules(32)
@@ -123,7 +125,7 @@ def speculate(
     ("name", "value"),
     [("temperature", 1.0), ("temperature", 0.6), ("top_k", 4), ("top_p", 0.8), ("min_p", 0.1)],
 )
-def test_output_is_distributed_as_the_target(name: str, value: float) -> None:
+def test_output_is_distributed_as_the_target(device: str, name: str, value: float) -> None:
     vocab, k = 9, 2
     logits = randn(k + 1, vocab, seed=21) * 1.5
     q = torch.softmax(logits[:k] + randn(k, vocab, seed=22), -1)
@@ -142,7 +144,7 @@ def test_output_is_distributed_as_the_target(name: str, value: float) -> None:
         reached &= accepted > i
 
 
-def test_one_hot_drafts_are_distributed_as_the_target() -> None:
+def test_one_hot_drafts_are_distributed_as_the_target(device: str) -> None:
     vocab, k = 9, 2
     logits = randn(k + 1, vocab, seed=23) * 1.5
     p = torch.softmax(logits.double(), -1)
@@ -158,7 +160,7 @@ def test_one_hot_drafts_are_distributed_as_the_target() -> None:
             reached &= accepted > i
 
 
-def test_acceptance_and_replacement_are_independent_of_other_draws() -> None:
+def test_acceptance_and_replacement_are_independent_of_other_draws(device: str) -> None:
     """The replacement depends on the residual only, not on which draft was rejected."""
     logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]])).repeat(2, 1)
     q = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
@@ -170,7 +172,7 @@ def test_acceptance_and_replacement_are_independent_of_other_draws() -> None:
         assert chi_square_p(counts, torch.tensor([0.0, 0.0, 3 / 7, 4 / 7])) > 1e-4
 
 
-def test_drafts_may_be_drawn_by_sample_with_the_same_seeds_and_steps() -> None:
+def test_drafts_may_be_drawn_by_sample_with_the_same_seeds_and_steps(device: str) -> None:
     """Exact only if the accept test and the replacement use random numbers of their own."""
     vocab, seeds = 9, torch.arange(DRAWS)
     logits = randn(2, vocab, seed=30) * 1.5
@@ -186,7 +188,7 @@ def test_drafts_may_be_drawn_by_sample_with_the_same_seeds_and_steps() -> None:
     assert chi_square_p((tokens[:, 0] * vocab + second).bincount(minlength=81), joint) > 1e-4
 
 
-def test_a_draft_from_the_target_itself_is_always_accepted() -> None:
+def test_a_draft_from_the_target_itself_is_always_accepted(device: str) -> None:
     logits = randn(4, 30, seed=24)
     q = torch.softmax(logits[:3], -1)
     ids = torch.stack([torch.multinomial(q[i], 2000, replacement=True) for i in range(3)], 1)
@@ -257,7 +259,7 @@ def test_strides_and_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(want.token_ids, verify_draft_reference(target, ids, q, **rules(5))[0])
 
 
-def test_empty_batch() -> None:
+def test_empty_batch(device: str) -> None:
     out = verify_draft(torch.empty(0, 4, 9), torch.empty(0, 3, dtype=torch.int64))
     assert out.token_ids.shape == (0, 4) and out.num_accepted.shape == (0,)
 

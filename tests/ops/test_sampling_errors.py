@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import sampling_on_device
 from fastinfer.ops.sampling import sample, verify_draft
 from helpers import refuses
 
+device = sampling_on_device.device
 B, K, V = 3, 2, 7
 LOGITS, TARGET = torch.randn(B, V), torch.randn(B, K + 1, V)
 IDS, Q = torch.zeros(B, K, dtype=torch.int64), torch.full((B, K, V), 1 / V)
@@ -149,7 +151,7 @@ def test_verify_draft(kwargs: dict[str, Any], words: tuple[str, ...]) -> None:
     ],
 )
 def test_values_under_validation(
-    monkeypatch: pytest.MonkeyPatch, name: str, bad: float, words: tuple[str, ...]
+    device: str, monkeypatch: pytest.MonkeyPatch, name: str, bad: float, words: tuple[str, ...]
 ) -> None:
     good, values = torch.full((B,), 0.5), torch.full((B,), 0.5)
     values[1] = bad
@@ -162,7 +164,7 @@ def test_values_under_validation(
         refuses(lambda: verify_draft(TARGET, IDS, **{name: values}), "verify_draft", name, *words)
 
 
-def test_drafts_under_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_under_validation(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTINFER_VALIDATE", "1")
     for bad in (-1, V, 2**40):
         ids = IDS.clone()

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+import sampling_on_device
 from fastinfer.ops._reference_sampling import distribution_reference, philox_reference
 from fastinfer.ops.sampling import sample, sample_reference
 from helpers import FLOATS, available_isa_levels, chi_square_p, randn, threads
 
+device, isa = sampling_on_device.device, sampling_on_device.isa
 INF = float("inf")
 DRAWS = 40000
 
@@ -66,14 +68,14 @@ def test_tokens_are_those_of_the_recipe(isa: str, vocab: int, dtype: torch.dtype
         assert torch.equal(sample(logits, **kw).token_ids, want)
 
 
-def test_defaults_are_seed_0_step_0_temperature_1() -> None:
+def test_defaults_are_seed_0_step_0_temperature_1(device: str) -> None:
     logits = randn(5, 50, seed=8)
     zero = torch.zeros(5, dtype=torch.int64)
     explicit = sample(logits, temperature=torch.ones(5), seeds=zero, steps=zero)
     assert torch.equal(sample(logits).token_ids, explicit.token_ids)
 
 
-def test_a_draw_depends_on_seed_and_step_only() -> None:
+def test_a_draw_depends_on_seed_and_step_only(device: str) -> None:
     logits = randn(16, 333, seed=9)
     rules = dict(full(16, top_p=0.95), seeds=torch.arange(16) * 7, steps=torch.arange(16) % 3)
     first = sample(logits, **rules).token_ids
@@ -121,7 +123,7 @@ def test_same_bits_at_every_level_and_thread_count(monkeypatch: pytest.MonkeyPat
     ids=str,
 )
 @pytest.mark.parametrize("vary", ["seeds", "steps"])
-def test_distribution(rules: dict[str, float], vary: str) -> None:
+def test_distribution(device: str, rules: dict[str, float], vary: str) -> None:
     logits = randn(1, 17, seed=16) * 1.5
     want = distribution_reference(logits.double(), **full(1, **rules))[0].exp()[0]
     kw = dict(full(DRAWS, **rules), **{vary: torch.arange(DRAWS)})
@@ -129,7 +131,7 @@ def test_distribution(rules: dict[str, float], vary: str) -> None:
     assert chi_square_p(ids.bincount(minlength=17), want) > 1e-4
 
 
-def test_distribution_over_a_wide_flat_vocabulary() -> None:
+def test_distribution_over_a_wide_flat_vocabulary(device: str) -> None:
     """Many small probabilities: where a coarse uniform or ties between scores would show."""
     vocab, draws = 50000, 3000
     logits = torch.zeros(1, vocab)
@@ -140,7 +142,7 @@ def test_distribution_over_a_wide_flat_vocabulary() -> None:
     assert chi_square_p(cell.bincount(minlength=40), want) > 1e-4
 
 
-def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
+def test_rare_tokens_are_drawn_as_often_as_they_should(device: str) -> None:
     """20,000 tokens of 2^-20 of the top token's weight each, 2 % together."""
     vocab, draws = 20001, 10000
     logits = torch.full((1, vocab), -20 * math.log(2.0))
@@ -151,7 +153,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
     assert chi_square_p((ids > 0).long().bincount(minlength=2), p) > 1e-4
 
 
-def test_neighbouring_seeds_and_steps_are_independent() -> None:
+def test_neighbouring_seeds_and_steps_are_independent(device: str) -> None:
     logits = (randn(1, 5, seed=17)).expand(DRAWS, 5)
     p = torch.softmax(logits[0].double(), -1)
     joint = torch.outer(p, p).flatten()

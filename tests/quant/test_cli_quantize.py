@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def test_quantize_then_generate(tmp_path: Path, capsys: pytest.CaptureFixture[st
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert not (out / "quantize_config.json").exists()
+
+
+def test_progress_bar_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    arguments = ["quantize", "--model", str(MODEL), "--group-size", "64"]
+    assert main([*arguments, "--out", str(tmp_path / "loud")]) == 0
+    error = capsys.readouterr().err
+    assert "quantizing (rtn)" in error and "35/35" in error
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main([*arguments, "--out", str(tmp_path / "quiet"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,9 @@ def test_damage_names_the_tensor(copy, case: str) -> None:
         assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["gptq", "ct_w8a8"])
+@pytest.mark.parametrize(
+    "name", ["gptq", "awq", "ct_symmetric", "ct_w8a8", "bnb_int8", "bnb_nf4", "native"]
+)
 def test_truncated_files(copy, name: str) -> None:
     folder = copy(name)
     file = folder / "model.safetensors"

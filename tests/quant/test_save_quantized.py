@@ -148,6 +148,17 @@ def test_what_formats_cannot_hold_is_refused() -> None:
         format_config("awq", bits=4, group_size=128, symmetric=False, lm_head=True)
 
 
+def test_zero_points_that_v1_readers_get_wrong_are_said_aloud(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weight = rtn(torch.rand(8, 32), GridOptions(4, 16, False))  # nothing negative: zero points 0
+    write_linear("gptq_v2", NAME, weight)
+    assert not caplog.text
+    tensors = write_linear("gptq", NAME, weight)
+    assert "write gptq_v2" in caplog.text
+    assert (tensors[f"{NAME}.qzeros"] == -1).all()
+
+
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_ignored_layers_and_heads_are_found_again(form: str) -> None:
     other = "model.layers.1.mlp.up_proj"
@@ -233,3 +244,26 @@ def test_transformers_parses_the_quantization_config(form: str) -> None:
     parsed = AutoQuantizationConfig.from_dict(dict(config))
     if form != "compressed-tensors":
         assert (parsed.bits, parsed.group_size) == (4, 64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4}, {"bits": 8}, {"group_size": -1}, {"skip": ("lm_head", "k_proj", "layers.1")}],
+    ids=str,
+)
+def test_transformers_loads_compressed_tensors(options: dict, tmp_path: Path) -> None:
+    """transformers with the compressed-tensors package calculates what we do."""
+    for package in ("compressed_tensors", "accelerate"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    quantized(tmp_path / "out", method="rtn", **options)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    del config.quantization_config
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    ours = load_quantized(model, tmp_path / "out")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=2e-4)

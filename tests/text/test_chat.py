@@ -172,7 +172,7 @@ ODDS = """
 {% macro nested(k) %}<{{ k }}>{% endmacro %}{{ nested(n) }}{{ caller() }}
 {% endmacro %}
 {% call outer(3) %}called{% endcall %}
-{% for m in messages %}{{ m.content is defined }}{{ m.tool_calls is defined }}{% endfor %}
+{% for m in messages %}{{ m.tool_calls is defined }}{% endfor %}
 {{ {'b': 1, 'a': [1, none, true]} | tojson(sort_keys=true, separators=(',', ':')) }}
 """
 TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "mistral": MISTRAL, "odds": ODDS}
@@ -508,3 +508,13 @@ def test_limits_can_be_raised(tok: Tokenizer) -> None:
         render_chat(tok, messages, chat_template=template, limits=RenderLimits(max_chars=4000))
     large = RenderLimits(max_chars=5000)
     assert render_chat(tok, messages, chat_template=template, limits=large) == "x" * 5000
+
+
+def test_messages_reach_the_template_as_given(tok: Tokenizer) -> None:
+    """transformers up to 5.17 gave a message without content an empty one; later releases and we
+    do not.
+    """
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    template = "{% for m in messages %}{{ m.content is defined }} {% endfor %}"
+    assert render_chat(tok, messages, chat_template=template) == "True False "

@@ -39,7 +39,8 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 // fp8 e4m3 (no infinities, 0x7F is NaN): saturating at 448, round to nearest even, NaN stays NaN.
 // `soft`: integer arithmetic as sm_80 needs it, also elsewhere (FASTINFER_FORCE_ARCH=80).
 __device__ __forceinline__ uint8_t soft_e4m3(float x) {
-  const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80u,
+                 magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return static_cast<uint8_t>(sign | 0x7Fu);
   if (magnitude >= 0x43E80000u) return static_cast<uint8_t>(sign | 0x7Eu);  // >= 464: saturates
   if (magnitude < 0x3C800000u) {  // < 2^-6: a multiple of 2^-9; adding 2^14 rounds to that
@@ -53,7 +54,8 @@ __device__ __forceinline__ uint8_t soft_e4m3(float x) {
 }
 
 __device__ __forceinline__ float soft_from_e4m3(uint8_t code) {
-  // The code's exponent and mantissa, moved into fp32 with a bias that is 120 too small, times 2^120.
+  // The code's exponent and mantissa, moved into fp32 with a bias that is 120 too small, times
+  // 2^120.
   const uint32_t sign = (code & 0x80u) << 24, rest = code & 0x7Fu;
   if (rest == 0x7Fu) return __uint_as_float(sign | 0x7FC00000u);
   return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 20) * 0x1p120f));
@@ -76,7 +78,8 @@ __device__ __forceinline__ float from_e4m3(uint8_t code, bool soft) {
   return soft_from_e4m3(code);
 }
 
-// int8: round to nearest even, saturating at +-127 / -128 as the hardware conversion does; NaN -> 0.
+// int8: round to nearest even, saturating at +-127 / -128 as the hardware conversion does; NaN ->
+// 0.
 __device__ __forceinline__ int8_t to_int8(float x) {
   return static_cast<int8_t>(max(-127, min(127, __float2int_rn(x))));
 }

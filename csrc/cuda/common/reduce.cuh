@@ -1,5 +1,5 @@
-// Sums and maxima over a warp and over a block, in a fixed order: the result does not depend on when
-// a warp arrives, and every thread gets the same bits.
+// Sums and maxima over a warp and over a block, in a fixed order: the result does not depend on
+// when a warp arrives, and every thread gets the same bits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,8 +24,7 @@ struct Max {
 template <class Op, class T>
 __device__ __forceinline__ T warp_reduce(T x) {
 #pragma unroll
-  for (int lane = 16; lane > 0; lane >>= 1)
-    x = Op::combine(x, __shfl_xor_sync(kAllLanes, x, lane));
+  for (int lane = 16; lane > 0; lane >>= 1) x = Op::combine(x, __shfl_xor_sync(kAllLanes, x, lane));
   return x;
 }
 

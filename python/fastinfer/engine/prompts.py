@@ -10,6 +10,7 @@ from typing import Any
 from .config import EngineConfig, SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+_BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but neither text nor token ids
 ParsedPrompt = tuple[str | None, list[int], SamplingParams]
 
 
@@ -34,7 +35,7 @@ def parse_prompts(
     """
     if hasattr(prompts, "tolist"):
         prompts = prompts.tolist()
-    if not isinstance(prompts, (str, Mapping, Sequence)):
+    if not isinstance(prompts, (str, Mapping, Sequence)) or isinstance(prompts, _BYTES):
         raise ValueError(
             "LLM: prompts must be text, a list of token ids, or a list of these, got "
             f"{type(prompts).__name__}"
@@ -78,7 +79,11 @@ def _tokenize(prompt: Any, tokenizer: Any, folder: str) -> tuple[str | None, lis
             )
         return prompt, list(tokenizer.encode(prompt))
     ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(ids, Sequence) or not all(isinstance(token, Integral) for token in ids):
+    if (
+        not isinstance(ids, Sequence)
+        or isinstance(ids, _BYTES)
+        or not all(isinstance(token, Integral) for token in ids)
+    ):
         raise ValueError(
             "LLM: prompt must be text, a list of token ids, {'prompt': text} or "
             f"{{'prompt_token_ids': ids}}, got {prompt!r:.80}"

@@ -13,6 +13,7 @@ PagedAttention", 2023.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -107,7 +108,7 @@ def gather_cache(
 
     Raises:
         RuntimeError: wrong dtype, shape, device or strides; decreasing cu_seqlens, a position
-            outside the table or a block id out of range (CPU).
+            outside the table or a block id out of range (CPU, and CUDA with FASTINFER_VALIDATE=1).
 
     Reference: Kwon et al. 2023 (PagedAttention).
     """
@@ -192,7 +193,11 @@ def swap_blocks(
     Args:
         src, dst: tensors or lists of the same length; dst[i] has the dtype of src[i] and blocks
             (all dimensions but the first) of its shape; any strides. They may be on different
-            devices (between host and GPU: swapping out and in).
+            devices (between host and GPU: swapping out and in). With a GPU on one side the
+            copies run on the current stream of that GPU (of the source's between two): what lies
+            on the host is there once that stream has been synchronized, and must neither be
+            changed nor freed before. Host memory should be pinned (`pin_memory()`): a pageable
+            tensor is correct, but slow and waited for, which is said once in a warning.
         block_mapping: [n, 2], int32 or int64, (source, destination), on the CPU. No destination may
             be named twice (checked with FASTINFER_VALIDATE=1).
 
@@ -203,7 +208,10 @@ def swap_blocks(
     Reference: Kwon et al. 2023 (swapping of PagedAttention).
     """
     _lib.require_tensors("swap_blocks", block_mapping=block_mapping)
-    _swap_blocks(_as_list(src), _as_list(dst), block_mapping)
+    src, dst = _as_list(src), _as_list(dst)
+    if not torch.compiler.is_compiling():
+        _warn_of_pageable(src, dst)
+    _swap_blocks(src, dst, block_mapping)
 
 
 def repeat_kv(x: Tensor, n_rep: int, *, dim: int = -2, out: Tensor | None = None) -> Tensor:
@@ -233,6 +241,25 @@ def repeat_kv(x: Tensor, n_rep: int, *, dim: int = -2, out: Tensor | None = None
         out = torch.empty(_repeated_shape(x, n_rep, dim), dtype=x.dtype, device=x.device)
     _repeat_kv(x, n_rep, dim=dim, out=out)
     return out
+
+
+_warned_of_pageable = False
+
+
+def _warn_of_pageable(src: list[Tensor], dst: list[Tensor]) -> None:
+    global _warned_of_pageable
+    if _warned_of_pageable:
+        return
+    for a, b in zip(src, dst, strict=False):
+        host, other = (a, b) if a.device.type == "cpu" else (b, a)
+        if host.device.type == "cpu" and other.device.type == "cuda" and not host.is_pinned():
+            _warned_of_pageable = True
+            warnings.warn(
+                "swap_blocks: a host tensor is in pageable memory: its copies are slow and waited "
+                "for; allocate it with pin_memory=True",
+                stacklevel=3,
+            )
+            return
 
 
 def _as_list(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -121,7 +121,7 @@ def sample(
             under the same distribution; those outside the kept set follow in the order of their
             logits with -inf.
         out: int64 [B] to write the tokens to.
-        workspace: scratch of the CUDA kernel; the CPU ignores it.
+        workspace: not needed, on CPU or on CUDA; accepted and left alone.
 
     Returns:
         SampleOutput(token_ids, logprobs, top_ids, top_logprobs); what was not asked for is None.
@@ -220,7 +220,7 @@ def verify_draft(
             one-hot, e.g. n-gram lookup).
         num_draft_tokens: int32 or int64 [B], drafts in each row, clamped to 0..k; None = k.
         temperature, top_k, top_p, min_p, seeds, steps: as in `sample`, one value per row.
-        workspace: scratch of the CUDA kernel; the CPU ignores it.
+        workspace: not needed, on CPU or on CUDA; accepted and left alone.
 
     Returns:
         VerifyOutput(token_ids int64 [B, k + 1] padded with -1, num_accepted int32 [B]).

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .folding import safe_factors
+from .memory import row_chunks
 from .rtn import GridOptions, find_grid, grouped, on_grid, search_shrink
 
 STEPS = 20
@@ -29,6 +30,7 @@ def search_factors(
     options: GridOptions,
     *,
     steps: int = STEPS,
+    candidate: Tensor | None = None,
 ) -> Tensor:
     """The best factor per input channel.
 
@@ -38,6 +40,7 @@ def search_factors(
         inspect: output of the module around these layers when they have the given weight.
         options: bits, groups, symmetry.
         steps: values of r to try; "no factors" is tried as well.
+        candidate: fp32 [N, K] to put the weights to inspect into; overwritten.
 
     Returns:
         fp32 [K], ones where nothing helps.
@@ -46,18 +49,24 @@ def search_factors(
     best = torch.ones_like(mean_abs)
     if not bool(alive.any()):
         return best
-    reference = inspect(weight)
-    groups = grouped(weight.abs(), options)
-    share = groups / groups.amax(2, keepdim=True).clamp(min=1e-30)
-    magnitude = share.flatten(1)[:, : weight.shape[1]].mean(0)
+    candidate = torch.empty_like(weight) if candidate is None else candidate
+    reference = inspect(candidate.copy_(weight))
+    magnitude = torch.zeros_like(best)
+    for begin, end in row_chunks(weight):
+        groups = grouped(weight[begin:end].abs(), options)
+        groups = groups / groups.amax(2, keepdim=True).clamp(min=1e-30)
+        magnitude += groups.flatten(1)[:, : weight.shape[1]].sum(0)
+    magnitude /= max(weight.shape[0], 1)
     least = torch.inf
     for step in range(-1, steps):
         factors = torch.ones_like(best)
         if step >= 0:
             factors = _candidate(mean_abs, magnitude, step / steps, alive)
-        grid = find_grid(weight * factors, options)
-        rounded = on_grid(weight * factors, grid, options).dequantize() / factors
-        loss = float((inspect(rounded) - reference).square().mean())
+        for begin, end in row_chunks(weight):
+            scaled = weight[begin:end] * factors
+            rounded = on_grid(scaled, find_grid(scaled, options), options)
+            torch.div(rounded.dequantize(), factors, out=candidate[begin:end])
+        loss = float((inspect(candidate) - reference).square_().mean())
         if loss < least:
             best, least = factors, loss
     return best

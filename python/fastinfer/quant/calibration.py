@@ -1,13 +1,13 @@
 """Text for calibration, and running one decoder block over all of it.
 
-Between two blocks the hidden states of all calibration tokens are kept (fp32 [tokens, hidden]);
-everything inside a block lives for a few sequences at a time.
+Between two blocks the hidden states of all calibration tokens are kept (fp32 [tokens, hidden], in
+memory or in files); everything inside a block lives for one step of about 512 tokens at a time.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from ..models.attention import AttentionMetadata, LayerCache
 from ..models.config import ModelConfig
 from ..models.rotary import RotaryTable
 from ..text import Tokenizer
-from .blocks import MODULES, Block
+from .blocks import Block
 from .canonical import QuantError
+from .memory import all_finite
 from .notes import note
 
 _PAGE = 16
-_TOKENS_PER_RUN = 4096  # tokens that go through a block together
+_TOKENS_PER_RUN = 512  # tokens that go through a block together
 
 
 def read_text(path: str | os.PathLike[str], option: str) -> str:
@@ -34,8 +35,18 @@ def read_text(path: str | os.PathLike[str], option: str) -> str:
         option: what the caller gave it as, for error messages.
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"quantize: {option} must be a text file, got {str(path)!r}")
+    try:
+        found = file.is_file()
+    except (OSError, ValueError):  # no file can have such a name
+        found = False
+    if not found:
+        text = str(path)
+        if len(text) > 200 or "\n" in text:
+            raise FileNotFoundError(
+                f"quantize: {option} must be the path of a text file, got {len(text)} characters "
+                "of text; write them to a file and give its path"
+            )
+        raise FileNotFoundError(f"quantize: {option} must be a text file, got {text!r}")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -168,12 +179,20 @@ class Calibration:
         config: of the model.
         sequences: token ids, one tensor per sequence.
         embedding: [V, hidden], any dtype.
+        hidden: where to keep the hidden states; those that are there already are kept. None: in
+            memory.
 
     Attributes:
         hidden: fp32 [T, hidden] per step: the input of the next block.
     """
 
-    def __init__(self, config: ModelConfig, sequences: Sequence[Tensor], embedding: Tensor) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        sequences: Sequence[Tensor],
+        embedding: Tensor,
+        hidden: MutableSequence[Tensor] | None = None,
+    ) -> None:
         self.config = config
         self.steps = pack_all(sequences)
         longest = max(step.meta.max_seqlen_q for step in self.steps)
@@ -183,7 +202,9 @@ class Calibration:
                 f"quantize: token ids must be below {embedding.shape[0]}, the model's vocabulary, "
                 f"got {rows}; check that the tokenizer belongs to the model"
             )
-        self.hidden = [embedding[step.tokens].float() for step in self.steps]
+        self.hidden: MutableSequence[Tensor] = [] if hidden is None else hidden
+        for step in self.steps[len(self.hidden) :]:
+            self.hidden.append(embedding[step.tokens].float())
         blocks = max(step.blocks for step in self.steps)
         self.cache = empty_cache(config, blocks, torch.float32)
         self.rotary = {}
@@ -216,38 +237,24 @@ class Calibration:
         """Take the outputs of the block as the input of the next one."""
         for step in range(len(self.steps)):
             out = self.run(block, step)
-            if not torch.isfinite(out).all():
+            if not all_finite(out):
                 raise QuantError(
                     f"quantize: activations must be finite, got NaN or infinity after block "
                     f"{block.index}; check the checkpoint"
                 )
             self.hidden[step] = out
 
-    def inputs(self, block: Block, take: Callable[[str, int, Tensor], None]) -> None:
-        """Run the block, showing the input of each linear layer.
+    def inputs_of(self, block: Block, name: str, take: Callable[[int, Tensor], None]) -> None:
+        """Run the block up to one linear layer, showing its inputs.
 
         Args:
             block: to run.
-            take: called with module name, step and input [T, K]; the input may be reused
-                afterwards.
+            name: of the layer, one of MODULES.
+            take: called with step and input [T, K]; the input may be reused afterwards.
         """
 
-        def hook(name: str) -> Callable[..., None]:
-            return lambda module, args: take(name, step, args[0])
-
-        handles = [block.linear(name).register_forward_pre_hook(hook(name)) for name in MODULES]
-        try:
-            for step in range(len(self.steps)):
-                self.run(block, step)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def inputs_of(self, block: Block, name: str, take: Callable[[Tensor], None]) -> None:
-        """Run the block up to one linear layer, showing its inputs."""
-
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            take(args[0])
+            take(step, args[0])
             raise _Reached
 
         handle = block.linear(name).register_forward_pre_hook(stop)
@@ -268,6 +275,12 @@ class Statistics:
         in_features: K.
         sample: rows to keep.
         of: rows that will come.
+
+    Attributes:
+        count: rows seen.
+        total: float64 [K], sum of |x|.
+        max_abs: fp32 [K], largest |x|.
+        sample: fp32 [rows, K], evenly spread.
     """
 
     def __init__(self, in_features: int, *, sample: int, of: int) -> None:
@@ -275,30 +288,21 @@ class Statistics:
         self.total = torch.zeros(in_features, dtype=torch.float64)
         self.max_abs = torch.zeros(in_features)
         self._every = max(1, -(-of // sample))
-        self._rows: list[Tensor] = []
+        self.sample = torch.empty(-(-of // self._every), in_features)
 
     def add(self, x: Tensor) -> None:
         """Take inputs."""
-        if not torch.isfinite(x).all():
+        if not all_finite(x):
             raise QuantError("quantize: activations must be finite, got NaN or infinity")
         magnitude = x.detach().float().abs()
         self.total += magnitude.sum(0, dtype=torch.float64)
         self.max_abs = torch.maximum(self.max_abs, magnitude.amax(0))
-        self._rows.append(x.detach()[-self.count % self._every :: self._every].float().clone())
+        rows = x.detach()[-self.count % self._every :: self._every]
+        first = -(-self.count // self._every)
+        self.sample[first : first + rows.shape[0]] = rows
         self.count += x.shape[0]
 
     @property
     def mean_abs(self) -> Tensor:
         """fp32 [K]."""
         return (self.total / max(self.count, 1)).float()
-
-    @property
-    def sample(self) -> Tensor:
-        """fp32 [rows, K], evenly spread."""
-        return torch.cat(self._rows)
-
-    def divide(self, factors: Tensor) -> None:
-        """The producer's channels were divided by these."""
-        self.total /= factors
-        self.max_abs = self.max_abs / factors
-        self._rows = [rows / factors for rows in self._rows]

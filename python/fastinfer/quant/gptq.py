@@ -1,8 +1,15 @@
-"""GPTQ: round column by column, moving each column's error onto the columns still to come.
+"""GPTQ: round column by column, letting each column make up for the errors of those before it.
 
-The error that matters is that of the outputs, tr((W - W') H (W - W')^T) with H = 2 mean(x x^T) over
-calibration inputs. With U the upper Cholesky factor of H^-1, rounding column i with error e =
-(w_i - w'_i) / U_ii is best compensated by W[:, j] -= e U_ij for all j > i.
+The error that matters is that of the outputs, tr(D H D^T) with D = W - W' and H = 2 mean(x x^T)
+over calibration inputs. With H = R R^T, R upper triangular, it is the sum over columns j of
+
+    |D_j R_jj + c_j|^2,    c_j = sum over i < j of D_i R_ij,
+
+so the best value for column j, given the errors of the columns before it, is w_j + c_j / R_jj. This
+is the published update (which goes through the Cholesky factor of H^-1) without the inverse: one
+factorization, and one [K, K] matrix beside H.
+
+Columns are held last first: then R is the ordinary lower Cholesky factor, walked from its end.
 
 Reference: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", 2022.
@@ -16,9 +23,10 @@ import torch
 from torch import Tensor
 
 from .canonical import CanonicalWeight, QuantError
+from .memory import all_finite, row_chunks
 from .rtn import Grid, GridOptions, checked, find_grid
 
-BLOCK = 128  # columns whose errors are collected before the rest of the matrix is updated
+BLOCK = 128  # columns that are rounded between two matrix products
 _RETRIES = 4
 
 
@@ -36,13 +44,12 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Take inputs [n, K]."""
         x = x.detach().float()
-        if not torch.isfinite(x).all():
+        if not all_finite(x):
             raise QuantError("gptq: calibration inputs must be finite, got NaN or infinity")
         total = self.count + x.shape[0]
         if total == 0:
             return
-        self.matrix *= self.count / total
-        self.matrix.addmm_(x.t(), x, alpha=2.0 / total)
+        self.matrix.addmm_(x.t(), x, beta=self.count / total, alpha=2.0 / total)
         self.count = total
 
 
@@ -51,25 +58,29 @@ class Factor:
     """What GPTQ needs of the moments of one input; shared by all layers that read it.
 
     Attributes:
-        upper: [K, K], upper Cholesky factor of the inverse, in the order of `order`.
-        order: int64 [K], the columns in the order they are rounded in; None: as they are.
+        lower: [K, K], lower Cholesky factor of the moments in the order of `stored`.
+        stored: int64 [K], the columns in the opposite of the order they are rounded in.
+        act_order: whether that order is another than the original one.
         dead: bool [K], inputs that were always zero, in original order.
         damp: share of the mean diagonal that was added to it.
+        added: the same as a number.
     """
 
-    upper: Tensor
-    order: Tensor | None
+    lower: Tensor
+    stored: Tensor
+    act_order: bool
     dead: Tensor
     damp: float
+    added: float
 
 
 def factorize(
     moments: Tensor, *, act_order: bool = False, damp: float = 0.01, retries: int = _RETRIES
 ) -> Factor:
-    """Invert the moments.
+    """Factorize the moments.
 
     Args:
-        moments: fp32 [K, K], symmetric.
+        moments: fp32 [K, K], symmetric; left as they are.
         act_order: round the columns with the largest moments first.
         damp: share of the mean diagonal to add to the diagonal; times 10 after each failure.
         retries: failures to accept.
@@ -77,27 +88,27 @@ def factorize(
     Raises:
         QuantError: the moments are not finite, or not positive definite however much was added.
     """
-    if not torch.isfinite(moments).all():
+    columns = moments.shape[0]
+    diagonal = moments.diagonal().clone()
+    if not all_finite(moments):
         raise QuantError("gptq: moments must be finite, got NaN or infinity in the inputs")
-    matrix = moments.float().clone()
-    diagonal = matrix.diagonal()
     dead = diagonal <= 0
-    order = None
+    stored = torch.arange(columns).flip(0)
     if act_order:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+        stored = torch.argsort(diagonal, descending=True, stable=True).flip(0)
     diagonal[dead] = 1.0
-    if order is not None:
-        matrix = matrix[order][:, order]
-    mean = float(matrix.diagonal().mean()) if matrix.numel() else 1.0
+    diagonal = diagonal[stored]
+    mean = float(diagonal.mean()) if columns else 1.0
+    matrix = torch.empty_like(moments)
+    failed = torch.empty((), dtype=torch.int32)
     for _ in range(retries + 1):
-        damped = matrix.clone()
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return Factor(upper, order, dead, damp)
+        for begin, end in row_chunks(matrix):
+            matrix[begin:end] = moments[stored[begin:end]][:, stored]
+        matrix.diagonal().copy_(diagonal + damp * mean)
+        # Symmetric, so its transpose is the column-major matrix that is factorized in place.
+        torch.linalg.cholesky_ex(matrix.t(), out=(matrix.t(), failed))
+        if not failed and all_finite(matrix.diagonal()):
+            return Factor(matrix.t(), stored, act_order, dead, damp, damp * mean)
         damp *= 10
     raise QuantError(
         f"gptq: moments of the inputs must be positive definite, got others even with "
@@ -124,47 +135,48 @@ def gptq(
     Raises:
         QuantError: the weight holds NaN or infinity.
     """
-    weight = checked(weight).clone()
-    weight[:, factor.dead] = 0.0
+    weight = checked(weight)
     columns = weight.shape[1]
-    size = options.size(columns)
-    group = torch.arange(columns) // size
-    order = factor.order
+    size, lower, stored = options.size(columns), factor.lower, factor.stored
+    permuted = factor.act_order and not static_groups
+    if factor.dead.any():
+        weight = weight.masked_fill(factor.dead, 0.0)
     grid = find_grid(weight, options)  # not static: overwritten group by group
-    if order is not None:
-        weight = weight[:, order]
-        if static_groups:
-            group = group[order]
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    upper = factor.upper
-    for begin in range(0, columns, BLOCK):
-        end = min(begin + BLOCK, columns)
-        errors = torch.empty(weight.shape[0], end - begin)
-        for i in range(begin, end):
-            if not static_groups and i % size == 0:
-                current = weight[:, i : i + size].clone()
-                if i + size > end:  # columns of later blocks lack the errors of this one
-                    late = errors[:, : i - begin] @ upper[begin:i, end : i + size]
-                    current[:, end - i :] -= late
-                _set_group(grid, i // size, current, options)
-            column = weight[:, i]
-            scale = grid.scales[:, group[i]].float()
-            zero = options.middle if grid.zeros is None else grid.zeros[:, group[i]].float()
-            code = ((column / scale).round() + zero).clamp(0, options.top)
-            codes[:, i] = code.to(torch.uint8)
-            error = (column - (code - zero) * scale) / upper[i, i]
-            weight[:, i + 1 : end].addr_(error, upper[i, i + 1 : end], alpha=-1)
-            errors[:, i - begin] = error
-        weight[:, end:].addmm_(errors, upper[begin:end, end:], alpha=-1)
-    perm = None
-    if order is not None and static_groups:
-        original = torch.empty_like(codes)
-        original[:, order] = codes
-        codes = original
-    elif order is not None:
-        perm = order.to(torch.int32)
-    bits, group_size = options.bits, options.group_size
-    return CanonicalWeight(codes, grid.scales, grid.zeros, bits, group_size, perm)
+    group = torch.arange(columns) // size  # of each stored column
+    group = group.flip(0) if not static_groups else group[stored]
+    # One row per column; it holds the weights, and once it is rounded their errors.
+    errors = weight.t()[stored]
+    codes = torch.empty(errors.shape, dtype=torch.uint8)
+    fixed = static_groups or size >= columns  # no grid depends on an error
+    block = BLOCK if fixed else size * max(1, BLOCK // size)
+    for end in range(columns, 0, -block):
+        begin = max(end - block, 0)
+        carried = lower[end:, begin:end].t() @ errors[end:]
+        corner = lower[begin:end, begin:end].contiguous()
+        for i in reversed(range(end - begin)):
+            column, g = errors[begin + i], group[begin + i]
+            if not fixed and (columns - 1 - begin - i) % size == 0:
+                own = slice(max(i + 1 - size, 0), i + 1)
+                # What these columns would be now if none of them had to be rounded.
+                wanted = torch.linalg.solve_triangular(
+                    corner[own, own].t(), carried[own], upper=True
+                )
+                wanted += errors[begin + own.start : begin + own.stop]
+                _set_group(grid, int(g), wanted.flip(0).t(), options)
+            scale = grid.scales[:, g].float()
+            zero = options.middle if grid.zeros is None else grid.zeros[:, g].float()
+            code = ((column + carried[i] / corner[i, i]) / scale).round_() + zero
+            code = code.clamp_(0, options.top)
+            codes[begin + i] = code.to(torch.uint8)
+            column -= (code - zero).mul_(scale)
+            carried[:i].addr_(corner[i, :i], column)
+    del errors
+    restored = torch.empty(weight.shape, dtype=torch.uint8)
+    restored.t()[torch.arange(columns).flip(0) if permuted else stored] = codes
+    perm = stored.flip(0).to(torch.int32) if permuted else None
+    return CanonicalWeight(
+        restored, grid.scales, grid.zeros, options.bits, options.group_size, perm
+    )
 
 
 def _set_group(grid: Grid, group: int, weight: Tensor, options: GridOptions) -> None:
@@ -176,7 +188,8 @@ def _set_group(grid: Grid, group: int, weight: Tensor, options: GridOptions) -> 
         grid.zeros[:, group] = new.zeros[:, 0]
 
 
-def output_loss(weight: Tensor, rounded: Tensor, moments: Tensor) -> float:
-    """tr((W - W') H (W - W')^T), with H of `Moments` twice the squared output error per token."""
-    wrong = weight.float() - rounded.float()
-    return float(((wrong @ moments) * wrong).sum())
+def output_loss(wrong: Tensor, factor: Factor) -> float:
+    """tr(D H D^T) for D [N, K]: with H of `Moments`, twice the squared output error per token."""
+    wrong = wrong.float().masked_fill(factor.dead, 0.0)[:, factor.stored]
+    total = (wrong @ factor.lower).square_().sum(dtype=torch.float64)
+    return max(float(total - factor.added * wrong.square_().sum(dtype=torch.float64)), 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,22 @@ from .calibration import Calibration, Statistics
 from .canonical import CanonicalWeight, Int8Weight, QuantError
 from .folding import fold_into_norm, fold_into_rows
 from .gptq import Factor, Moments, factorize, gptq, output_loss
-from .rtn import Grid, GridOptions, find_grid, on_grid, rtn, rtn_int8, weight_error
+from .memory import row_chunks, trim_heap
+from .rtn import (
+    GridOptions,
+    checked,
+    find_grid,
+    on_grid,
+    rtn,
+    rtn_int8,
+    unpacked,
+    weight_error,
+)
 
 METHODS = ("rtn", "awq", "gptq", "smoothquant")
-SAMPLE = 2048  # rows of each input that AWQ and SmoothQuant keep
+SAMPLE = 2048  # rows of an input that AWQ and SmoothQuant keep
+ATTENTION_SAMPLE = 4096  # tokens that AWQ runs through the attention module
+_ROWS = 256  # rows that are multiplied together
 _NORM_OF = {"attn.qkv_proj": "input_norm", "mlp.gate_up_proj": "post_norm"}
 
 
@@ -68,8 +80,8 @@ def quantize_block(
     options: MethodOptions,
     calibration: Calibration | None,
     wanted: set[str],
-    done: Callable[[str], None],
-) -> list[Result]:
+    done: Callable[[Result], None],
+) -> None:
     """Quantise the wanted layers of a block.
 
     With calibration the hidden states move on to the next block; under GPTQ they are those of the
@@ -80,26 +92,24 @@ def quantize_block(
         options: method and grid.
         calibration: hidden states before the block; None for RTN.
         wanted: names of the layers to quantise.
-        done: called with the name of each finished layer.
-
-    Returns:
-        Results in the order of the checkpoint.
+        done: called with each layer as soon as it is finished.
     """
     if options.method == "rtn":
-        results = []
         for part in block.parts:
             if part.name in wanted:
                 weight = _named(part.name, lambda p=part: rtn(block.weight(p), options.grid))
-                error = weight_error(block.weight(part), weight.dequantize())
-                results.append(Result(part.name, weight, error))
-                done(part.name)
-        return results
+                done(Result(part.name, weight, weight_error(block.weight(part), weight)))
+        return
     assert calibration is not None
     run = {"gptq": _gptq, "awq": _awq, "smoothquant": _smoothquant}[options.method]
-    return run(block, options, calibration, wanted, done)
+    run(block, options, calibration, wanted, done)
+    trim_heap()
+    calibration.advance(block)
 
 
-def quantize_head(weight: Tensor, options: MethodOptions, inputs: list[Tensor] | None) -> Result:
+def quantize_head(
+    weight: Tensor, options: MethodOptions, inputs: Iterable[Tensor] | None
+) -> Result:
     """Quantise an output head: GPTQ as such, the other methods by rounding to nearest."""
     if options.method == "smoothquant":
         stored = rtn_int8(weight)
@@ -107,13 +117,10 @@ def quantize_head(weight: Tensor, options: MethodOptions, inputs: list[Tensor] |
         moments = Moments(weight.shape[1])
         for x in inputs:
             moments.add(x)
-        stored = gptq(
-            weight, _factor(moments, options), options.grid, static_groups=options.static_groups
-        )
-        return _gptq_result("lm_head", weight, stored, moments)
+        return _run_gptq("lm_head", weight, _factor(moments, options), options)
     else:
         stored = rtn(weight, options.grid)
-    return Result("lm_head", stored, weight_error(weight, stored.dequantize()))
+    return Result("lm_head", stored, weight_error(weight, stored))
 
 
 def _named(name: str, run: Callable[[], CanonicalWeight]) -> CanonicalWeight:
@@ -132,29 +139,36 @@ def _gptq(
     options: MethodOptions,
     calibration: Calibration,
     wanted: set[str],
-    done: Callable[[str], None],
-) -> list[Result]:
-    results = {}
+    done: Callable[[Result], None],
+) -> None:
     for module in MODULES:
         parts = [part for part in block.of(module) if part.name in wanted]
         if not parts:
             continue
-        moments = Moments(block.linear(module).in_features)
-        calibration.inputs_of(block, module, moments.add)
-        factor = _factor(moments, options)
+        factor = _factor_of(block, module, calibration, options)
         for part in parts:
             weight = block.weight(part)
-            stored = _named(
-                part.name,
-                lambda w=weight, f=factor: gptq(
-                    w, f, options.grid, static_groups=options.static_groups
-                ),
-            )
-            results[part.name] = _gptq_result(part.name, weight, stored, moments)
-            weight.copy_(stored.dequantize())
-            done(part.name)
-    calibration.advance(block)
-    return [results[part.name] for part in block.parts if part.name in results]
+            result = _run_gptq(part.name, weight, factor, options)
+            for begin, end in row_chunks(weight):
+                weight[begin:end] = unpacked(result.weight, begin, end)
+            done(result)
+        del factor  # before the next moments
+
+
+def _factor_of(
+    block: Block, module: str, calibration: Calibration, options: MethodOptions
+) -> Factor:
+    """The moments live only here: one [K, K] matrix is left when the layers are rounded."""
+    factor = _factor(_moments_of(block, module, calibration), options)
+    trim_heap()
+    return factor
+
+
+def _moments_of(block: Block, module: str, calibration: Calibration) -> Moments:
+    moments = Moments(block.linear(module).in_features)
+    calibration.inputs_of(block, module, lambda step, x: moments.add(x))
+    trim_heap()
+    return moments
 
 
 def _factor(moments: Moments, options: MethodOptions) -> Factor:
@@ -164,40 +178,52 @@ def _factor(moments: Moments, options: MethodOptions) -> Factor:
     return factorize(moments.matrix, act_order=options.act_order, damp=damp)
 
 
-def _gptq_result(name: str, weight: Tensor, stored: CanonicalWeight, moments: Moments) -> Result:
-    rounded = stored.dequantize()
-    loss = output_loss(weight, rounded, moments.matrix)
-    power = output_loss(weight, torch.zeros_like(weight), moments.matrix)
+def _run_gptq(name: str, weight: Tensor, factor: Factor, options: MethodOptions) -> Result:
+    static = options.static_groups
+    stored = _named(name, lambda: gptq(weight, factor, options.grid, static_groups=static))
+    loss = power = 0.0
+    for begin, end in row_chunks(weight, _ROWS):
+        part = weight[begin:end]
+        loss += output_loss(part - unpacked(stored, begin, end), factor)
+        power += output_loss(part, factor)
     return Result(
         name,
         stored,
-        weight_error(weight, rounded),
+        weight_error(weight, stored),
         loss / (2 * max(weight.shape[0], 1)),
-        math.sqrt(max(loss, 0.0) / power) if power > 0 else 0.0,
+        math.sqrt(loss / power) if power > 0 else 0.0,
     )
 
 
 # ---- AWQ and SmoothQuant ---------------------------------------------------------------------
 
 
-def _statistics(block: Block, calibration: Calibration) -> tuple[dict[str, Statistics], Tensor]:
-    """Of every input of the block; and the attention module's whole input in the first step."""
-    found = {
-        name: Statistics(block.linear(name).in_features, sample=SAMPLE, of=calibration.tokens)
-        for name in MODULES
-    }
-    first: list[Tensor] = []
-
-    def take(name: str, step: int, x: Tensor) -> None:
-        found[name].add(x)
-        if step == 0 and name == MODULES[0]:
-            first.append(x.clone())
-
-    calibration.inputs(block, take)
-    return found, first[0]
+def _statistics(block: Block, module: str, calibration: Calibration) -> Statistics:
+    """Of the inputs of one module, as the block is now."""
+    found = Statistics(block.linear(module).in_features, sample=SAMPLE, of=calibration.tokens)
+    calibration.inputs_of(block, module, lambda step, x: found.add(x))
+    return found
 
 
-def _fold(block: Block, module: str, factors: Tensor, statistics: Statistics) -> None:
+def _sample(block: Block, module: str, calibration: Calibration) -> Tensor:
+    """Of the inputs of one module, as the block is now."""
+    return _statistics(block, module, calibration).sample
+
+
+def _attention_inputs(block: Block, calibration: Calibration) -> dict[int, Tensor]:
+    """Whole inputs of the attention module, of steps with ATTENTION_SAMPLE tokens in all."""
+    every = max(1, -(-calibration.tokens // ATTENTION_SAMPLE))
+    found: dict[int, Tensor] = {}
+
+    def take(step: int, x: Tensor) -> None:
+        if step % every == 0:
+            found[step] = x.clone()
+
+    calibration.inputs_of(block, MODULES[0], take)
+    return found
+
+
+def _fold(block: Block, module: str, factors: Tensor) -> None:
     """Apply factors to the inputs of a module, dividing in whatever produces them."""
     norm = _NORM_OF.get(module)
     if norm is not None:
@@ -208,7 +234,6 @@ def _fold(block: Block, module: str, factors: Tensor, statistics: Statistics) ->
         bias = None if producer.bias is None else producer.bias.data[rows]
         fold_into_rows(producer.weight.data[rows], bias, factors)
     block.linear(module).weight.data *= factors
-    statistics.divide(factors)
 
 
 def _awq(
@@ -216,59 +241,60 @@ def _awq(
     options: MethodOptions,
     calibration: Calibration,
     wanted: set[str],
-    done: Callable[[str], None],
-) -> list[Result]:
-    found, attention_input = _statistics(block, calibration)
+    done: Callable[[Result], None],
+) -> None:
     heads_match = calibration.config.num_heads == calibration.config.num_kv_heads
-    for module in MODULES:
-        if not any(part.name in wanted for part in block.of(module)):
-            continue
+    modules = [m for m in MODULES if any(part.name in wanted for part in block.of(m))]
+    for module in modules:
         if module == "attn.o_proj" and not heads_match:
             continue  # several query heads share the rows of v that would have to be divided
-        linear, statistics = block.linear(module), found[module]
-        weight = linear.weight.data.clone()
-        sample = statistics.sample
-
-        def inspect(candidate: Tensor, module: str = module, sample: Tensor = sample) -> Tensor:
-            if module == "attn.qkv_proj":
-                block.linear(module).weight.data.copy_(candidate)
-                return calibration.attend(block, 0, attention_input)
-            if module == "mlp.gate_up_proj":
-                block.linear(module).weight.data.copy_(candidate)
-                return block.layer.mlp(sample)
-            return sample @ candidate.t()
-
-        factors = awq.search_factors(weight, statistics.mean_abs, inspect, options.grid)
-        linear.weight.data.copy_(weight)
-        _fold(block, module, factors, statistics)
-    # The factors cancel, so these are the outputs of the original block.
-    calibration.advance(block)
-    results = {}
-    for module in MODULES:
-        parts = [part for part in block.of(module) if part.name in wanted]
-        if not parts:
-            continue
-        weight, x = block.linear(module).weight.data, found[module].sample
+        _fold(block, module, _awq_factors(block, module, calibration, options.grid))
+        trim_heap()
+    # The factors cancel, so the outputs of the block are still the original ones.
+    for module in modules:
+        weight, x = block.linear(module).weight.data, _sample(block, module, calibration)
         share = awq.clip_factors(weight, x, options.grid)
         if module == "attn.qkv_proj":
             # Clipping q and k changes attention scores, which partial outputs do not show.
             sizes = block.linear(module).parts
             share[: sizes["q"] + sizes["k"]] = 1.0
-        for part in parts:
-            stored = _on_clipped_grid(part, block.weight(part), share, options.grid)
-            rounded = stored.dequantize()
-            results[part.name] = _result(part, block.weight(part), stored, x, x @ rounded.t())
-            done(part.name)
-    return [results[part.name] for part in block.parts if part.name in results]
+        for part in block.of(module):
+            if part.name in wanted:
+                weight = block.weight(part)
+                stored = _on_clipped_grid(part, weight, share, options.grid)
+                done(_result(part, weight, stored, x, x))
+        trim_heap()
+
+
+def _awq_factors(
+    block: Block, module: str, calibration: Calibration, options: GridOptions
+) -> Tensor:
+    """The best factors of one module; candidates are tried inside of the block."""
+    linear = block.linear(module)
+    statistics = _statistics(block, module, calibration)
+    sample = statistics.sample
+    attention = _attention_inputs(block, calibration) if module == "attn.qkv_proj" else {}
+
+    def inspect(candidate: Tensor) -> Tensor:
+        if attention:
+            return torch.cat([calibration.attend(block, i, x) for i, x in attention.items()])
+        if module == "mlp.gate_up_proj":
+            return torch.cat([block.layer.mlp(x) for x in sample.split(_ROWS)])
+        return sample @ candidate.t()
+
+    original = linear.weight.data.clone()
+    factors = awq.search_factors(
+        original, statistics.mean_abs, inspect, options, candidate=linear.weight.data
+    )
+    linear.weight.data.copy_(original)
+    return factors
 
 
 def _on_clipped_grid(
     part: Part, weight: Tensor, share: Tensor, options: GridOptions
 ) -> CanonicalWeight:
     def run() -> CanonicalWeight:
-        if not torch.isfinite(weight).all():
-            raise QuantError("quantize: weights must be finite, got NaN or infinity")
-        grid: Grid = find_grid(weight, options, shrink=share[part.begin : part.end])
+        grid = find_grid(checked(weight), options, shrink=share[part.begin : part.end])
         return on_grid(weight, grid, options)
 
     return _named(part.name, run)
@@ -279,27 +305,22 @@ def _smoothquant(
     options: MethodOptions,
     calibration: Calibration,
     wanted: set[str],
-    done: Callable[[str], None],
-) -> list[Result]:
-    found, _ = _statistics(block, calibration)
-    for module in _NORM_OF:
-        if any(part.name in wanted for part in block.of(module)):
-            factors = smoothquant.smooth_factors(
-                block.linear(module).weight.data, found[module].max_abs, alpha=options.alpha
-            )
-            _fold(block, module, factors, found[module])
-    calibration.advance(block)
-    results = []
-    for part in block.parts:
-        if part.name not in wanted:
-            continue
-        weight = block.weight(part)
-        stored = rtn_int8(weight)
-        x = found[part.module].sample
-        outputs = smoothquant.fake_quantize_tokens(x) @ stored.dequantize().t()
-        results.append(_result(part, weight, stored, x, outputs))
-        done(part.name)
-    return results
+    done: Callable[[Result], None],
+) -> None:
+    modules = [m for m in MODULES if any(part.name in wanted for part in block.of(m))]
+    for module in modules:
+        if module in _NORM_OF:
+            largest = _statistics(block, module, calibration).max_abs
+            weight = block.linear(module).weight.data
+            _fold(block, module, smoothquant.smooth_factors(weight, largest, alpha=options.alpha))
+    for module in modules:
+        x = _sample(block, module, calibration)
+        rounded = smoothquant.fake_quantize_tokens(x)
+        for part in block.of(module):
+            if part.name in wanted:
+                weight = block.weight(part)
+                done(_result(part, weight, rtn_int8(weight), x, rounded))
+        trim_heap()
 
 
 def _result(
@@ -307,14 +328,20 @@ def _result(
     weight: Tensor,
     stored: CanonicalWeight | Int8Weight,
     x: Tensor,
-    outputs: Tensor,
+    rounded: Tensor,
 ) -> Result:
-    wrong, right = outputs - x @ weight.t(), x @ weight.t()
-    norm = float(right.norm())
+    """Errors of a layer whose inputs x arrive as `rounded`."""
+    wrong = right = 0.0
+    for begin, end in row_chunks(weight, _ROWS):
+        for rows, seen in zip(x.split(_ROWS), rounded.split(_ROWS), strict=True):
+            exact = rows @ weight[begin:end].t()
+            right += float(exact.square().sum(dtype=torch.float64))
+            exact -= seen @ unpacked(stored, begin, end).t()
+            wrong += float(exact.square_().sum(dtype=torch.float64))
     return Result(
         part.name,
         stored,
-        weight_error(weight, stored.dequantize()),
-        float(wrong.square().mean()),
-        float(wrong.norm()) / norm if norm > 0 else 0.0,
+        weight_error(weight, stored),
+        wrong / max(x.shape[0] * weight.shape[0], 1),
+        math.sqrt(wrong / right) if right > 0 else 0.0,
     )

@@ -1,8 +1,8 @@
 """`fastinfer quantize`: reads a checkpoint block by block, quantises each, writes a new folder.
 
-Only one block is in memory at a time (plus embedding, and with calibration the hidden states of the
-calibration tokens). Finished blocks go into the folder `.quantize` inside of the output, from where
-an interrupted run continues bit for bit.
+Only one block is in memory at a time. Finished blocks, and with calibration the hidden states of
+the calibration tokens, go into the folder `.quantize` inside of the output, from where an
+interrupted run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -19,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .. import ops
 from .._version import __version__
-from ..checkpoint import INDEX, SINGLE, Checkpoint
+from ..checkpoint import Checkpoint
 from ..models.config import ModelConfig, load_config
 from ..models.decoder import CausalLM
 from ..models.loader import load_model
@@ -36,6 +34,7 @@ from .blocks import Block
 from .calibration import Calibration, calibration_tokens, encode_text, read_text
 from .canonical import QuantError
 from .config import matches, read_quant_config
+from .memory import trim_heap
 from .methods import Result, quantize_block, quantize_head
 from .options import FORMAT_OF, QuantizeOptions, method_options
 from .perplexity import perplexity
@@ -49,9 +48,8 @@ from .save import (
     write_json,
     write_linear,
 )
+from .work import REPORT, WorkFolder
 
-WORK = ".quantize"
-REPORT = "quantize_report.json"
 _NORM = "model.norm.weight"
 
 
@@ -91,7 +89,7 @@ def quantize_checkpoint(
     options = options or QuantizeOptions()
     with notes.collecting(), torch.no_grad():
         run = _Run(Path(model), Path(out), options, calib, eval_text, progress)
-        run.prepare(resume=resume, overwrite=overwrite)
+        run.work.prepare(run.fingerprint(), run.source, resume=resume, overwrite=overwrite)
         return run.go(max_shard_bytes)
 
 
@@ -107,7 +105,8 @@ class _Run:
         eval_text: str | os.PathLike[str] | None,
         progress: bool,
     ) -> None:
-        self.source, self.out, self.work, self.options = model, out, out / WORK, options
+        self.source, self.out, self.options = model, out, options
+        self.work = WorkFolder(out)
         self.progress = progress and sys.stderr.isatty()
         self.method = method_options(options)
         self.format = options.format or FORMAT_OF[options.method]
@@ -179,9 +178,7 @@ class _Run:
         if self.config.tie_word_embeddings:
             self.skipped.append("lm_head")  # it is the embedding
 
-    # ---- the output folder -------------------------------------------------------------------
-
-    def _fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What must be the same for finished blocks to be of use."""
 
         def digest(text: str | None) -> str | None:
@@ -197,42 +194,6 @@ class _Run:
             "weights": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         }
         return json.loads(json.dumps(state))
-
-    def prepare(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the work folder, or check that it belongs to this run."""
-        out, state = self.out, self.work / "state.json"
-        if out.exists() and not out.is_dir():
-            raise FileExistsError(f"quantize: out must be a folder, got the file {out}")
-        if out.exists() and out.resolve() == self.source.resolve():
-            raise ValueError(f"quantize: out must not be the model's own folder, got {out}")
-        if resume and state.is_file():
-            found = json.loads(state.read_text(encoding="utf-8"))
-            mine = self._fingerprint()
-            other = [key for key in mine if found.get(key) != mine[key]]
-            if other:
-                raise ValueError(
-                    f"quantize: resume must have the options of the interrupted run, got another "
-                    f"{', '.join(other)}; repeat them or use --overwrite"
-                )
-            return
-        if out.is_dir() and any(out.iterdir()):
-            if not overwrite:
-                what = "nothing to resume there" if resume else "use --overwrite or another folder"
-                raise FileExistsError(
-                    f"quantize: out must be a new or empty folder, got {out} with files; {what}"
-                )
-            self._clear()
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_json(self._fingerprint(), state)
-
-    def _clear(self) -> None:
-        """Remove an earlier checkpoint, and only what belongs to one."""
-        if self.work.is_dir():
-            shutil.rmtree(self.work)
-        for name in (SINGLE, INDEX, "config.json", "quantize_config.json", REPORT):
-            (self.out / name).unlink(missing_ok=True)
-        for file in self.out.glob("model-*-of-*.safetensors"):
-            file.unlink()
 
     # ---- the run -----------------------------------------------------------------------------
 
@@ -258,8 +219,8 @@ class _Run:
             ignore=self.skipped,
             lm_head="lm_head" in self.layers,
         )
-        files = [self.work / "outside.safetensors"]
-        files += [self._file(i, "block") for i in range(self.config.num_layers)]
+        files = [self.work.outside]
+        files += [self.work.block(i) for i in range(self.config.num_layers)]
         write_checkpoint(self.source, self.out, files, config, max_shard_bytes=max_shard_bytes)
         report = {
             "fastinfer": __version__,
@@ -277,38 +238,38 @@ class _Run:
             "layers": rows,
         }
         write_json(_finite(report), self.out / REPORT)
-        shutil.rmtree(self.work)
+        self.work.remove()
         return report
 
-    def _file(self, block: int, kind: str) -> Path:
-        suffix = "json" if kind == "rows" else "safetensors"
-        return self.work / f"{kind}_{block:04d}.{suffix}"
-
     def _blocks(self) -> list[dict[str, Any]]:
-        done = 0
-        while self._file(done, "rows").is_file():
-            done += 1
-        rows = []
-        for i in range(done):
-            rows += json.loads(self._file(i, "rows").read_text(encoding="utf-8"))
+        finished = self.work.finished()
+        rows = [row for block in finished for row in block]
         self.bar.update(len(rows))
-        calibration = self._calibration(done)
-        wanted = set(self.layers)
-        for index in range(done, self.config.num_layers):
-            block = Block(self.config, index, self.checkpoint)
-            results = quantize_block(block, self.method, calibration, wanted, self._tick)
-            tensors = block.plain_tensors({r.name for r in results})
-            for result in results:
-                tensors |= self._written(result)
-            save_atomically(tensors, self._file(index, "block"))
+        calibration = self._calibration(len(finished))
+        for index in range(len(finished), self.config.num_layers):
+            new = self._block(index, calibration)
             if calibration is not None:
-                hidden = {str(i): h for i, h in enumerate(calibration.hidden)}
-                save_atomically(hidden, self._file(index, "hidden"))
-            rows += self._rows(results)
-            # This file says that the block is finished.
-            write_json(self._rows(results), self._file(index, "rows"))
-            self._file(index - 1, "hidden").unlink(missing_ok=True)
+                calibration.hidden.forward()
+            rows += new
+            trim_heap()
         return rows + self._outside(calibration)
+
+    def _block(self, index: int, calibration: Calibration | None) -> list[dict[str, Any]]:
+        block = Block(self.config, index, self.checkpoint)
+        tensors: dict[str, Tensor] = {}
+        rows: dict[str, dict[str, Any]] = {}
+
+        def done(result: Result) -> None:
+            tensors.update(self._written(result))
+            rows[result.name] = _row(result)
+            trim_heap()
+            self._tick(result.name)
+
+        quantize_block(block, self.method, calibration, set(self.layers), done)
+        tensors = block.plain_tensors(set(rows)) | tensors
+        ordered = [rows[part.name] for part in block.parts if part.name in rows]
+        self.work.finish(index, tensors, ordered)
+        return ordered
 
     def _calibration(self, done: int) -> Calibration | None:
         if self.calib is None:
@@ -320,11 +281,7 @@ class _Run:
             seqlen=min(self.options.seqlen, self.config.max_position),
         )
         embedding = next(t for _, t in self.checkpoint.read({EMBEDDING}))
-        calibration = Calibration(self.config, tokens, embedding)
-        if done:
-            hidden = load_file(self._file(done - 1, "hidden"))
-            calibration.hidden = [hidden[str(i)] for i in range(len(hidden))]
-        return calibration
+        return Calibration(self.config, tokens, embedding, self.work.hidden(done))
 
     def _outside(self, calibration: Calibration | None) -> list[dict[str, Any]]:
         """Embedding, final norm and head."""
@@ -337,28 +294,16 @@ class _Run:
             inputs = None
             if calibration is not None:
                 norm, eps = tensors[_NORM].float(), self.config.rms_norm_eps
-                inputs = [ops.rms_norm(hidden, norm, eps) for hidden in calibration.hidden]
+                inputs = (ops.rms_norm(hidden, norm, eps) for hidden in calibration.hidden)
             result = quantize_head(tensors.pop(HEAD).float(), self.method, inputs)
             tensors |= self._written(result)
-            rows = self._rows([result])
+            rows = [_row(result)]
             self._tick("lm_head")
-        save_atomically(tensors, self.work / "outside.safetensors")
+        save_atomically(tensors, self.work.outside)
         return rows
 
     def _written(self, result: Result) -> dict[str, Tensor]:
         return write_linear(self.format, result.name, result.weight)
-
-    def _rows(self, results: list[Result]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": r.name,
-                "shape": [r.weight.out_features, r.weight.in_features],
-                "weight_error": r.weight_error,
-                "output_mse": r.output_mse,
-                "output_error": r.output_error,
-            }
-            for r in results
-        ]
 
     def _tick(self, name: str) -> None:
         self.bar.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
@@ -372,7 +317,7 @@ class _Run:
         if text is None:
             return None
         key = hashlib.sha256(f"{window} {text}".encode()).hexdigest()
-        file = self.work / "before.json"
+        file = self.work.before
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["key"] == key:
@@ -391,6 +336,16 @@ class _Run:
         ) as bar:
             window = self.options.eval_window or 2048
             return perplexity(model, tokens, window=window, on_tokens=bar.update)
+
+
+def _row(result: Result) -> dict[str, Any]:
+    return {
+        "name": result.name,
+        "shape": [result.weight.out_features, result.weight.in_features],
+        "weight_error": result.weight_error,
+        "output_mse": result.output_mse,
+        "output_error": result.output_error,
+    }
 
 
 def _size(folder: Path) -> int:

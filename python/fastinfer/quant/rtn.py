@@ -6,12 +6,14 @@ differ in what they do to the weights before rounding, and GPTQ also while round
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .canonical import CanonicalWeight, Int8Weight, QuantError
+from .memory import all_finite, row_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,19 @@ def find_grid(weight: Tensor, options: GridOptions, *, shrink: Tensor | float = 
     Raises:
         QuantError: a scale does not fit into the dtype it is stored in.
     """
+    parts = [
+        _find_grid(
+            weight[begin:end],
+            options,
+            shrink if isinstance(shrink, float) else shrink[begin:end],
+        )
+        for begin, end in row_chunks(weight)
+    ]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return Grid(torch.cat([part.scales for part in parts]), torch.cat(zeros) if zeros else None)
+
+
+def _find_grid(weight: Tensor, options: GridOptions, shrink: Tensor | float) -> Grid:
     groups = grouped(weight, options)
     if options.symmetric:
         scales = groups.abs().amax(2) * shrink / (options.middle - 1)
@@ -102,11 +117,15 @@ def find_grid(weight: Tensor, options: GridOptions, *, shrink: Tensor | float = 
 
 def encode(weight: Tensor, grid: Grid, options: GridOptions) -> Tensor:
     """Nearest codes, uint8 [N, K]. Symmetric code 0 is used only where a range was clipped."""
-    groups = grouped(weight, options)
-    zeros = float(options.middle) if grid.zeros is None else grid.zeros.float()[..., None]
-    codes = (groups / grid.scales.float()[..., None]).round() + zeros
-    codes = codes.clamp(0, options.top).to(torch.uint8)
-    return codes.flatten(1)[:, : weight.shape[1]].contiguous()
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    for begin, end in row_chunks(weight):
+        groups = grouped(weight[begin:end], options)
+        zeros: Tensor | float = float(options.middle)
+        if grid.zeros is not None:
+            zeros = grid.zeros[begin:end].float()[..., None]
+        part = (groups / grid.scales[begin:end].float()[..., None]).round_().add_(zeros)
+        codes[begin:end] = part.clamp_(0, options.top).flatten(1)[:, : weight.shape[1]]
+    return codes
 
 
 def rtn(weight: Tensor, options: GridOptions, *, clip: bool = False) -> CanonicalWeight:
@@ -131,9 +150,14 @@ def rtn(weight: Tensor, options: GridOptions, *, clip: bool = False) -> Canonica
 def rtn_int8(weight: Tensor) -> Int8Weight:
     """Signed 8-bit codes with one fp32 scale per output channel (absmax / 127), for W8A8."""
     weight = checked(weight)
-    scales = weight.abs().amax(1) / 127
-    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    codes = (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.ones(weight.shape[0])
+    for begin, end in row_chunks(weight):
+        part = weight[begin:end]
+        scale = part.abs().amax(1) / 127
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        codes[begin:end] = (part / scale[:, None]).round_().clamp_(-127, 127)
+        scales[begin:end] = scale
     return Int8Weight(codes, scales)
 
 
@@ -164,6 +188,17 @@ def search_shrink(
     Returns:
         fp32 [N, G].
     """
+    return torch.cat(
+        [
+            _search_shrink(weight[begin:end], options, moments, steps, span)
+            for begin, end in row_chunks(weight)
+        ]
+    )
+
+
+def _search_shrink(
+    weight: Tensor, options: GridOptions, moments: Tensor | None, steps: int, span: float
+) -> Tensor:
     groups = grouped(weight, options)
     best = groups.new_full(groups.shape[:2], torch.inf)
     share = torch.ones_like(best)
@@ -194,12 +229,22 @@ def grouped(weight: Tensor, options: GridOptions) -> Tensor:
 def checked(weight: Tensor) -> Tensor:
     """The weight as fp32, refused when it holds NaN or infinity."""
     weight = weight.detach().float()
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise QuantError("quantize: weights must be finite, got NaN or infinity")
     return weight
 
 
-def weight_error(weight: Tensor, rounded: Tensor) -> float:
-    """||W - W'|| / ||W||, 0 for two zero weights."""
-    norm = float(weight.float().norm())
-    return float((weight.float() - rounded.float()).norm()) / norm if norm > 0 else 0.0
+def weight_error(weight: Tensor, stored: CanonicalWeight | Int8Weight | Tensor) -> float:
+    """||W - W'|| / ||W||, 0 for two zero weights; W' is given as such or quantised."""
+    wrong = right = 0.0
+    for begin, end in row_chunks(weight):
+        rounded = stored[begin:end] if isinstance(stored, Tensor) else unpacked(stored, begin, end)
+        part = weight[begin:end].float()
+        wrong += float((part - rounded.float()).square().sum(dtype=torch.float64))
+        right += float(part.square().sum(dtype=torch.float64))
+    return math.sqrt(wrong / right) if right > 0 else 0.0
+
+
+def unpacked(stored: CanonicalWeight | Int8Weight, begin: int, end: int) -> Tensor:
+    """Rows [begin, end) of a quantised weight as fp32."""
+    return stored.rows(begin, end).dequantize()

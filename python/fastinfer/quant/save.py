@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import INDEX, SINGLE
@@ -122,18 +125,75 @@ def format_config(
     return module.write_config(scheme, ignore, lm_head=lm_head)
 
 
+_DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+_ITEM = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor to write, and where to get it."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    get: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _ITEM[self.dtype]
+
+
 def save_atomically(tensors: Mapping[str, Tensor], file: Path) -> None:
     """A safetensors file that is either complete or not there."""
-    partial = file.with_suffix(".partial")
-    save_file(dict(tensors), partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+    _write(
+        [
+            _Entry(name, _DTYPES[t.dtype], list(t.shape), lambda t=t: t)
+            for name, t in tensors.items()
+        ],
+        file,
+    )
+
+
+def _write(entries: Sequence[_Entry], file: Path) -> None:
+    """A safetensors file; tensors are fetched one at a time."""
+    # Large items first, so that every tensor is aligned.
+    entries = sorted(entries, key=lambda entry: -_ITEM[entry.dtype])
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        offset += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    unfinished = file.with_suffix(".partial")
+    with open(unfinished, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            flat = entry.get().contiguous().reshape(-1)
+            stream.write(flat.view(torch.uint8).numpy())
+    os.replace(unfinished, file)
 
 
 def write_json(content: Any, file: Path) -> None:
     """A JSON file that is either complete or not there."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    unfinished = file.with_suffix(".partial")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)
 
 
 def write_checkpoint(
@@ -160,15 +220,9 @@ def write_checkpoint(
         names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
     weight_map, total_size = {}, 0
     for name, shard in zip(names, shards, strict=True):
-        tensors = {}
-        for file in dict.fromkeys(file for file, _ in shard):
-            with safe_open(file, framework="pt") as handle:
-                for owner, tensor in shard:
-                    if owner == file:
-                        tensors[tensor] = handle.get_tensor(tensor)
-        save_atomically(tensors, out / name)
-        weight_map |= dict.fromkeys(tensors, name)
-        total_size += sum(t.numel() * t.element_size() for t in tensors.values())
+        _write(shard, out / name)
+        weight_map |= {entry.name: name for entry in shard}
+        total_size += sum(entry.bytes for entry in shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(index, out / INDEX)
@@ -190,27 +244,26 @@ def write_checkpoint(
     write_json(config, out / "config.json")
 
 
-def _assign(files: Sequence[Path], limit: int) -> list[list[tuple[Path, str]]]:
-    """(file, tensor) pairs per shard, in order."""
-    shards: list[list[tuple[Path, str]]] = [[]]
+def _assign(files: Sequence[Path], limit: int) -> list[list[_Entry]]:
+    """The tensors of all files, in order, in shards."""
+    shards: list[list[_Entry]] = [[]]
     filled = 0
     for file in files:
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                size = _bytes(handle.get_slice(name))
-                if shards[-1] and filled + size > limit:
+                header = handle.get_slice(name)
+                entry = _Entry(
+                    name, header.get_dtype(), header.get_shape(), partial(_fetch, file, name)
+                )
+                if shards[-1] and filled + entry.bytes > limit:
                     shards.append([])
                     filled = 0
-                shards[-1].append((file, name))
-                filled += size
+                shards[-1].append(entry)
+                filled += entry.bytes
     return shards
 
 
-_ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-
-
-def _bytes(header: Any) -> int:
-    count = 1
-    for extent in header.get_shape():
-        count *= extent
-    return count * _ITEM.get(header.get_dtype(), 1)
+def _fetch(file: Path, name: str) -> Tensor:
+    """One tensor; the file is mapped no longer than the tensor lives."""
+    with safe_open(file, framework="pt") as handle:
+        return handle.get_tensor(name)

@@ -33,6 +33,7 @@ def smooth_factors(weight: Tensor, max_abs: Tensor, *, alpha: float = 0.5) -> Te
 
 def fake_quantize_tokens(x: Tensor) -> Tensor:
     """x [n, K] as the int8 operators see it: one symmetric scale per row, absmax / 127."""
-    scales = x.abs().amax(1, keepdim=True) / 127
+    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    scales = torch.maximum(high, -low) / 127
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    return (x / scales).round().clamp(-127, 127) * scales
+    return (x / scales).round_().clamp_(-127, 127).mul_(scales)

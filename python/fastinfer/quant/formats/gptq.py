@@ -160,6 +160,12 @@ def write(prefix: str, weight: CanonicalWeight, *, style: str = "gptq") -> dict[
     if zeros is None:
         zeros = torch.full(weight.scales.shape, weight.middle, dtype=torch.uint8)
     if style == "gptq":
+        if weight.zeros is not None and not zeros.all():
+            note(
+                prefix,
+                "zero points of 0 are stored as 15 (255) in GPTQ v1; readers that add 1 to whole "
+                "words instead of codes get their neighbours wrong, write gptq_v2 for those",
+            )
         zeros = ((zeros.to(torch.int16) - 1) & ((1 << weight.bits) - 1)).to(torch.uint8)
     tensors = {
         f"{prefix}.qweight": pack_words(codes.t(), weight.bits, 0).contiguous(),
