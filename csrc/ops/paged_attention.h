@@ -7,6 +7,9 @@ namespace fastinfer::paged_attention {
 
 constexpr int64_t kPlanHeader = 8, kPlanVersion = 1;
 
+// Work of one sequence and key head, in tiles of the keys that some query sees.
+int64_t decode_cost(int64_t len, int64_t len_q, int64_t window_left);
+
 // The tensors of a call, checked.
 struct Tensors {
   const Tensor& q;

@@ -14,14 +14,15 @@
 
 namespace fastinfer::paged_attention {
 
-// Teams of 1, 2 or 4 warps. Invariant: always 1, because the team decides which keys a warp adds up.
+// Teams of 1, 2 or 4 warps. Invariant: always 1, because the team decides which keys a warp adds
+// up.
 RowBlocks choose_row_blocks(int64_t rows, bool batch_invariant) {
   const int64_t tiles = batch_invariant || rows <= 16 ? 1 : rows <= 32 ? 2 : 4;
   return {tiles, (rows + 16 * tiles - 1) / (16 * tiles)};
 }
 
-// As many as possible, so that CTAs that run together read neighbouring heads, as long as few CTAs are
-// left over.
+// As many as possible, so that CTAs that run together read neighbouring heads, as long as few CTAs
+// are left over.
 int64_t choose_lanes(int64_t pairs, int64_t ctas) {
   for (int64_t lanes = std::min(pairs, ctas); lanes > 1; --lanes)
     if (pairs % lanes == 0 && ctas / lanes * lanes * 100 >= ctas * 96) return lanes;
@@ -170,11 +171,11 @@ void place_workspace(const char* op, DecodeParams& p, int64_t slots, const Tenso
     const Tensor& w = *t.workspace;
     check_device(op, t.q, {{"workspace", &w}});
     const int64_t bytes = w.numel() * static_cast<int64_t>(w.element_size());
-    FI_CHECK(w.is_contiguous() && aligned(w.const_data_ptr(), 16) &&
-                 bytes >= kCounterBytes + floats * 4,
-             op, ": workspace must be contiguous, aligned to 16 bytes and hold at least ",
-             kCounterBytes + floats * 4, " bytes (zeroed once), got ", describe(w),
-             "; leave it out to have one allocated");
+    FI_CHECK(
+        w.is_contiguous() && aligned(w.const_data_ptr(), 16) && bytes >= kCounterBytes + floats * 4,
+        op, ": workspace must be contiguous, aligned to 16 bytes and hold at least ",
+        kCounterBytes + floats * 4, " bytes (zeroed once), got ", describe(w),
+        "; leave it out to have one allocated");
     counter_data = static_cast<char*>(w.mutable_data_ptr());
     partial_data = reinterpret_cast<float*>(counter_data + kCounterBytes);
   } else {
@@ -191,7 +192,8 @@ void place_workspace(const char* op, DecodeParams& p, int64_t slots, const Tenso
 int launch_attention(const DecodeParams& p, int slots, void* stream) {
   if (p.kv_dtype == DType::bf16) return cuda::launch_decode_bf16(p, slots, stream);
   if (p.kv_dtype == DType::f16) return cuda::launch_decode_f16(p, slots, stream);
-  if (p.kv_dtype == DType::f8e4m3) return cuda::launch_decode_e4m3(p, slots, cuda::force_portable(), stream);
+  if (p.kv_dtype == DType::f8e4m3)
+    return cuda::launch_decode_e4m3(p, slots, cuda::force_portable(), stream);
   return cuda::launch_decode_i8(p, slots, stream);
 }
 
@@ -203,8 +205,8 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
   const char* op = call.op;
 #ifdef FASTINFER_WITH_CUDA
   const auto& s = call.p;
-  FI_CHECK(s.dtype != DType::f32, op,
-           ": q must be torch.float16 or torch.bfloat16 on CUDA, got ", describe(t.q));
+  FI_CHECK(s.dtype != DType::f32, op, ": q must be torch.float16 or torch.bfloat16 on CUDA, got ",
+           describe(t.q));
   FI_CHECK(!is_8bit(s.kv_dtype) || s.head_dim % 16 == 0, op,
            ": head_dim must be a multiple of 16 for an 8-bit cache on CUDA, got ", s.head_dim);
   const CudaLaunch device(t.q);
@@ -219,9 +221,9 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
     p.q_batch = p.q_token * t.q.size(1);
   }
   if (p.append > 0 || own_q)
-    check_launch(op, cuda::launch_append(
-                         append_params(call, t, own_q ? own_q->mutable_data_ptr() : nullptr),
-                         device.stream()));
+    check_launch(
+        op, cuda::launch_append(append_params(call, t, own_q ? own_q->mutable_data_ptr() : nullptr),
+                                device.stream()));
   if (t.q.numel() == 0) return;
   const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;

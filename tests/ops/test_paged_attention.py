@@ -146,7 +146,7 @@ class Case:
 
     def without_append(self, caches, scales, *, rotary_cos, rotary_sin, rotary_interleaved=True,
                        **features):  # fmt: skip
-        batch, len_q = self.q.shape[:2]
+        len_q = self.q.shape[1]
         per_token = features.get("causal") or max(features.get("window_size", (-1, -1))) >= 0
         at = self.lengths.long()[:, None] + torch.arange(len_q) * int(bool(per_token))
         q = apply_rotary(
@@ -307,9 +307,7 @@ def test_append_has_the_bits_of_rotary_then_cache_write(code, device):
         k, v = (randn(3, new, 2, 64, seed=s, dtype=dtype, device=device) for s in (1, 2))
         for scale in (torch.tensor(0.02), torch.tensor([0.02, 0.03]), torch.zeros(6, 8, 2)):
             scale = scale.to(device)
-            ours = [
-                torch.zeros(6, 8, 2, 64, dtype=code or dtype, device=device) for _ in range(2)
-            ]
+            ours = [torch.zeros(6, 8, 2, 64, dtype=code or dtype, device=device) for _ in range(2)]
             theirs = [t.clone() for t in ours]
             scales = [{n: scale.clone() for n in ("k_scale", "v_scale")} for _ in range(2)]
             if code is None:

@@ -1,9 +1,10 @@
-// What happens before decode attention when k and v come along: new keys (rotated) and values written
-// behind the cached ones (quantised for an 8-bit cache), and q copied into a buffer, rotated. The copy
-// alone is also made for a q that is not aligned to 4 bytes.
+// What happens before decode attention when k and v come along: new keys (rotated) and values
+// written behind the cached ones (quantised for an 8-bit cache), and q copied into a buffer,
+// rotated. The copy alone is also made for a q that is not aligned to 4 bytes.
 //
 //   rotary (Su et al. 2021), c, s = cos, sin[position, i]:  a' = a c - b s,  b' = b c + a s
-//   codes: x / scale to nearest even, saturating; a scale per token and head is max|x| / largest code
+//   codes: x / scale to nearest even, saturating; a scale per token and head is max|x| / largest
+//   code
 //
 // One warp per row of D elements: K and V rows (token, head), then rows of q. fp32 in between, one
 // rounding to the element type after the rotation.
@@ -38,13 +39,13 @@ __device__ void rotate(const AppendParams& p, int64_t position, float* x, int la
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps) append_kernel(const __grid_constant__ AppendParams p) {
+__global__ void __launch_bounds__(32 * kWarps)
+    append_kernel(const __grid_constant__ AppendParams p) {
   __shared__ float rows[kWarps][kMaxDim];
   grid_wait();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t cache_rows = static_cast<int64_t>(p.batch) * p.tokens * p.heads_kv;
-  const int64_t query_rows =
-      p.q_out ? static_cast<int64_t>(p.batch) * p.q_len * p.heads_q : 0;
+  const int64_t query_rows = p.q_out ? static_cast<int64_t>(p.batch) * p.q_len * p.heads_q : 0;
   int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (r >= 2 * cache_rows + query_rows) return;
   float* x = rows[warp];
@@ -52,11 +53,11 @@ __global__ void __launch_bounds__(32 * kWarps) append_kernel(const __grid_consta
     r -= 2 * cache_rows;
     const int head = r % p.heads_q;
     const int64_t token = r / p.heads_q % p.q_len, b = r / p.heads_q / p.q_len;
-    const T* from = static_cast<const T*>(p.q) + b * p.q_batch + token * p.q_token + head * p.q_head;
+    const T* from =
+        static_cast<const T*>(p.q) + b * p.q_batch + token * p.q_token + head * p.q_head;
     for (int i = lane; i < p.dim; i += 32) x[i] = to_float(from[i]);
     __syncwarp();
-    if (p.cos)
-      rotate<T>(p, p.lengths[b * p.lengths_stride] + (p.q_per_token ? token : 0), x, lane);
+    if (p.cos) rotate<T>(p, p.lengths[b * p.lengths_stride] + (p.q_per_token ? token : 0), x, lane);
     T* to = static_cast<T*>(p.q_out) + r * p.dim;
     for (int i = lane; i < p.dim; i += 32) to[i] = from_float<T>(x[i]);
     return;
@@ -65,10 +66,9 @@ __global__ void __launch_bounds__(32 * kWarps) append_kernel(const __grid_consta
   if (value) r -= cache_rows;
   const int head = r % p.heads_kv;
   const int64_t token = r / p.heads_kv % p.tokens, b = r / p.heads_kv / p.tokens;
-  const T* from = value ? static_cast<const T*>(p.v) + b * p.v_batch + token * p.v_token +
-                              head * p.v_head
-                        : static_cast<const T*>(p.k) + b * p.k_batch + token * p.k_token +
-                              head * p.k_head;
+  const T* from =
+      value ? static_cast<const T*>(p.v) + b * p.v_batch + token * p.v_token + head * p.v_head
+            : static_cast<const T*>(p.k) + b * p.k_batch + token * p.k_token + head * p.k_head;
   for (int i = lane; i < p.dim; i += 32) x[i] = to_float(from[i]);
   __syncwarp();
   const int64_t position = p.lengths[b * p.lengths_stride] + token;

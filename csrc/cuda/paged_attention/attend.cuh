@@ -1,6 +1,7 @@
 // The arithmetic of one warp: 16 packed query rows against slices of keys.
 //
-//   x = score in the log2 domain, m = running max, l += 2^(x - m), O = O * 2^(m_old - m) + 2^(x - m) V
+//   x = score in the log2 domain, m = running max, l += 2^(x - m), O = O * 2^(m_old - m) + 2^(x -
+//   m) V
 //
 // (Dao et al. 2022), fp32 but for the operands of the two products. A masked key has weight 0
 // exactly, and where no max moves the rescaling, by 1, is left out: neither changes a bit.
@@ -8,8 +9,8 @@
 // 16-bit caches: both products at the type of the cache. 8-bit ones: in fp16; columns of a 16-byte
 // segment are then permuted alike in Q and K: thread t of a quad holds columns 4t .. 4t+3 of K as
 // ldmatrix delivers them, and of O. A row of bf16 queries is scaled by a power of two into fp16's
-// range. Scales per token: K's multiplies the score; V's joins the weight before it is rounded, with a
-// running max of its own (`mo`), so that no magnitude of scales can leave fp16's range.
+// range. Scales per token: K's multiplies the score; V's joins the weight before it is rounded,
+// with a running max of its own (`mo`), so that no magnitude of scales can leave fp16's range.
 #pragma once
 
 #include "../common/dtype.cuh"
@@ -42,17 +43,17 @@ template <class F, int D, bool kSoft>
 struct Attend {
   using L = Layout<F, D>;
   static constexpr bool k8 = F::kBytes == 1;
-  static constexpr int kSteps = D / 16;            // of 16 columns
-  static constexpr int kBlocks = L::kTokens / 8;   // of 8 keys
-  // Slices that one step takes: two give the products twice the independent chains. 8-bit slices are
-  // long enough, and at D = 256 there are no registers left.
+  static constexpr int kSteps = D / 16;           // of 16 columns
+  static constexpr int kBlocks = L::kTokens / 8;  // of 8 keys
+  // Slices that one step takes: two give the products twice the independent chains. 8-bit slices
+  // are long enough, and at D = 256 there are no registers left.
   static constexpr int kJoint = !k8 && D <= 128 ? 2 : 1;
 
   float o[D / 8][4];
   float m[2], l[2], mo[2];
   float factor[2];  // of the raw score of rows g, g + 8
   float slope[2];
-  int at[2];        // key position of the row
+  int at[2];  // key position of the row
   int low[2], high[2];
   uint32_t q[L::kQueryInShared ? 1 : kSteps][4];
   uint32_t q_shared;  // of this lane's fragments
@@ -116,8 +117,9 @@ struct Attend {
       if (p.alibi && there[i])
         slope[i] = __ldg(p.alibi + item.b * p.alibi_batch + head * p.alibi_head) * kLog2e;
     }
-    // Raw 16-bit pairs in the order of the fragments, zeros past the end and for no row. In a 16-bit
-    // product a0, a1 are columns 2t, 2t + 1 and a2, a3 columns 8 further; else a0 to a3 columns 4t ...
+    // Raw 16-bit pairs in the order of the fragments, zeros past the end and for no row. In a
+    // 16-bit product a0, a1 are columns 2t, 2t + 1 and a2, a3 columns 8 further; else a0 to a3
+    // columns 4t ...
     const int t = lane() % 4;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -235,8 +237,7 @@ struct Attend {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           // Bytes: (key 2t; even, odd column), (key 2t + 1; even, odd column).
-          const HalfPairs b0 =
-              halves_from_codes<F::kE4m3, kSoft>(__byte_perm(v[2 * j], 0, 0x3120));
+          const HalfPairs b0 = halves_from_codes<F::kE4m3, kSoft>(__byte_perm(v[2 * j], 0, 0x3120));
           const HalfPairs b1 =
               halves_from_codes<F::kE4m3, kSoft>(__byte_perm(v[2 * j + 1], 0, 0x3120));
           mma_16816<false>(o[2 * (s + j)], a, b0.low, b1.low);
@@ -347,7 +348,10 @@ struct Attend {
 
   static __device__ __forceinline__ float2 shared_pair(uint32_t address) {
     float2 r;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(address) : "memory");
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(r.x), "=f"(r.y)
+                 : "r"(address)
+                 : "memory");
     return r;
   }
 

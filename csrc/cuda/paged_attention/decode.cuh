@@ -1,11 +1,13 @@
 // Decode attention: a few packed query rows per (sequence, key head) over a dense or paged cache.
 //
-//   o = softmax(scale q k^T, softcap, ALiBi, masks, sink) v,   grid: one CTA per slot (see params.h)
+//   o = softmax(scale q k^T, softcap, ALiBi, masks, sink) v,   grid: one CTA per slot (see
+//   params.h)
 //
-// A CTA of 4 warps works on one item at a time. row_tiles = 1, 2 or 4 warps form a team, one warp per 16
-// rows; the 4 / row_tiles teams take different keys of a step of 4 slices and are merged at the end
-// of a piece. Each warp loads one slice of every step (stream.cuh), reads all slices of its team
-// (attend.cuh) and takes part in the merge (finish.cuh). No barrier of the CTA inside the loop.
+// A CTA of 4 warps works on one item at a time. row_tiles = 1, 2 or 4 warps form a team, one warp
+// per 16 rows; the 4 / row_tiles teams take different keys of a step of 4 slices and are merged at
+// the end of a piece. Each warp loads one slice of every step (stream.cuh), reads all slices of its
+// team (attend.cuh) and takes part in the merge (finish.cuh). No barrier of the CTA inside the
+// loop.
 #pragma once
 
 #include "../common/launch.cuh"
@@ -14,7 +16,8 @@
 
 namespace fastinfer::cuda {
 
-__device__ __forceinline__ Item make_item(const DecodeParams& p, const Slot& slot, const Walk& walk) {
+__device__ __forceinline__ Item make_item(const DecodeParams& p, const Slot& slot,
+                                          const Walk& walk) {
   Item item;
   item.b = walk.b;
   const int pair = walk.pair(p, slot);
@@ -127,8 +130,8 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
 
 template <class F, int D, bool kSoft>
 int launch_decode_instance(const DecodeParams& p, int ctas, void* stream) {
-  return launch(decode_kernel<F, D, kSoft>, dim3(p.lanes, ctas / p.lanes), dim3(kDecodeThreads), Layout<F, D>::kTotal,
-                stream, p);
+  return launch(decode_kernel<F, D, kSoft>, dim3(p.lanes, ctas / p.lanes), dim3(kDecodeThreads),
+                Layout<F, D>::kTotal, stream, p);
 }
 
 template <class F, bool kSoft = false>

@@ -1,8 +1,8 @@
-// The end of a piece: the warps' states are merged through the stage that was read last (no copy goes
-// to it until then), and leave as output, or as a partial result in the workspace. The CTA that
-// finishes the last piece of an item merges all of them in the order of the keys, whatever the order of
-// arrival: pieces in groups of kMergeFan first, each group by whoever completes it, where there are
-// many.
+// The end of a piece: the warps' states are merged through the stage that was read last (no copy
+// goes to it until then), and leave as output, or as a partial result in the workspace. The CTA
+// that finishes the last piece of an item merges all of them in the order of the keys, whatever the
+// order of arrival: pieces in groups of kMergeFan first, each group by whoever completes it, where
+// there are many.
 #pragma once
 
 #include "attend.cuh"
@@ -31,8 +31,8 @@ struct Pieces {
   }
 };
 
-__device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& slot, const Walk& walk,
-                                           int tile) {
+__device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& slot,
+                                           const Walk& walk, int tile) {
   Pieces c;
   c.fixed = p.invariant;
   if (c.fixed) {
@@ -93,8 +93,8 @@ struct Finish {
   }
   __device__ __forceinline__ int block_rows() const { return min(p.rows, 16 * p.row_tiles); }
 
-  // A thread has four columns of every kRowStep-th row of the block; body(row, column) is given every
-  // kRows-th of those.
+  // A thread has four columns of every kRowStep-th row of the block; body(row, column) is given
+  // every kRows-th of those.
   template <int kRows = 1, class Body>
   __device__ __forceinline__ void for_units(Body&& body) const {
     const int column = threadIdx.x % (kColumns / 4) * 4;
@@ -109,17 +109,17 @@ struct Finish {
     emit_row(p, item.b, item.head, item.row_block * p.row_tiles * 16 + row, column, o, top, sum);
   }
   static __device__ __forceinline__ void emit_row(const DecodeParams& p, int b, int head_kv, int r,
-                                               int column, float4 o, float top, float sum) {
+                                                  int column, float4 o, float top, float sum) {
     const int token = p.q_len == 1 ? 0 : r / p.group;
     const int head = head_kv * p.group + r - token * p.group;
     float weight = 1.0f;
     if (p.v_scale && !p.scale_per_token_v) weight = __ldg(p.v_scale + head_kv * p.vs_head);
     if (p.sinks && sum != 0.0f) {
       const int64_t at = head * p.sinks_stride;
-      float sink = p.sinks_dtype == DType::f32   ? static_cast<const float*>(p.sinks)[at]
-                   : p.sinks_dtype == DType::f16 ? __half2float(static_cast<const __half*>(p.sinks)[at])
-                                                 : __bfloat162float(
-                                                       static_cast<const __nv_bfloat16*>(p.sinks)[at]);
+      float sink = p.sinks_dtype == DType::f32 ? static_cast<const float*>(p.sinks)[at]
+                   : p.sinks_dtype == DType::f16
+                       ? __half2float(static_cast<const __half*>(p.sinks)[at])
+                       : __bfloat162float(static_cast<const __nv_bfloat16*>(p.sinks)[at]);
       sink *= kLog2e;
       const float higher = fmaxf(sink, top), shrink = exp2f(top - higher);
       sum = sum * shrink + exp2f(sink - higher);
@@ -172,10 +172,10 @@ struct Finish {
     return *flag() != 0;
   }
 
-  // `count` partial results, `step` apart from piece `begin` on, into one: the output, or the place of
-  // the first. Each thread reads all it needs, maxima and sums of its rows included: kRows rows of
-  // kRound pieces at once, because nothing else hides the latency. Otherwise the loops stay rolled:
-  // this runs once, and instructions have to be fetched too.
+  // `count` partial results, `step` apart from piece `begin` on, into one: the output, or the place
+  // of the first. Each thread reads all it needs, maxima and sums of its rows included: kRows rows
+  // of kRound pieces at once, because nothing else hides the latency. Otherwise the loops stay
+  // rolled: this runs once, and instructions have to be fetched too.
   template <int kRows, int kRound>
   __device__ __forceinline__ void merge(const Pieces& c, int begin, int count, int step,
                                         bool last) const {
@@ -241,7 +241,8 @@ struct Finish {
         if (last) {
           emit(row, column, o[r], top[r], sum[r]);
         } else {
-          // The maxima and sums of the first result are still being read: they go elsewhere for now.
+          // The maxima and sums of the first result are still being read: they go elsewhere for
+          // now.
           *reinterpret_cast<float4*>(partial(first) + row * p.dim + column) = o[r];
           if (column == 0) tops()[row] = top[r], sums()[row] = sum[r];
         }
@@ -259,7 +260,8 @@ struct Finish {
 #pragma unroll 1
     for (bool last = groups == 1;; last = true) {
       int begin = 0, count = groups, step = c.fan;
-      if (!last || groups == 1) begin = group * c.fan, count = min(c.fan, c.count - begin), step = 1;
+      if (!last || groups == 1)
+        begin = group * c.fan, count = min(c.fan, c.count - begin), step = 1;
       if (!arrive(last ? c.done : c.group_counter(group), count)) return;
       // The order of the sums must not depend on the number of rows: rounds of eight in both.
       if (item.rows <= kRowStep)
@@ -307,8 +309,8 @@ struct Finish {
       for (int w = 0; w < kDecodeWarps; ++w) {
         if ((w & (p.row_tiles - 1)) != row / 16) continue;
         s += sum[w * 16 + row % 16];
-        const float4 x = *reinterpret_cast<const float4*>(
-            stage + w * L::kSlice + (row % 16 * L::kMergePitch + column) * 4);
+        const float4 x = *reinterpret_cast<const float4*>(stage + w * L::kSlice +
+                                                          (row % 16 * L::kMergePitch + column) * 4);
         o.x += x.x, o.y += x.y, o.z += x.z, o.w += x.w;
       }
       if (c.count == 1) {

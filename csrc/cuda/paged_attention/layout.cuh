@@ -1,9 +1,9 @@
 // Cache formats and the shared memory of the decode kernel.
 //
-// A warp's share of a step is a slice of 32 bytes' worth of keys per column: kTokens = 16 keys of a 16-bit
-// cache, 32 of an 8-bit one. A slice holds their K rows, then their V rows, then (8-bit) two scales
-// per key. Rows are padded by 16 bytes, an odd multiple of 16, so that ldmatrix meets no bank
-// conflict. When a piece is finished a slice takes the warp's fp32 output for the merge.
+// A warp's share of a step is a slice of 32 bytes' worth of keys per column: kTokens = 16 keys of a
+// 16-bit cache, 32 of an 8-bit one. A slice holds their K rows, then their V rows, then (8-bit) two
+// scales per key. Rows are padded by 16 bytes, an odd multiple of 16, so that ldmatrix meets no
+// bank conflict. When a piece is finished a slice takes the warp's fp32 output for the merge.
 #pragma once
 
 #include "params.h"
@@ -45,10 +45,10 @@ struct Layout {
   static constexpr bool kQueryInShared = D == 256;  // registers would not do
   static constexpr int kQuery = kStages * kStage;
   static constexpr int kQueryBytes = kQueryInShared ? kDecodeWarps * (D / 16) * 512 : 0;
-  static constexpr int kMax = kQuery + kQueryBytes;       // float [warp][16]
-  static constexpr int kSum = kMax + kDecodeWarps * 64;   // float [warp][16]
-  static constexpr int kTop = kSum + kDecodeWarps * 64;   // float [row of the block]
-  static constexpr int kInts = kTop + 256;                // int [8]
+  static constexpr int kMax = kQuery + kQueryBytes;      // float [warp][16]
+  static constexpr int kSum = kMax + kDecodeWarps * 64;  // float [warp][16]
+  static constexpr int kTop = kSum + kDecodeWarps * 64;  // float [row of the block]
+  static constexpr int kInts = kTop + 256;               // int [8]
   static constexpr int kTotal = kInts + 32;
   static constexpr int kCtasPerSm = D == 256 ? 1 : 2;
 };

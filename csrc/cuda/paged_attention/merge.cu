@@ -1,9 +1,10 @@
 // merge_attn_states: attention over two disjoint sets of keys from the results over each.
 //
-//   m = max(lse_a, lse_b), w_x = e^(lse_x - m), out = (w_a a + w_b b) / (w_a + w_b), lse = m + ln(w_a + w_b)
+//   m = max(lse_a, lse_b), w_x = e^(lse_x - m), out = (w_a a + w_b b) / (w_a + w_b), lse = m +
+//   ln(w_a + w_b)
 //
-// A side whose LSE is infinite holds no keys: its output is not read. One warp per row (batch, token,
-// head); a thread reads what it writes before writing it, so out may be an input.
+// A side whose LSE is infinite holds no keys: its output is not read. One warp per row (batch,
+// token, head); a thread reads what it writes before writing it, so out may be an input.
 #include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "paged_attention.h"

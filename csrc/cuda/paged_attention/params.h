@@ -1,16 +1,16 @@
 // What the decode kernel needs to know, and the shape of its workspace. Plain C++.
 //
 // Rows. The group = Hq / Hkv query heads of a key head and the q_len tokens are packed: row r of
-// (sequence, key head) is token r / group, head kv_head * group + r % group. A CTA works on a block of
-// 16 * row_tiles of them.
+// (sequence, key head) is token r / group, head kv_head * group + r % group. A CTA works on a block
+// of 16 * row_tiles of them.
 //
-// Work. The (key head, row block) pairs are dealt round robin to `lanes`; lane j's list runs over the
-// sequences and, within one, over the lane's pairs. An item, (b, pair), costs max(1, tiles of 64 visible
-// keys). CTA (lane, g) works on cost [g * share, (g + 1) * share) of its lane's list,
-// share = ceil(total / CTAs per lane): neighbouring CTAs read neighbouring heads of the same keys at the
-// same time. An item cut by such borders is summed up from partial results by whichever CTA finishes
-// last, in the order of the keys. Batch-invariant: an item consists of pieces of 1024 keys at absolute
-// positions, a piece belongs to the CTA of its first tile.
+// Work. The (key head, row block) pairs are dealt round robin to `lanes`; lane j's list runs over
+// the sequences and, within one, over the lane's pairs. An item, (b, pair), costs max(1, tiles of
+// 64 visible keys). CTA (lane, g) works on cost [g * share, (g + 1) * share) of its lane's list,
+// share = ceil(total / CTAs per lane): neighbouring CTAs read neighbouring heads of the same keys
+// at the same time. An item cut by such borders is summed up from partial results by whichever CTA
+// finishes last, in the order of the keys. Batch-invariant: an item consists of pieces of 1024 keys
+// at absolute positions, a piece belongs to the CTA of its first tile.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,7 @@ struct DecodeParams {
   int32_t batch, q_len, append, capacity, heads_kv, group, dim;
   int32_t page_size, page_shift;  // page_shift: -1 where page_size is not a power of two
   int32_t rows, row_tiles, row_shift, row_blocks;  // row_tiles = 1 << row_shift
-  int32_t lanes, lane_items;  // lane_items = heads_kv * row_blocks / lanes
+  int32_t lanes, lane_items;                       // lane_items = heads_kv * row_blocks / lanes
   int32_t min_share;
   int32_t window_left, window_right;  // -1: unlimited
   int32_t max_pieces;                 // per item, batch-invariant mode
@@ -71,9 +71,9 @@ struct AppendParams {
   void* v_cache;
   float* k_scale;
   float* v_scale;
-  const void* q;  // copied to q_out, rotated when the tables are given
-  void* q_out;    // [B, Sq, Hq, D] contiguous, or nullptr
-  const void* cos;    // [positions, rotary_dim / 2]
+  const void* q;    // copied to q_out, rotated when the tables are given
+  void* q_out;      // [B, Sq, Hq, D] contiguous, or nullptr
+  const void* cos;  // [positions, rotary_dim / 2]
   const void* sin;
   const int32_t* lengths;
   const int32_t* cache_rows;

@@ -64,11 +64,12 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
 int launch_plan(const int32_t* lengths, int64_t stride, int64_t batch, int64_t heads_kv,
                 int64_t q_len, int64_t append, int64_t window_left, int64_t num_slots,
                 bool invariant, int32_t* plan, void* stream) {
-  const auto narrow = [](int64_t x) { return static_cast<int32_t>(x < INT32_MAX / 2 ? x : INT32_MAX / 2); };
-  const PlanParams p{lengths,        stride,         plan,
-                     narrow(batch),  narrow(heads_kv), narrow(q_len),
-                     narrow(append), narrow(window_left), narrow(num_slots),
-                     invariant};
+  const auto narrow = [](int64_t x) {
+    return static_cast<int32_t>(x < INT32_MAX / 2 ? x : INT32_MAX / 2);
+  };
+  const PlanParams p{lengths,           stride,        plan,           narrow(batch),
+                     narrow(heads_kv),  narrow(q_len), narrow(append), narrow(window_left),
+                     narrow(num_slots), invariant};
   return launch(plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream, p);
 }
 

@@ -1,6 +1,6 @@
 // The loader: keys and values of the slot's tiles into a ring of shared memory stages, kStages - 1
-// steps ahead of the arithmetic and across the borders of items. Every warp loads its own slice, one
-// lane per key looks the page up, one step before the copy needs it.
+// steps ahead of the arithmetic and across the borders of items. Every warp loads its own slice,
+// one lane per key looks the page up, one step before the copy needs it.
 //
 // Keys outside [low, min(len, end of the piece)) are not touched; their rows become 0.
 #pragma once
@@ -108,15 +108,15 @@ struct Stream {
     static_assert(F::kBytes == 2 || L::kTokens == 32, "a lane per key");
     const uint32_t to = slice + L::kScales + lane() * 4;
     if (p.scale_per_token_k)
-      cp_async_4(to,
-                 valid ? p.k_scale + page * p.ks_page + place * p.ks_token + head * p.ks_head
-                       : p.k_scale,
-                 valid);
+      cp_async_4(
+          to,
+          valid ? p.k_scale + page * p.ks_page + place * p.ks_token + head * p.ks_head : p.k_scale,
+          valid);
     if (p.scale_per_token_v)
-      cp_async_4(to + L::kTokens * 4,
-                 valid ? p.v_scale + page * p.vs_page + place * p.vs_token + head * p.vs_head
-                       : p.v_scale,
-                 valid);
+      cp_async_4(
+          to + L::kTokens * 4,
+          valid ? p.v_scale + page * p.vs_page + place * p.vs_token + head * p.vs_head : p.v_scale,
+          valid);
   }
 
   // Any strides and alignment, any distance: element by element.

@@ -1,8 +1,9 @@
 // Which keys of which (sequence, key head, row block) a CTA works on; see params.h.
 //
-// The running cost of the sequences comes from the plan, or else every CTA adds it up by itself from
-// the lengths: one load and one block-wide scan, cheaper than a launch. A Walk then steps through
-// the items of the slot; the loader and the arithmetic each have one, the loader some tiles ahead.
+// The running cost of the sequences comes from the plan, or else every CTA adds it up by itself
+// from the lengths: one load and one block-wide scan, cheaper than a launch. A Walk then steps
+// through the items of the slot; the loader and the arithmetic each have one, the loader some tiles
+// ahead.
 #pragma once
 
 #include "../common/reduce.cuh"
@@ -28,7 +29,7 @@ __device__ __forceinline__ int sequence_cost(int len, int q_len, int window_left
 }
 
 struct Slot {
-  int begin, end;     // cost, of the lane's list
+  int begin, end;  // cost, of the lane's list
   int share, lane;
   int b, first_cost;  // sequence at `begin`, cost of those before it
 };
@@ -121,9 +122,10 @@ __device__ __forceinline__ Slot find_slot(const DecodeParams& p, int* scratch) {
 
 // One item of a slot and the tiles [tile, end) of it that the slot does.
 struct Walk {
-  int b, item;      // item of the lane
-  int position;     // cost before this item
-  int cost, len, low, row;  // keys of the sequence, first one that is visible to some row, cache row
+  int b, item;   // item of the lane
+  int position;  // cost before this item
+  int cost, len, low,
+      row;  // keys of the sequence, first one that is visible to some row, cache row
   int tile, end;
 
   __device__ __forceinline__ void load_sequence(const DecodeParams& p) {
@@ -146,7 +148,9 @@ struct Walk {
         return (t + kInvariantTiles - 1) / kInvariantTiles * kInvariantTiles;
       };
       tile = tile > 0 ? round_up(tile + lowest) : lowest & ~1;
-      end = end >= tiles ? tiles + lowest : end > 0 ? min(round_up(end + lowest), tiles + lowest) : 0;
+      end = end >= tiles ? tiles + lowest
+            : end > 0    ? min(round_up(end + lowest), tiles + lowest)
+                         : 0;
     } else {
       tile += lowest;
       end += lowest;

@@ -1,5 +1,5 @@
-// Asynchronous copies from global to shared memory (sm_80: 4 or 16 bytes, zero fill) and barriers of
-// part of a block.
+// Asynchronous copies from global to shared memory (sm_80: 4 or 16 bytes, zero fill) and barriers
+// of part of a block.
 #pragma once
 
 #include <cuda_runtime.h>

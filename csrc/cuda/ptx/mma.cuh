@@ -1,10 +1,10 @@
 // Tensor core instructions of one warp: ldmatrix and mma.sync m16n8k16 with fp32 accumulators.
 //
-// Fragments (lane = 4 g + t): A regs a0 = (row g; k 2t, 2t+1), a1 = (row g+8; same k), a2, a3 = k + 8.
-// B regs b0 = (k 2t, 2t+1; column g), b1 = k + 8. C: c0, c1 = (row g; columns 2t, 2t+1), c2, c3 =
-// row g+8. ldmatrix hands lane l of matrix i the elements (row l/4; 2(l%4), +1) of the 8 x 8 matrix
-// whose rows start at the addresses of lanes 8i .. 8i+7; .trans hands it (rows 2(l%4), +1; column
-// l/4).
+// Fragments (lane = 4 g + t): A regs a0 = (row g; k 2t, 2t+1), a1 = (row g+8; same k), a2, a3 = k
+// + 8. B regs b0 = (k 2t, 2t+1; column g), b1 = k + 8. C: c0, c1 = (row g; columns 2t, 2t+1), c2,
+// c3 = row g+8. ldmatrix hands lane l of matrix i the elements (row l/4; 2(l%4), +1) of the 8 x 8
+// matrix whose rows start at the addresses of lanes 8i .. 8i+7; .trans hands it (rows 2(l%4), +1;
+// column l/4).
 #pragma once
 
 #include <cuda_runtime.h>
