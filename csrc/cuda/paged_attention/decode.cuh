@@ -70,15 +70,18 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
   }
   Walk walk;
   walk.start(p, slot);
+  // The kernel right before this one may have written the newest keys, one per query: they are not
+  // read before it is complete. Older keys, lengths and tables were complete before this one
+  // started.
+  const int ahead = walk.tile * kPlanTile + (L::kStages - 1) * L::kStepTokens;
+  if (p.append > 0 || ahead > min(walk.end * kPlanTile, walk.len - p.q_len)) grid_wait();
   Stream<F, D> stream(p, slot, walk, ring);
 #pragma unroll 1
   for (int s = -1; s < L::kStages - 1; ++s) {
     if (s >= 0) stream.issue(s);
     stream.look_up();
   }
-  // Lengths, tables and cached keys were complete before this kernel started; the queries, the
-  // output and the workspace belong to kernels that may still run.
-  grid_wait();
+  grid_wait();  // queries, output and workspace belong to kernels that may still run
   grid_launch_dependents();
 
   const int team = warp >> p.row_shift, tile = warp & (p.row_tiles - 1);

@@ -297,7 +297,7 @@ struct Finish {
       a.store(own, i, exp2_approx(a.reference(p, i) - origin));
       if (lane % 4 == 0) {
         sum[warp * 16 + row] = a.l[i] * exp2_approx(a.m[i] - origin);
-        tops()[tile * 16 + row] = m;  // the same from every team
+        if (warp < p.row_tiles) tops()[tile * 16 + row] = m;  // the same in every team
       }
     }
     __syncthreads();
