@@ -17,6 +17,9 @@ from fastinfer import _lib
 # Operators with a CUDA kernel: their tests also run on the GPU where there is one.
 CUDA_OPS: frozenset[str] = frozenset(
     {
+        "flash_attn_kvcache",
+        "plan_decode",
+        "merge_attn_states",
         "reshape_and_cache",
         "gather_cache",
         "copy_blocks",

@@ -1,27 +1,25 @@
-// flash_attn_kvcache, plan_decode, merge_attn_states: decoding over a dense or paged cache.
+// flash_attn_kvcache: decoding over a dense or paged cache.
 //
 //   q [B, Sq, Hq, D]; caches [B_cache, S, Hkv, D], or [num_blocks, P, Hkv, D] with block_table
 //   [B, max_blocks]; new k, v [B, Snew, Hkv, D] go to positions cache_seqlens[b] + i first, rotated
 //   and quantised on the way; then every query sees its sequence's keys [leftpad, cache_seqlens +
-//   Snew), masks aligned at the end. CPU: see csrc/cpu/attention.h.
-//
-// The plan, int32 [8 + B + 1]: {version = 1, batch, num_heads_kv, q_len, append, tile_tokens = 64,
-// num_slots, share}, then the running sum over sequences of cost_b = visible tiles + 4, starting at
-// 0. share = ceil(num_heads_kv * total / num_slots): slot s of the CUDA kernel works on cost
-// [s * share, (s + 1) * share) of the list (sequence, key head, tile). share = 0 stands for pieces
-// of 1024 tokens at absolute positions (batch_invariant). The CPU kernel checks the header and
-// divides the work by itself, always at absolute positions.
-#include <algorithm>
+//   Snew), masks aligned at the end. CPU: see csrc/cpu/attention.h; CUDA: paged_attention_cuda.cpp
+//   and csrc/cuda/paged_attention/params.h.
+#include "paged_attention.h"
 
-#include "attention.h"
+#include <algorithm>
+#include <memory>
+
+#ifdef FASTINFER_WITH_CUDA
+#include "cuda_shim.h"
+#endif
 
 namespace fastinfer {
 namespace {
 
 using attention::Call;
 using attention::Ints;
-
-constexpr int64_t kPlanHeader = 8, kPlanVersion = 1, kPieceCost = 4;
+using paged_attention::kPlanHeader;
 
 // Where each sequence's keys lie and how many there are.
 struct Lengths {
@@ -101,8 +99,6 @@ void append(const Call& call, const Lengths& lengths, const Tensor& k, const Ten
             const Tensor& k_cache, const Tensor& v_cache, const OptTensor& k_scale,
             const OptTensor& v_scale) {
   const auto& p = call.p;
-  check_written(call.op, "k_cache", k_cache);
-  check_written(call.op, "v_cache", v_cache);
   cpu::AppendParams a{};
   a.k = k.const_data_ptr();
   a.v = v.const_data_ptr();
@@ -123,6 +119,52 @@ void append(const Call& call, const Lengths& lengths, const Tensor& k, const Ten
       0, k.size(0) * k.size(1), grain(4 * p.heads_kv * p.head_dim),
       [&](int64_t begin, int64_t end) { FI_PICK(attention_append)(a, begin, end); });
 }
+
+// With FASTINFER_VALIDATE=1, on a GPU: the plan was made for these lengths.
+void check_plan_data([[maybe_unused]] const char* op, [[maybe_unused]] const OptTensor& plan,
+                     [[maybe_unused]] const Call& call, [[maybe_unused]] const Lengths& lengths,
+                     [[maybe_unused]] int64_t len_q) {
+#ifdef FASTINFER_WITH_CUDA
+  if (!plan) return;
+  const CudaLaunch device(*plan);
+  const HostCopy copy(op, "plan", *plan, device.stream());
+  const int32_t* data = static_cast<const int32_t*>(copy.data());
+  attention::check_plan_header(op, data, static_cast<int64_t>(lengths.after.size()),
+                               call.p.heads_kv, len_q, lengths.after[0] - lengths.before[0]);
+  for (size_t b = 0; b < lengths.after.size(); ++b) {
+    const int64_t cost = paged_attention::decode_cost(lengths.after[b], len_q, call.p.window_left);
+    const int64_t got = data[kPlanHeader + b + 1] - data[kPlanHeader + b];
+    FI_CHECK(got == cost, op,
+             ": plan must be made from these cache_seqlens, append and window_size: ", "sequence ",
+             b, " has ", cost, " tiles, the plan says ", got);
+  }
+#endif
+}
+
+// The index tensors of a call as the host can read them: on a GPU copied, for FASTINFER_VALIDATE=1.
+class HostIndices {
+ public:
+  HostIndices(const char* op, const Tensor& q) : op_(op), q_(q) {}
+
+  Ints operator()(const char* arg, const OptTensor& t) {
+    if (!t) return {nullptr, 0};
+    if (q_.is_cpu()) return attention::ints(*t);
+#ifdef FASTINFER_WITH_CUDA
+    const CudaLaunch device(q_);
+    copies_.push_back(std::make_unique<HostCopy>(op_, arg, *t, device.stream()));
+    return {static_cast<const int32_t*>(copies_.back()->data()), t->stride(0)};
+#else
+    no_cuda_kernel(op_);
+#endif
+  }
+
+ private:
+  const char* op_;
+  const Tensor& q_;
+#ifdef FASTINFER_WITH_CUDA
+  std::vector<std::unique_ptr<HostCopy>> copies_;
+#endif
+};
 
 void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, OptTensor v,
                         Tensor out, OptTensor lse, OptTensor rotary_cos, OptTensor rotary_sin,
@@ -164,7 +206,35 @@ void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, O
   const int64_t len_new = k ? k->size(1) : 0;
   attention::check_plan(op, plan, q, batch, p.heads_kv, len_q, len_new);
   if (batch == 0 || (q.numel() == 0 && len_new == 0)) return;
-  if (!q.is_cpu()) no_cuda_kernel(op);
+  const paged_attention::Tensors tensors{q,
+                                         k_cache,
+                                         k,
+                                         v,
+                                         out,
+                                         lse,
+                                         rotary_cos,
+                                         rotary_sin,
+                                         cache_seqlens,
+                                         cache_batch_idx,
+                                         cache_leftpad,
+                                         block_table,
+                                         k_scale,
+                                         v_scale,
+                                         plan,
+                                         workspace};
+  if (len_new > 0) {
+    check_written(op, "k_cache", k_cache);
+    check_written(op, "v_cache", v_cache);
+  }
+  if (!q.is_cpu() && !validate_data()) {
+    paged_attention::run_cuda(call, tensors, capacity, batch_invariant);
+    return;
+  }
+  HostIndices on_host(op, q);
+  const Ints seqlens = on_host("cache_seqlens", cache_seqlens);
+  const Ints leftpad = on_host("cache_leftpad", cache_leftpad);
+  const Ints cache_rows = on_host("cache_batch_idx", cache_batch_idx);
+  const Ints table = on_host("block_table", block_table);
 
   if (lse) {
     p.lse_head = lse->stride(1);
@@ -172,19 +242,19 @@ void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, O
   }
   Lengths lengths;
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t before = cache_seqlens ? attention::ints(*cache_seqlens)[b] : capacity;
+    const int64_t before = cache_seqlens ? seqlens[b] : capacity;
     const int64_t after = before + len_new;
     FI_CHECK(before >= 0 && after <= capacity, op, ": cache_seqlens[", b, "] must be from 0 to ",
              capacity - len_new, " (cache capacity ", capacity, " less ", len_new,
              " new tokens), got ", before);
     int64_t first_key = 0, row = b;
     if (cache_leftpad) {
-      first_key = attention::ints(*cache_leftpad)[b];
+      first_key = leftpad[b];
       FI_CHECK(first_key >= 0 && first_key <= after, op, ": cache_leftpad[", b,
                "] must be from 0 to the length of the sequence (", after, "), got ", first_key);
     }
     if (cache_batch_idx) {
-      row = attention::ints(*cache_batch_idx)[b];
+      row = cache_rows[b];
       FI_CHECK(row >= 0 && row < k_cache.size(0), op, ": cache_batch_idx[", b,
                "] must be a row of k_cache, 0 to ", k_cache.size(0) - 1, ", got ", row);
     }
@@ -196,8 +266,7 @@ void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, O
     }
     const int32_t* pages = nullptr;
     if (block_table) {
-      pages =
-          static_cast<const int32_t*>(block_table->const_data_ptr()) + b * block_table->stride(0);
+      pages = table.data + b * table.stride;
       row = 0;
     }
     call.sequences.push_back({b * q.stride(0), b * out.stride(0), lse ? b * lse->stride(0) : 0,
@@ -212,122 +281,22 @@ void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, O
     lengths.after.push_back(after);
   }
   if (len_new > 0) {
-    if (cache_batch_idx) check_distinct(op, attention::ints(*cache_batch_idx), batch);
+    if (cache_batch_idx) check_distinct(op, cache_rows, batch);
     if (block_table && validate_data()) check_slots(op, call, lengths);
+  }
+  if (!q.is_cpu()) {
+    check_plan_data(op, plan, call, lengths, len_q);
+    paged_attention::run_cuda(call, tensors, capacity, batch_invariant);
+    return;
+  }
+  if (len_new > 0) {
     append(call, lengths, *k, *v, k_cache, v_cache, k_scale, v_scale);
   }
   if (q.numel() > 0) attention::run_cpu(call);
 }
 
-void plan_decode(Tensor cache_seqlens, int64_t num_heads_q, int64_t num_heads_kv, int64_t head_dim,
-                 int64_t q_len, int64_t append, int64_t window_left, int64_t window_right,
-                 int64_t num_slots, bool batch_invariant, Tensor plan) {
-  const char* op = "plan_decode";
-  check_dim(op, "cache_seqlens", cache_seqlens, 1);
-  const int64_t batch = cache_seqlens.size(0);
-  attention::check_ints(op, "cache_seqlens", cache_seqlens, batch, cache_seqlens);
-  FI_CHECK(num_heads_kv > 0 && num_heads_q > 0 && num_heads_q % num_heads_kv == 0, op,
-           ": num_heads_q must be a multiple of num_heads_kv, got ", num_heads_q, " and ",
-           num_heads_kv);
-  FI_CHECK(head_dim >= 16 && head_dim <= cpu::kMaxHeadDim && head_dim % 8 == 0, op,
-           ": head_dim must be a multiple of 8 from 16 to 256, got ", head_dim);
-  FI_CHECK(q_len >= 1 && append >= 0 && num_slots >= 1, op,
-           ": q_len must be >= 1, append >= 0 and num_slots >= 1, got ", q_len, ", ", append,
-           " and ", num_slots);
-  FI_CHECK(window_left >= -1 && window_right >= -1, op,
-           ": window_size must be two integers >= -1 (-1: unlimited), got (", window_left, ", ",
-           window_right, ")");
-  check_dtype(op, "out", plan, {DType::i32});
-  check_shape(op, "out", plan, {kPlanHeader + batch + 1});
-  check_last_dim(op, "out", plan);
-  check_device(op, cache_seqlens, {{"out", &plan}});
-  if (!plan.is_cpu()) no_cuda_kernel(op);
-  const Ints lens = attention::ints(cache_seqlens);
-  int64_t total = 0;
-  std::vector<int64_t> sums{0};
-  for (int64_t b = 0; b < batch; ++b) {
-    FI_CHECK(lens[b] >= 0, op, ": cache_seqlens[", b, "] must be >= 0, got ", lens[b]);
-    const int64_t len = lens[b] + append;
-    const int64_t first = window_left < 0 ? 0 : std::max<int64_t>(0, len - q_len - window_left);
-    total += (len + cpu::kTile - 1) / cpu::kTile - std::min(first, len) / cpu::kTile + kPieceCost;
-    sums.push_back(total);
-  }
-  FI_CHECK(num_heads_kv * total <= INT32_MAX, op,
-           ": num_heads_kv times the tiles of all sequences must fit in 32 bits, got ",
-           num_heads_kv * total, "; plan fewer sequences at once");
-  const int64_t share =
-      batch_invariant ? 0
-                      : std::max<int64_t>(1, (num_heads_kv * total + num_slots - 1) / num_slots);
-  const int64_t header[kPlanHeader] = {kPlanVersion, batch,      num_heads_kv, q_len,
-                                       append,       cpu::kTile, num_slots,    share};
-  int32_t* out = static_cast<int32_t*>(plan.mutable_data_ptr());
-  for (int64_t i = 0; i < kPlanHeader; ++i) out[i] = static_cast<int32_t>(header[i]);
-  for (int64_t b = 0; b <= batch; ++b) out[kPlanHeader + b] = static_cast<int32_t>(sums[b]);
-}
-
-void merge_attn_states(Tensor prefix_output, Tensor prefix_lse, Tensor suffix_output,
-                       Tensor suffix_lse, Tensor out, OptTensor out_lse) {
-  const char* op = "merge_attn_states";
-  const int64_t n = prefix_output.dim();
-  FI_CHECK(n == 3 || n == 4, op, ": prefix_output must have shape [T, H, D] or [B, S, H, D], got ",
-           describe(prefix_output));
-  check_dtype(op, "prefix_output", prefix_output, {DType::f32, DType::f16, DType::bf16});
-  const int64_t batch = n == 4 ? prefix_output.size(0) : 1, tokens = prefix_output.size(n - 3);
-  const int64_t heads = prefix_output.size(n - 2);
-  check_device(op, prefix_output,
-               {{"prefix_lse", &prefix_lse},
-                {"suffix_output", &suffix_output},
-                {"suffix_lse", &suffix_lse},
-                {"out", &out},
-                {"out_lse", ptr(out_lse)}});
-  cpu::MergeStatesParams p{};
-  p.dtype = dtype_of(prefix_output);
-  p.batch = batch, p.tokens = tokens, p.heads = heads, p.head_dim = prefix_output.size(n - 1);
-  auto values = [&](const char* arg, const Tensor& t, int64_t* stride) {
-    check_same_dtype(op, arg, t, "prefix_output", prefix_output);
-    FI_CHECK(t.sizes() == prefix_output.sizes(), op, ": ", arg,
-             " must have the shape of prefix_output (", shape_of(prefix_output), "), got ",
-             describe(t));
-    check_last_dim(op, arg, t);
-    stride[0] = n == 4 ? t.stride(0) : 0;
-    stride[1] = t.stride(n - 3);
-    stride[2] = t.stride(n - 2);
-  };
-  auto lse = [&](const char* arg, const Tensor& t, int64_t* stride) {
-    check_dtype(op, arg, t, {DType::f32});
-    if (n == 4)
-      check_shape(op, arg, t, {batch, heads, tokens});
-    else
-      check_shape(op, arg, t, {heads, tokens});
-    stride[0] = n == 4 ? t.stride(0) : 0;
-    stride[1] = t.stride(n - 2);
-    stride[2] = t.stride(n - 3);
-  };
-  values("prefix_output", prefix_output, p.prefix_stride);
-  values("suffix_output", suffix_output, p.suffix_stride);
-  values("out", out, p.out_stride);
-  lse("prefix_lse", prefix_lse, p.prefix_lse_stride);
-  lse("suffix_lse", suffix_lse, p.suffix_lse_stride);
-  if (out_lse) lse("out_lse", *out_lse, p.out_lse_stride);
-  if (batch * tokens * heads == 0) return;
-  if (!prefix_output.is_cpu()) no_cuda_kernel(op);
-  p.prefix = prefix_output.const_data_ptr();
-  p.suffix = suffix_output.const_data_ptr();
-  p.prefix_lse = static_cast<const float*>(prefix_lse.const_data_ptr());
-  p.suffix_lse = static_cast<const float*>(suffix_lse.const_data_ptr());
-  p.out = out.mutable_data_ptr();
-  if (out_lse) p.out_lse = static_cast<float*>(out_lse->mutable_data_ptr());
-  torch::stable::parallel_for(
-      0, batch * tokens * heads, grain(p.head_dim * 4),
-      [&](int64_t begin, int64_t end) { FI_PICK(merge_attn_states)(p, begin, end); });
-}
-
 }  // namespace
 
-FI_REGISTER_BOTH({
-  m.impl("flash_attn_kvcache", TORCH_BOX(&flash_attn_kvcache));
-  m.impl("plan_decode", TORCH_BOX(&plan_decode));
-  m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states));
-})
+FI_REGISTER_BOTH({ m.impl("flash_attn_kvcache", TORCH_BOX(&flash_attn_kvcache)); })
 
 }  // namespace fastinfer

@@ -20,9 +20,27 @@ from fastinfer.ops.paged_attention import (
     plan_decode_reference,
 )
 from fastinfer.ops.rotary import apply_rotary
-from helpers import FLOATS, assert_close_to_reference, compiles, opcheck, poisoned, randn
+from helpers import (
+    FLOATS,
+    HALF,
+    assert_close_to_reference,
+    compiles,
+    devices,
+    opcheck,
+    poisoned,
+    randn,
+)
 
 NAN = float("nan")
+DEVICES = devices("flash_attn_kvcache")
+
+
+def floats(device: str) -> tuple[torch.dtype, ...]:
+    return FLOATS if device == "cpu" else HALF
+
+
+def moved(x, device: str):
+    return x.to(device) if isinstance(x, torch.Tensor) else x
 
 
 def rotary_tables(positions: int, rotary_dim: int, dtype=torch.float32):
@@ -31,11 +49,14 @@ def rotary_tables(positions: int, rotary_dim: int, dtype=torch.float32):
 
 
 class Case:
-    """A decoding step over a dense or paged cache whose unused slots are poison."""
+    """A decoding step over a dense or paged cache whose unused slots are poison. Built on the CPU,
+    where the references run too; the operator runs on `device`.
+    """
 
     def __init__(self, lengths, *, len_q=1, new=0, heads=6, heads_kv=2, dim=40, capacity=None,
                  block_size=None, dtype=torch.float32, cache_dtype=None, scales="none",
-                 seed=0):  # fmt: skip
+                 seed=0, device="cpu"):  # fmt: skip
+        self.device = device
         batch = len(lengths)
         capacity = capacity or max(lengths) + new + 5
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
@@ -95,15 +116,52 @@ class Case:
         }
         return args, kwargs, caches, scales
 
-    def verify(self, **features):
+    def run(self, **features):
+        """(out, lse, caches, scales) after one call on the device, back on the CPU."""
         args, kwargs, caches, scales = self.copy()
-        out, lse = flash_attn_with_kvcache(*args, **kwargs, return_softmax_lse=True, **features)
-        ref_args, ref_kwargs, ref_caches, ref_scales = self.copy()
-        reference = flash_attn_with_kvcache_reference(*ref_args, **ref_kwargs, **features)
-        base_args, base_kwargs, _, _ = self.copy()
-        baseline = flash_attn_with_kvcache_reference(
-            *base_args, **base_kwargs, compute_dtype=self.q.dtype, **features
-        )
+        there = [moved(t, self.device) for t in args]
+        kwargs = {n: moved(t, self.device) for n, t in (kwargs | features).items()}
+        out, lse = flash_attn_with_kvcache(*there, **kwargs, return_softmax_lse=True)
+        if self.device != "cpu":
+            caches = [t.cpu() for t in there[1:3]]
+            scales = [None if t is None else kwargs[n].cpu() for n, t in zip(
+                ("k_scale", "v_scale"), scales, strict=True)]  # fmt: skip
+        return out.cpu(), lse.cpu(), caches, scales
+
+    def references(self, caches, scales, **features):
+        """fp64 reference with its caches and scales after the call, and the baseline."""
+        args, kwargs, ref_caches, ref_scales = self.copy()
+        reference = flash_attn_with_kvcache_reference(*args, **kwargs, **features)
+        if self.device != "cpu" and features.get("rotary_cos") is not None:
+            # A rotation may round the last bit the other way, which a score notices: the attention
+            # is judged on the rows that the device itself rotated.
+            reference = self.without_append(caches, scales, **features)
+            baseline = self.without_append(caches, scales, compute_dtype=self.q.dtype, **features)
+        else:
+            args, kwargs, _, _ = self.copy()
+            baseline = flash_attn_with_kvcache_reference(
+                *args, **kwargs, compute_dtype=self.q.dtype, **features
+            )
+        return reference, baseline, ref_caches, ref_scales
+
+    def without_append(self, caches, scales, *, rotary_cos, rotary_sin, rotary_interleaved=True,
+                       **features):  # fmt: skip
+        len_q = self.q.shape[1]
+        per_token = features.get("causal") or max(features.get("window_size", (-1, -1))) >= 0
+        at = self.lengths.long()[:, None] + torch.arange(len_q) * int(bool(per_token))
+        q = apply_rotary(
+            self.q.flatten(0, 1).to(self.device), None, rotary_cos.to(self.device),
+            rotary_sin.to(self.device), at.flatten().to(self.device),
+            interleaved=rotary_interleaved,
+        )[0].cpu().view_as(self.q)  # fmt: skip
+        return flash_attn_with_kvcache_reference(
+            q, *caches, cache_seqlens=self.lengths + self.k.shape[1], block_table=self.table,
+            k_scale=scales[0], v_scale=scales[1], **features,
+        )  # fmt: skip
+
+    def verify(self, **features):
+        out, lse, caches, scales = self.run(**features)
+        reference, baseline, ref_caches, ref_scales = self.references(caches, scales, **features)
         check(out, lse, reference, baseline, **features)
         for ours, theirs, before in zip(caches, ref_caches, self.caches, strict=True):
             if features.get("rotary_cos") is None:
@@ -126,10 +184,13 @@ class Case:
 LENGTHS = [0, 1, 63, 64, 65, 700, 1030, 2100]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("block_size", [None, 1, 16, 100], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_decode(dtype, block_size):
-    case = Case(LENGTHS, block_size=block_size, dtype=dtype)
+def test_decode(dtype, block_size, device):
+    if dtype not in floats(device):
+        pytest.skip("fp32 queries are for the CPU")
+    case = Case(LENGTHS, block_size=block_size, dtype=dtype, device=device)
     rng = random.Random(repr((dtype, block_size)))
     for features in rng.sample(feature_sets(6, len(LENGTHS), seed=4), 4):
         case.verify(**features)
@@ -143,11 +204,14 @@ def test_several_queries(len_q, block_size, isa):
         case.verify(**features)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("block_size", [None, 1, 16], ids=str)
 @pytest.mark.parametrize("new,len_q", [(1, 1), (3, 3), (5, 2), (2, 4)])
-def test_append(new, len_q, block_size):
-    for dtype in FLOATS:
-        case = Case([0, 5, 64, 130], new=new, len_q=len_q, block_size=block_size, dtype=dtype)
+def test_append(new, len_q, block_size, device):
+    for dtype in floats(device):
+        case = Case(
+            [0, 5, 64, 130], new=new, len_q=len_q, block_size=block_size, dtype=dtype, device=device
+        )
         case.verify(causal=True)
         case.verify()
 
@@ -163,26 +227,33 @@ def test_rotary(rotary_dim, interleaved, isa):
         case.verify(rotary_cos=cos.to(dtype), rotary_sin=sin.to(dtype), causal=True)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scales", ["scalar", "head", "token"])
 @pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.int8], ids=str)
-def test_8bit_cache(code, scales):
+def test_8bit_cache(code, scales, device):
     for dtype, block_size in ((torch.float32, 16), (torch.bfloat16, None), (torch.float16, 4)):
+        if dtype not in floats(device):
+            continue
         options = {"block_size": block_size, "dtype": dtype, "cache_dtype": code, "scales": scales}
+        options |= {"device": device, "dim": 48}
         Case([0, 70, 200], **options).verify()
         Case([0, 70, 200], new=2, len_q=2, **options).verify(causal=True)
     cos, sin = rotary_tables(300, 32)
     Case(
-        [3, 100], new=1, block_size=16, dtype=torch.bfloat16, cache_dtype=code, scales=scales
-    ).verify(causal=True, rotary_cos=cos, rotary_sin=sin)
+        [3, 100], new=1, block_size=16, dtype=torch.bfloat16, cache_dtype=code, scales=scales,
+        device=device, dim=48,
+    ).verify(causal=True, rotary_cos=cos, rotary_sin=sin)  # fmt: skip
 
 
-def test_batch_index_and_left_padding():
-    case = Case([40, 90, 200, 8], new=2, len_q=2, capacity=220)
+@pytest.mark.parametrize("device", DEVICES)
+def test_batch_index_and_left_padding(device):
+    options = {"dtype": floats(device)[0], "device": device}
+    case = Case([40, 90, 200, 8], new=2, len_q=2, capacity=220, **options)
     rows = torch.tensor([2, 0, 3, 1], dtype=torch.int32)
     case.lengths = case.lengths[rows.long()]
     case.verify(cache_batch_idx=rows, causal=True)
     padding = torch.tensor([0, 7, 66, 8], dtype=torch.int32)
-    case = Case([40, 90, 200, 8], new=2, len_q=2, capacity=220)
+    case = Case([40, 90, 200, 8], new=2, len_q=2, capacity=220, **options)
     for b, n in enumerate(padding.tolist()):
         for cache in case.caches:
             cache[b, :n] = NAN
@@ -220,19 +291,23 @@ def test_same_bits_as_varlen(isa):
             assert torch.equal(alone, out[b : b + 1])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("code", [None, torch.float8_e4m3fn, torch.int8], ids=str)
-def test_append_has_the_bits_of_rotary_then_cache_write(code):
+def test_append_has_the_bits_of_rotary_then_cache_write(code, device):
     """One call = apply_rotary, reshape_and_cache, attention."""
-    lengths, new = torch.tensor([6, 2, 0], dtype=torch.int32), 3
-    table = torch.tensor([[4, 1], [2, 3], [0, 5]], dtype=torch.int32)
-    cos, sin = rotary_tables(20, 32)
-    positions = (lengths.long()[:, None] + torch.arange(new)).flatten()
+    if device != "cpu" and devices("reshape_and_cache") + devices("apply_rotary") == ["cpu"] * 2:
+        pytest.skip("reshape_and_cache and apply_rotary have no CUDA kernel in this build")
+    lengths, new = torch.tensor([6, 2, 0], dtype=torch.int32).to(device), 3
+    table = torch.tensor([[4, 1], [2, 3], [0, 5]], dtype=torch.int32).to(device)
+    cos, sin = (t.to(device) for t in rotary_tables(20, 32))
+    positions = (lengths.long()[:, None] + torch.arange(new, device=device)).flatten()
     slots = table.long().gather(1, positions.view(3, new) // 8) * 8 + positions.view(3, new) % 8
-    for dtype in FLOATS:
-        q = randn(3, new, 4, 64, seed=0, dtype=dtype)
-        k, v = (randn(3, new, 2, 64, seed=s, dtype=dtype) for s in (1, 2))
+    for dtype in floats(device):
+        q = randn(3, new, 4, 64, seed=0, dtype=dtype, device=device)
+        k, v = (randn(3, new, 2, 64, seed=s, dtype=dtype, device=device) for s in (1, 2))
         for scale in (torch.tensor(0.02), torch.tensor([0.02, 0.03]), torch.zeros(6, 8, 2)):
-            ours = [torch.zeros(6, 8, 2, 64, dtype=code or dtype) for _ in range(2)]
+            scale = scale.to(device)
+            ours = [torch.zeros(6, 8, 2, 64, dtype=code or dtype, device=device) for _ in range(2)]
             theirs = [t.clone() for t in ours]
             scales = [{n: scale.clone() for n in ("k_scale", "v_scale")} for _ in range(2)]
             if code is None:
@@ -267,7 +342,7 @@ def test_plan():
     assert int(plan_decode(lengths, 32, 8, 128)[6]) == torch.get_num_threads()
     out = poisoned(15, dtype=torch.int32)
     assert plan_decode(lengths, 32, 8, 128, out=out) is out
-    assert out[8:].tolist() == [0, 4, 9, 14, 20, 40, 108]
+    assert out[8:].tolist() == [0, 1, 2, 3, 5, 21, 85]
     assert int(plan_decode(lengths[:0], 4, 4, 64, num_slots=9)[7]) == 1
     case = Case([5, 70], new=1)
     plan = plan_decode(case.lengths, 6, 2, 40, append=1)

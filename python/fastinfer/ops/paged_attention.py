@@ -71,7 +71,8 @@ def flash_attn_with_kvcache(
     cache_seqlens[b], as flash-attn does. cache_seqlens itself is not changed.
 
     Args:
-        q: [B, Sq, Hq, D], fp16 or bf16 (on CPU also fp32), last dimension contiguous.
+        q: [B, Sq, Hq, D], fp16 or bf16 (on CPU also fp32), last dimension contiguous. On CUDA an
+            8-bit cache needs D % 16 == 0.
         k_cache: [B_cache, S, Hkv, D], or with block_table [num_blocks, P, Hkv, D]; dtype of q, or
             8-bit codes (float8_e4m3fn, int8). Written in place when k is given.
         v_cache: like k_cache.
@@ -95,9 +96,14 @@ def flash_attn_with_kvcache(
         v_scale: likewise for v_cache.
         plan: from `plan_decode` for this batch, Sq and Snew; optional, reusable in every layer.
         batch_invariant: a row's bits must not depend on its batch, on the split or on chunking. On
-            CPU they never do, so this changes nothing there.
+            CPU they never do, so this changes nothing there. On CUDA keys are then added up in
+            pieces of 1024 at absolute positions, 16 packed rows at a time; partial results are
+            kept for every piece that the cache has room for.
         out: tensor like q to write to; may be q.
-        workspace: scratch for CUDA kernels; ignored on CPU.
+        workspace: scratch for CUDA kernels; ignored on CPU. A contiguous tensor of any dtype,
+            zeroed once, one per stream: every call leaves its first 64 KiB zero. The call says how
+            many bytes it needs if these are too few; 16 MiB do for up to 32 packed rows (Hq / Hkv
+            * Sq) of D <= 128. None: one is allocated and cleared, which costs a launch.
 
     Returns:
         out [B, Sq, Hq, D], or (out, lse) with lse fp32 [B, Hq, Sq], natural logarithm.
@@ -194,13 +200,15 @@ def plan_decode(
         q_len: queries per sequence, Sq.
         append: tokens that the attention call itself appends, Snew.
         window_size: (left, right) of the attention call; only visible keys are counted.
-        num_slots: shares of work; None: CPU threads, on CUDA twice the multiprocessors.
+        num_slots: shares of work; None: CPU threads, on CUDA twice the multiprocessors. The CUDA
+            kernel takes the running costs only and divides them among the CTAs it starts.
         batch_invariant: plan pieces of fixed length, so that no row depends on its batch.
         out: int32 [8 + B + 1] to write to.
 
     Returns:
         int32 [8 + B + 1]: version (1), B, Hkv, q_len, append, tokens per tile (64), num_slots,
-        share (0: fixed pieces); then the running cost of the sequences, in tiles, from 0.
+        share (0: fixed pieces); then the running cost of the sequences, max(1, visible tiles)
+        each, from 0.
 
     Raises:
         RuntimeError: wrong dtype or shape, numbers out of range.

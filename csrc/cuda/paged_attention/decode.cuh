@@ -1,0 +1,147 @@
+// Decode attention: a few packed query rows per (sequence, key head) over a dense or paged cache.
+//
+//   o = softmax(scale q k^T, softcap, ALiBi, masks, sink) v,   grid: one CTA per slot (see
+//   params.h)
+//
+// A CTA of 4 warps works on one item at a time. row_tiles = 1, 2 or 4 warps form a team, one warp
+// per 16 rows; the 4 / row_tiles teams take different keys of a step of 4 slices and are merged at
+// the end of a piece. Each warp loads one slice of every step (stream.cuh), reads all slices of its
+// team (attend.cuh) and takes part in the merge (finish.cuh). No barrier of the CTA inside the
+// loop.
+#pragma once
+
+#include "../common/launch.cuh"
+#include "finish.cuh"
+#include "stream.cuh"
+
+namespace fastinfer::cuda {
+
+__device__ __forceinline__ Item make_item(const DecodeParams& p, const Slot& slot,
+                                          const Walk& walk) {
+  Item item;
+  item.b = walk.b;
+  const int pair = walk.pair(p, slot);
+  item.head = p.row_blocks == 1 ? pair : pair / p.row_blocks;
+  item.row_block = pair - item.head * p.row_blocks;
+  item.rows = min(p.rows - item.row_block * p.row_tiles * 16, p.row_tiles * 16);
+  item.len = walk.len;
+  item.first = item.low = walk.low;
+  item.last = item.high = walk.len;
+  int at_first = walk.len - p.q_len, at_last = at_first;
+  if (p.q_len > 1) {
+    const int first_row = item.row_block * p.row_tiles * 16;
+    at_first += first_row / p.group;
+    at_last += (first_row + item.rows - 1) / p.group;
+  }
+  if (p.window_left >= 0) {
+    item.first = max(item.first, at_first - p.window_left);
+    item.low = max(item.low, at_last - p.window_left);
+  }
+  if (p.window_right >= 0) {
+    item.high = min(item.high, at_first + p.window_right + 1);
+    item.last = min(item.last, at_last + p.window_right + 1);
+  }
+  return item;
+}
+
+// A short block table on its way into the cache while the lengths are being read.
+__device__ __forceinline__ void prefetch_rows(const DecodeParams& p) {
+  if (!p.table) return;
+  const int cta = blockIdx.y * gridDim.x + blockIdx.x;
+  const int64_t line = static_cast<int64_t>(cta * kDecodeThreads + threadIdx.x) * 32;
+  if (line < p.batch * p.table_stride && line < 32 * 4096)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.table + line));
+}
+
+template <class F, int D, bool kSoft>
+__global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
+    decode_kernel(const __grid_constant__ DecodeParams p) {
+  using L = Layout<F, D>;
+  using A = Attend<F, D, kSoft>;
+  extern __shared__ __align__(128) char shared[];
+  const uint32_t ring = shared_address(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  prefetch_rows(p);
+  const Slot slot = find_slot(p, reinterpret_cast<int*>(shared + L::kInts));
+  if (slot.begin >= slot.end) {
+    grid_wait();
+    return;
+  }
+  Walk walk;
+  walk.start(p, slot);
+  // The kernel right before this one may have written the newest keys, one per query: they are not
+  // read before it is complete. Older keys, lengths and tables were complete before this one
+  // started.
+  const int ahead = walk.tile * kPlanTile + (L::kStages - 1) * L::kStepTokens;
+  if (p.append > 0 || ahead > min(walk.end * kPlanTile, walk.len - p.q_len)) grid_wait();
+  Stream<F, D> stream(p, slot, walk, ring);
+#pragma unroll 1
+  for (int s = -1; s < L::kStages - 1; ++s) {
+    if (s >= 0) stream.issue(s);
+    stream.look_up();
+  }
+  grid_wait();  // queries, output and workspace belong to kernels that may still run
+  grid_launch_dependents();
+
+  const int team = warp >> p.row_shift, tile = warp & (p.row_tiles - 1);
+  A a;
+  a.q_shared = ring + L::kQuery + warp * (D / 16) * 512 + lane * 16;
+  int stage = 0;
+#pragma unroll 1
+  do {
+    Item item = make_item(p, slot, walk);
+#pragma unroll 1
+    for (int from = walk.tile; from < walk.end || walk.len <= 0;) {  // no keys: one empty piece
+      int to = walk.end;
+      if (p.invariant) to = min(to, (from / kInvariantTiles + 1) * kInvariantTiles);
+      const int end = min(walk.len, to * kPlanTile);
+      const Pieces pieces = cut_item(p, slot, walk, from);
+      a.load_rows(p, item, tile);
+      a.clear();
+      int read = stage == 0 ? L::kStages - 1 : stage - 1;  // nothing is under way to this one
+#pragma unroll 1
+      for (int base = from * kPlanTile; base < end; base += L::kStepTokens) {
+        cp_async_wait<L::kStages - 2>();
+        if (p.row_tiles == 1)
+          __syncwarp();
+        else
+          named_barrier(1 + team, 32 * p.row_tiles);
+        stream.issue(read);
+        stream.look_up();
+        const int joint = p.row_tiles == 1 ? 1 : A::kJoint;
+#pragma unroll 1
+        for (int s = 0; s < p.row_tiles; s += joint) {
+          const int owner = team * p.row_tiles + s, first = base + owner * L::kTokens;
+          const uint32_t slice = ring + (stage * kDecodeWarps + owner) * L::kSlice;
+          if (first >= min(end, item.last) || first + joint * L::kTokens <= item.first) continue;
+          if (A::kJoint == 1 || joint == 1)
+            a.template step<1>(p, item, slice, first);
+          else
+            a.template step<A::kJoint>(p, item, slice, first);
+        }
+        read = stage;
+        if (++stage == L::kStages) stage = 0;
+      }
+      const Finish<A> merge{p, item, shared, shared + read * L::kStage};
+      merge.run(a, pieces);
+      from = to;
+      if (walk.len <= 0) break;
+    }
+  } while (walk.next(p, slot));
+}
+
+template <class F, int D, bool kSoft>
+int launch_decode_instance(const DecodeParams& p, int ctas, void* stream) {
+  return launch(decode_kernel<F, D, kSoft>, dim3(p.lanes, ctas / p.lanes), dim3(kDecodeThreads),
+                Layout<F, D>::kTotal, stream, p);
+}
+
+template <class F, bool kSoft = false>
+int launch_decode_dim(const DecodeParams& p, int ctas, void* stream) {
+  if (p.dim <= 64) return launch_decode_instance<F, 64, kSoft>(p, ctas, stream);
+  if (p.dim <= 128) return launch_decode_instance<F, 128, kSoft>(p, ctas, stream);
+  return launch_decode_instance<F, 256, kSoft>(p, ctas, stream);
+}
+
+}  // namespace fastinfer::cuda
