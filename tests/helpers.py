@@ -15,7 +15,7 @@ import torch
 from fastinfer import _lib
 
 # Operators with a CUDA kernel: their tests also run on the GPU where there is one.
-CUDA_OPS: frozenset[str] = frozenset()
+CUDA_OPS: frozenset[str] = frozenset({"flash_attn_fwd", "flash_attn_varlen_fwd"})
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
 ISA_LEVELS = ("generic", "avx2", "avx512", "vnni")

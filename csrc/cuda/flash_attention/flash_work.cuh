@@ -246,7 +246,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
 }
 
 // Rows row0 and row1 of a warp tile of 16 rows (o as for modify_scores, kD columns), each times its
-// factor, to `out` (row 0 of the sequence and head). `packs`: 16-byte stores are possible.
+// factor (0: zeros, whatever o holds), to `out` (row 0 of the sequence and head). `packs`: 16-byte
+// stores are possible.
 template <class T, int kD>
 __device__ __forceinline__ void store_rows(T* out, int64_t stride, int32_t head_dim, bool packs,
                                            const float (&o)[kD / 2], int32_t row0, int32_t row1,
@@ -263,7 +264,7 @@ __device__ __forceinline__ void store_rows(T* out, int64_t stride, int32_t head_
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* x = o + 4 * (j + i) + 2 * half;
-        w[i] = pack2<T>(x[0] * factor, x[1] * factor);
+        w[i] = factor == 0.0f ? 0u : pack2<T>(x[0] * factor, x[1] * factor);
       }
       transpose_quad(w);
       const int column = 8 * (j + t);
