@@ -5,7 +5,10 @@
 
 namespace fastinfer::cuda {
 
-int launch_flash_attention(const FlashAttentionParams& p, void* stream) {
+int launch_flash_attention(const FlashAttentionParams& call, void* stream) {
+  FlashAttentionParams p = call;
+  p.section = static_cast<int32_t>(flash::section_heads(p.batch, p.heads_kv, p.group, p.len_k,
+                                                        p.head_dim, device_facts().l2_bytes));
   const bool half = p.dtype == DType::f16;
   switch (flash::choose_kernel(p, device_facts().compute_capability, force_portable())) {
     case flash::Kernel::portable_any:

@@ -38,6 +38,7 @@ struct FlashAttentionParams {
   int32_t page_shift;  // log2(page_size), -1 when it is no power of two
   int64_t num_pages;
   int32_t window_left, window_right;  // -1: unlimited
+  int32_t section;  // dense: query heads (of all batches) whose tiles are done together
   float scale, softcap;
   const float* alibi;
   int64_t alibi_batch, alibi_head;

@@ -18,6 +18,7 @@
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "flash_choice.h"
+#include "flash_deal.cuh"
 #include "flash_work.cuh"
 #include "tensor_map.h"
 
@@ -72,23 +73,26 @@ struct Ring {
   }
 };
 
-// Deals tiles to CTAs: rounds of one tile each, every second round in reverse order, so that with
-// tiles sorted by length all CTAs get the same amount. Whole warp.
-template <int kStages>
+// The dealing warp: one slot after the other, until there is no more work.
+template <int kRows, int kKeys, int kStages>
 __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
-                                          Sm90Barriers<kStages>& barriers, int32_t rows,
-                                          int64_t total) {
+                                          Sm90Barriers<kStages>& barriers, int64_t total) {
   Ring<kSlots> ring;
+  SortedTiles<kRows, kKeys> sorted{p, 0};
+  if (p.cu_q) sorted.start();
   for (int64_t round = 0;; ++round) {
     const int64_t place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int64_t index = round * gridDim.x + place;
     Slot slot{};
     slot.valid = index < total;
-    if (slot.valid && p.cu_q)
-      slot.valid = packed_work(p, static_cast<int32_t>(index), rows, slot.w);
-    else if (slot.valid)
-      slot.w = dense_work(p, static_cast<int32_t>(index), rows);
-    if (slot.valid) slot.keys = visible(p, slot.w, slot.w.row, rows);
+    if (slot.valid && p.cu_q) {
+      const int32_t rank = static_cast<int32_t>(index) / p.heads_q;
+      slot.w.head = static_cast<int32_t>(index) - rank * p.heads_q;
+      slot.valid = sorted.find(rank, slot.w);
+    } else if (slot.valid) {
+      slot.w = dense_work(p, index, kRows);
+    }
+    if (slot.valid) slot.keys = visible(p, slot.w, slot.w.row, kRows);
     ptx::mbarrier_wait(&barriers.slot_empty[ring.index], ring.phase ^ 1);
     if (threadIdx.x % 32 == 0) {
       barriers.slots[ring.index] = slot;
@@ -443,7 +447,7 @@ __global__ void __launch_bounds__(Sm90Tile<kD>::kThreads, 1)
     if (warp == 0)
       produce<kD>(p, &q_map, &k_map, &v_map, barriers, q_tile, k_tiles, v_tiles);
     else if (warp == 1)
-      deal_work(p, barriers, Tile::kRows, total);
+      deal_work<Tile::kRows, Tile::kKeys>(p, barriers, total);
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
     Consumer<T, kD, kModify> consumer{p, barriers, q_tile, k_tiles, v_tiles, warpgroup - 1};

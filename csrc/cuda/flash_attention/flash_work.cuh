@@ -18,14 +18,20 @@ struct Work {
   int32_t start_k, len_k;  // likewise for keys
 };
 
-// Dense tiles: last rows first (they see the most keys under a causal mask), heads fastest, so that
-// the heads that share keys run at the same time.
-__device__ __forceinline__ Work dense_work(const FlashAttentionParams& p, int32_t index,
+// Dense tiles. Heads of all batches in sections of p.section, whose keys fit the L2 cache together;
+// in a section the last rows first (they see the most keys under a causal mask), and heads fastest:
+// those that share keys run at the same time.
+__device__ __forceinline__ Work dense_work(const FlashAttentionParams& p, int64_t index,
                                            int32_t tile_rows) {
   const int32_t tiles = (p.len_q + tile_rows - 1) / tile_rows;
-  const int32_t head = index % p.heads_q, rest = index / p.heads_q;
-  const int32_t level = rest / p.batch;
-  return {rest - level * p.batch, head, (tiles - 1 - level) * tile_rows, 0, p.len_q, 0, p.len_k};
+  const int64_t per_section = int64_t{p.section} * tiles;
+  const int32_t section = static_cast<int32_t>(index / per_section);
+  const int32_t inside = static_cast<int32_t>(index - section * per_section);
+  const int32_t first = section * p.section;
+  const int32_t width = min(p.section, p.batch * p.heads_q - first);
+  const int32_t level = inside / width;
+  const int32_t unit = first + inside - level * width, batch = unit / p.heads_q;
+  return {batch, unit - batch * p.heads_q, (tiles - 1 - level) * tile_rows, 0, p.len_q, 0, p.len_k};
 }
 
 __device__ __forceinline__ void packed_lengths(const FlashAttentionParams& p, Work& w) {
