@@ -195,7 +195,12 @@ void check_plan(const char* op, const OptTensor& plan, const Tensor& q, int64_t 
   check_last_dim(op, "plan", t);
   check_device(op, q, {{"plan", &t}});
   if (!t.is_cpu()) return;
-  const int32_t* h = static_cast<const int32_t*>(t.const_data_ptr());
+  check_plan_header(op, static_cast<const int32_t*>(t.const_data_ptr()), batch, heads_kv, q_len,
+                    append);
+}
+
+void check_plan_header(const char* op, const int32_t* h, int64_t batch, int64_t heads_kv,
+                       int64_t q_len, int64_t append) {
   FI_CHECK(h[0] == 1 && h[1] == batch && h[2] == heads_kv && h[3] == q_len && h[4] == append &&
                h[5] == cpu::kTile,
            op, ": plan must be made by plan_decode for batch ", batch, ", num_heads_kv ", heads_kv,

@@ -64,6 +64,8 @@ void check_blocks(const char* op, const int32_t* pages, int64_t b, int64_t begin
 
 void check_plan(const char* op, const OptTensor& plan, const Tensor& q, int64_t batch,
                 int64_t heads_kv, int64_t q_len, int64_t append);
+void check_plan_header(const char* op, const int32_t* header, int64_t batch, int64_t heads_kv,
+                       int64_t q_len, int64_t append);
 
 // Runs the CPU kernel over call.sequences.
 void run_cpu(Call& call);

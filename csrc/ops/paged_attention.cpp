@@ -6,14 +6,22 @@
 //   Snew), masks aligned at the end. CPU: see csrc/cpu/attention.h.
 //
 // The plan, int32 [8 + B + 1]: {version = 1, batch, num_heads_kv, q_len, append, tile_tokens = 64,
-// num_slots, share}, then the running sum over sequences of cost_b = visible tiles + 4, starting at
-// 0. share = ceil(num_heads_kv * total / num_slots): slot s of the CUDA kernel works on cost
-// [s * share, (s + 1) * share) of the list (sequence, key head, tile). share = 0 stands for pieces
-// of 1024 tokens at absolute positions (batch_invariant). The CPU kernel checks the header and
-// divides the work by itself, always at absolute positions.
-#include <algorithm>
+// num_slots, share}, then the running sum over sequences of cost_b = max(1, visible tiles), starting
+// at 0. share = ceil(num_heads_kv * total / num_slots): slot s works on cost [s * share, (s + 1) *
+// share) of the list (sequence, key head, tile). share = 0 stands for pieces of 1024 tokens at
+// absolute positions (batch_invariant). The CUDA kernel takes the running sums and divides them
+// among its own slots; without a plan every CTA adds the lengths up by itself. The CPU kernel checks
+// the header and divides the work by itself, always at absolute positions.
+#include "paged_attention.h"
 
-#include "attention.h"
+#include <algorithm>
+#include <memory>
+
+#ifdef FASTINFER_WITH_CUDA
+#include "../cuda/common/launch.h"
+#include "../cuda/paged_attention/paged_attention.h"
+#include "cuda_shim.h"
+#endif
 
 namespace fastinfer {
 namespace {
@@ -21,7 +29,15 @@ namespace {
 using attention::Call;
 using attention::Ints;
 
-constexpr int64_t kPlanHeader = 8, kPlanVersion = 1, kPieceCost = 4;
+using paged_attention::kPlanHeader;
+using paged_attention::kPlanVersion;
+
+// Work of one sequence and key head, in tiles of the keys that some query sees.
+int64_t decode_cost(int64_t len, int64_t len_q, int64_t window_left) {
+  const int64_t first = window_left < 0 ? 0 : std::max<int64_t>(0, len - len_q - window_left);
+  return std::max<int64_t>(
+      1, (len + cpu::kTile - 1) / cpu::kTile - std::min(first, len) / cpu::kTile);
+}
 
 // Where each sequence's keys lie and how many there are.
 struct Lengths {
@@ -101,8 +117,6 @@ void append(const Call& call, const Lengths& lengths, const Tensor& k, const Ten
             const Tensor& k_cache, const Tensor& v_cache, const OptTensor& k_scale,
             const OptTensor& v_scale) {
   const auto& p = call.p;
-  check_written(call.op, "k_cache", k_cache);
-  check_written(call.op, "v_cache", v_cache);
   cpu::AppendParams a{};
   a.k = k.const_data_ptr();
   a.v = v.const_data_ptr();
@@ -123,6 +137,51 @@ void append(const Call& call, const Lengths& lengths, const Tensor& k, const Ten
       0, k.size(0) * k.size(1), grain(4 * p.heads_kv * p.head_dim),
       [&](int64_t begin, int64_t end) { FI_PICK(attention_append)(a, begin, end); });
 }
+
+// With FASTINFER_VALIDATE=1, on a GPU: the plan was made for these lengths.
+void check_plan_data([[maybe_unused]] const char* op, [[maybe_unused]] const OptTensor& plan,
+                     [[maybe_unused]] const Call& call, [[maybe_unused]] const Lengths& lengths,
+                     [[maybe_unused]] int64_t len_q) {
+#ifdef FASTINFER_WITH_CUDA
+  if (!plan) return;
+  const CudaLaunch device(*plan);
+  const HostCopy copy(op, "plan", *plan, device.stream());
+  const int32_t* data = static_cast<const int32_t*>(copy.data());
+  attention::check_plan_header(op, data, static_cast<int64_t>(lengths.after.size()), call.p.heads_kv,
+                               len_q, lengths.after[0] - lengths.before[0]);
+  for (size_t b = 0; b < lengths.after.size(); ++b) {
+    const int64_t cost = decode_cost(lengths.after[b], len_q, call.p.window_left);
+    const int64_t got = data[kPlanHeader + b + 1] - data[kPlanHeader + b];
+    FI_CHECK(got == cost, op, ": plan must be made from these cache_seqlens, append and window_size: ",
+             "sequence ", b, " has ", cost, " tiles, the plan says ", got);
+  }
+#endif
+}
+
+// The index tensors of a call as the host can read them: on a GPU copied, for FASTINFER_VALIDATE=1.
+class HostIndices {
+ public:
+  HostIndices(const char* op, const Tensor& q) : op_(op), q_(q) {}
+
+  Ints operator()(const char* arg, const OptTensor& t) {
+    if (!t) return {nullptr, 0};
+    if (q_.is_cpu()) return attention::ints(*t);
+#ifdef FASTINFER_WITH_CUDA
+    const CudaLaunch device(q_);
+    copies_.push_back(std::make_unique<HostCopy>(op_, arg, *t, device.stream()));
+    return {static_cast<const int32_t*>(copies_.back()->data()), t->stride(0)};
+#else
+    no_cuda_kernel(op_);
+#endif
+  }
+
+ private:
+  const char* op_;
+  const Tensor& q_;
+#ifdef FASTINFER_WITH_CUDA
+  std::vector<std::unique_ptr<HostCopy>> copies_;
+#endif
+};
 
 void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, OptTensor v,
                         Tensor out, OptTensor lse, OptTensor rotary_cos, OptTensor rotary_sin,
@@ -164,7 +223,23 @@ void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, O
   const int64_t len_new = k ? k->size(1) : 0;
   attention::check_plan(op, plan, q, batch, p.heads_kv, len_q, len_new);
   if (batch == 0 || (q.numel() == 0 && len_new == 0)) return;
-  if (!q.is_cpu()) no_cuda_kernel(op);
+  const paged_attention::Tensors tensors{
+      q,          k_cache,       k,       v,       out,  lse,
+      rotary_cos, rotary_sin,    cache_seqlens,    cache_batch_idx,
+      cache_leftpad, block_table, k_scale, v_scale, plan, workspace};
+  if (len_new > 0) {
+    check_written(op, "k_cache", k_cache);
+    check_written(op, "v_cache", v_cache);
+  }
+  if (!q.is_cpu() && !validate_data()) {
+    paged_attention::run_cuda(call, tensors, capacity, batch_invariant);
+    return;
+  }
+  HostIndices on_host(op, q);
+  const Ints seqlens = on_host("cache_seqlens", cache_seqlens);
+  const Ints leftpad = on_host("cache_leftpad", cache_leftpad);
+  const Ints cache_rows = on_host("cache_batch_idx", cache_batch_idx);
+  const Ints table = on_host("block_table", block_table);
 
   if (lse) {
     p.lse_head = lse->stride(1);
@@ -172,19 +247,19 @@ void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, O
   }
   Lengths lengths;
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t before = cache_seqlens ? attention::ints(*cache_seqlens)[b] : capacity;
+    const int64_t before = cache_seqlens ? seqlens[b] : capacity;
     const int64_t after = before + len_new;
     FI_CHECK(before >= 0 && after <= capacity, op, ": cache_seqlens[", b, "] must be from 0 to ",
              capacity - len_new, " (cache capacity ", capacity, " less ", len_new,
              " new tokens), got ", before);
     int64_t first_key = 0, row = b;
     if (cache_leftpad) {
-      first_key = attention::ints(*cache_leftpad)[b];
+      first_key = leftpad[b];
       FI_CHECK(first_key >= 0 && first_key <= after, op, ": cache_leftpad[", b,
                "] must be from 0 to the length of the sequence (", after, "), got ", first_key);
     }
     if (cache_batch_idx) {
-      row = attention::ints(*cache_batch_idx)[b];
+      row = cache_rows[b];
       FI_CHECK(row >= 0 && row < k_cache.size(0), op, ": cache_batch_idx[", b,
                "] must be a row of k_cache, 0 to ", k_cache.size(0) - 1, ", got ", row);
     }
@@ -196,8 +271,7 @@ void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, O
     }
     const int32_t* pages = nullptr;
     if (block_table) {
-      pages =
-          static_cast<const int32_t*>(block_table->const_data_ptr()) + b * block_table->stride(0);
+      pages = table.data + b * table.stride;
       row = 0;
     }
     call.sequences.push_back({b * q.stride(0), b * out.stride(0), lse ? b * lse->stride(0) : 0,
@@ -212,8 +286,15 @@ void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, O
     lengths.after.push_back(after);
   }
   if (len_new > 0) {
-    if (cache_batch_idx) check_distinct(op, attention::ints(*cache_batch_idx), batch);
+    if (cache_batch_idx) check_distinct(op, cache_rows, batch);
     if (block_table && validate_data()) check_slots(op, call, lengths);
+  }
+  if (!q.is_cpu()) {
+    check_plan_data(op, plan, call, lengths, len_q);
+    paged_attention::run_cuda(call, tensors, capacity, batch_invariant);
+    return;
+  }
+  if (len_new > 0) {
     append(call, lengths, *k, *v, k_cache, v_cache, k_scale, v_scale);
   }
   if (q.numel() > 0) attention::run_cpu(call);
@@ -241,15 +322,20 @@ void plan_decode(Tensor cache_seqlens, int64_t num_heads_q, int64_t num_heads_kv
   check_shape(op, "out", plan, {kPlanHeader + batch + 1});
   check_last_dim(op, "out", plan);
   check_device(op, cache_seqlens, {{"out", &plan}});
-  if (!plan.is_cpu()) no_cuda_kernel(op);
+  if (!plan.is_cpu()) {
+    FI_CUDA(op, plan,
+            cuda::launch_plan(static_cast<const int32_t*>(cache_seqlens.const_data_ptr()),
+                              cache_seqlens.stride(0), batch, num_heads_kv, q_len, append,
+                              window_left, num_slots, batch_invariant,
+                              static_cast<int32_t*>(plan.mutable_data_ptr()), stream));
+    return;
+  }
   const Ints lens = attention::ints(cache_seqlens);
   int64_t total = 0;
   std::vector<int64_t> sums{0};
   for (int64_t b = 0; b < batch; ++b) {
     FI_CHECK(lens[b] >= 0, op, ": cache_seqlens[", b, "] must be >= 0, got ", lens[b]);
-    const int64_t len = lens[b] + append;
-    const int64_t first = window_left < 0 ? 0 : std::max<int64_t>(0, len - q_len - window_left);
-    total += (len + cpu::kTile - 1) / cpu::kTile - std::min(first, len) / cpu::kTile + kPieceCost;
+    total += decode_cost(lens[b] + append, q_len, window_left);
     sums.push_back(total);
   }
   FI_CHECK(num_heads_kv * total <= INT32_MAX, op,
@@ -310,13 +396,16 @@ void merge_attn_states(Tensor prefix_output, Tensor prefix_lse, Tensor suffix_ou
   lse("suffix_lse", suffix_lse, p.suffix_lse_stride);
   if (out_lse) lse("out_lse", *out_lse, p.out_lse_stride);
   if (batch * tokens * heads == 0) return;
-  if (!prefix_output.is_cpu()) no_cuda_kernel(op);
   p.prefix = prefix_output.const_data_ptr();
   p.suffix = suffix_output.const_data_ptr();
   p.prefix_lse = static_cast<const float*>(prefix_lse.const_data_ptr());
   p.suffix_lse = static_cast<const float*>(suffix_lse.const_data_ptr());
   p.out = out.mutable_data_ptr();
   if (out_lse) p.out_lse = static_cast<float*>(out_lse->mutable_data_ptr());
+  if (!prefix_output.is_cpu()) {
+    FI_CUDA(op, prefix_output, cuda::launch_merge_states(p, stream));
+    return;
+  }
   torch::stable::parallel_for(
       0, batch * tokens * heads, grain(p.head_dim * 4),
       [&](int64_t begin, int64_t end) { FI_PICK(merge_attn_states)(p, begin, end); });

@@ -315,7 +315,7 @@ def plan_decode_reference(
     for cached in cache_seqlens.tolist():
         length = cached + append
         first = 0 if window_size[0] < 0 else max(0, length - q_len - window_size[0])
-        sums.append(sums[-1] + -(-length // 64) - min(first, length) // 64 + 4)
+        sums.append(sums[-1] + max(1, -(-length // 64) - min(first, length) // 64))
     share = 0 if batch_invariant else max(1, -(-num_heads_kv * sums[-1] // num_slots))
     header = [1, len(sums) - 1, num_heads_kv, q_len, append, 64, num_slots, share]
     return torch.tensor(header + sums, dtype=torch.int32, device=cache_seqlens.device)

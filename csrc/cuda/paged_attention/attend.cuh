@@ -1,0 +1,399 @@
+// The arithmetic of one warp: 16 packed query rows against slices of keys.
+//
+//   x = score in the log2 domain, m = running max, l += 2^(x - m), O = O * 2^(m_old - m) + 2^(x - m) V
+//
+// (Dao et al. 2022), fp32 but for the operands of the two products. A masked key has weight 0
+// exactly, and where no max moves the rescaling, by 1, is left out: neither changes a bit.
+//
+// 16-bit caches: both products at the type of the cache. 8-bit ones: in fp16; columns of a 16-byte
+// segment are then permuted alike in Q and K: thread t of a quad holds columns 4t .. 4t+3 of K as
+// ldmatrix delivers them, and of O. A row of bf16 queries is scaled by a power of two into fp16's
+// range. Scales per token: K's multiplies the score; V's joins the weight before it is rounded, with a
+// running max of its own (`mo`), so that no magnitude of scales can leave fp16's range.
+#pragma once
+
+#include "../common/dtype.cuh"
+#include "../ptx/mma.cuh"
+#include "convert.cuh"
+#include "layout.cuh"
+
+namespace fastinfer::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kMinusInf = -__builtin_huge_valf();
+
+// What does not change while a piece is worked on.
+struct Item {
+  int b, head, row_block;  // kv head
+  int rows;                // of the block, <= 16 * row_tiles
+  int len;
+  int first, last;  // keys [first, last) are visible to some row of the block
+  int low, high;    // keys outside are masked for some row
+};
+
+__device__ __forceinline__ float finite_origin(float m) { return m == kMinusInf ? 0.0f : m; }
+
+template <class F, int D, bool kSoft>
+struct Attend {
+  using L = Layout<F, D>;
+  static constexpr bool k8 = F::kBytes == 1;
+  static constexpr int kSteps = D / 16;            // of 16 columns
+  static constexpr int kBlocks = L::kTokens / 8;   // of 8 keys
+
+  float o[D / 8][4];
+  float m[2], l[2], mo[2];
+  float factor[2];  // of the raw score of rows g, g + 8
+  float slope[2];
+  int at[2];        // key position of the row
+  int low[2], high[2];
+  uint32_t q[L::kQueryInShared ? 1 : kSteps][4];
+  uint32_t q_shared;  // of this lane's fragments
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) o[i][j] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) m[i] = mo[i] = kMinusInf, l[i] = 0.0f;
+  }
+
+  __device__ __forceinline__ void set_query(int step, const uint32_t (&a)[4]) {
+    if constexpr (L::kQueryInShared) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(q_shared + step * 512),
+                   "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                   : "memory");
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) q[step][j] = a[j];
+    }
+  }
+  __device__ __forceinline__ void get_query(int step, uint32_t (&a)[4]) const {
+    if constexpr (L::kQueryInShared) {
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                   : "r"(q_shared + step * 512)
+                   : "memory");
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[j] = q[step][j];
+    }
+  }
+
+  // Elements [i, i + N) of a query row as raw 16-bit pairs; zeros past the end and for no row.
+  template <int N>
+  static __device__ __forceinline__ void load_query(const DecodeParams& p, const uint16_t* row,
+                                                    int i, uint32_t (&out)[N / 2]) {
+#pragma unroll
+    for (int j = 0; j < N / 2; ++j) out[j] = 0;
+    if (row == nullptr || i >= p.dim) return;
+    if (p.q_packs) {
+      if constexpr (N == 4) {
+        const uint2 x = *reinterpret_cast<const uint2*>(row + i);
+        out[0] = x.x;
+        out[1] = x.y;
+      } else {
+        out[0] = *reinterpret_cast<const uint32_t*>(row + i);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < N / 2; ++j)
+        out[j] = row[i + 2 * j] | static_cast<uint32_t>(row[i + 2 * j + 1]) << 16;
+    }
+  }
+
+  // Rows g and g + 8 of row tile `tile` of the block: their queries, masks and factors.
+  __device__ __forceinline__ void load_rows(const DecodeParams& p, const Item& item, int tile) {
+    const int g = lane() / 4, t = lane() % 4;
+    const uint16_t* row[2];
+    float scale = p.scale * (p.softcap > 0.0f ? 1.0f / p.softcap : kLog2e);
+    if (k8 && !p.scale_per_token_k) scale *= __ldg(p.k_scale + item.head * p.ks_head);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int in_block = tile * 16 + g + 8 * i;
+      const int r = item.row_block * p.row_tiles * 16 + in_block;
+      row[i] = nullptr;
+      low[i] = 0, high[i] = item.len;
+      at[i] = 0, slope[i] = 0.0f, factor[i] = scale;
+      if (in_block >= item.rows) continue;
+      const int token = r / p.group, head = item.head * p.group + r % p.group;
+      row[i] = static_cast<const uint16_t*>(p.q) + item.b * p.q_batch + token * p.q_token +
+               head * p.q_head;
+      at[i] = item.len - p.q_len + token;
+      low[i] = item.first;
+      if (p.window_left >= 0) low[i] = max(low[i], at[i] - p.window_left);
+      if (p.window_right >= 0) high[i] = min(high[i], at[i] + p.window_right + 1);
+      if (p.alibi)
+        slope[i] = __ldg(p.alibi + item.b * p.alibi_batch + head * p.alibi_head) * kLog2e;
+    }
+    if constexpr (!k8) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        uint32_t a[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          uint32_t x[1];
+          load_query<2>(p, row[j & 1], s * 16 + 2 * t + (j & 2) * 4, x);
+          a[j] = x[0];
+        }
+        set_query(s, a);
+      }
+    } else {
+      load_rows_to_half(p, row);
+    }
+  }
+
+  __device__ __forceinline__ void load_rows_to_half(const DecodeParams& p,
+                                                    const uint16_t* const (&row)[2]) {
+    const int t = lane() % 4;
+    const bool bf16 = p.q_dtype == DType::bf16;
+    float up[2] = {1.0f, 1.0f};
+    if (bf16) {
+      // The largest magnitude goes to [1, 2): everything above 2^-24 of it is kept.
+      uint32_t top[2] = {0, 0};
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t x[2];
+          load_query<4>(p, row[i], s * 16 + 4 * t, x);
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            top[i] = max(top[i], max(x[j] & 0x7FFFu, x[j] >> 16 & 0x7FFFu));
+        }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        top[i] = max(top[i], __shfl_xor_sync(kAllLanes, top[i], 1));
+        top[i] = max(top[i], __shfl_xor_sync(kAllLanes, top[i], 2));
+        // Exponent 1 .. 253 of fp32; zeros, subnormals, inf and NaN are left as they are.
+        const uint32_t e = top[i] >> 7;
+        if (e >= 1 && e <= 253) {
+          up[i] = __uint_as_float((254 - e) << 23);
+          factor[i] *= __uint_as_float(e << 23);
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t x[2];
+        load_query<4>(p, row[i], s * 16 + 4 * t, x);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (bf16)
+            x[j] = pack_half2<false>(__uint_as_float(x[j] << 16) * up[i],
+                                     __uint_as_float(x[j] & 0xFFFF0000u) * up[i]);
+          a[i + 2 * j] = x[j];
+        }
+      }
+      set_query(s, a);
+    }
+  }
+
+  __device__ __forceinline__ void scores(uint32_t slice, float (&x)[kBlocks][4]) const {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[i][j] = 0.0f;
+    const int i = lane() / 8, r = lane() % 8;
+    if constexpr (!k8) {
+      const uint32_t at_lane = slice + ((i / 2) * 8 + r) * L::kPitch + (i % 2) * 16;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        uint32_t k[4], a[4];
+        ldmatrix_x4(k, at_lane + s * 32);
+        get_query(s, a);
+        mma_16816<F::kBf16>(x[0], a, k[0], k[1]);
+        mma_16816<F::kBf16>(x[1], a, k[2], k[3]);
+      }
+    } else {
+      const uint32_t at_lane = slice + ((i % 2) * 8 + r) * L::kPitch + (i / 2) * 16;
+#pragma unroll
+      for (int s = 0; s < kSteps; s += 2) {
+        uint32_t a[2][4];
+        get_query(s, a[0]);
+        get_query(s + 1, a[1]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t k[4];
+          ldmatrix_x4(k, at_lane + half * 16 * L::kPitch + s * 16);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const HalfPairs b = halves_from_codes<F::kE4m3, kSoft>(k[j]);
+            mma_16816<false>(x[2 * half + j % 2], a[j / 2], b.low, b.high);
+          }
+        }
+      }
+    }
+  }
+
+  // o += weights of keys 16 * half .. times their values.
+  __device__ __forceinline__ void values(uint32_t slice, int half, const uint32_t (&a)[4]) {
+    const int i = lane() / 8, r = lane() % 8;
+    const uint32_t at_lane = slice + L::kV + (half * 16 + (i % 2) * 8 + r) * L::kPitch + (i / 2) * 16;
+    if constexpr (!k8) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        uint32_t v[4];
+        ldmatrix_x4_trans(v, at_lane + s * 32);
+        mma_16816<F::kBf16>(o[2 * s], a, v[0], v[1]);
+        mma_16816<F::kBf16>(o[2 * s + 1], a, v[2], v[3]);
+      }
+    } else {
+#pragma unroll
+      for (int s = 0; s < kSteps; s += 2) {
+        uint32_t v[4];
+        ldmatrix_x4_trans(v, at_lane + s * 16);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          // Bytes: (key 2t; even, odd column), (key 2t + 1; even, odd column).
+          const HalfPairs b0 =
+              halves_from_codes<F::kE4m3, kSoft>(__byte_perm(v[2 * j], 0, 0x3120));
+          const HalfPairs b1 =
+              halves_from_codes<F::kE4m3, kSoft>(__byte_perm(v[2 * j + 1], 0, 0x3120));
+          mma_16816<false>(o[2 * (s + j)], a, b0.low, b1.low);
+          mma_16816<false>(o[2 * (s + j) + 1], a, b0.high, b1.high);
+        }
+      }
+    }
+  }
+
+  // Keys first .. first + kTokens - 1, which lie in `slice`.
+  __device__ __forceinline__ void step(const DecodeParams& p, const Item& item, uint32_t slice,
+                                       int first) {
+    const int t = lane() % 4;
+    float x[kBlocks][4];
+    scores(slice, x);
+    const bool masked = first < item.low || first + L::kTokens > item.high;
+    [[maybe_unused]] float v_log[kBlocks][2];
+    [[maybe_unused]] const bool v_scaled = k8 && p.scale_per_token_v;
+    float top[2] = {kMinusInf, kMinusInf}, top_o[2] = {kMinusInf, kMinusInf};
+    [[maybe_unused]] uint32_t negative = 0;  // V scales below 0, one bit per key of this lane
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      const int in_slice = 8 * n + 2 * t;
+      if constexpr (k8) {
+        if (p.scale_per_token_k) {
+          const float2 s = shared_pair(slice + L::kScales + in_slice * 4);
+          x[n][0] *= s.x, x[n][1] *= s.y, x[n][2] *= s.x, x[n][3] *= s.y;
+        }
+        if (v_scaled) {
+          const float2 s = shared_pair(slice + L::kScales + (L::kTokens + in_slice) * 4);
+          v_log[n][0] = __log2f(fabsf(s.x)), v_log[n][1] = __log2f(fabsf(s.y));
+          negative |= (s.x < 0.0f ? 1u : 0u) << (2 * n) | (s.y < 0.0f ? 2u : 0u) << (2 * n);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int i = j / 2, key = first + in_slice + j % 2;
+        float y = x[n][j] * factor[i];
+        if (p.softcap > 0.0f) y = p.softcap * kLog2e * tanhf(y);
+        if (p.alibi) y -= slope[i] * static_cast<float>(abs(at[i] - key));
+        if (masked && (key < low[i] || key >= high[i])) y = kMinusInf;
+        x[n][j] = y;
+        top[i] = fmaxf(top[i], y);
+        if constexpr (k8)
+          if (v_scaled) top_o[i] = fmaxf(top_o[i], y + v_log[n][j % 2]);
+      }
+    }
+    float keep[2], origin[2];
+    bool moved = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = fmaxf(top[i], __shfl_xor_sync(kAllLanes, top[i], 1));
+      top[i] = fmaxf(fmaxf(top[i], __shfl_xor_sync(kAllLanes, top[i], 2)), m[i]);
+      origin[i] = finite_origin(top[i]);
+      keep[i] = exp2_approx(m[i] - origin[i]);
+      l[i] *= keep[i];
+      m[i] = top[i];
+      moved = moved || keep[i] != 1.0f;
+    }
+    [[maybe_unused]] float origin_o[2];
+    if constexpr (k8) {
+      if (v_scaled) {
+        moved = false;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          top_o[i] = fmaxf(top_o[i], __shfl_xor_sync(kAllLanes, top_o[i], 1));
+          top_o[i] = fmaxf(fmaxf(top_o[i], __shfl_xor_sync(kAllLanes, top_o[i], 2)), mo[i]);
+          origin_o[i] = finite_origin(top_o[i]);
+          keep[i] = exp2_approx(mo[i] - origin_o[i]);
+          mo[i] = top_o[i];
+          moved = moved || keep[i] != 1.0f;
+        }
+      }
+    }
+    if (__any_sync(kAllLanes, moved)) {
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o[i][j] *= keep[j / 2];
+    }
+#pragma unroll
+    for (int half = 0; half < kBlocks / 2; ++half) {
+      uint32_t a[4];
+#pragma unroll
+      for (int n = 2 * half; n < 2 * half + 2; ++n) {
+        float w[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int i = j / 2;
+          w[j] = exp2_approx(x[n][j] - origin[i]);
+          l[i] += w[j];
+          if constexpr (k8) {
+            if (v_scaled) {
+              w[j] = exp2_approx(x[n][j] + v_log[n][j % 2] - origin_o[i]);
+              if (negative >> (2 * n + j % 2) & 1) w[j] = -w[j];
+            }
+          }
+        }
+        a[(n % 2) * 2] = pack_half2<F::kBf16>(w[0], w[1]);
+        a[(n % 2) * 2 + 1] = pack_half2<F::kBf16>(w[2], w[3]);
+      }
+      values(slice, half, a);
+    }
+  }
+
+  static __device__ __forceinline__ float2 shared_pair(uint32_t address) {
+    float2 r;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(address) : "memory");
+    return r;
+  }
+
+  // Sums over the quad.
+  __device__ __forceinline__ void close() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      l[i] += __shfl_xor_sync(kAllLanes, l[i], 1);
+      l[i] += __shfl_xor_sync(kAllLanes, l[i], 2);
+    }
+  }
+
+  // What the output of row g + 8 i is relative to.
+  __device__ __forceinline__ float reference(const DecodeParams& p, int i) const {
+    return k8 && p.scale_per_token_v ? mo[i] : m[i];
+  }
+
+  // Row g + 8 i, times weight, to a merge buffer.
+  __device__ __forceinline__ void store(float* buffer, int i, float weight) const {
+    const int g = lane() / 4, t = lane() % 4;
+    float* row = buffer + (g + 8 * i) * L::kMergePitch;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const float a = o[2 * s][2 * i] * weight, b = o[2 * s][2 * i + 1] * weight;
+      const float c = o[2 * s + 1][2 * i] * weight, d = o[2 * s + 1][2 * i + 1] * weight;
+      if constexpr (k8) {
+        *reinterpret_cast<float4*>(row + s * 16 + 4 * t) = make_float4(a, c, b, d);
+      } else {
+        *reinterpret_cast<float2*>(row + s * 16 + 2 * t) = make_float2(a, b);
+        *reinterpret_cast<float2*>(row + s * 16 + 8 + 2 * t) = make_float2(c, d);
+      }
+    }
+  }
+};
+
+}  // namespace fastinfer::cuda

@@ -1,0 +1,10 @@
+// Decode attention over bf16 caches, portable (cp.async) path.
+#include "decode.cuh"
+
+namespace fastinfer::cuda {
+
+int launch_decode_bf16(const DecodeParams& p, int slots, void* stream) {
+  return launch_decode_dim<FormatBf16, DecodePath::portable>(p, slots, stream);
+}
+
+}  // namespace fastinfer::cuda

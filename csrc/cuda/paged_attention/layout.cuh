@@ -1,0 +1,56 @@
+// Cache formats and the shared memory of the decode kernel.
+//
+// A warp's share of a step is a slice of 32 bytes' worth of keys per column: kTokens = 16 keys of a 16-bit
+// cache, 32 of an 8-bit one. A slice holds their K rows, then their V rows, then (8-bit) two scales
+// per key. Rows are padded by 16 bytes, an odd multiple of 16, so that ldmatrix meets no bank
+// conflict. When a piece is finished a slice takes the warp's fp32 output for the merge.
+#pragma once
+
+#include "params.h"
+#include "work.cuh"
+
+namespace fastinfer::cuda {
+
+struct FormatBf16 {
+  static constexpr int kBytes = 1 * 2;
+  static constexpr bool kBf16 = true, kE4m3 = false;
+};
+struct FormatF16 {
+  static constexpr int kBytes = 2;
+  static constexpr bool kBf16 = false, kE4m3 = false;
+};
+struct FormatE4m3 {
+  static constexpr int kBytes = 1;
+  static constexpr bool kBf16 = false, kE4m3 = true;
+};
+struct FormatI8 {
+  static constexpr int kBytes = 1;
+  static constexpr bool kBf16 = false, kE4m3 = false;
+};
+
+template <class F, int D>
+struct Layout {
+  static_assert(D == 64 || D == 128 || D == 256, "instances; other head dims run in the next one");
+  static constexpr int kTokens = 32 / F::kBytes;
+  static constexpr int kStepTokens = kDecodeWarps * kTokens;  // of a CTA
+  static constexpr int kPitch = D * F::kBytes + 16;
+  static constexpr int kV = kTokens * kPitch;
+  static constexpr int kScales = 2 * kV;
+  static constexpr int kSlice = kScales + (F::kBytes == 1 ? kTokens * 8 : 0);
+  static constexpr int kStages = D == 64 ? 5 : D == 128 ? 3 : 2;
+  static constexpr int kStage = kDecodeWarps * kSlice;
+  static constexpr int kMergePitch = D + 4;  // floats
+  static_assert(16 * kMergePitch * 4 <= kScales, "the merge buffer must fit into a slice");
+
+  static constexpr bool kQueryInShared = D == 256;  // registers would not do
+  static constexpr int kQuery = kStages * kStage;
+  static constexpr int kQueryBytes = kQueryInShared ? kDecodeWarps * (D / 16) * 512 : 0;
+  static constexpr int kMax = kQuery + kQueryBytes;       // float [warp][16]
+  static constexpr int kSum = kMax + kDecodeWarps * 64;   // float [warp][16]
+  static constexpr int kInts = kSum + kDecodeWarps * 64;  // int [8]
+  static constexpr int kBarriers = kInts + 32;            // uint64 [stage][warp]
+  static constexpr int kTotal = kBarriers + kStages * kDecodeWarps * 8;
+  static constexpr int kCtasPerSm = D == 256 ? 1 : 2;
+};
+
+}  // namespace fastinfer::cuda

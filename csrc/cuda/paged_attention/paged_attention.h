@@ -1,0 +1,29 @@
+// Launchers of the paged attention stem; they return a cudaError_t as int.
+#pragma once
+
+#include <cstdint>
+
+#include "../../cpu/attention.h"
+#include "params.h"
+
+namespace fastinfer::cuda {
+
+enum class DecodePath { portable, soft, bulk };  // soft: portable with e4m3 decoded as sm_80 must
+
+int launch_append(const AppendParams& p, void* stream);
+int launch_plan(const int32_t* lengths, int64_t stride, int64_t batch, int64_t heads_kv,
+                int64_t q_len, int64_t append, int64_t window_left, int64_t num_slots,
+                bool invariant, int32_t* plan, void* stream);
+int launch_merge_states(const cpu::MergeStatesParams& p, void* stream);
+
+// One per cache type, each in files of its own.
+int launch_decode_bf16(const DecodeParams& p, int slots, void* stream);
+int launch_decode_f16(const DecodeParams& p, int slots, void* stream);
+int launch_decode_e4m3(const DecodeParams& p, int slots, bool soft, void* stream);
+int launch_decode_i8(const DecodeParams& p, int slots, void* stream);
+int launch_decode_bf16_sm90(const DecodeParams& p, int slots, void* stream);
+int launch_decode_f16_sm90(const DecodeParams& p, int slots, void* stream);
+int launch_decode_e4m3_sm90(const DecodeParams& p, int slots, void* stream);
+int launch_decode_i8_sm90(const DecodeParams& p, int slots, void* stream);
+
+}  // namespace fastinfer::cuda

@@ -1,0 +1,91 @@
+// What the decode kernel needs to know, and the shape of its workspace. Plain C++.
+//
+// Rows. The group = Hq / Hkv query heads of a key head and the q_len tokens are packed: row r of
+// (sequence, key head) is token r / group, head kv_head * group + r % group. A CTA works on a block of
+// 16 * row_tiles of them.
+//
+// Work. The (key head, row block) pairs are dealt round robin to `lanes`; lane j's list runs over the
+// sequences and, within one, over the lane's pairs. An item, (b, pair), costs max(1, tiles of 64 visible
+// keys). CTA s works for lane s % lanes, on cost [g * share, (g + 1) * share) of its list, g = s / lanes,
+// share = ceil(total / CTAs per lane): neighbouring CTAs read neighbouring heads of the same keys at the
+// same time. An item cut by such borders is summed up from partial results by whichever CTA finishes
+// last, in the order of the keys. Batch-invariant: an item consists of pieces of 1024 keys at absolute
+// positions, a piece belongs to the CTA of its first tile.
+#pragma once
+
+#include <cstdint>
+
+#include "../../cpu/dtype.h"
+
+namespace fastinfer::cuda {
+
+constexpr int kPlanTile = 64;        // keys per unit of cost
+constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
+constexpr int kPlanHeader = 8;       // see csrc/ops/paged_attention.cpp
+constexpr int kMergeFan = 16;        // fixed pieces that are merged in one go
+
+struct DecodeParams {
+  const void* q;
+  void* out;
+  float* lse;  // may be nullptr
+  const void* k;
+  const void* v;
+  const float* k_scale;  // of 8-bit codes
+  const float* v_scale;
+  const int32_t* lengths;  // [B], nullptr: `capacity` each
+  const int32_t* cache_rows;
+  const int32_t* leftpad;
+  const int32_t* table;  // nullptr: dense
+  const int32_t* plan;   // may be nullptr
+  const float* alibi;
+  const void* sinks;
+  float* partial;     // [piece][block rows][D]
+  float* partial_ml;  // [piece][block rows][2]: max in the log2 domain, sum
+  int32_t* counters;  // zero before and after every launch
+  int64_t q_batch, q_token, q_head, out_batch, out_token, out_head, lse_batch, lse_token, lse_head;
+  int64_t k_page, k_token, k_head, v_page, v_token, v_head;  // elements
+  int64_t ks_page, ks_token, ks_head, vs_page, vs_token, vs_head;
+  int64_t lengths_stride, cache_rows_stride, leftpad_stride, table_stride;
+  int64_t alibi_batch, alibi_head, sinks_stride;
+  uint32_t page16, token16, head16;  // strides of K and V in 16-byte units, where `packs`
+  int32_t batch, q_len, append, capacity, heads_kv, group, dim, page_size;
+  int32_t rows, row_tiles, row_blocks;
+  int32_t lanes, lane_items;  // lane_items = heads_kv * row_blocks / lanes
+  int32_t min_share;
+  int32_t window_left, window_right;  // -1: unlimited
+  int32_t max_pieces;                 // per item, batch-invariant mode
+  float scale, softcap;
+  DType q_dtype, kv_dtype, sinks_dtype;
+  bool packs;      // K and V rows: same strides, 16-byte aligned, less than 64 GiB apart
+  bool q_packs;    // q may be read 8 bytes at a time
+  bool out_packs;  // out may be written 8 bytes at a time
+  bool scale_per_token_k, scale_per_token_v;
+  bool invariant;
+};
+
+// New keys and values into the cache, and q rotated, before the decode kernel runs.
+struct AppendParams {
+  const void* k;
+  const void* v;
+  void* k_cache;
+  void* v_cache;
+  float* k_scale;
+  float* v_scale;
+  const void* q;      // rotated into q_out when the tables are given
+  void* q_out;        // [B, Sq, Hq, D] contiguous
+  const void* cos;    // [positions, rotary_dim / 2]
+  const void* sin;
+  const int32_t* lengths;
+  const int32_t* cache_rows;
+  const int32_t* table;
+  int64_t k_batch, k_token, k_head, v_batch, v_token, v_head, q_batch, q_token, q_head;
+  int64_t kc_page, kc_token, kc_head, vc_page, vc_token, vc_head;
+  int64_t ks_page, ks_token, ks_head, vs_page, vs_token, vs_head;
+  int64_t cos_stride, sin_stride, lengths_stride, cache_rows_stride, table_stride;
+  int32_t batch, tokens, heads_kv, dim, page_size, q_len, heads_q, rotary_dim;
+  bool interleaved, q_per_token;
+  bool k_scale_per_token, v_scale_per_token;
+  DType dtype, cache_dtype, rotary_dtype;
+};
+
+}  // namespace fastinfer::cuda

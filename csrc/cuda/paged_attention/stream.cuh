@@ -1,0 +1,185 @@
+// The loader: keys and values of the slot's tiles into a ring of shared memory stages, kStages - 1
+// steps ahead of the arithmetic and across the borders of items. Every warp loads its own slice, one
+// lane per key looks the page up, one step before the copy needs it.
+//
+// Keys outside [low, min(len, end of the piece)) are not touched; their rows become 0.
+#pragma once
+
+#include "../ptx/async_copy.cuh"
+#include "../ptx/mma.cuh"
+#include "layout.cuh"
+#include "paged_attention.h"
+
+namespace fastinfer::cuda {
+
+template <class F, int D, DecodePath kPath>
+struct Stream {
+  using L = Layout<F, D>;
+  static constexpr bool kBulk = kPath == DecodePath::bulk;
+
+  const DecodeParams& p;
+  const Slot& slot;
+  uint32_t shared;  // of the ring
+  Walk walk;
+  int base;  // first key of the next step of the CTA
+  bool more;
+  // Key of this lane in the next step.
+  int page, place, head;
+  bool valid, any;
+
+  __device__ __forceinline__ Stream(const DecodeParams& params, const Slot& s, uint32_t ring)
+      : p(params), slot(s), shared(ring) {
+    walk.start(p, slot);
+    more = true;
+    while (more && !walk.has_tiles()) more = walk.next(p, slot);
+    base = walk.tile * kPlanTile;
+    look_up();
+  }
+
+  static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+
+  __device__ __forceinline__ void look_up() {
+    any = more;
+    valid = false;
+    page = place = head = 0;
+    if (!more) return;
+    const int end = min(walk.len, walk.end * kPlanTile);
+    const int key = base + warp() * L::kTokens + lane() % L::kTokens;
+    valid = key >= walk.low && key < end;
+    head = walk.pair(p, slot);
+    if (p.row_blocks > 1) head /= p.row_blocks;
+    page = walk.row;
+    place = key;
+    if (p.table && valid) {
+      const uint32_t size = p.page_size, column = static_cast<uint32_t>(key) / size;
+      page = __ldg(p.table + walk.b * p.table_stride + column);
+      place = key - column * size;
+    }
+    base += L::kStepTokens;
+    if (base >= end) {
+      do {
+        more = walk.next(p, slot);
+      } while (more && !walk.has_tiles());
+      base = walk.tile * kPlanTile;
+    }
+  }
+
+  // Copies the step that look_up() prepared into `stage`, which every warp of the team has left.
+  __device__ __forceinline__ void issue(int stage) {
+    if (!any) {
+      cp_async_commit();  // the arithmetic counts groups
+      return;
+    }
+    const uint32_t slice = shared + (stage * kDecodeWarps + warp()) * L::kSlice;
+    if constexpr (kBulk) {
+      issue_bulk(slice, shared + L::kBarriers + (stage * kDecodeWarps + warp()) * 8);
+    } else {
+      if (p.packs)
+        issue_packs(slice);
+      else
+        copy_elements(p, slice, page, place, head, valid);
+    }
+    if constexpr (F::kBytes == 1)
+      if (p.scale_per_token_k || p.scale_per_token_v) issue_scales(slice);
+    cp_async_commit();
+    look_up();
+  }
+
+  __device__ __forceinline__ void issue_packs(uint32_t slice) {
+    constexpr int kPacks = D * F::kBytes / 16;  // of a row
+    constexpr int kRows = 32 / kPacks;          // per instruction of the warp
+    static_assert(kPacks <= 32, "a row is copied by one instruction");
+    const uint32_t offset = page * p.page16 + place * p.token16 + head * p.head16;
+    const uint32_t seen = __ballot_sync(kAllLanes, valid);
+    const int column = lane() % kPacks;
+    const bool inside = column < p.dim * F::kBytes / 16;  // the rest of the row is zeros
+    const char* k = static_cast<const char*>(p.k) + (inside ? column * 16 : 0);
+    const char* v = static_cast<const char*>(p.v) + (inside ? column * 16 : 0);
+#pragma unroll
+    for (int i = 0; i < L::kTokens / kRows; ++i) {
+      const int row = i * kRows + lane() / kPacks;
+      const bool there = inside && (seen >> row & 1);
+      // An address that is not read from must still be a sane one.
+      const uint32_t units = __shfl_sync(kAllLanes, offset, row);
+      const uint64_t bytes = there ? static_cast<uint64_t>(units) * 16 : 0;
+      const uint32_t to = slice + row * L::kPitch + column * 16;
+      cp_async_16(to, k + bytes, there);
+      cp_async_16(to + L::kV, v + bytes, there);
+    }
+  }
+
+  __device__ __forceinline__ void issue_scales(uint32_t slice) {
+    static_assert(F::kBytes == 2 || L::kTokens == 32, "a lane per key");
+    const uint32_t to = slice + L::kScales + lane() * 4;
+    if (p.scale_per_token_k)
+      cp_async_4(to,
+                 valid ? p.k_scale + page * p.ks_page + place * p.ks_token + head * p.ks_head
+                       : p.k_scale,
+                 valid);
+    if (p.scale_per_token_v)
+      cp_async_4(to + L::kTokens * 4,
+                 valid ? p.v_scale + page * p.vs_page + place * p.vs_token + head * p.vs_head
+                       : p.v_scale,
+                 valid);
+  }
+
+  // Any strides and alignment, any distance: element by element.
+  static __device__ __noinline__ void copy_elements(const DecodeParams& p, uint32_t slice, int page,
+                                                    int place, int head, bool valid) {
+    for (int row = 0; row < L::kTokens; ++row) {
+      const int64_t row_page = __shfl_sync(kAllLanes, page, row);
+      const int64_t row_place = __shfl_sync(kAllLanes, place, row);
+      const bool there = __shfl_sync(kAllLanes, valid, row);
+      const int64_t k_at = row_page * p.k_page + row_place * p.k_token + head * p.k_head;
+      const int64_t v_at = row_page * p.v_page + row_place * p.v_token + head * p.v_head;
+      for (int i = lane(); i < D; i += 32) {
+        const uint32_t to = slice + row * L::kPitch + i * F::kBytes;
+        const bool read = there && i < p.dim;
+        if constexpr (F::kBytes == 2) {
+          const uint16_t a = read ? static_cast<const uint16_t*>(p.k)[k_at + i] : 0;
+          const uint16_t c = read ? static_cast<const uint16_t*>(p.v)[v_at + i] : 0;
+          asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(a) : "memory");
+          asm volatile("st.shared.b16 [%0], %1;" ::"r"(to + L::kV), "h"(c) : "memory");
+        } else {
+          const uint32_t a = read ? static_cast<const uint8_t*>(p.k)[k_at + i] : 0;
+          const uint32_t c = read ? static_cast<const uint8_t*>(p.v)[v_at + i] : 0;
+          asm volatile("st.shared.b8 [%0], %1;" ::"r"(to), "r"(a) : "memory");
+          asm volatile("st.shared.b8 [%0], %1;" ::"r"(to + L::kV), "r"(c) : "memory");
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void store_zeros(uint32_t at, int bytes) {
+    for (int i = 0; i < bytes; i += 16)
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at + i), "r"(0) : "memory");
+  }
+
+  __device__ __forceinline__ void issue_bulk(uint32_t slice, uint32_t barrier) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    const uint32_t bytes = p.dim * F::kBytes;
+    const uint32_t seen =
+        __ballot_sync(kAllLanes, valid) & (L::kTokens == 32 ? kAllLanes : 0xFFFFu);
+    // The slice was read, or written by a merge, through the other proxy.
+    fence_async_shared();
+    if (lane() == 0) mbarrier_arrive_expect(barrier, 2 * bytes * __popc(seen));
+    __syncwarp();
+    const uint64_t offset =
+        static_cast<uint64_t>(page * p.page16 + place * p.token16 + head * p.head16) * 16;
+    const int row = lane() % L::kTokens;
+    const uint32_t to = slice + row * L::kPitch;
+    const bool do_k = L::kTokens == 32 || lane() < 16, do_v = L::kTokens == 32 || lane() >= 16;
+    if (valid) {
+      if (do_k) bulk_copy(to, static_cast<const char*>(p.k) + offset, bytes, barrier);
+      if (do_v) bulk_copy(to + L::kV, static_cast<const char*>(p.v) + offset, bytes, barrier);
+    }
+    if (!valid) {
+      if (do_k) store_zeros(to, bytes);
+      if (do_v) store_zeros(to + L::kV, bytes);
+    }
+#endif
+  }
+};
+
+}  // namespace fastinfer::cuda
