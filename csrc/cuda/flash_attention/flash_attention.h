@@ -40,6 +40,7 @@ struct FlashAttentionParams {
   int32_t window_left, window_right;  // -1: unlimited
   int32_t section;  // dense: query heads (of all batches) whose tiles are done together
   float scale, softcap;
+  float inner, outer;  // set by the launcher: scores become inner * s, or outer * tanh(inner * s)
   const float* alibi;
   int64_t alibi_batch, alibi_head;
   const void* sinks;

@@ -118,12 +118,10 @@ __device__ __forceinline__ void modify_scores(const FlashAttentionParams& p, flo
                                               float slope, int32_t first, int32_t at0,
                                               int32_t at1) {
   const bool capped = p.softcap > 0.0f;
-  const float inner = capped ? p.scale / p.softcap : p.scale * kLog2e;
-  const float outer = p.softcap * kLog2e;
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
-    float x = s[i] * inner;
-    if (capped) x = outer * tanh_accurate(x);
+    float x = s[i] * p.inner;
+    if (capped) x = p.outer * tanh_accurate(x);
     const int32_t column = first + 8 * (i / 4) + i % 2;
     if (p.alibi) x -= slope * static_cast<float>(abs((i % 4 / 2 ? at1 : at0) - column));
     s[i] = x;
@@ -164,25 +162,32 @@ struct RowState {
   // Scores become probabilities; keep[r] is what earlier sums and outputs have to be multiplied by.
   template <int kN>
   __device__ __forceinline__ void update(float (&s)[kN], float factor, float (&keep)[2]) {
-    float top[2] = {max[0], max[1]};
+    // Two chains per row: a chain's latency would show.
+    float high[2][2] = {{max[0], -INFINITY}, {max[1], -INFINITY}};
 #pragma unroll
-    for (int i = 0; i < kN; ++i) top[i % 4 / 2] = fmaxf(top[i % 4 / 2], s[i]);
+    for (int i = 0; i < kN; ++i) {
+      float& x = high[i % 4 / 2][i % 2];
+      x = fmaxf(x, s[i]);
+    }
     float origin[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], 1));
-      top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], 2));
+      float top = fmaxf(high[r][0], high[r][1]);
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
       // A row that has seen no key yet: exp2(-inf - 0) = 0 where -inf - -inf would be NaN.
-      origin[r] = top[r] == -INFINITY ? 0.0f : top[r] * factor;
+      origin[r] = top == -INFINITY ? 0.0f : top * factor;
       keep[r] = exp2_approx(max[r] * factor - origin[r]);
-      max[r] = top[r];
-      sum[r] *= keep[r];
+      max[r] = top;
     }
+    float part[2][2] = {{sum[0] * keep[0], 0.0f}, {sum[1] * keep[1], 0.0f}};
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       s[i] = exp2_approx(s[i] * factor - origin[i % 4 / 2]);
-      sum[i % 4 / 2] += s[i];
+      part[i % 4 / 2][i % 2] += s[i];
     }
+    sum[0] = part[0][0] + part[0][1];
+    sum[1] = part[1][0] + part[1][1];
   }
 
   // Total of row r over the quad; the sink's term; returns what the output has to be multiplied by
