@@ -50,6 +50,8 @@ struct FlashAttentionParams {
 
 // Positions are 32-bit; a window this far is none.
 constexpr int64_t kMaxKeys = int64_t{1} << 30;
+// Tiles of query rows of one call are numbered in 32 bits.
+constexpr int64_t kMaxTiles = INT32_MAX;
 
 // May 16-bit rows at `data` plus multiples of the strides be moved 16 bytes at a time?
 inline bool aligned16(const void* data, std::initializer_list<int64_t> strides) {

@@ -11,52 +11,19 @@
 // their scales multiply scores and probabilities per key.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/launch.cuh"
+#include "../ptx/async_copy.cuh"
+#include "../ptx/mma.cuh"
 #include "flash_work.cuh"
 
 namespace fastinfer::cuda::flash {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-// 16 bytes, or zeros.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool really) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(really ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void copy_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-__device__ __forceinline__ void copy_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-template <bool kTranspose>
-__device__ __forceinline__ void load_matrix(uint32_t (&r)[4], uint32_t at) {
-  if constexpr (kTranspose)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
-                 : "memory");
-}
 template <class T>
-__device__ __forceinline__ void multiply(float* d, const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+__device__ __forceinline__ void multiply(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  mma_16816<std::is_same_v<T, __nv_bfloat16>>(*reinterpret_cast<float(*)[4]>(c),
+                                              *reinterpret_cast<const uint32_t(*)[4]>(a), b0, b1);
 }
 
 constexpr int kPortableThreads = 128;
@@ -141,7 +108,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const void* data, int32_t
       const int32_t row = first + r;
       const bool really = column && row >= some.begin && row < some.end;
       const int64_t offset = really ? row_offset(row) + 8 * c : 0;
-      copy_async(to + chunk_at<kD>(r, c), static_cast<const T*>(data) + offset, really);
+      cp_async_16(to + chunk_at<kD>(r, c), static_cast<const T*>(data) + offset, really);
     }
   } else {
 #pragma unroll 1
@@ -250,7 +217,7 @@ __global__ void __launch_bounds__(kPortableThreads)
     load_tile<T, kD, kRows, kAny>(q_tile, p.q, at.w.row, {0, at.w.len_q}, p.head_dim, p.dtype,
                                   [&](int32_t row) { return base + row * p.q_token; });
     load_keys(p.k, at.k_base, k_tile, tile * kKeys, key_scales);
-    copy_commit();
+    cp_async_commit();
   } else {
     tile = first_tile - 1;
   }
@@ -275,10 +242,10 @@ __global__ void __launch_bounds__(kPortableThreads)
 
   for (; tile >= first_tile; --tile) {
     const int32_t first = tile * kKeys;
-    copy_wait_all();
+    cp_async_wait<0>();
     __syncthreads();  // K is there, and nobody reads the last V any more
     load_keys(p.v, at.v_base, v_tile, first, value_scales);
-    copy_commit();
+    cp_async_commit();
 
     float s[kBlocks][kScores];
 #pragma unroll
@@ -289,11 +256,11 @@ __global__ void __launch_bounds__(kPortableThreads)
     for (int k = 0; k < kD / 16; ++k) {
       uint32_t a[kBlocks][4];
 #pragma unroll
-      for (int m = 0; m < kBlocks; ++m) load_matrix<false>(a[m], (q_at ^ 32 * k) + m * 64 * kD * 2);
+      for (int m = 0; m < kBlocks; ++m) ldmatrix_x4(a[m], (q_at ^ 32 * k) + m * 64 * kD * 2);
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t b[4];  // keys 0-7: k low, k high; keys 8-15: k low, k high
-        load_matrix<false>(b, (k_at ^ 32 * k) + n * 16 * kD * 2);
+        ldmatrix_x4(b, (k_at ^ 32 * k) + n * 16 * kD * 2);
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
           multiply<T>(s[m] + 8 * n, a[m], b[0], b[1]);
@@ -326,42 +293,42 @@ __global__ void __launch_bounds__(kPortableThreads)
         mask_scores(s[m], column, low.begin, low.end, high.begin, high.end);
       }
     }
-    copy_wait_all();
-    __syncthreads();  // V is there, and nobody reads this K any more
-    if (tile > first_tile) load_keys(p.k, at.k_base, k_tile, first - kKeys, key_scales);
-    copy_commit();
-
+    // V is there, and nobody reads this K any more; where V comes with scales, these come first.
+    auto meet = [] {
+      cp_async_wait<0>();
+      __syncthreads();
+    };
+    if constexpr (kAny) meet();
+    uint32_t probabilities[kBlocks][kScores / 2];
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
       float keep[2];
-      state[m].update(s[m], factor, keep);
+      state[m].template update<kBlocks == 1 ? 2 : 1>(s[m], factor, keep);
+      if constexpr (kAny) {
+#pragma unroll
+        for (int i = 0; i < kScores; ++i)
+          s[m][i] *= value_scales[8 * (i / 4) + 2 * (lane % 4) + i % 2];
+      }
+#pragma unroll
+      for (int i = 0; i < kScores / 2; ++i)
+        probabilities[m][i] = pack2<T>(s[m][2 * i], s[m][2 * i + 1]);
 #pragma unroll
       for (int i = 0; i < kD / 2; ++i) out[m][i] *= keep[i % 4 / 2];
     }
-    if constexpr (kAny) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        const float scale = value_scales[8 * (i / 4) + 2 * (lane % 4) + i % 2];
-#pragma unroll
-        for (int m = 0; m < kBlocks; ++m) s[m][i] *= scale;
-      }
-    }
+    if constexpr (!kAny) meet();
+    // Not earlier: the scores need the registers that its addresses take.
+    if (tile > first_tile) load_keys(p.k, at.k_base, k_tile, first - kKeys, key_scales);
+    cp_async_commit();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      uint32_t a[kBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kBlocks; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          a[m][i] = pack2<T>(s[m][8 * k + 2 * i], s[m][8 * k + 2 * i + 1]);
 #pragma unroll
       for (int n = 0; n < kD / 16; ++n) {
         uint32_t b[4];  // columns 0-7: keys low, keys high; columns 8-15: keys low, keys high
-        load_matrix<true>(b, (v_at ^ 32 * n) + k * 16 * kD * 2);
+        ldmatrix_x4_trans(b, (v_at ^ 32 * n) + k * 16 * kD * 2);
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
-          multiply<T>(out[m] + 8 * n, a[m], b[0], b[1]);
-          multiply<T>(out[m] + 8 * n + 4, a[m], b[2], b[3]);
+          multiply<T>(out[m] + 8 * n, probabilities[m] + 4 * k, b[0], b[1]);
+          multiply<T>(out[m] + 8 * n + 4, probabilities[m] + 4 * k, b[2], b[3]);
         }
       }
     }
@@ -388,6 +355,7 @@ int launch_portable(const FlashAttentionParams& p, void* stream) {
   constexpr int kRows = portable_rows(kD, kAny);
   const int64_t tiles =
       p.cu_q ? p.tokens_q / kRows + p.batch : ceil_div(p.len_q, kRows) * int64_t{p.batch};
+  if (tiles * p.heads_q > kMaxTiles) return cudaErrorInvalidConfiguration;
   return launch(flash_portable_kernel<T, kD, kAny>, dim3(static_cast<unsigned>(tiles * p.heads_q)),
                 dim3(kPortableThreads), portable_shared_bytes(kD, kAny), stream, p,
                 aligned16(p.out, {p.out_batch, p.out_token, p.out_head}));

@@ -107,7 +107,7 @@ struct Consumer {
   }
 
   // The assembler would wait for O first and do the softmax afterwards. It does not move the wait
-  // over a store, so one that needs all probabilities is put in between: 580 -> see docs.
+  // over a store, so one that needs all probabilities is put in between.
   __device__ __forceinline__ void pin(float x) {
     asm volatile(
         "{\n.reg .pred first;\nsetp.eq.u32 first, %1, 0;\n@first st.shared.f32 [%0], %2;\n}" ::"r"(
@@ -135,7 +135,7 @@ struct Consumer {
     if (tile == first) release(&barriers.q_empty[group]);
     treat<kMask>(s, w, tile, row);
     float keep[2];
-    state.update(s, factor, keep);
+    state.template update<2>(s, factor, keep);
     pin(state.sum[0] + state.sum[1]);
     ptx::wgmma_wait<0>();
     ptx::hold(out);
@@ -164,7 +164,7 @@ struct Consumer {
     k_ring.next();
     if (last == first) release(&barriers.q_empty[group]);
     treat<true>(s, slot.w, last, row);
-    state.update(s, factor, keep);
+    state.template update<2>(s, factor, keep);
     pack(s);
     ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
     clean_values(slot.keys, last);
@@ -311,6 +311,7 @@ int launch_sm90(const FlashAttentionParams& p, void* stream) {
   const int64_t tiles = p.cu_q ? p.tokens_q / Tile::kRows + p.batch
                                : ceil_div(p.len_q, Tile::kRows) * int64_t{p.batch};
   const int64_t total = tiles * p.heads_q;
+  if (total > kMaxTiles) return cudaErrorInvalidConfiguration;
   const int64_t ctas = total < device_facts().sms ? total : device_facts().sms;
   return launch(flash_sm90_kernel<T, kD, kModify>, dim3(static_cast<unsigned>(ctas)),
                 dim3(Tile::kThreads), Tile::kSharedBytes, stream, p, q, k, v, total,

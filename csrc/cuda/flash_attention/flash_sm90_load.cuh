@@ -23,7 +23,7 @@ __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
       slot.w.head = static_cast<int32_t>(index) - rank * p.heads_q;
       slot.valid = sorted.find(rank, slot.w);
     } else if (slot.valid) {
-      slot.w = dense_work(p, index, Tile::kRows);
+      slot.w = dense_work(p, static_cast<int32_t>(index), Tile::kRows);
     }
     if (slot.valid) slot.keys = visible(p, slot.w, slot.w.row, Tile::kRows);
     ptx::mbarrier_wait(&barriers.slot_empty[ring.index], ring.phase ^ 1);

@@ -2,8 +2,11 @@
 // where its rows and keys lie. Shared by the portable and the sm_90a kernel.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/dtype.cuh"
 #include "../common/reduce.cuh"
+#include "../ptx/mma.cuh"
 #include "flash_attention.h"
 
 namespace fastinfer::cuda::flash {
@@ -21,16 +24,19 @@ struct Work {
 // Dense tiles. Heads of all batches in sections of p.section, whose keys fit the L2 cache together;
 // in a section the last rows first (they see the most keys under a causal mask), and heads fastest:
 // those that share keys run at the same time.
-__device__ __forceinline__ Work dense_work(const FlashAttentionParams& p, int64_t index,
+__device__ __forceinline__ Work dense_work(const FlashAttentionParams& p, int32_t index,
                                            int32_t tile_rows) {
   const int32_t tiles = (p.len_q + tile_rows - 1) / tile_rows;
-  const int64_t per_section = int64_t{p.section} * tiles;
-  const int32_t section = static_cast<int32_t>(index / per_section);
-  const int32_t inside = static_cast<int32_t>(index - section * per_section);
+  const int32_t per_section = p.section * tiles;
+  const int32_t section = index / per_section, inside = index - section * per_section;
   const int32_t first = section * p.section;
   const int32_t width = min(p.section, p.batch * p.heads_q - first);
-  const int32_t level = inside / width;
-  const int32_t unit = first + inside - level * width, batch = unit / p.heads_q;
+  // Every second section backwards, the last one forwards: lengths change smoothly from tile to
+  // tile, so that dealing them out in turns gives everybody the same amount.
+  const int32_t sections = (p.batch * p.heads_q - 1) / p.section + 1;
+  const int32_t place = inside / width;
+  const int32_t level = (sections - 1 - section) % 2 ? tiles - 1 - place : place;
+  const int32_t unit = first + inside - place * width, batch = unit / p.heads_q;
   return {batch, unit - batch * p.heads_q, (tiles - 1 - level) * tile_rows, 0, p.len_q, 0, p.len_k};
 }
 
@@ -160,13 +166,13 @@ struct RowState {
   float sum[2] = {0.0f, 0.0f};
 
   // Scores become probabilities; keep[r] is what earlier sums and outputs have to be multiplied by.
-  template <int kN>
+  // kChains: independent chains per row for the maximum and the sum.
+  template <int kChains, int kN>
   __device__ __forceinline__ void update(float (&s)[kN], float factor, float (&keep)[2]) {
-    // Two chains per row: a chain's latency would show.
     float high[2][2] = {{max[0], -INFINITY}, {max[1], -INFINITY}};
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      float& x = high[i % 4 / 2][i % 2];
+      float& x = high[i % 4 / 2][i % kChains];
       x = fmaxf(x, s[i]);
     }
     float origin[2];
@@ -184,7 +190,7 @@ struct RowState {
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       s[i] = exp2_approx(s[i] * factor - origin[i % 4 / 2]);
-      part[i % 4 / 2][i % 2] += s[i];
+      part[i % 4 / 2][i % kChains] += s[i];
     }
     sum[0] = part[0][0] + part[0][1];
     sum[1] = part[1][0] + part[1][1];
@@ -225,18 +231,8 @@ __device__ __forceinline__ float sink_logit(const FlashAttentionParams& p, int32
 
 // Two neighbouring values as 16-bit, the first in the low half.
 template <class T>
-__device__ __forceinline__ uint32_t pack2(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-template <>
-__device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+  return pack_half2<std::is_same_v<T, __nv_bfloat16>>(low, high);
 }
 
 // Word i of lane t of a quad goes to word t of lane i: four column blocks of 16 bytes, spread over

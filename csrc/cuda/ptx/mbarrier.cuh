@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstdio>
 
 namespace fastinfer::cuda::ptx {
 
@@ -37,26 +36,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 }
 
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-#ifdef FASTINFER_TRAP_WAITS  // for debugging: says which barrier never completes
-  for (int64_t polls = 0;; ++polls) {
-    uint32_t done;
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n"
-        "}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-    if (done) return;
-    if (polls == 1 << 20) {
-      printf("block %d thread %d waits at %u, parity %u\n", blockIdx.x, threadIdx.x,
-             shared_address(barrier), parity);
-      asm volatile("trap;");
-    }
-  }
-#endif
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
