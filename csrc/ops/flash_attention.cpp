@@ -76,7 +76,7 @@ void flash_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor out, OptTensor lse, dou
   }
   const auto& p = call.p;
   if (!q.is_cpu()) {
-    cuda::FlashAttentionParams c = cuda_params(call);
+    [[maybe_unused]] cuda::FlashAttentionParams c = cuda_params(call);
     c.batch = length(op, "the batch size", batch);
     c.len_q = length(op, "the sequence length of q", len_q);
     c.len_k = length(op, "the sequence length of k", len_k);
