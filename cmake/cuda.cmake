@@ -83,6 +83,7 @@ endfunction()
 add_cuda_objects(cuda_portable "${PORTABLE_ARCHS}" ${CUDA_PORTABLE})
 if(HAVE_SM90A)
   target_compile_definitions(_ops PRIVATE FASTINFER_HAVE_SM90A)
+  target_compile_definitions(cuda_portable PRIVATE FASTINFER_HAVE_SM90A)
   add_cuda_objects(cuda_sm90a "90a-real" ${CUDA_SM90})
 endif()
 

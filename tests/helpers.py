@@ -17,6 +17,8 @@ from fastinfer import _lib
 # Operators with a CUDA kernel: their tests also run on the GPU where there is one.
 CUDA_OPS: frozenset[str] = frozenset(
     {
+        "flash_attn_fwd",
+        "flash_attn_varlen_fwd",
         "flash_attn_kvcache",
         "plan_decode",
         "merge_attn_states",

@@ -16,7 +16,19 @@ from fastinfer.ops.flash_attention import (
     flash_attn_varlen_func,
     flash_attn_varlen_func_reference,
 )
-from helpers import FLOATS, HALF, assert_close_to_reference, compiles, opcheck, poisoned, randn
+from helpers import (
+    FLOATS,
+    HALF,
+    assert_close_to_reference,
+    compiles,
+    devices,
+    opcheck,
+    poisoned,
+    randn,
+)
+
+DEVICES = devices("flash_attn_fwd")
+each_device = pytest.mark.parametrize("device", DEVICES)
 
 SHAPES = [
     (1, 1), (1, 3), (2, 1), (3, 513), (64, 128), (113, 203), (128, 217), (239, 1), (511, 1),
@@ -28,11 +40,22 @@ DIMS = [16, 24, 40, 64, 80, 96, 104, 112, 128, 192, 248, 256]
 NAN = float("nan")
 
 
-def feature_sets(heads: int, batch: int, seed: int) -> list[dict]:
+def dtypes(device: str) -> tuple[torch.dtype, ...]:
+    """fp32 is for the CPU only."""
+    return FLOATS if device == "cpu" else HALF
+
+
+each_dtype = pytest.mark.parametrize(
+    "device,dtype", [(device, dtype) for device in DEVICES for dtype in dtypes(device)], ids=str
+)
+
+
+def feature_sets(heads: int, batch: int, seed: int, device: str = "cpu") -> list[dict]:
     """Every option alone and some together."""
     rng = random.Random(seed)
     window = (rng.choice([-1, 0, 3, 40, 700]), rng.choice([-1, 0, 1, 17]))
-    slopes = randn(heads, seed=seed).abs()
+    slopes = randn(heads, seed=seed, device=device).abs()
+    sinks = randn(heads, seed=seed + 1, device=device)
     return [
         {},
         {"causal": True},
@@ -40,9 +63,13 @@ def feature_sets(heads: int, batch: int, seed: int) -> list[dict]:
         {"causal": True, "window_size": (rng.choice([0, 5, 130]), -1)},
         {"causal": True, "softcap": 4.0},
         {"alibi_slopes": slopes, "causal": True},
-        {"alibi_slopes": randn(batch, heads, seed=seed).abs(), "softmax_scale": 0.3},
-        {"sinks": randn(heads, seed=seed + 1)},
-        {"sinks": randn(heads, seed=seed) + 3, "causal": True, "window_size": (9, 0)},
+        {"alibi_slopes": randn(batch, heads, seed=seed, device=device).abs(), "softmax_scale": 0.3},
+        {"sinks": sinks},
+        {
+            "sinks": randn(heads, seed=seed, device=device) + 3,
+            "causal": True,
+            "window_size": (9, 0),
+        },
     ]
 
 
@@ -71,33 +98,36 @@ def check_dense(q, k, v, **features):
     )
 
 
-def make_dense(batch, len_q, len_k, heads, heads_kv, dim, dtype=torch.float32, seed=0):
-    q = randn(batch, len_q, heads, dim, seed=seed, dtype=dtype)
-    k = randn(batch, len_k, heads_kv, dim, seed=seed + 1, dtype=dtype)
-    v = randn(batch, len_k, heads_kv, dim, seed=seed + 2, dtype=dtype)
+def make_dense(batch, len_q, len_k, heads, heads_kv, dim, dtype=None, seed=0, device="cpu"):
+    dtype = dtype or dtypes(device)[0]
+    q = randn(batch, len_q, heads, dim, seed=seed, dtype=dtype, device=device)
+    k = randn(batch, len_k, heads_kv, dim, seed=seed + 1, dtype=dtype, device=device)
+    v = randn(batch, len_k, heads_kv, dim, seed=seed + 2, dtype=dtype, device=device)
     return q, k, v
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each_dtype
 @pytest.mark.parametrize("lengths", SHAPES, ids=str)
-def test_against_fp64(lengths, dtype):
+def test_against_fp64(lengths, device, dtype):
     rng = random.Random(repr((lengths, dtype)))
     heads, heads_kv = rng.choice(HEADS[:3] + HEADS[4:5])
     dim = rng.choice(DIMS[:4] if max(lengths) > 500 else DIMS)
-    tensors = make_dense(2, *lengths, heads, heads_kv, dim, dtype, seed=lengths[0])
-    for features in rng.sample(feature_sets(heads, 2, lengths[1]), 3):
+    tensors = make_dense(2, *lengths, heads, heads_kv, dim, dtype, lengths[0], device)
+    for features in rng.sample(feature_sets(heads, 2, lengths[1], device), 3):
         check_dense(*tensors, **features)
 
 
+@each_device
 @pytest.mark.parametrize("dim", DIMS)
-def test_head_dims(dim):
-    for dtype in FLOATS:
-        check_dense(*make_dense(1, 9, 70, 4, 2, dim, dtype, seed=dim), causal=True)
+def test_head_dims(dim, device):
+    for dtype in dtypes(device):
+        check_dense(*make_dense(1, 9, 70, 4, 2, dim, dtype, dim, device), causal=True)
 
 
+@each_device
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_head_ratios(heads):
-    check_dense(*make_dense(1, 19, 77, *heads, 32, torch.bfloat16, seed=3), causal=True)
+def test_head_ratios(heads, device):
+    check_dense(*make_dense(1, 19, 77, *heads, 32, torch.bfloat16, 3, device), causal=True)
 
 
 def test_every_feature(isa):
@@ -106,17 +136,27 @@ def test_every_feature(isa):
         check_dense(*tensors, **features)
 
 
+@pytest.mark.skipif("cuda" not in DEVICES, reason="the CPU runs it per instruction-set level")
+def test_every_feature_on_cuda():
+    for dtype in HALF:
+        tensors = make_dense(2, 137, 250, 6, 2, 40, dtype, 5, "cuda")
+        for features in feature_sets(6, 2, 5, "cuda"):
+            check_dense(*tensors, **features)
+
+
 @pytest.mark.full
+@each_device
 @pytest.mark.parametrize("lengths", LONG_SHAPES, ids=str)
-def test_long(lengths):
-    for dtype in FLOATS:
+def test_long(lengths, device):
+    for dtype in dtypes(device):
         for features in ({}, {"causal": True}, {"window_size": (300, 20)}):
-            check_dense(*make_dense(1, *lengths, 4, 2, 64, dtype), **features)
+            check_dense(*make_dense(1, *lengths, 4, 2, 64, dtype, 0, device), **features)
 
 
-def test_against_sdpa():
-    for dtype in FLOATS:
-        q, k, v = make_dense(2, 50, 50, 4, 4, 64, dtype)
+@each_device
+def test_against_sdpa(device):
+    for dtype in dtypes(device):
+        q, k, v = make_dense(2, 50, 50, 4, 4, 64, dtype, 0, device)
         for causal in (False, True):
             peer, exact = (
                 F.scaled_dot_product_attention(
@@ -127,36 +167,45 @@ def test_against_sdpa():
             assert_close_to_reference(flash_attn_func(q, k, v, causal=causal), exact, peer)
 
 
-def test_extreme_logits():
-    q, k, v = make_dense(1, 20, 90, 2, 1, 32)
+@each_device
+def test_extreme_logits(device):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # fp16 has no room for such q
+    q, k, v = make_dense(1, 20, 90, 2, 1, 32, dtype, 0, device)
     for magnitude in (1e4, -1e4):
         loud = q * abs(magnitude) / (q @ k[:, :1, 0, :, None])[..., :1].abs().clamp_min(1)
         check_dense(loud if magnitude > 0 else -loud, k, v, causal=True)
     equal = torch.ones_like(k)
     out = flash_attn_func(q, equal, v)
     expected = v.double().mean(1, keepdim=True).expand(1, 20, 1, 32).repeat(1, 1, 2, 1)
-    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+    if device == "cpu":
+        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+    else:
+        assert_close_to_reference(out, expected, expected.to(dtype))
 
 
-def test_empty_cases():
-    q, k, v = make_dense(2, 5, 0, 4, 2, 32)
+@each_device
+def test_empty_cases(device):
+    q, k, v = make_dense(2, 5, 0, 4, 2, 32, device=device)
     out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
     assert (out == 0).all() and torch.isneginf(lse).all()
-    out, lse, _ = flash_attn_func(q, k, v, sinks=torch.zeros(4), return_attn_probs=True)
+    out, lse, _ = flash_attn_func(
+        q, k, v, sinks=torch.zeros(4, device=device), return_attn_probs=True
+    )
     assert (out == 0).all() and torch.isneginf(lse).all()
-    q, k, v = make_dense(2, 0, 7, 4, 2, 32)
+    q, k, v = make_dense(2, 0, 7, 4, 2, 32, device=device)
     assert flash_attn_func(q, k, v).shape == (2, 0, 4, 32)
-    q, k, v = make_dense(0, 3, 7, 4, 2, 32)
+    q, k, v = make_dense(0, 3, 7, 4, 2, 32, device=device)
     assert flash_attn_func(q, k, v).shape == (0, 3, 4, 32)
     # More queries than keys: the first ones see nothing.
-    q, k, v = make_dense(1, 9, 4, 4, 2, 32)
+    q, k, v = make_dense(1, 9, 4, 4, 2, 32, device=device)
     out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     assert (out[:, :5] == 0).all() and torch.isneginf(lse[:, :, :5]).all()
     assert torch.isfinite(lse[:, :, 5:]).all() and (out[:, 5:] != 0).any()
 
 
-def test_nan_reaches_only_who_sees_it():
-    q, k, v = make_dense(1, 200, 200, 2, 1, 32)
+@each_device
+def test_nan_reaches_only_who_sees_it(device):
+    q, k, v = make_dense(1, 200, 200, 2, 1, 32, device=device)
     clean = flash_attn_func(q, k, v, window_size=(10, 0))
     for t in (k, v):
         spoiled = t.clone()
@@ -170,7 +219,8 @@ def test_nan_reaches_only_who_sees_it():
 def strided(t: torch.Tensor, kind: int) -> torch.Tensor:
     """The same values behind other strides; what lies between is NaN."""
     if kind == 0:
-        wide = torch.full((*t.shape[:-2], 2 * t.shape[-2] + 1, t.shape[-1] + 24), NAN).to(t.dtype)
+        wide = poisoned(*t.shape[:-2], 2 * t.shape[-2] + 1, t.shape[-1] + 24, dtype=t.dtype)
+        wide = wide.to(t.device)
         view = wide[..., 1::2, 8 : 8 + t.shape[-1]]
     else:
         view = torch.full_like(t.transpose(-2, -3), NAN).contiguous().transpose(-2, -3)
@@ -178,10 +228,11 @@ def strided(t: torch.Tensor, kind: int) -> torch.Tensor:
     return view
 
 
+@each_device
 @pytest.mark.parametrize("kind", [0, 1])
-def test_strides(kind):
-    for dtype in FLOATS:
-        q, k, v = make_dense(2, 33, 140, 6, 2, 40, dtype)
+def test_strides(kind, device):
+    for dtype in dtypes(device):
+        q, k, v = make_dense(2, 33, 140, 6, 2, 40, dtype, 0, device)
         expected = flash_attn_func(q, k, v, causal=True)
         out = strided(torch.zeros_like(q), kind)
         args = [strided(t, kind) for t in (q, k, v)]
@@ -190,12 +241,15 @@ def test_strides(kind):
         assert result is out and torch.equal(out, expected)
 
 
-def packed(lengths_q, lengths_k, heads=6, heads_kv=2, dim=40, dtype=torch.float32, seed=0):
-    cu_q = torch.tensor([0, *lengths_q]).cumsum(0).int()
-    cu_k = torch.tensor([0, *lengths_k]).cumsum(0).int()
-    q = randn(int(cu_q[-1]), heads, dim, seed=seed, dtype=dtype)
-    k = randn(int(cu_k[-1]), heads_kv, dim, seed=seed + 1, dtype=dtype)
-    v = randn(int(cu_k[-1]), heads_kv, dim, seed=seed + 2, dtype=dtype)
+def packed(
+    lengths_q, lengths_k, heads=6, heads_kv=2, dim=40, dtype=None, seed=0, device="cpu"
+):  # fmt: skip
+    dtype = dtype or dtypes(device)[0]
+    cu_q = torch.tensor([0, *lengths_q]).cumsum(0).int().to(device)
+    cu_k = torch.tensor([0, *lengths_k]).cumsum(0).int().to(device)
+    q = randn(int(cu_q[-1]), heads, dim, seed=seed, dtype=dtype, device=device)
+    k = randn(int(cu_k[-1]), heads_kv, dim, seed=seed + 1, dtype=dtype, device=device)
+    v = randn(int(cu_k[-1]), heads_kv, dim, seed=seed + 2, dtype=dtype, device=device)
     return q, k, v, cu_q, cu_k, max(lengths_q), max(lengths_k)
 
 
@@ -205,9 +259,10 @@ def paged(k, cu_k, block_size, seed, spare=3, extra_columns=2):
     lengths = cu_k.diff().tolist()
     counts = [-(-n // block_size) for n in lengths]
     total = sum(counts) + spare
-    cache = poisoned(total, block_size, *k.shape[1:], dtype=k.dtype)
+    cache = poisoned(total, block_size, *k.shape[1:], dtype=k.dtype, device=str(k.device))
     cache[..., ::3] = float("inf")
     table = torch.full((len(lengths), max(counts) + extra_columns), -1, dtype=torch.int32)
+    cu_k = cu_k.tolist()
     table[:, 1::2] = 2**31 - 1
     ids = random.Random(seed).sample(range(total), sum(counts))
     for b, _n in enumerate(lengths):
@@ -215,33 +270,34 @@ def paged(k, cu_k, block_size, seed, spare=3, extra_columns=2):
             table[b, i] = ids.pop()
             rows = k[cu_k[b] + i * block_size : min(cu_k[b] + (i + 1) * block_size, cu_k[b + 1])]
             cache[int(table[b, i]), : rows.shape[0]] = rows
-    return cache, table
+    return cache, table.to(k.device)
 
 
 MIXED_Q = [5, 0, 70, 1, 129, 3, 0, 64, 17]
 MIXED_K = [9, 33, 70, 500, 1100, 0, 0, 20, 130]
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_varlen(dtype):
-    args = packed(MIXED_Q, MIXED_K, dtype=dtype)
-    for features in feature_sets(6, len(MIXED_Q), seed=11):
+@each_dtype
+def test_varlen(device, dtype):
+    args = packed(MIXED_Q, MIXED_K, dtype=dtype, device=device)
+    for features in feature_sets(6, len(MIXED_Q), 11, device):
         out, lse, _ = flash_attn_varlen_func(*args, return_attn_probs=True, **features)
         reference = flash_attn_varlen_func_reference(*args[:5], **features)
         baseline = flash_attn_varlen_func_reference(*args[:5], compute_dtype=dtype, **features)
         check(out, lse, reference, baseline, **features)
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 16, 23, 64, 128, 256])
-def test_paged_equals_packed(block_size, isa):
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, v, cu_q, cu_k, max_q, max_k = packed(MIXED_Q, MIXED_K, dim=48, dtype=dtype)
+BLOCK_SIZES = [1, 4, 16, 23, 64, 128, 256]
+
+
+def check_paged_equals_packed(block_size, device="cpu"):
+    for dtype in dtypes(device)[::2] if device == "cpu" else HALF:
+        args = packed(MIXED_Q, MIXED_K, dim=48, dtype=dtype, device=device)
+        q, k, v, cu_q, cu_k, max_q, max_k = args
         k_cache, table = paged(k, cu_k, block_size, seed=1)
         v_cache, _ = paged(v, cu_k, block_size, seed=1)
         for features in ({"causal": True}, {"window_size": (33, 5)}):
-            expected = flash_attn_varlen_func(
-                q, k, v, cu_q, cu_k, max_q, max_k, return_attn_probs=True, **features
-            )
+            expected = flash_attn_varlen_func(*args, return_attn_probs=True, **features)
             for lengths in ((cu_k, None), (None, cu_k.diff().int())):
                 out = flash_attn_varlen_func(
                     q, k_cache, v_cache, cu_q, lengths[0], max_q, max_k, block_table=table,
@@ -250,22 +306,40 @@ def test_paged_equals_packed(block_size, isa):
                 assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
 
 
-def test_seqused_k():
-    q, k, v, cu_q, cu_k, max_q, max_k = packed([3, 8, 1], [40, 70, 90])
-    used = torch.tensor([40, 0, 65], dtype=torch.int32)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_paged_equals_packed(block_size, isa):
+    check_paged_equals_packed(block_size)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a CUDA device")
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_paged_equals_packed_on_cuda(block_size, monkeypatch):
+    """TMA and portable kernels differ in their bits, and only the portable ones read any block."""
+    monkeypatch.setenv("FASTINFER_FORCE_ARCH", "80")
+    check_paged_equals_packed(block_size, "cuda")
+    monkeypatch.delenv("FASTINFER_FORCE_ARCH")
+    if block_size % 8 == 0:
+        check_paged_equals_packed(block_size, "cuda")
+
+
+@each_device
+def test_seqused_k(device):
+    q, k, v, cu_q, cu_k, max_q, max_k = packed([3, 8, 1], [40, 70, 90], device=device)
+    used = torch.tensor([40, 0, 65], dtype=torch.int32, device=device)
     args = (q, k, v, cu_q, cu_k, max_q, max_k)
     k[cu_k[1] : cu_k[2]] = NAN
     v[cu_k[2] + 65 :] = NAN
     out, lse, _ = flash_attn_varlen_func(*args, seqused_k=used, causal=True, return_attn_probs=True)
     reference = flash_attn_varlen_func_reference(*args[:5], seqused_k=used, causal=True)
-    check(out, lse, reference, (reference[0].float(),))
+    check(out, lse, reference, (reference[0].to(q.dtype),))
     assert (out[3:11] == 0).all()
 
 
-def test_rows_of_no_sequence_are_left_alone():
-    q, k, v, _, _, _, _ = packed([12], [30])
-    out = poisoned(*q.shape)
-    cu_q, cu_k = torch.tensor([2, 5, 9]).int(), torch.tensor([0, 10, 30]).int()
+@each_device
+def test_rows_of_no_sequence_are_left_alone(device):
+    q, k, v, _, _, _, _ = packed([12], [30], device=device)
+    out = poisoned(*q.shape, dtype=q.dtype, device=device)
+    cu_q, cu_k = (torch.tensor(c, device=device).int() for c in ([2, 5, 9], [0, 10, 30]))
     flash_attn_varlen_func(q, k, v, cu_q, cu_k, 4, 20, out=out)
     assert out[:2].isnan().all() and out[9:].isnan().all() and out[2:9].isfinite().all()
 
@@ -273,30 +347,54 @@ def test_rows_of_no_sequence_are_left_alone():
 # ---- bits ----
 
 
-@pytest.mark.parametrize("features", [{"causal": True}, {"causal": True, "window_size": (200, 0)}])
-def test_chunked_prefill_and_lone_rows_have_the_same_bits(features, isa):
+CHUNK_FEATURES = [{"causal": True}, {"causal": True, "window_size": (200, 0)}]
+
+
+def check_chunks(features, device="cpu"):
     """Whole prefill, chunks over a paged cache, and one token at a time."""
-    for dtype, dim in ((torch.float32, 64), (torch.bfloat16, 80)):
+    for dtype, dim in ((dtypes(device)[0], 64), (torch.bfloat16, 80)):
         length = 1300
-        q, k, v, cu, _, _, _ = packed([length], [length], 4, 2, dim, dtype)
+        q, k, v, cu, _, _, _ = packed([length], [length], 4, 2, dim, dtype, device=device)
         whole = flash_attn_varlen_func(q, k, v, cu, cu, length, length, **features)
         k_cache, table = paged(k, cu, 16, seed=2)
         v_cache, _ = paged(v, cu, 16, seed=2)
         for begin, end in ((0, 100), (100, 101), (101, 777), (777, 779), (1290, 1300)):
             part = flash_attn_varlen_func(
-                q[begin:end], k_cache, v_cache, torch.tensor([0, end - begin]).int(), None,
-                end - begin, end, block_table=table,
-                seqused_k=torch.tensor([end]).int(), **features,
+                q[begin:end], k_cache, v_cache, torch.tensor([0, end - begin]).int().to(device),
+                None, end - begin, end, block_table=table, batch_invariant=True,
+                seqused_k=torch.tensor([end]).int().to(device), **features,
             )  # fmt: skip
             assert torch.equal(part, whole[begin:end]), (begin, end)
 
 
-def test_batch_mates_do_not_matter(isa):
-    q, k, v = make_dense(5, 3, 2100, 6, 2, 64)
+@pytest.mark.parametrize("features", CHUNK_FEATURES)
+def test_chunked_prefill_and_lone_rows_have_the_same_bits(features, isa):
+    check_chunks(features)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a CUDA device")
+@pytest.mark.parametrize("arch", ["", "80"])
+@pytest.mark.parametrize("features", CHUNK_FEATURES)
+def test_chunked_prefill_has_the_same_bits_on_cuda(features, arch, monkeypatch):
+    monkeypatch.setenv("FASTINFER_FORCE_ARCH", arch)
+    check_chunks(features, "cuda")
+
+
+def check_batch_mates(device="cpu"):
+    q, k, v = make_dense(5, 3, 2100, 6, 2, 64, device=device)
     together = flash_attn_func(q, k, v, causal=True)
     for b in (0, 3):
         alone = flash_attn_func(q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=True)
         assert torch.equal(alone, together[b : b + 1])
+
+
+def test_batch_mates_do_not_matter(isa):
+    check_batch_mates()
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a CUDA device")
+def test_batch_mates_do_not_matter_on_cuda():
+    check_batch_mates("cuda")
 
 
 def test_thread_count_does_not_matter():
@@ -316,8 +414,9 @@ def test_thread_count_does_not_matter():
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
-def test_repeated_calls_give_the_same_bits_also_in_place():
-    q, k, v = make_dense(2, 70, 1300, 4, 2, 80)
+@each_device
+def test_repeated_calls_give_the_same_bits_also_in_place(device):
+    q, k, v = make_dense(2, 70, 1300, 4, 2, 80, device=device)
     first = flash_attn_func(q, k, v, causal=True)
     assert torch.equal(flash_attn_func(q, k, v, causal=True, batch_invariant=True), first)
     assert flash_attn_func(q, k, v, causal=True, out=q) is q and torch.equal(q, first)
@@ -349,9 +448,10 @@ def quantized(t: torch.Tensor, dtype: torch.dtype, kind: str, seed: int = 0):
     from fastinfer.ops._reference_attention import quantize_rows
 
     if kind == "scalar":
-        scale = given = torch.tensor(0.031)
+        scale = given = torch.tensor(0.031, device=t.device)
     elif kind == "head":
-        scale = given = randn(t.shape[-2], seed=seed).abs() * 0.02 + 0.02
+        device = str(t.device)
+        scale = given = randn(t.shape[-2], seed=seed, device=device).abs() * 0.02 + 0.02
     else:
         codes, scale = quantize_rows(t, dtype, None)
         return codes, scale.contiguous()
@@ -367,8 +467,20 @@ def test_8bit(code, kind, isa):
         check_dense(q, k, v, causal=True, k_scale=k_scale, v_scale=v_scale)
 
 
-def test_8bit_varlen_token_scales():
-    q, k, v, *rest = packed([5, 40], [90, 65], dtype=torch.bfloat16)
+@pytest.mark.skipif("cuda" not in DEVICES, reason="the CPU runs it per instruction-set level")
+@pytest.mark.parametrize("kind", ["scalar", "head", "token"])
+@pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_8bit_on_cuda(code, kind):
+    for dtype in HALF:
+        for dim in (40, 128, 256):
+            q, k, v = make_dense(2, 73, 150, 6, 2, dim, dtype, 0, "cuda")
+            (k, k_scale), (v, v_scale) = (quantized(t, code, kind) for t in (k, v))
+            check_dense(q, k, v, causal=True, k_scale=k_scale, v_scale=v_scale)
+
+
+@each_device
+def test_8bit_varlen_token_scales(device):
+    q, k, v, *rest = packed([5, 40], [90, 65], dtype=torch.bfloat16, device=device)
     (k, k_scale), (v, v_scale) = (quantized(t, torch.int8, "token") for t in (k, v))
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     out, lse, _ = flash_attn_varlen_func(q, k, v, *rest, return_attn_probs=True, **scales)

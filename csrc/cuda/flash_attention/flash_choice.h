@@ -1,0 +1,74 @@
+// Which kernel serves a call: pure host code. Lengths and batch play no part, so that neither do
+// they in the bits of a result.
+#pragma once
+
+#include "flash_attention.h"
+
+namespace fastinfer::cuda::flash {
+
+enum class Kernel {
+  portable,      // 16-bit rows in 16-byte pieces
+  portable_any,  // 8-bit codes, odd alignment
+  sm90,          // TMA and wgmma
+};
+
+// Head dimension of the instance that serves head_dim.
+constexpr int sm90_dim(int head_dim) { return (head_dim + 63) / 64 * 64; }
+constexpr int portable_dim(int head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+}
+// Keys per tile of the sm_90a kernel: what fits shared memory twice, and a multiple of usual pages.
+constexpr int sm90_keys(int dim) { return dim <= 128 ? 128 : 64; }
+
+// A page is one TMA box or several tiles; 8 rows are the unit of the swizzle.
+constexpr bool page_suits_tma(int page_size, int keys) {
+  return page_size >= 8 && (keys % page_size == 0 || page_size % keys == 0);
+}
+
+// Strides TMA can step along: positive multiples of 16 bytes below 2^40, or never used.
+inline bool stride_suits_tma(int64_t stride, int64_t size) {
+  return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 39);
+}
+
+inline Kernel choose_kernel(const FlashAttentionParams& p, int compute_capability,
+                            bool force_portable) {
+  if (dtype_size(p.kv_dtype) == 1 || !aligned16(p.q, {p.q_batch, p.q_token, p.q_head}) ||
+      !aligned16(p.k.data, {p.k.page, p.k.token, p.k.head}) ||
+      !aligned16(p.v.data, {p.v.page, p.v.token, p.v.head}))
+    return Kernel::portable_any;
+  if (compute_capability != 90 || force_portable) return Kernel::portable;
+  const int64_t rows = p.table ? p.page_size : p.cu_q ? p.tokens_k : p.len_k;
+  const int64_t outer = p.table ? p.num_pages : p.cu_q ? 1 : p.batch;
+  bool suits = rows > 0 && outer > 0 && p.k.data && p.v.data && stride_suits_tma(p.q_token, 2) &&
+               stride_suits_tma(p.q_head, p.heads_q) &&
+               stride_suits_tma(p.q_batch, p.cu_q ? 1 : p.batch);
+  for (const cpu::KeyValue* t : {&p.k, &p.v})
+    suits = suits && stride_suits_tma(t->token, rows) && stride_suits_tma(t->head, p.heads_kv) &&
+            stride_suits_tma(t->page, outer);
+  if (p.table) suits = suits && page_suits_tma(p.page_size, sm90_keys(sm90_dim(p.head_dim)));
+  return suits ? Kernel::sm90 : Kernel::portable;
+}
+
+// Query heads of a dense batch whose tiles are dealt out together: as many as have keys and values
+// that fit 70 % of the L2 cache, in sections of nearly the same size. The order of the work only.
+constexpr int64_t section_heads(int64_t batch, int64_t heads_kv, int64_t group, int64_t len_k,
+                                int64_t head_dim, int64_t l2_bytes) {
+  const int64_t all = batch * heads_kv, bytes = 4 * len_k * head_dim;
+  const int64_t fit = bytes > 0 ? l2_bytes * 7 / 10 / bytes : all;
+  const int64_t sections = fit >= all ? 1 : fit > 0 ? (all + fit - 1) / fit : all;
+  return (all + sections - 1) / sections * group;
+}
+static_assert(section_heads(1, 8, 4, 8192, 128, 50 << 20) == 32, "32 MiB of keys: one section");
+static_assert(section_heads(1, 32, 1, 8192, 128, 50 << 20) == 8, "128 MiB: four sections");
+static_assert(section_heads(1, 8, 4, 131072, 128, 50 << 20) == 4, "no head fits: one at a time");
+static_assert(section_heads(32, 8, 4, 512, 128, 50 << 20) == 512, "64 MiB: two sections");
+static_assert(section_heads(2, 4, 2, 0, 128, 50 << 20) == 16, "no keys at all");
+
+static_assert(sm90_dim(16) == 64 && sm90_dim(72) == 128 && sm90_dim(128) == 128 &&
+                  sm90_dim(136) == 192 && sm90_dim(256) == 256,
+              "the next multiple of 64");
+static_assert(page_suits_tma(16, 128) && page_suits_tma(64, 64) && page_suits_tma(256, 128) &&
+                  !page_suits_tma(4, 128) && !page_suits_tma(24, 128) && !page_suits_tma(96, 64),
+              "whole boxes per tile or whole tiles per page");
+
+}  // namespace fastinfer::cuda::flash

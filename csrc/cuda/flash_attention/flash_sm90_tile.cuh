@@ -1,0 +1,78 @@
+// The sm_90a kernel's tile shapes, and what its warps hand to each other through shared memory.
+#pragma once
+
+#include "../ptx/tma.cuh"
+#include "../ptx/wgmma.cuh"
+#include "flash_choice.h"
+#include "flash_work.cuh"
+
+namespace fastinfer::cuda::flash {
+
+// Tile shape of a head dimension; the same for every call, so that bits never depend on lengths.
+template <int kD>
+struct Sm90Tile {
+  static_assert(kD % 64 == 0 && kD <= 256, "whole slabs of 64 columns");
+  static constexpr int kGroups = 2;
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kKeys = sm90_keys(kD);
+  static constexpr int kStages = kD <= 64 ? 4 : kD <= 128 ? 3 : 2;
+  static constexpr int kSlabs = kD / 64;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr uint32_t kQBytes = kRows * kD * 2, kTileBytes = kKeys * kD * 2;
+  static constexpr size_t kSharedBytes = kQBytes + 2 * kStages * kTileBytes + 1024 + 512;
+  static_assert(kSharedBytes <= 227 * 1024, "shared memory of an SM");
+  // What the block got at launch (65536 / kThreads, in eights) is all that there is to share out.
+  static_assert(kProducerRegisters + kGroups * kConsumerRegisters <=
+                    (kGroups + 1) * (65536 / kThreads / 8 * 8),
+                "setmaxnreg would wait for ever");
+};
+
+// One unit of work as the consumers and the loader see it.
+struct Slot {
+  Work w;
+  Range keys;
+  int32_t valid;
+};
+constexpr int kSlots = 2;
+
+template <class Tile>
+struct Sm90Barriers {
+  uint64_t q_full[Tile::kGroups], q_empty[Tile::kGroups];
+  uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
+  uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
+  uint64_t slot_full[kSlots], slot_empty[kSlots];
+  Slot slots[kSlots];
+  float pinned[Tile::kThreads / 32];  // written, never read; see Consumer::pin
+};
+
+// Position in a ring: buffer and the parity of its current use.
+template <int kStages>
+struct Ring {
+  int index = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++index == kStages) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// The next unit of work, and back to the dealer when the warp has no more use for it. It stays in
+// shared memory: the accumulators need the registers.
+template <class Tile>
+__device__ __forceinline__ const Slot& take_work(Sm90Barriers<Tile>& barriers,
+                                                 const Ring<kSlots>& ring) {
+  ptx::mbarrier_wait(&barriers.slot_full[ring.index], ring.phase);
+  return barriers.slots[ring.index];
+}
+template <class Tile>
+__device__ __forceinline__ void return_work(Sm90Barriers<Tile>& barriers, Ring<kSlots>& ring) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&barriers.slot_empty[ring.index]);
+  ring.next();
+}
+
+}  // namespace fastinfer::cuda::flash
