@@ -210,6 +210,11 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
   FI_CHECK(!is_8bit(s.kv_dtype) || s.head_dim % 16 == 0, op,
            ": head_dim must be a multiple of 16 for an 8-bit cache on CUDA, got ", s.head_dim);
   const CudaLaunch device(t.q);
+  const int need = cuda::decode_shared_bytes(is_8bit(s.kv_dtype), static_cast<int>(s.head_dim)),
+            most = cuda::device_facts().shared_bytes;
+  FI_CHECK(need <= most, op, ": head_dim ", s.head_dim, " needs ", need,
+           " bytes of shared memory per block, this GPU has ", most,
+           "; use flash_attn_varlen_func with block_table, or head_dim up to 128");
   DecodeParams p = decode_params(call, t, capacity, batch_invariant);
   OptTensor own_q, counters, partials;
   const bool readable =

@@ -176,7 +176,9 @@ def programmatic_launch(on: bool = True) -> Iterator[None]:
     and newer): a kernel may start while the one before it on the stream still runs.
 
     Only for code that captures a whole step: a fastinfer kernel waits for the one before it, but
-    reads weights, KV blocks and tables written before the graph launch ahead of that wait.
+    reads weights, old KV, lengths, block tables and plans ahead of that wait. They must be written
+    before the graph launch, or with at least one other fastinfer kernel in between; so pass lengths
+    as tensors, not as an integer.
     """
     before = ops.set_programmatic_launch(on)
     try:

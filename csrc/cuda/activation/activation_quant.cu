@@ -96,16 +96,20 @@ int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* strea
   return with_float(g.dtype, [&](auto element) {
     using E = decltype(element);
     constexpr int kSize = Pack<E>::kSize;
-    constexpr int64_t kMostShared = 160 * 1024;  // sm_80 and newer; the rest is cache
     const int64_t packs = ceil_div(g.inner, kSize), bytes = packs * kSize * int64_t{sizeof(float)};
-    GatedQuantLaunch a{p, false, false, bytes <= kMostShared};
+    // As far as it goes, but at least some of the multiprocessor's memory stays a cache. Beside it
+    // lies the scratch of the reductions, and 1 KiB is the system's.
+    const int64_t limit = device_facts().shared_bytes, most = 162 * 1024;
+    const int64_t most_shared = (limit < most ? limit : most) - 2048;
+    GatedQuantLaunch a{p, false, false, bytes <= most_shared};
     a.packs = row_packs(g.shape, g.x, g.inner, sizeof(E));
     a.code_packs = reinterpret_cast<uintptr_t>(p.q) % kSize == 0 && g.inner % kSize == 0;
     // Few rows: as many threads as there is work for. Many: several blocks per multiprocessor.
     const bool few = rows <= 2 * device_facts().sms;
-    const int most = few ? kMaxRowThreads : 512;
+    const int limit_threads = few ? kMaxRowThreads : 512;
     const int64_t want = ceil_div(packs, few ? 1 : kUnroll);
-    const int threads = static_cast<int>(want < most ? ceil_div(want, 32) * 32 : most);
+    const int threads =
+        static_cast<int>(want < limit_threads ? ceil_div(want, 32) * 32 : limit_threads);
     return launch(gated_quant_kernel<E>, static_cast<unsigned>(rows), threads,
                   a.staged ? static_cast<size_t>(bytes) : 0, stream, a);
   });

@@ -3,9 +3,12 @@
 // PDL lets the next kernel of a stream start while this one still runs. The rules:
 //   * every CTA of every kernel calls grid_wait() on every path, before its first access to memory
 //     that an earlier kernel of the same graph launch may have written, and before its first write;
-//   * a kernel that writes weights, KV, tables or plans never calls grid_launch_dependents(): those
-//     are read before the wait by design, so they must be complete when the next kernel starts;
-//   * before the wait a kernel reads only what was written before this graph launch.
+//   * before the wait a kernel reads only what no kernel right in front of it writes: weights, old
+//     KV, lengths, tables, plans. They are written before this graph launch, or by a kernel with at
+//     least one other in between: that one's wait is over when this one starts. A kernel that no
+//     rule can place (lengths made up right in front of a decode) is launched without PDL;
+//   * a kernel that writes such things never calls grid_launch_dependents(): the next one then
+//     starts when it has ended. Nor may a cache be the `out` of an operator that does call it.
 // Without the launch attribute both instructions do nothing.
 #pragma once
 

@@ -16,6 +16,7 @@ int driver_version();           // 0 when there is no driver
 struct DeviceFacts {
   int sms;
   int64_t l2_bytes;
+  int shared_bytes;        // that a block can have
   int compute_capability;  // 90 for 9.0
 };
 const DeviceFacts& device_facts();

@@ -32,12 +32,14 @@ const DeviceFacts& device_facts() {
   cudaGetDevice(&device);
   DeviceFacts& f = facts[device < kMaxDevices ? device : kMaxDevices - 1];
   if (f.sms == 0) {
-    int major = 0, minor = 0, l2 = 0, sms = 1;
+    int major = 0, minor = 0, l2 = 0, sms = 1, shared = 48 * 1024;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     f.l2_bytes = l2;
+    f.shared_bytes = shared;
     f.compute_capability = 10 * major + minor;
     f.sms = sms;
   }

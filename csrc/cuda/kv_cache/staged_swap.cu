@@ -9,20 +9,30 @@
 // into the caller's stream by events, at the start and at the end.
 #include <cuda_runtime.h>
 
+#include <mutex>
+
+#include "../common/launch.h"
 #include "kv_cache.h"
 
 namespace fastinfer::cuda {
 namespace {
 
-// One per device, kept for the life of the process.
-cudaStream_t side_stream() {
+// One per device, kept for the life of the process. While `main` is being captured, `main` itself: a
+// stream that all callers share must not become part of one's graph. Also where none can be made.
+cudaStream_t side_stream(cudaStream_t main) {
   constexpr int kMaxDevices = 64;
   static cudaStream_t streams[kMaxDevices];
+  static std::mutex mutex;
+  if (is_capturing(main)) return main;
   int device = 0;
   cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
   cudaStream_t& s = streams[device < kMaxDevices ? device : kMaxDevices - 1];
-  if (!s) cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking);
-  return s;
+  if (!s && cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking) != cudaSuccess) {
+    cudaGetLastError();
+    s = nullptr;
+  }
+  return s ? s : main;
 }
 
 // Pairs of the first chunk, of two. To the host the gather of the first is waited for, and the copy
@@ -39,7 +49,7 @@ int64_t first_chunk(int64_t pairs, bool into_host) {
 int launch_staged_swap(const CopyShape& shape, int64_t device_block, int64_t host_block,
                        char* device, char* host, bool into_host, const int64_t* device_ids,
                        const int64_t* host_ids, int64_t pairs, char* staging, void* stream) {
-  const auto main = static_cast<cudaStream_t>(stream), side = side_stream();
+  const auto main = static_cast<cudaStream_t>(stream), side = side_stream(main);
   int current = 0;
   cudaGetDevice(&current);
   int error = order_streams(main, current, side);

@@ -39,9 +39,9 @@ struct Item {
 
 __device__ __forceinline__ float finite_origin(float m) { return m == kMinusInf ? 0.0f : m; }
 
-template <class F, int D, bool kSoft>
+template <class F, int D, bool kSoft, bool kSmall>
 struct Attend {
-  using L = Layout<F, D>;
+  using L = Layout<F, D, kSmall>;
   static constexpr bool k8 = F::kBytes == 1;
   static constexpr int kSteps = D / 16;           // of 16 columns
   static constexpr int kBlocks = L::kTokens / 8;  // of 8 keys

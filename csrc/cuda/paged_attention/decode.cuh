@@ -53,11 +53,11 @@ __device__ __forceinline__ void prefetch_rows(const DecodeParams& p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.table + line));
 }
 
-template <class F, int D, bool kSoft>
-__global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
+template <class F, int D, bool kSoft, bool kSmall>
+__global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPerSm)
     decode_kernel(const __grid_constant__ DecodeParams p) {
-  using L = Layout<F, D>;
-  using A = Attend<F, D, kSoft>;
+  using L = Layout<F, D, kSmall>;
+  using A = Attend<F, D, kSoft, kSmall>;
   extern __shared__ __align__(128) char shared[];
   const uint32_t ring = shared_address(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -71,11 +71,14 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
   Walk walk;
   walk.start(p, slot);
   // The kernel right before this one may have written the newest keys, one per query: they are not
-  // read before it is complete. Older keys, lengths and tables were complete before this one
-  // started.
+  // read before it is complete. Older keys, lengths, tables and the plan must have been complete
+  // before this one could start, i.e. be written by a kernel further in front (launch.cuh). What
+  // passes through L1 comes in sectors that may hold a new key's part as well: after the wait.
   const int ahead = walk.tile * kPlanTile + (L::kStages - 1) * L::kStepTokens;
-  if (p.append > 0 || ahead > min(walk.end * kPlanTile, walk.len - p.q_len)) grid_wait();
-  Stream<F, D> stream(p, slot, walk, ring);
+  if (p.append > 0 || !p.packs || p.scale_per_token_k || p.scale_per_token_v ||
+      ahead > min(walk.end * kPlanTile, walk.len - p.q_len))
+    grid_wait();
+  Stream<F, D, kSmall> stream(p, slot, walk, ring);
 #pragma unroll 1
   for (int s = -1; s < L::kStages - 1; ++s) {
     if (s >= 0) stream.issue(s);
@@ -133,8 +136,12 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D>::kCtasPerSm)
 
 template <class F, int D, bool kSoft>
 int launch_decode_instance(const DecodeParams& p, int ctas, void* stream) {
-  return launch(decode_kernel<F, D, kSoft>, dim3(p.lanes, ctas / p.lanes), dim3(kDecodeThreads),
-                Layout<F, D>::kTotal, stream, p);
+  const dim3 grid(p.lanes, ctas / p.lanes), block(kDecodeThreads);
+  if constexpr (kHasSmall<F, D>)
+    if (Layout<F, D>::kTotal > device_facts().shared_bytes)
+      return launch(decode_kernel<F, D, kSoft, true>, grid, block, Layout<F, D, true>::kTotal,
+                    stream, p);
+  return launch(decode_kernel<F, D, kSoft, false>, grid, block, Layout<F, D>::kTotal, stream, p);
 }
 
 template <class F, bool kSoft = false>

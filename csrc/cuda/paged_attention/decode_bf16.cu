@@ -4,6 +4,11 @@
 
 namespace fastinfer::cuda {
 
+int decode_shared_bytes(bool eight_bit, int dim) {
+  if (dim <= 128) return kSmallShared;
+  return eight_bit ? Layout<FormatI8, 256>::kTotal : Layout<FormatBf16, 256>::kTotal;
+}
+
 int launch_decode_bf16(const DecodeParams& p, int ctas, void* stream) {
   return launch_decode_dim<FormatBf16>(p, ctas, stream);
 }

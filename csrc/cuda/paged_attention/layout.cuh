@@ -28,7 +28,10 @@ struct FormatI8 {
   static constexpr bool kBf16 = false, kE4m3 = false;
 };
 
-template <class F, int D>
+// kSmall: fewer stages, for GPUs that give a CTA 99 KiB (sm_86, 89, 120).
+constexpr int kSmallShared = 99 * 1024;
+
+template <class F, int D, bool kSmall = false>
 struct Layout {
   static_assert(D == 64 || D == 128 || D == 256, "instances; other head dims run in the next one");
   static constexpr int kTokens = 32 / F::kBytes;
@@ -37,7 +40,7 @@ struct Layout {
   static constexpr int kV = kTokens * kPitch;
   static constexpr int kScales = 2 * kV;
   static constexpr int kSlice = kScales + (F::kBytes == 1 ? kTokens * 8 : 0);
-  static constexpr int kStages = D == 64 ? 5 : D == 128 ? 3 : 2;
+  static constexpr int kStages = D == 64 ? (kSmall ? 4 : 5) : D == 128 ? (kSmall ? 2 : 3) : 2;
   static constexpr int kStage = kDecodeWarps * kSlice;
   static constexpr int kMergePitch = D + 4;  // floats
   static_assert(16 * kMergePitch * 4 <= kScales, "the merge buffer must fit into a slice");
@@ -50,7 +53,13 @@ struct Layout {
   static constexpr int kTop = kSum + kDecodeWarps * 64;  // float [row of the block]
   static constexpr int kInts = kTop + 256;               // int [8]
   static constexpr int kTotal = kInts + 32;
+  static_assert(!kSmall || kTotal <= kSmallShared, "the small layout must fit small GPUs");
   static constexpr int kCtasPerSm = D == 256 ? 1 : 2;
 };
+
+// Does this format and head dim have a small layout of its own? D = 256 cannot have one: its query
+// and two stages take more.
+template <class F, int D>
+constexpr bool kHasSmall = Layout<F, D>::kTotal > kSmallShared && D < 256;
 
 }  // namespace fastinfer::cuda

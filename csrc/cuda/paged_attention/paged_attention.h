@@ -14,6 +14,9 @@ int launch_plan(const int32_t* lengths, int64_t stride, int64_t batch, int64_t h
                 bool invariant, int32_t* plan, void* stream);
 int launch_merge_states(const cpu::MergeStatesParams& p, void* stream);
 
+// Shared memory that a CTA of the decode kernel needs at least, for the instance of this head dim.
+int decode_shared_bytes(bool eight_bit, int dim);
+
 // One per cache type, each in a file of its own. `ctas`: at most this many. soft: e4m3 decoded as
 // sm_80 must.
 int launch_decode_bf16(const DecodeParams& p, int ctas, void* stream);

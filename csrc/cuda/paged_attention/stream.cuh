@@ -11,9 +11,9 @@
 
 namespace fastinfer::cuda {
 
-template <class F, int D>
+template <class F, int D, bool kSmall>
 struct Stream {
-  using L = Layout<F, D>;
+  using L = Layout<F, D, kSmall>;
 
   const DecodeParams& p;
   const Slot& slot;
@@ -55,6 +55,7 @@ struct Stream {
           p.page_shift >= 0 ? key >> p.page_shift : static_cast<uint32_t>(key) / size;
       page = __ldg(p.table + walk.b * p.table_stride + column);
       place = key - column * size;
+      valid = page >= 0;  // a padded row of the batch: zeros, not an address
     }
     base += L::kStepTokens;
     if (base >= end) {

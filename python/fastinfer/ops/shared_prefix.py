@@ -68,25 +68,27 @@ def flash_attn_with_shared_prefix(
     common = {"softmax_scale": softmax_scale, "softcap": softcap, "workspace": workspace}
     common |= {"k_scale": k_scale, "v_scale": v_scale, "return_softmax_lse": True}
     blocks = prefix_len // block_size
-    prefix, prefix_lse = flash_attn_with_kvcache(
-        q.reshape(1, batch * len_q, heads, dim),
-        k_cache,
-        v_cache,
-        cache_seqlens=prefix_len,
-        block_table=block_table[:1, :blocks],
-        **common,
-    )
-    # A sink is one more term of the sum and must come in once.
-    suffix, suffix_lse = flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens=cache_seqlens - prefix_len,
-        block_table=block_table[:, blocks:],
-        causal=True,
-        sinks=sinks,
-        **common,
-    )
+    # Lengths are made right in front of the kernel that reads them before its wait: no PDL here.
+    with _lib.programmatic_launch(False):
+        prefix, prefix_lse = flash_attn_with_kvcache(
+            q.reshape(1, batch * len_q, heads, dim),
+            k_cache,
+            v_cache,
+            cache_seqlens=prefix_len,
+            block_table=block_table[:1, :blocks],
+            **common,
+        )
+        # A sink is one more term of the sum and must come in once.
+        suffix, suffix_lse = flash_attn_with_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            cache_seqlens=cache_seqlens - prefix_len,
+            block_table=block_table[:, blocks:],
+            causal=True,
+            sinks=sinks,
+            **common,
+        )
     return merge_attn_states(
         prefix.view(batch, len_q, heads, dim),
         prefix_lse.view(heads, batch, len_q).transpose(0, 1),
