@@ -33,6 +33,13 @@ class FakeModel:
         self.slots: dict[int, tuple[int, int]] = {}
 
     def run(self, plan: SchedulePlan) -> list[list[int]]:
+        size = self.block_size
+        for source, target in plan.copies:
+            assert source != target
+            for i in range(size):
+                self.slots.pop(target * size + i, None)
+                if source * size + i in self.slots:
+                    self.slots[target * size + i] = self.slots[source * size + i]
         for chunk in plan.chunks:
             tokens = chunk.request.tokens + chunk.request.draft_tokens
             for position in range(chunk.start, chunk.start + chunk.count):
@@ -113,7 +120,7 @@ def check_pool(scheduler: Scheduler) -> None:
         assert len(set(request.block_table)) == len(request.block_table)
     for block in range(scheduler.pool.num_blocks):
         assert scheduler.pool.ref_count(block) == holders.get(block, 0)
-        if holders.get(block, 0) > 1:
+        if holders.get(block, 0) > 1 and scheduler.config.enable_prefix_caching:
             assert scheduler.pool.hash_of(block) is not None
     queued = {id(r) for r in [*scheduler.waiting, *scheduler.running]}
     assert queued == {id(r) for r in scheduler.requests.values()}

@@ -7,6 +7,9 @@ need no special case:
     tokens     p p p p p p o o o      prompt + output, one growing list
     computed   ^^^^^^^^^^^            K/V of the first num_computed tokens is in the pool
     pending                ^^^^^^^    what the next steps have to run
+
+`num_computed` moves when a step is planned. A token that a running step is about to draw is counted
+in `in_flight` until it arrives: the next step can be planned, and launched, without knowing it.
 """
 
 from __future__ import annotations
@@ -63,6 +66,9 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # chain, one per full block
     num_registered: int = 0  # blocks of the table whose content the pool already knows
     draft_tokens: list[int] = field(default_factory=list)  # proposals to verify in the next step
+    in_flight: int = 0  # tokens being drawn by steps whose results are not here yet
+    sample_row: int = -1  # its row among the tokens drawn by the latest step it was sampled in
+    fork_of: Request | None = None  # same prompt: share its blocks as soon as they are computed
     arrival_order: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
@@ -73,13 +79,25 @@ class Request:
         self.metrics.num_prompt_tokens = self.num_prompt
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output, tokens in flight included."""
+        return len(self.tokens) + self.in_flight
+
+    @property
     def num_pending(self) -> int:
         """Tokens, drafts included, that still have to be run."""
-        return len(self.tokens) + len(self.draft_tokens) - self.num_computed
+        if self.num_tokens >= self.max_total_tokens:
+            return 0  # its last token is in flight, and is never run
+        return self.num_tokens + len(self.draft_tokens) - self.num_computed
+
+    @property
+    def sample_position(self) -> int:
+        """Output tokens before the one that the step just planned draws."""
+        return self.num_output + max(self.in_flight - 1, 0)
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far and here."""
         return len(self.tokens) - self.num_prompt
 
     @property

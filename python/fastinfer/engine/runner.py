@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..models import load_model
 from .batch import StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
-from .kv_cache import allocate_cache, block_bytes, choose_num_blocks
+from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks
 from .metrics import RequestMetrics
 from .request import Request
-from .sampler import SampleResult, sample_tokens
+from .sampler import DrawnTokens, sample_tokens
 from .scheduler import ScheduledChunk, SchedulePlan
 
 
@@ -45,15 +46,19 @@ class ModelRunner:
                 max_model_len=config.max_model_len,
                 requantize=config.requantize,
             )
+        if config.batch_invariant:
+            model.set_batch_invariant(True)
         self.model = model
         self.vocab_size: int = model.config.vocab_size
         self.max_model_len: int = config.max_model_len or model.max_model_len
-        self.block_bytes = block_bytes(model.config, config.block_size, model.dtype)
+        self.cache_dtype = cache_dtype(config.kv_cache_dtype, model.dtype)
+        self.block_bytes = block_bytes(model.config, config.block_size, self.cache_dtype)
+        self._drawn: Tensor | None = None  # tokens of the latest step, where the model is
         self.num_blocks = choose_num_blocks(
             config,
             model.config,
             max_model_len=self.max_model_len,
-            dtype=model.dtype,
+            dtype=self.cache_dtype,
             device=device,
             measure_peak=lambda: self._measure_peak(config),
         )
@@ -61,21 +66,32 @@ class ModelRunner:
             model.config,
             num_blocks=self.num_blocks,
             block_size=config.block_size,
-            dtype=model.dtype,
+            dtype=self.cache_dtype,
             device=device,
         )
 
     @torch.inference_mode()
-    def execute(self, batch: StepBatch) -> SampleResult:
-        """Run the model over a batch and draw the tokens of the requests that reached their end."""
-        if batch.copies:
-            mapping = torch.tensor(batch.copies, dtype=torch.int64, device=self.device)
-            ops.copy_blocks([c.k for c in self.layers], [c.v for c in self.layers], mapping)
+    def launch(self, batch: StepBatch) -> DrawnTokens:
+        """Run the model over a batch and draw the tokens of the requests that reached their end.
+
+        Returns:
+            Before a GPU has done the work; `DrawnTokens.result` waits for it.
+        """
+        if batch.copies is not None:
+            sides = [(c.k, c.v, c.k_scale, c.v_scale) for c in self.layers]
+            moved = [side for layer in sides for side in layer if side is not None]
+            ops.copy_blocks(moved, [], batch.copies)
+        if batch.carry_to is not None:
+            assert self._drawn is not None and batch.carry_from is not None
+            carried = self._drawn.index_select(0, batch.carry_from)
+            batch.input_ids.index_copy_(0, batch.carry_to, carried)
         hidden = self.model(batch.input_ids, batch.meta, self.layers)
         if not batch.sampling:
-            return SampleResult(token_ids=[])
+            return DrawnTokens(None)
         logits = self.model.compute_logits(hidden.index_select(0, batch.logits_index))
-        return sample_tokens(logits, batch.sampling)
+        out = sample_tokens(logits, batch.sampling, batch.options)
+        self._drawn = out.token_ids
+        return DrawnTokens(out)
 
     def build(self, plan: SchedulePlan) -> StepBatch:
         """The tensors of a plan."""
@@ -84,6 +100,7 @@ class ModelRunner:
     def release(self) -> None:
         """Let go of the model and the cache."""
         del self.model, self.cache, self.layers
+        self._drawn = None
 
     def _measure_peak(self, config: EngineConfig) -> int:
         """Bytes that the largest step needs on top of what stays allocated (CUDA only)."""
@@ -93,7 +110,7 @@ class ModelRunner:
             self.model.config,
             num_blocks=blocks,
             block_size=config.block_size,
-            dtype=self.model.dtype,
+            dtype=self.cache_dtype,
             device=self.device,
         )
         # one prompt of the full budget, sampled from as often as a full step would
@@ -111,12 +128,14 @@ class ModelRunner:
         rows = min(config.max_num_seqs, tokens)
         batch.logits_index = batch.logits_index.expand(rows).contiguous()
         batch.sampling = [request] * rows
-        self.execute(batch)
+        columns = batch.options.columns
+        columns.update({name: c.expand(rows).contiguous() for name, c in columns.items()})
+        self.launch(batch).result()
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.execute(batch)
+        self.launch(batch).result()
         peak = torch.cuda.max_memory_allocated(self.device) - before
         del cache, batch
         self.layers = []

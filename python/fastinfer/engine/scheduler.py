@@ -6,15 +6,23 @@ drafts on top when it speculates); what is left of the budget admits waiting one
 never held up by more than one budget's worth of somebody's prompt.
 
 When blocks run out, the youngest running request is preempted: its blocks are freed, its tokens
-kept, and it waits at the head of the queue to be computed again. A request is admitted only when
+kept, and it waits at the head of the queue to be computed again; drafts are dropped before anybody
+is preempted for them. A request is admitted only when
 everything it has to run fits beside what the running ones still need, so that admission does not
 cause preemption at once. The oldest request is never preempted and a request that could not
 run alone is refused on arrival, therefore somebody always advances.
+
+The n completions of a prompt compute it once: the others wait for the first, then share its full
+blocks and get a copy of the block their own tokens would go into (copy on write).
+
+A plan may be made before the results of the one before are known (`Request.in_flight`). Blocks that
+a step in flight still writes may be handed out again: steps run in order.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -153,8 +161,8 @@ class Scheduler:
                 break
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an older one
-            count = self._chunk(request, budget)
-            if count and self._grow(request, count, plan):
+            count = self._grow(request, self._chunk(request, budget), plan)
+            if count:
                 self._plan_chunk(plan, request, count)
                 budget -= count
         if not plan.preempted:
@@ -177,19 +185,21 @@ class Scheduler:
         updated = []
         for chunk, tokens in zip(plan.chunks, sampled, strict=True):
             request = chunk.request
-            if request.status is not RequestStatus.RUNNING:
-                continue  # ended or preempted while the step ran
-            accepted = max(len(tokens) - 1, 0) if chunk.samples else 0
-            request.num_computed = chunk.start + chunk.count - chunk.num_drafts + accepted
+            if request.finished:
+                continue  # while the step ran
+            request.in_flight -= chunk.samples
+            rejected = chunk.num_drafts - max(len(tokens) - 1, 0)
             request.draft_tokens = []
             taken = 0
             for token in tokens:
                 taken += 1
                 if request.append(token):
                     break
-            # K/V behind a stop inside the accepted drafts belongs to tokens that were dropped.
-            request.num_computed = min(request.num_computed, len(request.tokens))
-            self._register(request)
+            if request.status is RequestStatus.RUNNING:  # if preempted, its K/V is gone already
+                # K/V behind a stop inside the accepted drafts belongs to tokens that were dropped.
+                request.num_computed = min(request.num_computed - rejected, request.num_tokens)
+                computed = chunk.start + chunk.count - rejected
+                self._register(request, min(computed, len(request.tokens)))
             if taken:
                 request.metrics.record_tokens(taken, now)
                 updated.append(request)
@@ -202,33 +212,44 @@ class Scheduler:
 
     def _chunk(self, request: Request, budget: int) -> int:
         limit = self.config.long_prefill_token_threshold
+        # (a request whose last token is in flight has nothing pending)
         return min(request.num_pending, budget, limit or budget)
 
     def _plan_chunk(self, plan: SchedulePlan, request: Request, count: int) -> None:
         if request.metrics.first_scheduled_time is None:
             request.metrics.first_scheduled_time = self.clock()
-        plan.chunks.append(
-            ScheduledChunk(
-                request=request,
-                start=request.num_computed,
-                count=count,
-                num_drafts=max(request.num_computed + count - len(request.tokens), 0),
-                samples=request.num_computed + count >= len(request.tokens),
-            )
+        end = request.num_computed + count
+        chunk = ScheduledChunk(
+            request=request,
+            start=request.num_computed,
+            count=count,
+            num_drafts=max(end - request.num_tokens, 0),
+            samples=end >= request.num_tokens,
         )
+        plan.chunks.append(chunk)
         plan.num_tokens += count
+        request.num_computed = end
+        request.in_flight += chunk.samples
 
-    def _grow(self, request: Request, count: int, plan: SchedulePlan) -> bool:
-        """Get the blocks for `count` more tokens; False when the request itself had to give way."""
-        missing = self._blocks_for(request.num_computed + count) - len(request.block_table)
+    def _grow(self, request: Request, count: int, plan: SchedulePlan) -> int:
+        """Get the blocks for `count` more tokens.
+
+        Returns:
+            `count`, less by the drafts there is no room for, or 0 when the request gave way.
+        """
+        have = len(request.block_table)
+        missing = self._blocks_for(request.num_computed + count) - have
+        if missing > self.pool.num_free:
+            count = min(count, request.num_tokens - request.num_computed)
+            missing = self._blocks_for(request.num_computed + count) - have
         while missing > self.pool.num_free:
             victim = self.running[-1]
             self._preempt(victim, plan)
             if victim is request:
-                return False
+                return 0
         if missing > 0:
             request.block_table += self.pool.allocate(missing)
-        return True
+        return count
 
     def _preempt(self, request: Request, plan: SchedulePlan) -> None:
         self.running.remove(request)
@@ -246,27 +267,51 @@ class Scheduler:
             return
         reserved = sum(
             # what a running request still has to get for the tokens it has, and one block to grow
-            max(self._blocks_for(len(r.tokens)) - len(r.block_table), 0) + 1
+            max(self._blocks_for(r.num_tokens) - len(r.block_table), 0) + 1
             for r in self.running
         )
+        held: list[Request] = []  # for a prompt that is being computed for them
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
-            cached = self._match_prefix(request)
-            total = self._blocks_for(request.num_pending + request.num_computed)
+            if self._waits_for_fork(request, plan):
+                held.append(self.waiting.popleft())
+                continue
+            parent, request.fork_of = request.fork_of, None
+            shared = self._match_prefix(request) if parent is None else self._fork(parent)
+            total = self._blocks_for(request.num_tokens)
             # blocks found in the cache that nobody holds leave the free list as well
-            needed = total - len(cached) + self.pool.count_free(cached)
+            needed = total - len(shared) + self.pool.count_free(shared)
             if needed + (reserved if self.running else 0) > self.pool.num_free:
-                return
+                request.fork_of = parent
+                break
             self.waiting.popleft()
             request.move_to(RequestStatus.RUNNING)
-            self.running.append(request)
-            self._adopt_prefix(request, cached)
+            insort(self.running, request, key=lambda r: r.arrival_order)
+            self._adopt_prefix(request, shared, parent)
             count = self._chunk(request, budget)
             fresh = self._blocks_for(request.num_computed + count) - len(request.block_table)
             request.block_table += self.pool.allocate(fresh)
+            if parent is not None and request.num_computed % self.config.block_size:
+                at = len(shared)
+                plan.copies.append((parent.block_table[at], request.block_table[at]))
             reserved += total - len(request.block_table) + 1
             self._plan_chunk(plan, request, count)
             budget -= count
+        self.waiting.extendleft(reversed(held))
+
+    def _waits_for_fork(self, request: Request, plan: SchedulePlan) -> bool:
+        """Whether another request's prompt, the same one, is still to be computed."""
+        parent = request.fork_of
+        if parent is None or parent.finished:
+            request.fork_of = None
+            return False
+        # what this very step computes cannot be copied before it
+        planned = (chunk.start for chunk in plan.chunks if chunk.request is parent)
+        return next(planned, parent.num_computed) < request.num_prompt - 1
+
+    def _fork(self, parent: Request) -> list[int]:
+        """The blocks in front of the last prompt token; that one is run again, for its logits."""
+        return parent.block_table[: (parent.num_prompt - 1) // self.config.block_size]
 
     def _match_prefix(self, request: Request) -> list[int]:
         if not self.config.enable_prefix_caching:
@@ -276,21 +321,23 @@ class Scheduler:
         limit = (len(request.tokens) - 1) // self.config.block_size
         return self.pool.match(request.block_hashes, limit)
 
-    def _adopt_prefix(self, request: Request, cached: list[int]) -> None:
-        self.pool.acquire(cached)
-        request.block_table = cached
-        request.num_registered = len(cached)
-        request.num_computed = len(cached) * self.config.block_size
+    def _adopt_prefix(self, request: Request, shared: list[int], parent: Request | None) -> None:
+        self.pool.acquire(shared)
+        request.block_table = list(shared)
+        request.num_registered = len(shared)
+        request.num_computed = len(shared) * self.config.block_size
+        if parent is not None:
+            request.num_computed = request.num_prompt - 1
         if request.metrics.num_preemptions == 0:
             request.metrics.num_cached_tokens = request.num_computed
             self.prefix_hit_tokens += request.num_computed
             self.prefix_query_tokens += len(request.tokens)
 
-    def _register(self, request: Request) -> None:
+    def _register(self, request: Request, computed: int) -> None:
         # Only now: a block becomes findable when its last token has been computed, not before.
         if not self.config.enable_prefix_caching:
             return
-        full = request.num_computed // self.config.block_size
+        full = computed // self.config.block_size
         if full <= request.num_registered:
             return
         self._extend_hashes(request.tokens, self.config.block_size, request.block_hashes)

@@ -51,6 +51,8 @@ class SelfAttention(nn.Module):
         dtype: of the parameters.
     """
 
+    batch_invariant = False
+
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads = config.num_heads
@@ -101,8 +103,11 @@ class SelfAttention(nn.Module):
             "k_scale": cache.k_scale,
             "v_scale": cache.v_scale,
             "plan": meta.plan,
+            "batch_invariant": self.batch_invariant,
         }
-        if meta.max_seqlen_q == 1 and q.shape[0] == meta.seq_lens.shape[0]:
+        # A batch-invariant row goes through the same operator whatever shares its step.
+        decodes_only = meta.max_seqlen_q == 1 and not self.batch_invariant
+        if decodes_only and q.shape[0] == meta.seq_lens.shape[0]:
             out = ops.flash_attn_with_kvcache(
                 q.unsqueeze(1), cache.k, cache.v, cache_seqlens=meta.seq_lens, **shared
             )
