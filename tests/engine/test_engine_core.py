@@ -6,6 +6,7 @@ import gc
 import random
 import signal
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -46,6 +47,99 @@ def test_a_batch_gives_what_each_prompt_gives_alone(block_size: int, budget: int
     )
     assert [output.request_id for output in outputs] == ["0", "1", "2", "3", "4"]
     assert_idle(llm)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_blocks": 7}, {"max_num_batched_tokens": 5}])
+def test_overlapped_steps_give_the_same(settings: dict) -> None:
+    """Every step is launched before the tokens of the one before are looked at."""
+    model = ToyModel(eos=(11,))
+    llm = toy_llm(model, async_scheduling=True, **settings)
+    params = [
+        greedy(14, ignore_eos=True),
+        SamplingParams(seed=3, max_tokens=9, logprobs=2, min_tokens=5),
+        SamplingParams(seed=4, max_tokens=12, repetition_penalty=1.3, frequency_penalty=0.5),
+        greedy(14, stop_token_ids=[toy_greedy(PROMPTS[3], 6)[-1]]),
+        SamplingParams(seed=5, n=3, max_tokens=8),
+    ]
+    plain = toy_llm(ToyModel(eos=(11,)), **settings)
+    expected = plain.generate(PROMPTS, params)
+    outputs = llm.generate(PROMPTS, params)
+    for output, other in zip(outputs, expected, strict=True):
+        for a, b in zip(output.outputs, other.outputs, strict=True):
+            assert (a.token_ids, a.finish_reason, a.stop_reason, a.logprobs) == (
+                b.token_ids,
+                b.finish_reason,
+                b.stop_reason,
+                b.logprobs,
+            )
+    assert_idle(llm)
+    for prompt in PROMPTS:
+        pieces = list(llm.stream(prompt, greedy(6, ignore_eos=True)))
+        assert [t for o in pieces for t in o.outputs[0].token_ids] == toy_greedy(prompt, 6)
+    assert_idle(llm)
+
+
+def test_a_step_is_launched_before_the_last_one_is_read() -> None:
+    events: list[str] = []
+    model = ToyModel()
+    llm = toy_llm(model, async_scheduling=True)
+    model.before = lambda: events.append("launch")
+    deliver = llm.core._deliver
+
+    def note(*results: object) -> None:
+        events.append("read")
+        deliver(*results)
+
+    llm.core._deliver = note
+    llm.generate([[1, 2, 3]], greedy(3))
+    assert events == ["launch", "launch", "read", "launch", "read", "read"]
+    events.clear()
+    # penalties of a step count the tokens of the one before: these two cannot overlap
+    llm.generate([[1, 2, 3]], greedy(3, frequency_penalty=0.1))
+    assert events == ["launch", "read"] * 3
+
+
+def test_faults_of_an_overlapped_step_end_only_its_requests() -> None:
+    model = ToyModel()
+    llm = toy_llm(model, async_scheduling=True, max_num_seqs=1)
+    stream = llm.stream([1], greedy(4))
+    waiting = llm.stream([2], greedy(4))
+    next(stream)
+    model.before = raise_once(model)
+    with pytest.raises(MemoryError):
+        next(stream)
+    with pytest.raises(RuntimeError, match="the step it was in failed"):
+        next(stream)
+    rest = [t for output in waiting for t in output.outputs[0].token_ids]
+    assert rest == toy_greedy([2], 4)
+    assert_idle(llm)
+    stream = llm.stream([1], greedy(30))
+    next(stream)
+    stream.close()  # while a step of it is in flight
+    assert tokens_of(llm.generate(PROMPTS, greedy())) == [toy_greedy(p, 10) for p in PROMPTS]
+    assert_idle(llm)
+
+
+def raise_once(model: ToyModel) -> Callable[[], None]:
+    def explode() -> None:
+        model.before = lambda: None
+        raise MemoryError("no memory left")
+
+    return explode
+
+
+def test_completions_share_the_prompt() -> None:
+    prompt = [i % 7 for i in range(26)]
+    for settings in ({}, {"enable_prefix_caching": False}):
+        llm = toy_llm(**settings)
+        many = llm.generate(prompt, SamplingParams(n=4, seed=9, max_tokens=5))[0]
+        for i, completion in enumerate(many.outputs):
+            single = SamplingParams(seed=9 + i, max_tokens=5)
+            assert completion.token_ids == llm.generate(prompt, single)[0].outputs[0].token_ids
+        # 25 tokens in 6 full blocks shared by all, then two blocks of their own
+        assert llm.stats().kv_blocks_peak <= 6 + 4 * 2
+        assert [c.metrics.num_cached_tokens for c in many.outputs] == [0, 25, 25, 25]
+        assert_idle(llm)
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])

@@ -120,6 +120,11 @@ class LLM:
         )
 
     @property
+    def core(self) -> EngineCore:
+        """The step loop, for programs that drive it themselves."""
+        return self._engine
+
+    @property
     def _engine(self) -> EngineCore:
         if self._core is None:
             raise RuntimeError("LLM: this object is closed; create a new one")

@@ -6,7 +6,7 @@ drafts on top when it speculates); what is left of the budget admits waiting one
 never held up by more than one budget's worth of somebody's prompt.
 
 When blocks run out, the youngest running request is preempted: its blocks are freed, its tokens
-kept, and it waits at the head of the queue to be computed again; drafts are dropped before anybody
+kept, and it waits again in order of arrival; drafts are dropped before anybody
 is preempted for them. A request is admitted only when
 everything it has to run fits beside what the running ones still need, so that admission does not
 cause preemption at once. The oldest request is never preempted and a request that could not
@@ -143,6 +143,7 @@ class Scheduler:
         request.move_to(RequestStatus.FINISHED)
         request.finish_reason = reason
         request.stop_reason = stop_reason
+        request.in_flight, request.draft_tokens, request.fork_of = 0, [], None
         request.metrics.finished_time = self.clock()
         request.metrics.failed = reason == "abort"
         del self.requests[request.request_id]
@@ -259,7 +260,12 @@ class Scheduler:
         request.draft_tokens = []
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        older = 0  # only completions that wait for a prompt's computation can be
+        while older < len(self.waiting) and (
+            self.waiting[older].arrival_order < request.arrival_order
+        ):
+            older += 1
+        self.waiting.insert(older, request)
         plan.preempted.append(request.request_id)
 
     def _admit(self, plan: SchedulePlan, budget: int) -> None:
