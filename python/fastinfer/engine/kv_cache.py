@@ -71,7 +71,7 @@ def choose_num_blocks(
         budget = int(total * config.gpu_memory_utilization) - (total - free) - peak
         hint = "raise gpu_memory_utilization or lower max_num_batched_tokens"
     else:
-        budget = min(CPU_CACHE_BYTES, _available_memory() // 4)
+        budget = min(CPU_CACHE_BYTES, available_memory() // 4)
         hint = "give kv_cache_memory or num_blocks"
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     blocks = min(budget // size, useful)
@@ -83,7 +83,7 @@ def choose_num_blocks(
     return blocks
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes a new process could use without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
