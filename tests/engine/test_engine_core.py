@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from engine_toy import VOCAB, ToyModel, toy_greedy, toy_llm, toy_logits
 
 from fastinfer import LLM, SamplingParams, _lib
-from fastinfer.engine import device
+from fastinfer.engine import EngineConfig, device, runner
 from fastinfer.engine.core import KEPT_RECORDS
 
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [3, 1, 4, 1, 5, 9, 2], [7, 7]]
@@ -542,8 +543,36 @@ def test_cache_size_from_bytes() -> None:
         toy_llm(num_blocks=None, kv_cache_memory=5)
     with pytest.raises(ValueError, match="must fit into the memory of cpu"):
         toy_llm(num_blocks=2**50)
+    with pytest.raises(ValueError, match="must fit into the memory of cpu; lower num_blocks"):
+        toy_llm(num_blocks=2**36, kv_cache_dtype="int8")
     # no more than the requests can use: 3 requests of 500 tokens in blocks of 4
     assert toy_llm(num_blocks=None, max_num_seqs=3).stats().kv_blocks_total == 375
+
+
+def test_out_of_memory_at_start_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(error: BaseException) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            raise error
+
+        return call
+
+    big = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore lines")
+    monkeypatch.setattr(runner, "load_model", fail(big))
+    message = r"the weights of .* must fit into the memory of cpu; `fastinfer plan --model .*` says"
+    with pytest.raises(ValueError, match=message) as caught:
+        LLM(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(runner, "load_model", fail(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        LLM(tmp_path, device="cpu")
+    monkeypatch.undo()
+    llm = toy_llm()
+    llm.core.runner._run_largest = fail(big)
+    message = "a step of 77 tokens must fit into the memory of cpu; lower max_num_batched_tokens"
+    with pytest.raises(ValueError, match=message):
+        llm.core.runner._measure_peak(EngineConfig(model="toy", max_num_batched_tokens=77))
 
 
 def test_the_gpu_is_taken_only_when_a_step_can_run_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ block_bytes = 2 * layers * P * Hkv * (D * itemsize + 4 for the scale)
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -95,6 +96,24 @@ def available_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+@contextmanager
+def must_fit(what: str, device: torch.device, hint: str) -> Iterator[None]:
+    """One sentence instead of the allocator's report when memory runs out inside.
+
+    Raises:
+        ValueError: It ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch's CPU allocator, and sizes beyond any memory, are plain RuntimeErrors
+        text = str(error).lower()
+        asked = ("alloc", "out of memory", "storage size", "overflow")
+        if isinstance(error, RuntimeError) and not any(word in text for word in asked):
+            raise
+        raise ValueError(f"LLM: {what} must fit into the memory of {device}; {hint}") from error
+
+
 def allocate_cache(
     model: ModelConfig,
     *,
@@ -110,18 +129,14 @@ def allocate_cache(
     Raises:
         ValueError: The device does not have that much memory.
     """
+    size = num_blocks * block_bytes(model, block_size, dtype)
+    what = f"the KV cache of {size} bytes ({num_blocks} blocks)"
     shape = (2, model.num_layers, num_blocks, block_size, model.num_kv_heads, model.head_dim)
-    try:
+    scales = None
+    with must_fit(what, device, "lower num_blocks or kv_cache_memory"):
         cache = torch.empty(shape, dtype=dtype, device=device)
-        scales = None
         if dtype in EIGHT_BIT.values():
             scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
-    except (RuntimeError, MemoryError) as error:
-        size = num_blocks * block_bytes(model, block_size, dtype)
-        raise ValueError(
-            f"LLM: the KV cache must fit into the memory of {device}, got {size} bytes "
-            f"({num_blocks} blocks); lower num_blocks or kv_cache_memory"
-        ) from error
     layers = [LayerCache(k=k, v=v) for k, v in zip(*cache.unbind(0), strict=True)]
     if scales is not None:
         for layer, k_scale, v_scale in zip(layers, *scales.unbind(0), strict=True):

@@ -11,7 +11,7 @@ from .. import ops
 from ..models import load_model
 from .batch import StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
-from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks
+from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks, must_fit
 from .metrics import RequestMetrics
 from .request import Request
 from .sampler import DrawnTokens, sample_tokens
@@ -37,15 +37,17 @@ class ModelRunner:
         self.device = device
         self.block_size = config.block_size
         if model is None:
-            model = load_model(
-                config.model,
-                dtype=config.dtype,
-                device=device,
-                load_format=config.load_format,
-                progress=config.progress,
-                max_model_len=config.max_model_len,
-                requantize=config.requantize,
-            )
+            plan = f"`fastinfer plan --model {config.model}` says how much they are"
+            with must_fit(f"the weights of {config.model}", device, plan):
+                model = load_model(
+                    config.model,
+                    dtype=config.dtype,
+                    device=device,
+                    load_format=config.load_format,
+                    progress=config.progress,
+                    max_model_len=config.max_model_len,
+                    requantize=config.requantize,
+                )
         if config.batch_invariant:
             model.set_batch_invariant(True)
         self.model = model
@@ -105,6 +107,10 @@ class ModelRunner:
     def _measure_peak(self, config: EngineConfig) -> int:
         """Bytes that the largest step needs on top of what stays allocated (CUDA only)."""
         tokens = min(config.max_num_batched_tokens, self.max_model_len - 1)
+        with must_fit(f"a step of {tokens} tokens", self.device, "lower max_num_batched_tokens"):
+            return self._run_largest(config, tokens)
+
+    def _run_largest(self, config: EngineConfig, tokens: int) -> int:
         blocks = -(-tokens // config.block_size)
         cache, self.layers = allocate_cache(
             self.model.config,
