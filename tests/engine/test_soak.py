@@ -22,7 +22,7 @@ def serve_some(llm: LLM, rng: random.Random, count: int) -> None:
     prompts = [[rng.randrange(256) for _ in range(rng.randrange(1, 9))] for _ in range(count)]
     params = [
         SamplingParams(
-            max_tokens=rng.randrange(1, 5),
+            max_tokens=rng.choice([1, 2, 3, 4, 20]),
             temperature=rng.choice([0.0, 1.0]),
             n=rng.choice([1, 1, 1, 2]),
             logprobs=rng.choice([None, None, 2]),

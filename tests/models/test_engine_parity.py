@@ -18,6 +18,7 @@ RUNS = {
     "chunked": {"max_num_batched_tokens": 5},
     "preempted": {"block_size": 4, "num_blocks": 16},
     "overlapped": {"async_scheduling": True, "block_size": 3, "num_blocks": 90},
+    "static": {"cuda_graphs": True, "async_scheduling": True, "max_num_seqs": 7},
 }
 
 

@@ -186,6 +186,8 @@ class EngineConfig:
             bit, on what else runs, on chunking, a cached prefix or preemption.
         async_scheduling: Launch a step before the tokens of the one before are on the host; None
             does so on CUDA. The tokens are the same.
+        cuda_graphs: Replay decode steps as CUDA graphs; None does so on CUDA. On the CPU the same
+            step runs without a graph.
         seed: Where requests without a seed get theirs from.
         progress: Show a bar while the weights are read.
 
@@ -212,6 +214,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     batch_invariant: bool = False
     async_scheduling: bool | None = None
+    cuda_graphs: bool | None = None
     seed: int = 0
     progress: bool = True
 
@@ -237,7 +240,9 @@ class EngineConfig:
         _choice(me, "kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if self.requantize not in (None, 4, 8):
             raise ValueError(f"{me}: requantize must be None, 4 or 8, got {self.requantize!r}")
-        for name in ("enable_prefix_caching", "batch_invariant", "async_scheduling"):
+        for name in ("enable_prefix_caching", "batch_invariant", "async_scheduling", "cuda_graphs"):
             value = getattr(self, name)
-            if not isinstance(value, bool) and (name != "async_scheduling" or value is not None):
+            if value is None and name in ("async_scheduling", "cuda_graphs"):
+                continue
+            if not isinstance(value, bool):
                 raise ValueError(f"{me}: {name} must be True or False, got {value!r}")

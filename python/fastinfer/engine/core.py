@@ -1,13 +1,12 @@
 """The engine's loop: schedule, build, execute, commit, deliver.
 
     plan = scheduler.schedule()      who runs            (no tensors)
-    batch = runner.build(plan)       arrays -> device, one copy
-    drawn = runner.launch(batch)     model and sampling
+    drawn = runner.step(plan)        arrays -> device, one copy; model and sampling
     drawn.result()                   tokens -> host, one copy
     scheduler.commit(plan, tokens)   states, blocks
     deliver                          text, stop strings, log-probabilities
 
-With `async_scheduling` the last three of a step follow the first three of the next one, so that a
+With `async_scheduling` the last three of a step follow the first two of the next one, so that a
 GPU has its next step before it has finished this one. A request that ends is noticed one step late;
 what that step did for it is dropped.
 
@@ -213,8 +212,7 @@ class EngineCore:
             plan = self.scheduler.schedule()
             if not plan.chunks:
                 return None
-            batch = self.runner.build(plan)
-            launched = _Launched(plan, batch.sampling, self.runner.launch(batch))
+            launched = _Launched(plan, *self.runner.step(plan))
             self.num_steps += 1
             return launched
         except BaseException as error:

@@ -11,6 +11,7 @@ from .. import ops
 from ..models import load_model
 from .batch import StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
+from .graphs import DecodeGraphs
 from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks, must_fit
 from .metrics import RequestMetrics
 from .request import Request
@@ -55,7 +56,8 @@ class ModelRunner:
         self.max_model_len: int = config.max_model_len or model.max_model_len
         self.cache_dtype = cache_dtype(config.kv_cache_dtype, model.dtype)
         self.block_bytes = block_bytes(model.config, config.block_size, self.cache_dtype)
-        self._drawn: Tensor | None = None  # tokens of the latest step, where the model is
+        # tokens of the latest step, where the model is
+        self._drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         self.num_blocks = choose_num_blocks(
             config,
             model.config,
@@ -71,6 +73,29 @@ class ModelRunner:
             dtype=self.cache_dtype,
             device=device,
         )
+        self._graphs: DecodeGraphs | None = None
+        wanted = config.cuda_graphs
+        if wanted or (wanted is None and device.type == "cuda"):
+            with must_fit("the CUDA graphs", device, "lower max_num_seqs or cuda_graphs=False"):
+                self._graphs = DecodeGraphs(
+                    model,
+                    self.layers,
+                    self._drawn,
+                    max_rows=config.max_num_seqs,
+                    max_len=min(self.max_model_len, self.num_blocks * config.block_size),
+                    block_size=config.block_size,
+                    device=device,
+                )
+
+    @torch.inference_mode()
+    def step(self, plan: SchedulePlan) -> tuple[list[Request], DrawnTokens]:
+        """Launch a plan; returns the requests it draws tokens for, and the tokens to come."""
+        if self._graphs is not None and self._graphs.accepts(plan):
+            if plan.copies:
+                self._copy_blocks(torch.tensor(plan.copies).to(self.device))
+            return self._graphs.launch(plan)
+        batch = self.build(plan)
+        return batch.sampling, self.launch(batch)
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> DrawnTokens:
@@ -80,11 +105,9 @@ class ModelRunner:
             Before a GPU has done the work; `DrawnTokens.result` waits for it.
         """
         if batch.copies is not None:
-            sides = [(c.k, c.v, c.k_scale, c.v_scale) for c in self.layers]
-            moved = [side for layer in sides for side in layer if side is not None]
-            ops.copy_blocks(moved, [], batch.copies)
+            self._copy_blocks(batch.copies)
         if batch.carry_to is not None:
-            assert self._drawn is not None and batch.carry_from is not None
+            assert batch.carry_from is not None
             carried = self._drawn.index_select(0, batch.carry_from)
             batch.input_ids.index_copy_(0, batch.carry_to, carried)
         hidden = self.model(batch.input_ids, batch.meta, self.layers)
@@ -92,8 +115,13 @@ class ModelRunner:
             return DrawnTokens(None)
         logits = self.model.compute_logits(hidden.index_select(0, batch.logits_index))
         out = sample_tokens(logits, batch.sampling, batch.options)
-        self._drawn = out.token_ids
+        self._drawn[: len(batch.sampling)].copy_(out.token_ids)
         return DrawnTokens(out)
+
+    def _copy_blocks(self, pairs: Tensor) -> None:
+        sides = [(c.k, c.v, c.k_scale, c.v_scale) for c in self.layers]
+        moved = [side for layer in sides for side in layer if side is not None]
+        ops.copy_blocks(moved, [], pairs)
 
     def build(self, plan: SchedulePlan) -> StepBatch:
         """The tensors of a plan."""
@@ -101,8 +129,8 @@ class ModelRunner:
 
     def release(self) -> None:
         """Let go of the model and the cache."""
+        self._graphs = None
         del self.model, self.cache, self.layers
-        self._drawn = None
 
     def _measure_peak(self, config: EngineConfig) -> int:
         """Bytes that the largest step needs on top of what stays allocated (CUDA only)."""

@@ -56,6 +56,13 @@ class DrawnTokens:
             self._ready = torch.cuda.Event()
             self._ready.record()
 
+    @classmethod
+    def of_tokens(cls, token_ids: Tensor) -> DrawnTokens:
+        """Tokens in a buffer that the next step will write to."""
+        if not token_ids.is_cuda:
+            token_ids = token_ids.clone()  # (a GPU copies before the next step, in stream order)
+        return cls(ops.SampleOutput(token_ids, None, None, None))
+
     def result(self) -> SampleResult:
         """Wait for the step and read what it drew."""
         if self._ready is not None:
