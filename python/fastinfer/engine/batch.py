@@ -4,7 +4,7 @@ T packed tokens of B sequences, prefill chunks and decodes mixed:
 
     input_ids, positions, slot_mapping [T]    slot = block * P + offset in the block
     cu_seqlens_q [B+1]; seq_lens [B]          keys visible after this step's write
-    block_table [B, longest table]            short tables are padded with -1, never read
+    block_table [B, longest table]            short tables end in anything, never read
     logits_index [S]                          rows of the hidden states to sample from
 
 Everything travels to the device in one copy, out of one pinned buffer. A token that the step
@@ -43,24 +43,76 @@ class StepBatch:
     carry_from: Tensor | None  # int64 [n], rows of the tokens drawn last
 
 
-def build_batch(plan: SchedulePlan, *, block_size: int, device: torch.device) -> StepBatch:
+class RequestRows:
+    """Arrays over the running requests, by `Request.row`: a step reads them and writes only news.
+
+    Args:
+        max_rows: Most running requests.
+        max_blocks: Longest block table.
+    """
+
+    def __init__(self, max_rows: int, max_blocks: int) -> None:
+        self.tables = np.zeros((max_rows, max_blocks), dtype=np.int32)
+        self.drawn_at = np.zeros(max_rows, dtype=np.int64)  # row among the tokens drawn last
+        self.num_prompt = np.zeros(max_rows, dtype=np.int64)
+        self.seeds = np.zeros(max_rows, dtype=np.int64)
+        self.temperature = np.zeros(max_rows, dtype=np.float32)
+        self.top_p = np.ones(max_rows, dtype=np.float32)
+        self.min_p = np.zeros(max_rows, dtype=np.float32)
+        self.top_k = np.zeros(max_rows, dtype=np.int32)
+
+    def update(self, plan: SchedulePlan) -> tuple[np.ndarray, int]:
+        """Bring the rows of a plan's requests up to date.
+
+        Returns:
+            The row of each chunk's request, and the length of the longest block table.
+        """
+        rows, width = [], 0
+        for chunk in plan.chunks:
+            request = chunk.request
+            rows.append(request.row)
+            have = len(request.block_table)
+            if have > width:
+                width = have
+            if have != request.blocks_sent:
+                self._write(request, have)
+        return np.array(rows), width
+
+    def _write(self, request: Request, have: int) -> None:
+        row, sent = request.row, request.blocks_sent
+        self.tables[row, sent:have] = request.block_table[sent:]
+        request.blocks_sent = have
+        if sent:
+            return
+        params = request.sampling
+        self.num_prompt[row] = request.num_prompt
+        self.seeds[row] = request.seed
+        self.temperature[row] = 0.0 if params.greedy else params.temperature
+        self.top_p[row], self.min_p[row] = params.top_p, params.min_p
+        self.top_k[row] = min(max(params.top_k, 0), 2**31 - 1)
+
+
+def build_batch(
+    plan: SchedulePlan, held: RequestRows, *, block_size: int, device: torch.device
+) -> StepBatch:
     """Lay out the chunks of a plan one after the other.
 
     Args:
         plan: At least one chunk, every block its tokens need already in the block tables.
+        held: Of the running requests; brought up to date.
         block_size: P, tokens per block.
         device: Where the model is.
 
     Returns:
-        The batch; a chunk's tokens keep their order, chunks keep the plan's. Its requests know
-        their `sample_row`.
+        The batch; a chunk's tokens keep their order, chunks keep the plan's.
     """
     chunks = plan.chunks
     counts = np.array([chunk.count for chunk in chunks], dtype=np.int32)
     starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
     cu_seqlens = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(counts, out=cu_seqlens[1:])
-    tables = np.full((len(chunks), max(len(c.request.block_table) for c in chunks)), -1, np.int32)
+    held_rows, width = held.update(plan)
+    tables = held.tables[held_rows, :width]
     ids: list[int] = []
     carried: list[tuple[int, int]] = []
     for row, chunk in enumerate(chunks):
@@ -69,7 +121,7 @@ def build_batch(plan: SchedulePlan, *, block_size: int, device: torch.device) ->
         end = chunk.start + chunk.count - chunk.num_drafts
         ids += request.tokens[chunk.start : end]
         if end > len(request.tokens):  # its last token is still on the device only
-            carried.append((len(ids), request.sample_row))
+            carried.append((len(ids), int(held.drawn_at[request.row])))
             ids.append(0)
         ids += request.draft_tokens[: chunk.num_drafts]
     rows = np.repeat(np.arange(len(chunks)), counts)
@@ -78,8 +130,7 @@ def build_batch(plan: SchedulePlan, *, block_size: int, device: torch.device) ->
     slots += positions % block_size
     sampled = [row for row, chunk in enumerate(chunks) if chunk.samples]
     sampling = [chunks[row].request for row in sampled]
-    for row, request in enumerate(sampling):
-        request.sample_row = row
+    held.drawn_at[held_rows[sampled]] = np.arange(len(sampled))
     arrays: dict[str, np.ndarray] = {
         "input_ids": np.array(ids, dtype=np.int64),
         "positions": positions.astype(np.int64),

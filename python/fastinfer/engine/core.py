@@ -235,14 +235,14 @@ class EngineCore:
     def _deliver(
         self, plan: SchedulePlan, result: SampleResult, sampled: Sequence[Request]
     ) -> None:
-        rows = {request.request_id: row for row, request in enumerate(sampled)}
-        tokens = [
-            [result.token_ids[rows[chunk.request.request_id]]] if chunk.samples else []
-            for chunk in plan.chunks
-        ]
+        drawn = iter(result.token_ids)  # in the order of the chunks that are sampled from
+        tokens = [[next(drawn)] if chunk.samples else [] for chunk in plan.chunks]
+        rows: dict[str, int] = {}
+        if result.logprobs is not None:
+            rows = {request.request_id: row for row, request in enumerate(sampled)}
         for request in self.scheduler.commit(plan, tokens):
             _, completion = self._completions[request.request_id]
-            stop = completion.take(result, rows[request.request_id])
+            stop = completion.take(result, rows.get(request.request_id, -1))
             if stop is not None:
                 self.scheduler.finish(request, "stop")
                 request.finish_reason, request.stop_reason = "stop", stop

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import ops
 from ..models import AttentionMetadata, LayerCache
+from .batch import RequestRows
 from .request import Request
 from .sampler import DrawnTokens
 from .scheduler import SchedulePlan
@@ -75,6 +76,7 @@ class DecodeGraphs:
         model: The decoder.
         layers: Its cache.
         drawn: int64 [max_rows or more]; tokens of the latest step, read and written by the graphs.
+        held: Of the running requests.
         max_rows: Most requests in a step.
         max_len: Most tokens of a sequence.
         block_size: P.
@@ -86,6 +88,7 @@ class DecodeGraphs:
         model: Any,
         layers: list[LayerCache],
         drawn: Tensor,
+        held: RequestRows,
         *,
         max_rows: int,
         max_len: int,
@@ -93,6 +96,7 @@ class DecodeGraphs:
         device: torch.device,
     ) -> None:
         self._model, self._layers, self._drawn = model, layers, drawn
+        self._held = held
         self._max_len, self._block_size, self._device = max_len, block_size, device
         self._sizes = bucket_sizes(max_rows)
         max_blocks = -(-max_len // block_size)
@@ -110,60 +114,60 @@ class DecodeGraphs:
             0 < len(plan.chunks) <= self._sizes[-1]
             and plan.num_tokens == len(plan.chunks)
             and all(
-                chunk.samples and not chunk.num_drafts and _only_tokens(chunk.request)
+                chunk.samples
+                and not chunk.num_drafts
+                and (chunk.request.wants_only_tokens or _wants_only_tokens_now(chunk.request))
                 for chunk in plan.chunks
             )
         )
 
     def launch(self, plan: SchedulePlan) -> tuple[list[Request], DrawnTokens]:
         """Run a step that qualifies; its block copies must have been done."""
-        requests = [chunk.request for chunk in plan.chunks]
-        bucket = self._buckets[self._sizes[bisect_left(self._sizes, len(requests))]]
-        width = max(len(request.block_table) for request in requests)
+        count = len(plan.chunks)
+        bucket = self._buckets[self._sizes[bisect_left(self._sizes, count)]]
+        rows, width = self._held.update(plan)
         on_cuda = self._device.type == "cuda"
         size = bucket.size + 4 * bucket.rows * width
         host = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
-        self._fill(bucket, plan, host.numpy(), width)
+        greedy = self._fill(bucket, plan, rows, host.numpy(), width)
         self._buffer[:size].copy_(host, non_blocking=True)
         sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
         self._tables[: bucket.rows, :width].copy_(sent)
-        bucket.replay[all(request.sampling.greedy for request in requests)]()
-        for row, request in enumerate(requests):
-            request.sample_row = row
-        return requests, DrawnTokens.of_tokens(self._drawn[: len(requests)])
-
-    def _fill(self, bucket: _Bucket, plan: SchedulePlan, host: np.ndarray, width: int) -> None:
+        bucket.replay[greedy]()
+        self._held.drawn_at[rows] = np.arange(count)
         requests = [chunk.request for chunk in plan.chunks]
+        return requests, DrawnTokens.of_tokens(self._drawn[:count])
+
+    def _fill(
+        self, bucket: _Bucket, plan: SchedulePlan, rows: np.ndarray, host: np.ndarray, width: int
+    ) -> bool:
+        """Write the inputs of a step where the bucket wants them; True when all are greedy."""
         columns: dict[str, np.ndarray] = {}
+        count = len(rows)
         for name, kind in _COLUMNS.items():
             column = host[bucket.begins[name] :][: _length(name, bucket.rows) * kind().itemsize]
             columns[name] = column.view(kind)
-            columns[name][len(requests) :] = _PADDING.get(name, 0)
-        count = len(requests)
-        starts = np.array([chunk.start for chunk in plan.chunks], dtype=np.int64)
+            columns[name][count:] = _PADDING.get(name, 0)
+        held, size = self._held, self._block_size
         tables = host[bucket.size :].view(np.int32).reshape(bucket.rows, width)
-        for row, request in enumerate(requests):
-            tables[row, : len(request.block_table)] = request.block_table
+        tables[:count] = held.tables[rows, :width]
         tables[count:] = 0
-        blocks = tables[np.arange(count), starts // self._block_size].astype(np.int64)
-        here = [start < len(r.tokens) for start, r in zip(starts.tolist(), requests, strict=True)]
-        columns["input_ids"][:count] = [
-            r.tokens[-1] if known else 0 for r, known in zip(requests, here, strict=True)
-        ]
-        columns["carry_from"][:count] = [
-            -1 if known else r.sample_row for r, known in zip(requests, here, strict=True)
-        ]
+        starts = np.array([chunk.start for chunk in plan.chunks])
+        # A second token in flight is this step's own; the first is on the device only.
+        known = [0 if c.request.in_flight > 1 else c.request.tokens[-1] + 1 for c in plan.chunks]
+        ids = np.array(known) - 1
+        carried = ids < 0
+        columns["input_ids"][:count] = np.where(carried, 0, ids)
+        columns["carry_from"][:count] = np.where(carried, held.drawn_at[rows], -1)
         columns["positions"][:count] = starts
-        columns["slots"][:count] = blocks * self._block_size + starts % self._block_size
+        blocks = tables[np.arange(count), starts // size].astype(np.int64)
+        columns["slots"][:count] = blocks * size + starts % size
         columns["seq_lens"][:count] = starts + 1
         columns["cu_seqlens"][:] = np.arange(bucket.rows + 1)
-        params = [request.sampling for request in requests]
-        columns["temperature"][:count] = [0.0 if p.greedy else p.temperature for p in params]
-        columns["top_k"][:count] = [min(max(p.top_k, 0), 2**31 - 1) for p in params]
-        columns["top_p"][:count] = [p.top_p for p in params]
-        columns["min_p"][:count] = [p.min_p for p in params]
-        columns["seeds"][:count] = [request.seed for request in requests]
-        columns["steps"][:count] = [request.sample_position for request in requests]
+        columns["steps"][:count] = starts + 1 - held.num_prompt[rows]
+        for name in ("seeds", "temperature", "top_p", "min_p", "top_k"):
+            columns[name][:count] = getattr(held, name)[rows]
+        return not columns["temperature"].any()
 
     def _make(self, rows: int) -> _Bucket:
         begins, size = {}, 0
@@ -228,10 +232,10 @@ def _column_bytes(name: str, rows: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def _only_tokens(request: Request) -> bool:
+def _wants_only_tokens_now(request: Request) -> bool:
     params = request.sampling
     return (
         params.logprobs is None
         and not params.has_penalties
-        and (not params.min_tokens or request.sample_position >= params.min_tokens)
+        and request.sample_position >= params.min_tokens
     )

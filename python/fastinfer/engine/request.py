@@ -67,14 +67,21 @@ class Request:
     num_registered: int = 0  # blocks of the table whose content the pool already knows
     draft_tokens: list[int] = field(default_factory=list)  # proposals to verify in the next step
     in_flight: int = 0  # tokens being drawn by steps whose results are not here yet
-    sample_row: int = -1  # its row among the tokens drawn by the latest step it was sampled in
+    row: int = -1  # its place among the running requests; kept while it runs
+    blocks_sent: int = 0  # entries of the block table that the row's holder has seen
     fork_of: Request | None = None  # same prompt: share its blocks as soon as they are computed
     arrival_order: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None
 
+    wants_only_tokens: bool = True  # no log-probabilities, no change to the logits
+
     def __post_init__(self) -> None:
+        sampling = self.sampling
+        self.wants_only_tokens = (
+            sampling.logprobs is None and not sampling.has_penalties and not sampling.min_tokens
+        )
         self.num_prompt = len(self.tokens)
         self.metrics.num_prompt_tokens = self.num_prompt
 
@@ -86,9 +93,10 @@ class Request:
     @property
     def num_pending(self) -> int:
         """Tokens, drafts included, that still have to be run."""
-        if self.num_tokens >= self.max_total_tokens:
+        known = len(self.tokens) + self.in_flight
+        if known >= self.max_total_tokens:
             return 0  # its last token is in flight, and is never run
-        return self.num_tokens + len(self.draft_tokens) - self.num_computed
+        return known + len(self.draft_tokens) - self.num_computed
 
     @property
     def sample_position(self) -> int:
@@ -125,7 +133,7 @@ class Request:
     def append(self, token: int) -> bool:
         """Take one generated token; True when it ends the request (which the caller then does)."""
         self.tokens.append(token)
-        if self.num_output >= self.sampling.min_tokens and token in self.stop_ids:
+        if token in self.stop_ids and self.num_output >= self.sampling.min_tokens:
             self.finish_reason = "stop"
             self.stop_reason = self.stop_ids[token]
         elif len(self.tokens) >= self.max_total_tokens:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..models import load_model
-from .batch import StepBatch, build_batch
+from .batch import RequestRows, StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
 from .graphs import DecodeGraphs
 from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks, must_fit
@@ -73,6 +73,8 @@ class ModelRunner:
             dtype=self.cache_dtype,
             device=device,
         )
+        max_len = min(self.max_model_len, self.num_blocks * config.block_size)
+        self._rows = RequestRows(config.max_num_seqs, -(-max_len // config.block_size))
         self._graphs: DecodeGraphs | None = None
         wanted = config.cuda_graphs
         if wanted or (wanted is None and device.type == "cuda"):
@@ -81,8 +83,9 @@ class ModelRunner:
                     model,
                     self.layers,
                     self._drawn,
+                    self._rows,
                     max_rows=config.max_num_seqs,
-                    max_len=min(self.max_model_len, self.num_blocks * config.block_size),
+                    max_len=max_len,
                     block_size=config.block_size,
                     device=device,
                 )
@@ -125,7 +128,7 @@ class ModelRunner:
 
     def build(self, plan: SchedulePlan) -> StepBatch:
         """The tensors of a plan."""
-        return build_batch(plan, block_size=self.block_size, device=self.device)
+        return build_batch(plan, self._rows, block_size=self.block_size, device=self.device)
 
     def release(self) -> None:
         """Let go of the model and the cache."""
@@ -156,7 +159,9 @@ class ModelRunner:
             max_total_tokens=tokens + 1,
             metrics=RequestMetrics(arrival_time=0.0),
             block_table=list(range(blocks)),
+            row=0,
         )
+        self._rows = RequestRows(1, blocks)
         chunk = ScheduledChunk(request=request, start=0, count=tokens, num_drafts=0, samples=True)
         batch = self.build(SchedulePlan(chunks=[chunk], num_tokens=tokens))
         rows = min(config.max_num_seqs, tokens)

@@ -90,6 +90,7 @@ class Scheduler:
         self.prefix_query_tokens = 0
         self.peak_blocks = 0
         self._arrivals = 0
+        self._rows = list(range(config.max_num_seqs))  # not taken by a running request
 
     @property
     def max_total_tokens(self) -> int:
@@ -157,12 +158,15 @@ class Scheduler:
         """Plan the next step and take the blocks it needs. An empty plan means nothing waits."""
         plan = SchedulePlan()
         budget = self.config.max_num_batched_tokens
+        limit = self.config.long_prefill_token_threshold or budget
         for request in list(self.running):
             if budget == 0:
                 break
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an older one
-            count = self._grow(request, self._chunk(request, budget), plan)
+            count = min(request.num_pending, budget, limit)
+            if request.num_computed + count > len(request.block_table) * self.config.block_size:
+                count = self._grow(request, count, plan)
             if count:
                 self._plan_chunk(plan, request, count)
                 budget -= count
@@ -183,14 +187,17 @@ class Scheduler:
             The requests that got tokens, among them those that just ended.
         """
         now = self.clock()
+        caching, size = self.config.enable_prefix_caching, self.config.block_size
         updated = []
         for chunk, tokens in zip(plan.chunks, sampled, strict=True):
             request = chunk.request
-            if request.finished:
+            if request.status is RequestStatus.FINISHED:
                 continue  # while the step ran
             request.in_flight -= chunk.samples
-            rejected = chunk.num_drafts - max(len(tokens) - 1, 0)
-            request.draft_tokens = []
+            rejected = 0
+            if request.draft_tokens:
+                rejected = chunk.num_drafts - max(len(tokens) - 1, 0)
+                request.draft_tokens = []
             taken = 0
             for token in tokens:
                 taken += 1
@@ -199,8 +206,9 @@ class Scheduler:
             if request.status is RequestStatus.RUNNING:  # if preempted, its K/V is gone already
                 # K/V behind a stop inside the accepted drafts belongs to tokens that were dropped.
                 request.num_computed = min(request.num_computed - rejected, request.num_tokens)
-                computed = chunk.start + chunk.count - rejected
-                self._register(request, min(computed, len(request.tokens)))
+                computed = min(chunk.start + chunk.count - rejected, len(request.tokens))
+                if caching and computed >= (request.num_registered + 1) * size:
+                    self._register(request, computed)
             if taken:
                 request.metrics.record_tokens(taken, now)
                 updated.append(request)
@@ -211,26 +219,16 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
-    def _chunk(self, request: Request, budget: int) -> int:
-        limit = self.config.long_prefill_token_threshold
-        # (a request whose last token is in flight has nothing pending)
-        return min(request.num_pending, budget, limit or budget)
-
     def _plan_chunk(self, plan: SchedulePlan, request: Request, count: int) -> None:
         if request.metrics.first_scheduled_time is None:
             request.metrics.first_scheduled_time = self.clock()
-        end = request.num_computed + count
-        chunk = ScheduledChunk(
-            request=request,
-            start=request.num_computed,
-            count=count,
-            num_drafts=max(end - request.num_tokens, 0),
-            samples=end >= request.num_tokens,
-        )
-        plan.chunks.append(chunk)
+        start = request.num_computed
+        drafts = start + count - len(request.tokens) - request.in_flight
+        samples = drafts >= 0
+        plan.chunks.append(ScheduledChunk(request, start, count, max(drafts, 0), samples))
         plan.num_tokens += count
-        request.num_computed = end
-        request.in_flight += chunk.samples
+        request.num_computed = start + count
+        request.in_flight += samples
 
     def _grow(self, request: Request, count: int, plan: SchedulePlan) -> int:
         """Get the blocks for `count` more tokens.
@@ -294,7 +292,9 @@ class Scheduler:
             request.move_to(RequestStatus.RUNNING)
             insort(self.running, request, key=lambda r: r.arrival_order)
             self._adopt_prefix(request, shared, parent)
-            count = self._chunk(request, budget)
+            request.row = self._rows.pop()
+            limit = self.config.long_prefill_token_threshold
+            count = min(request.num_pending, budget, limit or budget)
             fresh = self._blocks_for(request.num_computed + count) - len(request.block_table)
             request.block_table += self.pool.allocate(fresh)
             if parent is not None and request.num_computed % self.config.block_size:
@@ -341,11 +341,7 @@ class Scheduler:
 
     def _register(self, request: Request, computed: int) -> None:
         # Only now: a block becomes findable when its last token has been computed, not before.
-        if not self.config.enable_prefix_caching:
-            return
         full = computed // self.config.block_size
-        if full <= request.num_registered:
-            return
         self._extend_hashes(request.tokens, self.config.block_size, request.block_hashes)
         for i in range(request.num_registered, full):
             self.pool.register_hash(request.block_table[i], request.block_hashes[i])
@@ -354,4 +350,8 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_table[::-1])
         request.block_table = []
+        request.blocks_sent = 0
+        if request.row >= 0:
+            self._rows.append(request.row)
+            request.row = -1
         request.num_registered = 0
