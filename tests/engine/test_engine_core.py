@@ -276,8 +276,9 @@ def test_streaming_gives_the_same_as_generating() -> None:
     assert whole.outputs[0].token_ids != whole.outputs[1].token_ids
 
 
-def test_streams_and_generate_interleave() -> None:
-    llm = toy_llm()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_streams_and_generate_interleave(overlap: bool) -> None:
+    llm = toy_llm(async_scheduling=overlap)
     one, two = llm.stream([1], greedy(20)), llm.stream([2], greedy(20))
     got = ([*next(one).outputs[0].token_ids], [*next(two).outputs[0].token_ids])
     assert tokens_of(llm.generate([3], greedy(5))) == [toy_greedy([3], 5)]
@@ -288,8 +289,9 @@ def test_streams_and_generate_interleave() -> None:
     assert_idle(llm)
 
 
-def test_leaving_a_stream_frees_its_blocks() -> None:
-    llm = toy_llm()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_leaving_a_stream_frees_its_blocks(overlap: bool) -> None:
+    llm = toy_llm(async_scheduling=overlap)
     for leave in ("break", "close", "with", "never started"):
         stream = llm.stream([1, 2, 3, 4, 5], greedy(50))
         if leave == "with":
@@ -428,9 +430,10 @@ def test_a_failing_step_ends_its_requests_and_nothing_else() -> None:
     assert llm.metrics()["failed"] == 3  # the stream and both prompts of the call
 
 
-def test_ctrl_c_ends_the_call_after_its_step() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_ctrl_c_ends_the_call_after_its_step(overlap: bool) -> None:
     model = ToyModel()
-    llm = toy_llm(model)
+    llm = toy_llm(model, async_scheduling=overlap)
     stream = llm.stream([1], greedy(12))
     first = list(next(stream).outputs[0].token_ids)
     calls = iter(range(1000))
@@ -457,9 +460,10 @@ def test_ctrl_c_ends_the_call_after_its_step() -> None:
     assert_idle(llm)
 
 
-def test_a_second_ctrl_c_does_not_wait() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_second_ctrl_c_does_not_wait(overlap: bool) -> None:
     model = ToyModel()
-    llm = toy_llm(model)
+    llm = toy_llm(model, async_scheduling=overlap)
     reached = []
 
     def twice() -> None:
@@ -474,8 +478,9 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
     assert_idle(llm)
 
 
-def test_threads_share_an_engine() -> None:
-    llm = toy_llm(num_blocks=20)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_threads_share_an_engine(overlap: bool) -> None:
+    llm = toy_llm(num_blocks=20, async_scheduling=overlap)
     results: dict[int, list[list[int]]] = {}
 
     def work(i: int) -> None:
@@ -494,8 +499,9 @@ def test_threads_share_an_engine() -> None:
     assert_idle(llm)
 
 
-def test_close_ends_everything() -> None:
-    with toy_llm() as llm:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_close_ends_everything(overlap: bool) -> None:
+    with toy_llm(async_scheduling=overlap) as llm:
         stream = llm.stream([1], greedy())
         next(stream)
     assert stream._generation.finished

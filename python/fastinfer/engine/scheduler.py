@@ -194,21 +194,22 @@ class Scheduler:
             if request.status is RequestStatus.FINISHED:
                 continue  # while the step ran
             request.in_flight -= chunk.samples
-            rejected = 0
-            if request.draft_tokens:
-                rejected = chunk.num_drafts - max(len(tokens) - 1, 0)
-                request.draft_tokens = []
             taken = 0
             for token in tokens:
                 taken += 1
                 if request.append(token):
                     break
             if request.status is RequestStatus.RUNNING:  # if preempted, its K/V is gone already
-                # K/V behind a stop inside the accepted drafts belongs to tokens that were dropped.
-                request.num_computed = min(request.num_computed - rejected, request.num_tokens)
-                computed = min(chunk.start + chunk.count - rejected, len(request.tokens))
+                computed = chunk.start + chunk.count
+                if request.draft_tokens:
+                    # K/V of rejected drafts, and of what follows a stop among the accepted ones
+                    computed -= chunk.num_drafts - max(len(tokens) - 1, 0)
+                    computed = min(computed, len(request.tokens))
+                    request.num_computed = computed
                 if caching and computed >= (request.num_registered + 1) * size:
                     self._register(request, computed)
+            if request.draft_tokens:
+                request.draft_tokens = []
             if taken:
                 request.metrics.record_tokens(taken, now)
                 updated.append(request)
