@@ -56,6 +56,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--batch-invariant", action="store_true", help="tokens do not depend on what else runs"
     )
     group.add_argument(
+        "--no-cuda-graphs", action="store_true", help="launch every kernel of a decode step"
+    )
+    group.add_argument(
+        "--no-async-scheduling", action="store_true", help="read a step's tokens before the next"
+    )
+    group.add_argument(
         "--no-prefix-caching", action="store_true", help="do not reuse the KV of common prefixes"
     )
 
@@ -79,6 +85,8 @@ def make_llm(args: argparse.Namespace) -> LLM:
         args.model,
         enable_prefix_caching=not args.no_prefix_caching,
         batch_invariant=args.batch_invariant,
+        cuda_graphs=False if args.no_cuda_graphs else None,
+        async_scheduling=False if args.no_async_scheduling else None,
         **given,
     )
 

@@ -54,7 +54,7 @@ class DrawnTokens:
         if out.token_ids.is_cuda:
             self._parts = [None if part is None else _to_pinned(part) for part in self._parts]
             self._ready = torch.cuda.Event()
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(out.token_ids.device))
 
     @classmethod
     def of_tokens(cls, token_ids: Tensor) -> DrawnTokens:
