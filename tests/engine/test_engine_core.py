@@ -555,6 +555,25 @@ def test_cache_size_from_bytes() -> None:
     assert toy_llm(num_blocks=None, max_num_seqs=3).stats().kv_blocks_total == 375
 
 
+@pytest.mark.parametrize(
+    ("budget", "longest", "seqs", "prompts"),
+    [(64, 500, 8, [64]), (64, 21, 8, [20, 20, 20, 4]), (64, 21, 2, [20, 20]), (5, 2, 9, [1] * 5)],
+)
+def test_the_step_that_memory_is_measured_with_is_the_largest(
+    budget: int, longest: int, seqs: int, prompts: list[int]
+) -> None:
+    llm = toy_llm(ToyModel(longest))
+    settings = {"max_num_batched_tokens": budget, "max_num_seqs": seqs, "block_size": 4}
+    runner = llm.core.runner
+    runner._drawn = torch.zeros(seqs, dtype=torch.int64)
+    batch = runner._largest_step(EngineConfig(model="toy", **settings))
+    assert batch.meta.cu_seqlens_q.diff().tolist() == prompts == batch.meta.seq_lens.tolist()
+    assert len(batch.sampling) == min(seqs, sum(prompts))
+    slots = batch.meta.slot_mapping.tolist()
+    assert len(set(slots)) == len(slots) == sum(prompts)
+    assert len(runner.launch(batch).result().token_ids) == len(batch.sampling)
+
+
 def test_out_of_memory_at_start_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -575,7 +594,7 @@ def test_out_of_memory_at_start_is_one_sentence(
         LLM(tmp_path, device="cpu")
     monkeypatch.undo()
     llm = toy_llm()
-    llm.core.runner._run_largest = fail(big)
+    llm.core.runner._largest_step = fail(big)
     message = "a step of 77 tokens must fit into the memory of cpu; lower max_num_batched_tokens"
     with pytest.raises(ValueError, match=message):
         llm.core.runner._measure_peak(EngineConfig(model="toy", max_num_batched_tokens=77))

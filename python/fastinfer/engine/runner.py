@@ -137,46 +137,56 @@ class ModelRunner:
 
     def _measure_peak(self, config: EngineConfig) -> int:
         """Bytes that the largest step needs on top of what stays allocated (CUDA only)."""
-        tokens = min(config.max_num_batched_tokens, self.max_model_len - 1)
+        tokens = config.max_num_batched_tokens
         with must_fit(f"a step of {tokens} tokens", self.device, "lower max_num_batched_tokens"):
-            return self._run_largest(config, tokens)
+            batch = self._largest_step(config)
+            self.launch(batch).result()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.launch(batch).result()
+            peak = torch.cuda.max_memory_allocated(self.device) - before
+        del batch
+        self.layers = []
+        torch.cuda.empty_cache()
+        return peak
 
-    def _run_largest(self, config: EngineConfig, tokens: int) -> int:
-        blocks = -(-tokens // config.block_size)
-        cache, self.layers = allocate_cache(
+    def _largest_step(self, config: EngineConfig) -> StepBatch:
+        """Prompts that use up the budget, sampled from by as many requests as may run.
+
+        Their cache becomes `self.layers`.
+        """
+        longest = max(min(config.max_num_batched_tokens, self.max_model_len - 1), 1)
+        per_prompt = -(-longest // config.block_size)
+        count = min(-(-config.max_num_batched_tokens // longest), config.max_num_seqs)
+        plan = SchedulePlan()
+        for row in range(count):
+            tokens = min(longest, config.max_num_batched_tokens - plan.num_tokens)
+            request = Request(
+                request_id=f"profile {row}",
+                tokens=[0] * tokens,
+                sampling=SamplingParams(temperature=1.0, top_p=0.9),
+                seed=0,
+                max_total_tokens=tokens + 1,
+                metrics=RequestMetrics(arrival_time=0.0),
+                block_table=list(range(row * per_prompt, (row + 1) * per_prompt)),
+                row=row,
+            )
+            plan.chunks.append(ScheduledChunk(request, 0, tokens, num_drafts=0, samples=True))
+            plan.num_tokens += tokens
+        _, self.layers = allocate_cache(
             self.model.config,
-            num_blocks=blocks,
+            num_blocks=count * per_prompt,
             block_size=config.block_size,
             dtype=self.cache_dtype,
             device=self.device,
         )
-        # one prompt of the full budget, sampled from as often as a full step would
-        request = Request(
-            request_id="profile",
-            tokens=[0] * tokens,
-            sampling=SamplingParams(temperature=1.0, top_p=0.9),
-            seed=0,
-            max_total_tokens=tokens + 1,
-            metrics=RequestMetrics(arrival_time=0.0),
-            block_table=list(range(blocks)),
-            row=0,
-        )
-        self._rows = RequestRows(1, blocks)
-        chunk = ScheduledChunk(request=request, start=0, count=tokens, num_drafts=0, samples=True)
-        batch = self.build(SchedulePlan(chunks=[chunk], num_tokens=tokens))
-        rows = min(config.max_num_seqs, tokens)
-        batch.logits_index = batch.logits_index.expand(rows).contiguous()
-        batch.sampling = [request] * rows
+        self._rows = RequestRows(count, per_prompt)
+        batch = self.build(plan)
+        sampled = min(config.max_num_seqs, plan.num_tokens)
+        batch.logits_index = batch.logits_index[:1].expand(sampled).contiguous()
+        batch.sampling = batch.sampling[:1] * sampled
         columns = batch.options.columns
-        columns.update({name: c.expand(rows).contiguous() for name, c in columns.items()})
-        self.launch(batch).result()
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.launch(batch).result()
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        del cache, batch
-        self.layers = []
-        torch.cuda.empty_cache()
-        return peak
+        columns.update({name: c[:1].expand(sampled).contiguous() for name, c in columns.items()})
+        return batch
