@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastinfer import LLM, SamplingParams, ops
+from fastinfer.engine import runner
 from fastinfer.engine.graphs import DecodeGraphs, bucket_sizes
 
 
@@ -122,6 +124,42 @@ def test_a_static_step_sees_nothing_but_its_buffers(
     assert len(decodes) == 19 * (3 + 1)
     per_step = [decodes[i : i + 4] for i in range(0, len(decodes), 4)]
     assert all(step == per_step[0] for step in per_step)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_decodes_share_one_workspace(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    scratch = torch.zeros(64, dtype=torch.uint8)
+    monkeypatch.setattr(runner, "make_workspace", lambda config, device: scratch)
+    seen: list[object] = []
+    original = ops.flash_attn_with_kvcache
+
+    def spy(*arguments: object, **named: object) -> object:
+        seen.append(named["workspace"])
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(ops, "flash_attn_with_kvcache", spy)
+    with load(folder, cuda_graphs=graphs, max_num_seqs=2) as llm:
+        seen.clear()
+        llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    assert len(seen) == 3 * 3 and all(each is scratch for each in seen)
+
+
+def test_the_workspace_is_only_for_shapes_it_is_large_enough_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def make(device: str, **sizes: int) -> torch.Tensor | None:
+        shape = {"head_dim": 128, "num_heads": 32, "num_kv_heads": 8, **sizes}
+        return runner.make_workspace(SimpleNamespace(**shape), torch.device(device))
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
+    assert make("cpu") is None  # the CPU kernels need none
+    for sizes in ({}, {"num_kv_heads": 1}, {"head_dim": 64}):
+        assert make("cuda", **sizes).numel() == 16 << 20
+    for sizes in ({"head_dim": 256}, {"num_heads": 33, "num_kv_heads": 1}):
+        assert make("cuda", **sizes) is None
 
 
 def test_requests_that_ask_for_more_run_without_a_graph(folder: Path) -> None:

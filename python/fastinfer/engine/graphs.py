@@ -77,6 +77,7 @@ class DecodeGraphs:
         layers: Its cache.
         drawn: int64 [max_rows or more]; tokens of the latest step, read and written by the graphs.
         held: Of the running requests.
+        workspace: Of the decode kernel; None lets every call have its own.
         max_rows: Most requests in a step.
         max_len: Most tokens of a sequence.
         block_size: P.
@@ -90,13 +91,14 @@ class DecodeGraphs:
         drawn: Tensor,
         held: RequestRows,
         *,
+        workspace: Tensor | None,
         max_rows: int,
         max_len: int,
         block_size: int,
         device: torch.device,
     ) -> None:
         self._model, self._layers, self._drawn = model, layers, drawn
-        self._held = held
+        self._held, self._workspace = held, workspace
         self._max_len, self._block_size, self._device = max_len, block_size, device
         self._sizes = bucket_sizes(max_rows)
         max_blocks = -(-max_len // block_size)
@@ -216,6 +218,7 @@ class DecodeGraphs:
             block_table=self._tables[: bucket.rows],
             max_seqlen_q=1,
             max_seqlen_k=self._max_len,  # a graph must hold for any length
+            workspace=self._workspace,
         )
         hidden = self._model(input_ids, meta, self._layers)
         logits = self._model.compute_logits(hidden)

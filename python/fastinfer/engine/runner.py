@@ -18,6 +18,21 @@ from .request import Request
 from .sampler import DrawnTokens, sample_tokens
 from .scheduler import ScheduledChunk, SchedulePlan
 
+# What the decode kernel needs for up to 32 queries per key head of up to 128 channels.
+WORKSPACE_BYTES, WORKSPACE_GROUP, WORKSPACE_HEAD_DIM = 16 << 20, 32, 128
+
+
+def make_workspace(config: Any, device: torch.device) -> Tensor | None:
+    """Scratch that every decode call of the engine's stream shares; None where it is not used.
+
+    Without one a call on CUDA allocates and clears its own, a launch more per layer.
+    """
+    if device.type != "cuda" or config.head_dim > WORKSPACE_HEAD_DIM:
+        return None
+    if config.num_heads > WORKSPACE_GROUP * config.num_kv_heads:
+        return None
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
 
 class ModelRunner:
     """Executes step batches on one device.
@@ -56,6 +71,7 @@ class ModelRunner:
         self.max_model_len: int = config.max_model_len or model.max_model_len
         self.cache_dtype = cache_dtype(config.kv_cache_dtype, model.dtype)
         self.block_bytes = block_bytes(model.config, config.block_size, self.cache_dtype)
+        self._workspace = make_workspace(model.config, device)
         # tokens of the latest step, where the model is
         self._drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         self.num_blocks = choose_num_blocks(
@@ -84,6 +100,7 @@ class ModelRunner:
                     self.layers,
                     self._drawn,
                     self._rows,
+                    workspace=self._workspace,
                     max_rows=config.max_num_seqs,
                     max_len=max_len,
                     block_size=config.block_size,
@@ -128,7 +145,9 @@ class ModelRunner:
 
     def build(self, plan: SchedulePlan) -> StepBatch:
         """The tensors of a plan."""
-        return build_batch(plan, self._rows, block_size=self.block_size, device=self.device)
+        batch = build_batch(plan, self._rows, block_size=self.block_size, device=self.device)
+        batch.meta.workspace = self._workspace
+        return batch
 
     def release(self) -> None:
         """Let go of the model and the cache."""

@@ -30,6 +30,7 @@ class AttentionMetadata:
     max_seqlen_q: int
     max_seqlen_k: int
     plan: Tensor | None = None  # of `plan_decode`, shared by all layers
+    workspace: Tensor | None = None  # of `flash_attn_with_kvcache`: zeroed once, one per stream
 
 
 @dataclass(slots=True)
@@ -109,7 +110,12 @@ class SelfAttention(nn.Module):
         decodes_only = meta.max_seqlen_q == 1 and not self.batch_invariant
         if decodes_only and q.shape[0] == meta.seq_lens.shape[0]:
             out = ops.flash_attn_with_kvcache(
-                q.unsqueeze(1), cache.k, cache.v, cache_seqlens=meta.seq_lens, **shared
+                q.unsqueeze(1),
+                cache.k,
+                cache.v,
+                cache_seqlens=meta.seq_lens,
+                workspace=meta.workspace,
+                **shared,
             )
             return out.squeeze(1)
         return ops.flash_attn_varlen_func(
