@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -98,11 +99,34 @@ def test_a_copy_is_checked_again_and_independent() -> None:
         ({"load_format": "pt"}, "load_format must be 'auto' or 'dummy'"),
         ({"dtype": "int8"}, "dtype must be 'auto', 'float32', 'float16' or 'bfloat16'"),
         ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"mode": "fast"}, "mode must be 'balanced', 'latency' or 'throughput', got 'fast'"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype must be 'auto', 'fp8' or 'int8', got 'fp4'"),
+        ({"batch_invariant": 1}, "batch_invariant must be True or False, got 1"),
+        ({"enable_prefix_caching": None}, "enable_prefix_caching must be True or False"),
+        ({"async_scheduling": "yes"}, "async_scheduling must be True or False"),
     ],
 )
 def test_wrong_engine_config(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(model="m", **values)
+
+
+def test_modes_only_set_defaults() -> None:
+    def limits(**given: object) -> tuple[int, int]:
+        config = EngineConfig(model="m", **given)
+        return config.max_num_seqs, config.max_num_batched_tokens
+
+    assert limits() == limits(mode="balanced") == (256, 2048)
+    assert limits(mode="latency") == (64, 2048)
+    assert limits(mode="throughput") == (512, 16384)
+    assert limits(mode="throughput", max_num_seqs=3) == (3, 16384)
+    assert limits(mode="latency", max_num_batched_tokens=7) == (64, 7)
+    with pytest.raises(ValueError, match="max_num_seqs must be an integer >= 1, got 0"):
+        limits(mode="latency", max_num_seqs=0)
+    with_mode = EngineConfig(model="m", mode="latency")
+    names = [field.name for field in dataclasses.fields(EngineConfig)]
+    plain = EngineConfig(model="m", max_num_seqs=64, max_num_batched_tokens=2048)
+    assert [n for n in names if getattr(plain, n) != getattr(with_mode, n)] == ["mode"]
 
 
 def test_outputs_carry_vllm_names() -> None:

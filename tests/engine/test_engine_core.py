@@ -6,6 +6,8 @@ import gc
 import random
 import signal
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from engine_toy import VOCAB, ToyModel, toy_greedy, toy_llm, toy_logits
 
 from fastinfer import LLM, SamplingParams, _lib
-from fastinfer.engine import device
+from fastinfer.engine import EngineConfig, device, runner
 from fastinfer.engine.core import KEPT_RECORDS
 
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [3, 1, 4, 1, 5, 9, 2], [7, 7]]
@@ -46,6 +48,99 @@ def test_a_batch_gives_what_each_prompt_gives_alone(block_size: int, budget: int
     )
     assert [output.request_id for output in outputs] == ["0", "1", "2", "3", "4"]
     assert_idle(llm)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_blocks": 7}, {"max_num_batched_tokens": 5}])
+def test_overlapped_steps_give_the_same(settings: dict) -> None:
+    """Every step is launched before the tokens of the one before are looked at."""
+    model = ToyModel(eos=(11,))
+    llm = toy_llm(model, async_scheduling=True, **settings)
+    params = [
+        greedy(14, ignore_eos=True),
+        SamplingParams(seed=3, max_tokens=9, logprobs=2, min_tokens=5),
+        SamplingParams(seed=4, max_tokens=12, repetition_penalty=1.3, frequency_penalty=0.5),
+        greedy(14, stop_token_ids=[toy_greedy(PROMPTS[3], 6)[-1]]),
+        SamplingParams(seed=5, n=3, max_tokens=8),
+    ]
+    plain = toy_llm(ToyModel(eos=(11,)), **settings)
+    expected = plain.generate(PROMPTS, params)
+    outputs = llm.generate(PROMPTS, params)
+    for output, other in zip(outputs, expected, strict=True):
+        for a, b in zip(output.outputs, other.outputs, strict=True):
+            assert (a.token_ids, a.finish_reason, a.stop_reason, a.logprobs) == (
+                b.token_ids,
+                b.finish_reason,
+                b.stop_reason,
+                b.logprobs,
+            )
+    assert_idle(llm)
+    for prompt in PROMPTS:
+        pieces = list(llm.stream(prompt, greedy(6, ignore_eos=True)))
+        assert [t for o in pieces for t in o.outputs[0].token_ids] == toy_greedy(prompt, 6)
+    assert_idle(llm)
+
+
+def test_a_step_is_launched_before_the_last_one_is_read() -> None:
+    events: list[str] = []
+    model = ToyModel()
+    llm = toy_llm(model, async_scheduling=True)
+    model.before = lambda: events.append("launch")
+    deliver = llm.core._deliver
+
+    def note(*results: object) -> None:
+        events.append("read")
+        deliver(*results)
+
+    llm.core._deliver = note
+    llm.generate([[1, 2, 3]], greedy(3))
+    assert events == ["launch", "launch", "read", "launch", "read", "read"]
+    events.clear()
+    # penalties of a step count the tokens of the one before: these two cannot overlap
+    llm.generate([[1, 2, 3]], greedy(3, frequency_penalty=0.1))
+    assert events == ["launch", "read"] * 3
+
+
+def test_faults_of_an_overlapped_step_end_only_its_requests() -> None:
+    model = ToyModel()
+    llm = toy_llm(model, async_scheduling=True, max_num_seqs=1)
+    stream = llm.stream([1], greedy(4))
+    waiting = llm.stream([2], greedy(4))
+    next(stream)
+    model.before = raise_once(model)
+    with pytest.raises(MemoryError):
+        next(stream)
+    with pytest.raises(RuntimeError, match="the step it was in failed"):
+        next(stream)
+    rest = [t for output in waiting for t in output.outputs[0].token_ids]
+    assert rest == toy_greedy([2], 4)
+    assert_idle(llm)
+    stream = llm.stream([1], greedy(30))
+    next(stream)
+    stream.close()  # while a step of it is in flight
+    assert tokens_of(llm.generate(PROMPTS, greedy())) == [toy_greedy(p, 10) for p in PROMPTS]
+    assert_idle(llm)
+
+
+def raise_once(model: ToyModel) -> Callable[[], None]:
+    def explode() -> None:
+        model.before = lambda: None
+        raise MemoryError("no memory left")
+
+    return explode
+
+
+def test_completions_share_the_prompt() -> None:
+    prompt = [i % 7 for i in range(26)]
+    for settings in ({}, {"enable_prefix_caching": False}):
+        llm = toy_llm(**settings)
+        many = llm.generate(prompt, SamplingParams(n=4, seed=9, max_tokens=5))[0]
+        for i, completion in enumerate(many.outputs):
+            single = SamplingParams(seed=9 + i, max_tokens=5)
+            assert completion.token_ids == llm.generate(prompt, single)[0].outputs[0].token_ids
+        # 25 tokens in 6 full blocks shared by all, then two blocks of their own
+        assert llm.stats().kv_blocks_peak <= 6 + 4 * 2
+        assert [c.metrics.num_cached_tokens for c in many.outputs] == [0, 25, 25, 25]
+        assert_idle(llm)
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
@@ -181,8 +276,9 @@ def test_streaming_gives_the_same_as_generating() -> None:
     assert whole.outputs[0].token_ids != whole.outputs[1].token_ids
 
 
-def test_streams_and_generate_interleave() -> None:
-    llm = toy_llm()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_streams_and_generate_interleave(overlap: bool) -> None:
+    llm = toy_llm(async_scheduling=overlap)
     one, two = llm.stream([1], greedy(20)), llm.stream([2], greedy(20))
     got = ([*next(one).outputs[0].token_ids], [*next(two).outputs[0].token_ids])
     assert tokens_of(llm.generate([3], greedy(5))) == [toy_greedy([3], 5)]
@@ -193,8 +289,9 @@ def test_streams_and_generate_interleave() -> None:
     assert_idle(llm)
 
 
-def test_leaving_a_stream_frees_its_blocks() -> None:
-    llm = toy_llm()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_leaving_a_stream_frees_its_blocks(overlap: bool) -> None:
+    llm = toy_llm(async_scheduling=overlap)
     for leave in ("break", "close", "with", "never started"):
         stream = llm.stream([1, 2, 3, 4, 5], greedy(50))
         if leave == "with":
@@ -333,9 +430,10 @@ def test_a_failing_step_ends_its_requests_and_nothing_else() -> None:
     assert llm.metrics()["failed"] == 3  # the stream and both prompts of the call
 
 
-def test_ctrl_c_ends_the_call_after_its_step() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_ctrl_c_ends_the_call_after_its_step(overlap: bool) -> None:
     model = ToyModel()
-    llm = toy_llm(model)
+    llm = toy_llm(model, async_scheduling=overlap)
     stream = llm.stream([1], greedy(12))
     first = list(next(stream).outputs[0].token_ids)
     calls = iter(range(1000))
@@ -362,9 +460,10 @@ def test_ctrl_c_ends_the_call_after_its_step() -> None:
     assert_idle(llm)
 
 
-def test_a_second_ctrl_c_does_not_wait() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_second_ctrl_c_does_not_wait(overlap: bool) -> None:
     model = ToyModel()
-    llm = toy_llm(model)
+    llm = toy_llm(model, async_scheduling=overlap)
     reached = []
 
     def twice() -> None:
@@ -379,8 +478,9 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
     assert_idle(llm)
 
 
-def test_threads_share_an_engine() -> None:
-    llm = toy_llm(num_blocks=20)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_threads_share_an_engine(overlap: bool) -> None:
+    llm = toy_llm(num_blocks=20, async_scheduling=overlap)
     results: dict[int, list[list[int]]] = {}
 
     def work(i: int) -> None:
@@ -399,8 +499,9 @@ def test_threads_share_an_engine() -> None:
     assert_idle(llm)
 
 
-def test_close_ends_everything() -> None:
-    with toy_llm() as llm:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_close_ends_everything(overlap: bool) -> None:
+    with toy_llm(async_scheduling=overlap) as llm:
         stream = llm.stream([1], greedy())
         next(stream)
     assert stream._generation.finished
@@ -448,8 +549,55 @@ def test_cache_size_from_bytes() -> None:
         toy_llm(num_blocks=None, kv_cache_memory=5)
     with pytest.raises(ValueError, match="must fit into the memory of cpu"):
         toy_llm(num_blocks=2**50)
+    with pytest.raises(ValueError, match="must fit into the memory of cpu; lower num_blocks"):
+        toy_llm(num_blocks=2**36, kv_cache_dtype="int8")
     # no more than the requests can use: 3 requests of 500 tokens in blocks of 4
     assert toy_llm(num_blocks=None, max_num_seqs=3).stats().kv_blocks_total == 375
+
+
+@pytest.mark.parametrize(
+    ("budget", "longest", "seqs", "prompts"),
+    [(64, 500, 8, [64]), (64, 21, 8, [20, 20, 20, 4]), (64, 21, 2, [20, 20]), (5, 2, 9, [1] * 5)],
+)
+def test_the_step_that_memory_is_measured_with_is_the_largest(
+    budget: int, longest: int, seqs: int, prompts: list[int]
+) -> None:
+    llm = toy_llm(ToyModel(longest))
+    settings = {"max_num_batched_tokens": budget, "max_num_seqs": seqs, "block_size": 4}
+    runner = llm.core.runner
+    runner._drawn = torch.zeros(seqs, dtype=torch.int64)
+    batch = runner._largest_step(EngineConfig(model="toy", **settings))
+    assert batch.meta.cu_seqlens_q.diff().tolist() == prompts == batch.meta.seq_lens.tolist()
+    assert len(batch.sampling) == min(seqs, sum(prompts))
+    slots = batch.meta.slot_mapping.tolist()
+    assert len(set(slots)) == len(slots) == sum(prompts)
+    assert len(runner.launch(batch).result().token_ids) == len(batch.sampling)
+
+
+def test_out_of_memory_at_start_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(error: BaseException) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            raise error
+
+        return call
+
+    big = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore lines")
+    monkeypatch.setattr(runner, "load_model", fail(big))
+    message = r"the weights of .* must fit into the memory of cpu; `fastinfer plan --model .*` says"
+    with pytest.raises(ValueError, match=message) as caught:
+        LLM(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(runner, "load_model", fail(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        LLM(tmp_path, device="cpu")
+    monkeypatch.undo()
+    llm = toy_llm()
+    llm.core.runner._largest_step = fail(big)
+    message = "a step of 77 tokens must fit into the memory of cpu; lower max_num_batched_tokens"
+    with pytest.raises(ValueError, match=message):
+        llm.core.runner._measure_peak(EngineConfig(model="toy", max_num_batched_tokens=77))
 
 
 def test_the_gpu_is_taken_only_when_a_step_can_run_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastinfer.engine.metrics import EngineStats, RequestMetrics, percentile, summarize
 
@@ -114,6 +117,56 @@ def test_percentile_and_spread_agree_with_numpy(size: int, q: float) -> None:
     result = summarize([timeline(0.0, value) for value in values], duration=1.0)
     assert result["std_ttft_ms"] == pytest.approx(np.std(values) * 1e3)
     assert result["p90_ttft_ms"] == pytest.approx(np.percentile(values, 90) * 1e3)
+
+
+@st.composite
+def timelines(draw: st.DrawFn) -> list[RequestMetrics]:
+    records = []
+    for _ in range(draw(st.integers(1, 8))):
+        now = draw(st.integers(0, 5000)) / 1000
+        record = RequestMetrics(arrival_time=now, num_prompt_tokens=draw(st.integers(1, 50)))
+        for _ in range(draw(st.integers(0, 6))):
+            now += draw(st.integers(0, 2000)) / 1000
+            record.record_tokens(draw(st.integers(1, 4)), now)
+        record.failed = draw(st.integers(0, 9)) == 0
+        records.append(record)
+    return records
+
+
+@settings(max_examples=100, deadline=None)
+@given(timelines(), st.floats(1, 9000), st.floats(1, 9000))
+def test_any_timelines(records: list[RequestMetrics], ttft: float, e2el: float) -> None:
+    """The aggregate against the definitions, written down once more."""
+    result = summarize(records, duration=2.0, goodput={"ttft": ttft, "e2el": e2el})
+    done = [r for r in records if not r.failed and r.token_times]
+    assert result["completed"] + result["failed"] == len(records)
+    assert result["completed"] == len(done)
+    first = [(r.token_times[0] - r.arrival_time) * 1e3 for r in done]
+    last = [(r.token_times[-1] - r.arrival_time) * 1e3 for r in done]
+    good = sum(a <= ttft and b <= e2el for a, b in zip(first, last, strict=True))
+    assert result["request_goodput"] == good / 2.0 <= result["request_throughput"]
+    produced = sum(sum(r.token_counts) for r in done)
+    assert result["output_throughput"] == produced / 2.0
+    asked = sum(r.num_prompt_tokens for r in done)
+    assert result["total_token_throughput"] == (produced + asked) / 2.0
+    gaps = [b - a for r in done for a, b in pairwise(r.token_times)]
+    assert result["mean_itl_ms"] == pytest.approx(np.mean(gaps) * 1e3 if gaps else 0.0)
+    paces = [
+        (r.token_times[-1] - r.token_times[0]) / (sum(r.token_counts) - 1)
+        for r in done
+        if sum(r.token_counts) > 1
+    ]
+    assert result["median_tpot_ms"] == pytest.approx(np.median(paces) * 1e3 if paces else 0.0)
+    assert result["mean_ttft_ms"] == pytest.approx(np.mean(first) if first else 0.0)
+    assert result["p99_e2el_ms"] == pytest.approx(np.percentile(last, 99) if last else 0.0)
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        order = [result[f"{stat}_{name}_ms"] for stat in ("median", "p90", "p99")]
+        assert order == sorted(order)
+    spans = [(r.arrival_time, r.token_times[-1]) for r in done]
+    most = max((sum(a <= t < b for a, b in spans) for t, _ in spans), default=0)
+    assert result["max_concurrent_requests"] >= most
+    assert result["max_concurrent_requests"] <= len(done)
+    assert result["max_output_tokens_per_s"] <= produced
 
 
 def test_percentile_of_nothing() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from engine_checkpoint import save_checkpoint
 
-from fastinfer import LLM, SamplingParams
+from fastinfer import LLM, SamplingParams, ops
 
 LENGTHS = [1, 2, 7, 16, 17, 33, 60]
 COUNT = 20
@@ -356,3 +357,126 @@ def test_arguments_of_the_wrong_kind(llm: LLM, arguments: tuple) -> None:
     with pytest.raises(ValueError, match=r"LLM: (prompts|sampling_params) must be") as caught:
         llm.generate(*arguments)
     assert "\n" not in str(caught.value)
+
+
+def logprobs_of(output: object) -> list:
+    return [output.outputs[0].token_ids, output.outputs[0].logprobs]
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("int8", 0.15), ("fp8", 0.6)])
+def test_8_bit_caches(reference: Reference, llm: LLM, name: str, tolerance: float) -> None:
+    """Half the memory and close to the model's own cache, whatever the blocks."""
+    exact = llm.generate(reference.prompts, greedy(1, logprobs=3))
+    for block_size in (1, 7, 16):
+        with load(
+            reference.folder, kv_cache_dtype=name, block_size=block_size, num_blocks=300
+        ) as small:
+            runner = small.core.runner
+            assert runner.block_bytes == 2 * 3 * 2 * (16 + 4) * block_size
+            runner.cache.view(torch.uint8).fill_(0x7F)  # NaN in fp8; never read
+            for layer in runner.layers:
+                layer.k_scale.fill_(float("nan"))
+                layer.v_scale.fill_(float("nan"))
+            # twins share a partly filled block by copy: its scales must come along
+            twins = small.generate(reference.prompts[5][:30], greedy(8, n=2, logprobs=0))[0].outputs
+            assert twins[0].token_ids == twins[1].token_ids
+            assert max(t.cumulative_logprob for t in twins) < 0
+            close = small.generate(reference.prompts, greedy(1, logprobs=3))
+            errors = [
+                abs(value.logprob - b.outputs[0].logprobs[0][token].logprob)
+                for a, b in zip(exact, close, strict=True)
+                for token, value in a.outputs[0].logprobs[0].items()
+                if token in b.outputs[0].logprobs[0]
+            ]
+            assert len(errors) > 10 and 0 < max(errors) < tolerance
+            assert small.stats().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batch_invariant_to_the_last_bit(
+    reference: Reference, dtype: str, kv_cache_dtype: str
+) -> None:
+    settings = {"dtype": dtype, "kv_cache_dtype": kv_cache_dtype, "batch_invariant": True}
+    params = [
+        greedy(logprobs=4) if i % 2 else SamplingParams(seed=i, max_tokens=COUNT, logprobs=4)
+        for i in range(len(LENGTHS))
+    ]
+    with load(reference.folder, enable_prefix_caching=False, **settings) as llm:
+        alone = [
+            logprobs_of(llm.generate(prompt, each)[0])
+            for prompt, each in zip(reference.prompts, params, strict=True)
+        ]
+        many = llm.generate(reference.prompts[4], greedy(logprobs=4, n=3))[0]
+        single = llm.generate(reference.prompts[4], greedy(logprobs=4))[0].outputs[0]
+        assert all(each.logprobs == single.logprobs for each in many.outputs)
+    for more in (
+        {},
+        {"max_num_batched_tokens": 7},
+        {"block_size": 5, "num_blocks": 24},
+        {"block_size": 4, "num_blocks": 24, "enable_prefix_caching": False},
+        {"async_scheduling": True},
+    ):
+        with load(reference.folder, **settings, **more) as llm:
+            for _ in range(2):  # the second time with cached prefixes
+                outputs = llm.generate(reference.prompts, params)
+                assert [logprobs_of(output) for output in outputs] == alone, more
+            if more.get("num_blocks") == 24:
+                assert llm.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("quantized", [None, "gptq", "w8a8"])
+def test_batch_invariant_reaches_every_operator_that_has_it(
+    reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on: bool,
+    quantized: str | None,
+) -> None:
+    raw = json.loads((reference.folder / "config.json").read_text())
+    if quantized == "gptq":
+        raw["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+    elif quantized == "w8a8":
+        raw["quantization_config"] = W8A8
+    raw["tie_word_embeddings"] = quantized is None  # the head is then a linear over the embedding
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    seen: dict[str, set[bool]] = {}
+    names = [n for n in dir(ops) if n.endswith("linear") or n.startswith("flash_attn_")]
+
+    def spy(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            seen.setdefault(name, set()).add(bool(named.get("batch_invariant", False)))
+            return original(*arguments, **named)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(ops, name, spy(name, getattr(ops, name)))
+    with load(tmp_path, load_format="dummy", batch_invariant=on) as llm:
+        llm.generate([[1, 2, 3], [4]], greedy(3))
+    assert all(values == {on} for values in seen.values()), seen
+    assert {"linear", "flash_attn_varlen_func"} <= set(seen)
+    assert {None: "linear", "gptq": "int4_linear", "w8a8": "w8a8_linear"}[quantized] in seen
+    # decodes go through the operator of the prompts, so that their bits cannot differ
+    assert ("flash_attn_with_kvcache" in seen) is not on
+
+
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+}

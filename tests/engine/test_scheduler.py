@@ -31,10 +31,18 @@ class FakeModel:
     def __init__(self, scheduler: Scheduler) -> None:
         self.block_size = scheduler.config.block_size
         self.slots: dict[int, tuple[int, int]] = {}
+        self.drawn: dict[str, list[int]] = {}
 
     def run(self, plan: SchedulePlan) -> list[list[int]]:
+        size = self.block_size
+        for source, target in plan.copies:
+            assert source != target
+            for i in range(size):
+                self.slots.pop(target * size + i, None)
+                if source * size + i in self.slots:
+                    self.slots[target * size + i] = self.slots[source * size + i]
         for chunk in plan.chunks:
-            tokens = chunk.request.tokens + chunk.request.draft_tokens
+            tokens = self.tokens_of(chunk.request)
             for position in range(chunk.start, chunk.start + chunk.count):
                 self.slots[self.slot(chunk.request, position)] = (position, tokens[position])
         sampled = []
@@ -43,7 +51,7 @@ class FakeModel:
             seen = [self.slots[self.slot(chunk.request, i)] for i in range(end)]
             assert [position for position, _ in seen] == list(range(end))
             known = [token for _, token in seen]
-            assert known == (chunk.request.tokens + chunk.request.draft_tokens)[:end]
+            assert known == self.tokens_of(chunk.request)[:end]
             if not chunk.samples:
                 sampled.append([])
                 continue
@@ -54,8 +62,14 @@ class FakeModel:
                 and known[end - chunk.num_drafts :][len(out) - 1] == out[-1]
             ):
                 out.append(next_token(known[: end - chunk.num_drafts + len(out)]))
+            self.drawn[chunk.request.request_id] = known[: end - chunk.num_drafts] + out
             sampled.append(out)
         return sampled
+
+    def tokens_of(self, request: Request) -> list[int]:
+        """What the device knows: a drawn token may not have reached the request yet."""
+        drawn = self.drawn.get(request.request_id, [])
+        return max(request.tokens, drawn, key=len) + request.draft_tokens
 
     def slot(self, request: Request, position: int) -> int:
         block = request.block_table[position // self.block_size]
@@ -106,15 +120,19 @@ def alone(prompt: list[int], count: int) -> list[int]:
 def check_pool(scheduler: Scheduler) -> None:
     """No block is in two live tables unless its content is shared; counts add up."""
     scheduler.pool.check_invariants()
-    holders: dict[int, int] = {}
+    holders: dict[int, list[tuple[int, Request]]] = {}
+    size = scheduler.config.block_size
     for request in scheduler.requests.values():
-        for block in request.block_table:
-            holders[block] = holders.get(block, 0) + 1
         assert len(set(request.block_table)) == len(request.block_table)
+        for i, block in enumerate(request.block_table):
+            holders.setdefault(block, []).append((i, request))
     for block in range(scheduler.pool.num_blocks):
-        assert scheduler.pool.ref_count(block) == holders.get(block, 0)
-        if holders.get(block, 0) > 1:
-            assert scheduler.pool.hash_of(block) is not None
+        found = holders.get(block, [])
+        assert scheduler.pool.ref_count(block) == len(found)
+        if len(found) > 1:  # all mean the same tokens by it, and all of them are there
+            content = {(i, tuple(request.tokens[: (i + 1) * size])) for i, request in found}
+            assert len(content) == 1
+            assert all(len(request.tokens) >= (i + 1) * size for i, request in found)
     queued = {id(r) for r in [*scheduler.waiting, *scheduler.running]}
     assert queued == {id(r) for r in scheduler.requests.values()}
     orders = [r.arrival_order for r in scheduler.running]
@@ -468,8 +486,109 @@ def test_timestamps_follow_the_clock() -> None:
     assert metrics.finished_time == 2.0 and metrics.ttft == 1.5
 
 
+def test_completions_of_a_prompt_compute_it_once_and_copy_on_write() -> None:
+    for prefix_caching in (False, True):
+        scheduler = make_scheduler(enable_prefix_caching=prefix_caching)
+        model = FakeModel(scheduler)
+        first = make_request(scheduler, 14, 6)
+        twins = [make_request(scheduler, 14, 6, fork_of=first) for _ in range(2)]
+        for request in (first, *twins):
+            scheduler.add(request)
+        plan = step(scheduler, model)
+        assert [(c.request, c.start, c.count) for c in plan.chunks] == [(first, 0, 14)]
+        plan = step(scheduler, model)
+        assert [(c.request, c.start, c.count) for c in plan.chunks] == [
+            (first, 14, 1),
+            (twins[0], 13, 1),
+            (twins[1], 13, 1),
+        ]
+        # 13 tokens: three full blocks are shared, the fourth is copied to each
+        assert twins[0].block_table[:3] == twins[1].block_table[:3] == first.block_table[:3]
+        last = first.block_table[3]
+        assert plan.copies == [(last, t.block_table[3]) for t in twins]
+        assert len({last, *(t.block_table[3] for t in twins)}) == 3
+        assert scheduler.pool.num_used == 3 + 3
+        assert twins[0].metrics.num_cached_tokens == 13
+        run_all(scheduler, model)
+        for request in (first, *twins):
+            assert request.output_token_ids == alone(list(range(100, 114)), 6)
+
+
+def test_a_shared_prompt_that_ends_on_a_block_needs_no_copy() -> None:
+    scheduler = make_scheduler()
+    model = FakeModel(scheduler)
+    first = make_request(scheduler, 13, 6)
+    twin = make_request(scheduler, 13, 6, fork_of=first)
+    scheduler.add(first)
+    scheduler.add(twin)
+    step(scheduler, model)
+    plan = step(scheduler, model)
+    assert not plan.copies and (plan.chunks[1].start, plan.chunks[1].count) == (12, 1)
+    run_all(scheduler, model)
+    assert twin.output_token_ids == alone(list(range(100, 113)), 6)
+
+
+def test_nobody_waits_behind_a_completion_whose_prompt_is_being_computed() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    model = FakeModel(scheduler)
+    first = make_request(scheduler, 20, 3)
+    twin, other = make_request(scheduler, 20, 3, fork_of=first), make_request(scheduler, [1], 3)
+    for request in (first, twin, other):
+        scheduler.add(request)
+    plans = [step(scheduler, model) for _ in range(3)]
+    assert [[c.request for c in plan.chunks] for plan in plans] == [
+        [first],
+        [first],
+        [first, other],
+    ]
+    scheduler.finish(first, "abort")  # the twin then computes the prompt, or finds it in the cache
+    run_all(scheduler, model)
+    assert twin.output_token_ids == alone(list(range(100, 120)), 3)
+
+
+def test_drafts_are_dropped_before_anybody_is_preempted_for_them() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4)
+    model = FakeModel(scheduler)
+    first, second = make_request(scheduler, 6, 8), make_request(scheduler, [5, 4, 3], 3)
+    scheduler.add(first)
+    scheduler.add(second)
+    step(scheduler, model)
+    assert scheduler.pool.num_free == 1
+    first.draft_tokens = [1, 1, 1, 1, 1, 1]  # would need two more blocks
+    plan = step(scheduler, model)
+    assert not plan.preempted and [c.count for c in plan.chunks] == [1, 1]
+    run_all(scheduler, model)
+    assert first.output_token_ids == alone(list(range(100, 106)), 8)
+
+
+def test_a_step_is_planned_before_the_tokens_of_the_last_one_are_known() -> None:
+    scheduler = make_scheduler()
+    model = FakeModel(scheduler)
+    request = make_request(scheduler, 6, 3)
+    scheduler.add(request)
+    first = scheduler.schedule()
+    tokens = model.run(first)
+    second = scheduler.schedule()
+    assert request.num_output == 0
+    assert [(c.start, c.count, c.samples) for c in second.chunks] == [(6, 1, True)]
+    more = model.run(second)
+    assert scheduler.commit(first, tokens) == [request] and request.num_output == 1
+    third = scheduler.schedule()
+    last = model.run(third)
+    assert not scheduler.schedule().chunks  # the third token is in flight and there is no fourth
+    scheduler.commit(second, more)
+    scheduler.commit(third, last)
+    assert request.finish_reason == "length"
+    assert request.output_token_ids == alone(list(range(100, 106)), 3)
+    assert scheduler.pool.num_used == 0
+
+
 def random_stream(seed: int) -> None:
-    """Requests come, are cancelled, fight for a tiny pool; nothing is lost, leaked or changed."""
+    """Requests come, are cancelled, fight for a tiny pool; nothing is lost, leaked or changed.
+
+    Some are further completions of a prompt, some carry drafts (mostly wrong ones), and in half of
+    the streams every step is planned and run before the results of the one before are handed in.
+    """
     rng = random.Random(seed)
     scheduler = make_scheduler(
         block_size=rng.choice([1, 2, 3, 4, 16]),
@@ -480,9 +599,12 @@ def random_stream(seed: int) -> None:
         enable_prefix_caching=rng.random() < 0.7,
     )
     model = FakeModel(scheduler)
+    overlap = rng.random() < 0.5
+    drafts = not overlap and rng.random() < 0.4
     room = min(scheduler.max_total_tokens - 1, 40)
     requests: list[Request] = []
     cancelled: set[str] = set()
+    pending: tuple[SchedulePlan, list[list[int]]] | None = None
     steps = 0
     todo = rng.randrange(1, 12)
     while todo or scheduler.requests:
@@ -490,28 +612,70 @@ def random_stream(seed: int) -> None:
             length = rng.randrange(1, room + 1)
             base = rng.choice([0, 0, 1])  # few beginnings, so that prefixes are shared
             prompt = [(base + i) % 3 for i in range(length)]
-            request = make_request(scheduler, prompt, rng.randrange(1, 20))
-            scheduler.add(request)
-            requests.append(request)
+            first = None
+            for _ in range(rng.choice([1, 1, 1, 2, 4])):
+                request = make_request(scheduler, prompt, rng.randrange(1, 20), fork_of=first)
+                first = first or request
+                if rng.random() < 0.3:
+                    request.stop_ids = {rng.randrange(7): None}
+                scheduler.add(request)
+                requests.append(request)
             todo -= 1
         if scheduler.requests and rng.random() < 0.05:
             victim = rng.choice(list(scheduler.requests.values()))
             scheduler.finish(victim, "abort")
             cancelled.add(victim.request_id)
-        if scheduler.requests:
-            step(scheduler, model)
+        for request in scheduler.running if drafts else ():
+            space = request.max_total_tokens - len(request.tokens) - 1
+            if request.num_output and rng.random() < 0.5:
+                right = alone(request.tokens, rng.randrange(3))
+                request.draft_tokens = [*right, rng.randrange(7)][: max(space, 0)]
+        pending = overlapped_step(scheduler, model, pending, keep=overlap)
         steps += 1
         assert steps < 20_000, "the engine hangs"
+    if pending is not None:
+        scheduler.commit(*pending)
     assert scheduler.pool.num_used == 0 and not scheduler.running and not scheduler.waiting
     for request in requests:
         prompt = request.tokens[: request.num_prompt]
-        assert request.output_token_ids == alone(prompt, request.num_output)
+        expected = alone(prompt, request.num_output)
+        assert request.output_token_ids == expected
         if request.request_id not in cancelled:
-            assert request.finish_reason == "length"
-            assert len(request.tokens) == request.max_total_tokens
+            assert request.in_flight == 0 and request.draft_tokens == []
+            if request.finish_reason == "stop":
+                assert expected[-1] in request.stop_ids
+            else:
+                assert request.finish_reason == "length"
+                assert len(request.tokens) == request.max_total_tokens
+            assert not set(expected[:-1]) & set(request.stop_ids)
 
 
-@settings(max_examples=60, deadline=None)
+def overlapped_step(
+    scheduler: Scheduler,
+    model: FakeModel,
+    pending: tuple[SchedulePlan, list[list[int]]] | None,
+    *,
+    keep: bool,
+) -> tuple[SchedulePlan, list[list[int]]] | None:
+    """Plan and run a step, hand in the results of the one before, and with `keep` not its own."""
+    plan = scheduler.schedule()
+    assert plan.num_tokens == sum(chunk.count for chunk in plan.chunks)
+    assert plan.num_tokens <= scheduler.config.max_num_batched_tokens
+    assert len(scheduler.running) <= scheduler.config.max_num_seqs
+    assert plan.chunks or pending or plan.preempted or not scheduler.requests
+    check_pool(scheduler)
+    results = model.run(plan)
+    if pending is not None:
+        scheduler.commit(*pending)
+        check_pool(scheduler)
+    if keep:
+        return (plan, results) if plan.chunks else None
+    scheduler.commit(plan, results)
+    check_pool(scheduler)
+    return None
+
+
+@settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_random_streams(seed: int) -> None:
     random_stream(seed)

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import chat, env, generate, inspect, quantize
+from . import bench, chat, env, generate, inspect, plan, quantize
 
-COMMANDS = (generate, chat, quantize, inspect, env)
+COMMANDS = (generate, chat, bench, plan, quantize, inspect, env)
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 

@@ -18,6 +18,8 @@ _ENGINE = {
     "block_size": (int, "N", "tokens per block of the KV cache"),
     "num_blocks": (int, "N", "blocks of the KV cache"),
     "kv_cache_memory": (int, "BYTES", "memory for the KV cache"),
+    "kv_cache_dtype": (str, "NAME", "auto, fp8 or int8"),
+    "mode": (str, "NAME", "balanced, latency or throughput: defaults of the next two"),
     "max_num_seqs": (int, "N", "most requests that run at once"),
     "max_num_batched_tokens": (int, "N", "token budget of one step"),
 }
@@ -51,6 +53,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
     _add(group, _ENGINE)
     group.add_argument(
+        "--batch-invariant", action="store_true", help="tokens do not depend on what else runs"
+    )
+    group.add_argument(
+        "--no-cuda-graphs", action="store_true", help="launch every kernel of a decode step"
+    )
+    group.add_argument(
+        "--no-async-scheduling", action="store_true", help="read a step's tokens before the next"
+    )
+    group.add_argument(
         "--no-prefix-caching", action="store_true", help="do not reuse the KV of common prefixes"
     )
 
@@ -70,7 +81,14 @@ def make_llm(args: argparse.Namespace) -> LLM:
     from ..engine import LLM
 
     given = {name: getattr(args, name) for name in _ENGINE if getattr(args, name) is not None}
-    return LLM(args.model, enable_prefix_caching=not args.no_prefix_caching, **given)
+    return LLM(
+        args.model,
+        enable_prefix_caching=not args.no_prefix_caching,
+        batch_invariant=args.batch_invariant,
+        cuda_graphs=False if args.no_cuda_graphs else None,
+        async_scheduling=False if args.no_async_scheduling else None,
+        **given,
+    )
 
 
 def make_sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:

@@ -8,6 +8,13 @@ from typing import Any
 
 GREEDY_BELOW = 1e-5  # temperatures under this are zero for all purposes: exp(x / T) overflows
 MAX_LOGPROBS = 128
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
+# What a mode sets where the user says nothing; a value given by the user always stands.
+PRESETS: dict[str, dict[str, int]] = {
+    "balanced": {"max_num_seqs": 256, "max_num_batched_tokens": 2048},
+    "latency": {"max_num_seqs": 64, "max_num_batched_tokens": 2048},
+    "throughput": {"max_num_seqs": 512, "max_num_batched_tokens": 16384},
+}
 
 
 def _integer(owner: str, name: str, value: Any, low: int, fix: str = "") -> None:
@@ -19,6 +26,12 @@ def _number(owner: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{owner}: {name} must be a finite number, got {value!r}")
     return float(value)
+
+
+def _choice(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        listed = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
+        raise ValueError(f"{owner}: {name} must be {listed}, got {value!r}")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -156,14 +169,25 @@ class EngineConfig:
         requantize: 4 or 8 bits for quantised weights that no kernel reads as they are stored
             (bitsandbytes nf4, ...); None dequantises them.
         max_model_len: Longest prompt + output in tokens; None is what the model was trained for.
-        block_size: Tokens per block of the KV cache.
+        mode: "balanced", "latency" (time to first token first) or "throughput": the defaults of
+            max_num_seqs and max_num_batched_tokens, see `PRESETS`.
+        block_size: Tokens per block of the KV cache, any number.
+        kv_cache_dtype: "auto" (the model's), or 8 bits: "fp8" (e4m3) or "int8", with a scale per
+            token and head that is measured when it is written.
         num_blocks: Blocks of the KV cache; None derives them from the memory settings below.
         kv_cache_memory: Bytes for the KV cache; None takes a share of the memory that is free.
         gpu_memory_utilization: Share of the GPU's memory the engine may use in all.
-        max_num_seqs: Most requests that run at once.
-        max_num_batched_tokens: Token budget of one step; longer prompts are cut into chunks.
+        max_num_seqs: Most requests that run at once; None is the mode's.
+        max_num_batched_tokens: Token budget of one step; longer prompts are cut into chunks. None
+            is the mode's.
         long_prefill_token_threshold: Most tokens of one prompt per step; 0 is only the budget.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
+        batch_invariant: The tokens and log-probabilities of a request do not depend, to the last
+            bit, on what else runs, on chunking, a cached prefix or preemption.
+        async_scheduling: Launch a step before the tokens of the one before are on the host; None
+            does so on CUDA. The tokens are the same.
+        cuda_graphs: Replay decode steps as CUDA graphs; None does so on CUDA. On the CPU the same
+            step runs without a graph.
         seed: Where requests without a seed get theirs from.
         progress: Show a bar while the weights are read.
 
@@ -177,20 +201,29 @@ class EngineConfig:
     device: str | None = None
     load_format: str = "auto"
     requantize: int | None = None
+    mode: str = "balanced"
     max_model_len: int | None = None
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = None  # type: ignore[assignment]  # the mode's, filled in below
+    max_num_batched_tokens: int = None  # type: ignore[assignment]
     long_prefill_token_threshold: int = 0
     enable_prefix_caching: bool = True
+    batch_invariant: bool = False
+    async_scheduling: bool | None = None
+    cuda_graphs: bool | None = None
     seed: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
         me = "LLM"
+        _choice(me, "mode", self.mode, tuple(PRESETS))
+        for name, value in PRESETS[self.mode].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _integer(me, name, getattr(self, name), 1)
         for name in ("max_model_len", "num_blocks", "kv_cache_memory"):
@@ -202,14 +235,14 @@ class EngineConfig:
             raise ValueError(
                 f"{me}: gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
             )
-        if self.load_format not in ("auto", "dummy"):
-            raise ValueError(
-                f"{me}: load_format must be 'auto' or 'dummy', got {self.load_format!r}"
-            )
+        _choice(me, "load_format", self.load_format, ("auto", "dummy"))
+        _choice(me, "dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        _choice(me, "kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if self.requantize not in (None, 4, 8):
             raise ValueError(f"{me}: requantize must be None, 4 or 8, got {self.requantize!r}")
-        if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
-            raise ValueError(
-                f"{me}: dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got "
-                f"{self.dtype!r}"
-            )
+        for name in ("enable_prefix_caching", "batch_invariant", "async_scheduling", "cuda_graphs"):
+            value = getattr(self, name)
+            if value is None and name in ("async_scheduling", "cuda_graphs"):
+                continue
+            if not isinstance(value, bool):
+                raise ValueError(f"{me}: {name} must be True or False, got {value!r}")

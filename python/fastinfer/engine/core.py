@@ -1,10 +1,14 @@
 """The engine's loop: schedule, build, execute, commit, deliver.
 
     plan = scheduler.schedule()      who runs            (no tensors)
-    batch = runner.build(plan)       arrays -> device
-    result = runner.execute(batch)   model and sampling
+    drawn = runner.step(plan)        arrays -> device, one copy; model and sampling
+    drawn.result()                   tokens -> host, one copy
     scheduler.commit(plan, tokens)   states, blocks
     deliver                          text, stop strings, log-probabilities
+
+With `async_scheduling` the last three of a step follow the first two of the next one, so that a
+GPU has its next step before it has finished this one. A request that ends is noticed one step late;
+what that step did for it is dropped.
 
 A step either happens or ends its requests: whatever goes wrong in it, their blocks are free
 afterwards and the next step starts from a clean state.
@@ -17,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .config import EngineConfig, SamplingParams
@@ -25,10 +30,19 @@ from .interrupt import interrupts_deferred
 from .metrics import EngineStats, RequestMetrics
 from .request import Request
 from .runner import ModelRunner
-from .sampler import SampleResult
+from .sampler import DrawnTokens, SampleResult
 from .scheduler import SchedulePlan, Scheduler
 
 KEPT_RECORDS = 10_000  # timelines kept for `metrics`, the latest ones
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step that runs, or has run, and whose results nobody has looked at."""
+
+    plan: SchedulePlan
+    sampling: list[Request]
+    drawn: DrawnTokens
 
 
 class EngineCore:
@@ -52,6 +66,9 @@ class EngineCore:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.runner = runner
+        self.overlap = config.async_scheduling
+        if self.overlap is None:
+            self.overlap = runner.device.type == "cuda"
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.clock = clock
@@ -67,6 +84,7 @@ class EngineCore:
         self.num_ended = 0  # completions, for whatever reason
         self._completions: dict[str, tuple[Generation, Completion]] = {}
         self._abandoned: deque[Generation] = deque()
+        self._launched: _Launched | None = None
         self._random = random.Random(config.seed)
         self._next_id = 0
 
@@ -97,9 +115,16 @@ class EngineCore:
             )
 
     def add(
-        self, prompts: Sequence[tuple[str | None, list[int], SamplingParams]]
+        self,
+        prompts: Sequence[tuple[str | None, list[int], SamplingParams]],
+        *,
+        arrival_time: float | None = None,
     ) -> list[Generation]:
         """Queue prompts (text if known, token ids, parameters): all of them, or none.
+
+        Args:
+            prompts: As `parse_prompts` returns them.
+            arrival_time: When they arrived, on the engine's clock; None is now.
 
         Raises:
             ValueError: One of them could never run.
@@ -107,9 +132,12 @@ class EngineCore:
         with self.lock, interrupts_deferred():
             for _, token_ids, params in prompts:
                 self.check(token_ids, params)
-            return [self._add(*prompt) for prompt in prompts]
+            now = self.clock() if arrival_time is None else arrival_time
+            return [self._add(*prompt, now) for prompt in prompts]
 
-    def _add(self, text: str | None, token_ids: list[int], params: SamplingParams) -> Generation:
+    def _add(
+        self, text: str | None, token_ids: list[int], params: SamplingParams, now: float
+    ) -> Generation:
         generation = Generation(str(self._next_id), text, token_ids)
         self._next_id += 1
         limit = self.scheduler.max_total_tokens
@@ -121,7 +149,7 @@ class EngineCore:
         for token in params.stop_token_ids or ():
             stop_ids.setdefault(token, token)
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
-        now = self.clock()
+        first: Request | None = None
         for index in range(params.n):
             request = Request(
                 request_id=f"{generation.request_id}.{index}",
@@ -131,7 +159,9 @@ class EngineCore:
                 max_total_tokens=limit,
                 metrics=RequestMetrics(arrival_time=now),
                 stop_ids=stop_ids,
+                fork_of=first,
             )
+            first = first or request
             completion = Completion(request, index, self._detokenizer(params, token_ids))
             if self.tokenizer is not None:
                 completion.decode = self.tokenizer.decode
@@ -168,28 +198,51 @@ class EngineCore:
         """Run one step for whoever is due. After an exception its requests have ended."""
         with self.lock, interrupts_deferred():
             self._drop_abandoned()
-            plan: SchedulePlan | None = None
-            try:
-                plan = self.scheduler.schedule()
-                if plan.chunks:
-                    batch = self.runner.build(plan)
-                    self._deliver(plan, self.runner.execute(batch), batch.sampling)
-                    self.num_steps += 1
-            except BaseException as error:
-                self._fail(plan, error)
-                raise
+            if self._launched is not None and _needs_tokens(self._launched.sampling):
+                self._finish_launched()
+            launched = self._launch()
+            previous, self._launched = self._launched, launched
+            self._finish(previous)
+            if not self.overlap:
+                self._finish_launched()
+
+    def _launch(self) -> _Launched | None:
+        plan: SchedulePlan | None = None
+        try:
+            plan = self.scheduler.schedule()
+            if not plan.chunks:
+                return None
+            launched = _Launched(plan, *self.runner.step(plan))
+            self.num_steps += 1
+            return launched
+        except BaseException as error:
+            self._fail(plan, error)
+            raise
+
+    def _finish_launched(self) -> None:
+        launched, self._launched = self._launched, None
+        self._finish(launched)
+
+    def _finish(self, launched: _Launched | None) -> None:
+        if launched is None:
+            return
+        try:
+            self._deliver(launched.plan, launched.drawn.result(), launched.sampling)
+        except BaseException as error:
+            self._fail(launched.plan, error)
+            raise
 
     def _deliver(
         self, plan: SchedulePlan, result: SampleResult, sampled: Sequence[Request]
     ) -> None:
-        rows = {request.request_id: row for row, request in enumerate(sampled)}
-        tokens = [
-            [result.token_ids[rows[chunk.request.request_id]]] if chunk.samples else []
-            for chunk in plan.chunks
-        ]
+        drawn = iter(result.token_ids)  # in the order of the chunks that are sampled from
+        tokens = [[next(drawn)] if chunk.samples else [] for chunk in plan.chunks]
+        rows: dict[str, int] = {}
+        if result.logprobs is not None:
+            rows = {request.request_id: row for row, request in enumerate(sampled)}
         for request in self.scheduler.commit(plan, tokens):
             _, completion = self._completions[request.request_id]
-            stop = completion.take(result, rows[request.request_id])
+            stop = completion.take(result, rows.get(request.request_id, -1))
             if stop is not None:
                 self.scheduler.finish(request, "stop")
                 request.finish_reason, request.stop_reason = "stop", stop
@@ -255,3 +308,8 @@ class EngineCore:
                 prefix_hit_tokens=scheduler.prefix_hit_tokens,
                 prefix_query_tokens=scheduler.prefix_query_tokens,
             )
+
+
+def _needs_tokens(requests: Sequence[Request]) -> bool:
+    """Whether the next step of one of these cannot be built before its latest token is known."""
+    return any(request.sampling.has_penalties for request in requests)

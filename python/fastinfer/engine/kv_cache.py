@@ -1,13 +1,15 @@
-"""Memory of the KV cache: how many blocks, and the one tensor they live in.
+"""Memory of the KV cache: how many blocks, and the tensors they live in.
 
 [2, layers, num_blocks, P, Hkv, D]     layers see views k, v [num_blocks, P, Hkv, D]
-block_bytes = 2 * layers * P * Hkv * D * itemsize
+[2, layers, num_blocks, P, Hkv]        fp32 scales of 8-bit caches, one per token and head
+block_bytes = 2 * layers * P * Hkv * (D * itemsize + 4 for the scale)
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,12 +19,18 @@ from .config import EngineConfig
 
 # Without instructions a CPU engine takes at most this, and at most a quarter of what is available.
 CPU_CACHE_BYTES = 4 << 30
+EIGHT_BIT = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-    return per_token * block_size
+    """Bytes of one block over all layers: keys, values and the scales of 8-bit caches."""
+    per_head = model.head_dim * dtype.itemsize + (4 if dtype in EIGHT_BIT.values() else 0)
+    return 2 * model.num_layers * model.num_kv_heads * per_head * block_size
+
+
+def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """What a `kv_cache_dtype` stands for."""
+    return EIGHT_BIT.get(name, model_dtype)
 
 
 def choose_num_blocks(
@@ -64,7 +72,7 @@ def choose_num_blocks(
         budget = int(total * config.gpu_memory_utilization) - (total - free) - peak
         hint = "raise gpu_memory_utilization or lower max_num_batched_tokens"
     else:
-        budget = min(CPU_CACHE_BYTES, _available_memory() // 4)
+        budget = min(CPU_CACHE_BYTES, available_memory() // 4)
         hint = "give kv_cache_memory or num_blocks"
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     blocks = min(budget // size, useful)
@@ -76,7 +84,7 @@ def choose_num_blocks(
     return blocks
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes a new process could use without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
@@ -86,6 +94,24 @@ def _available_memory() -> int:
     except OSError:
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def must_fit(what: str, device: torch.device, hint: str) -> Iterator[None]:
+    """One sentence instead of the allocator's report when memory runs out inside.
+
+    Raises:
+        ValueError: It ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch's CPU allocator, and sizes beyond any memory, are plain RuntimeErrors
+        text = str(error).lower()
+        asked = ("alloc", "out of memory", "storage size", "overflow")
+        if isinstance(error, RuntimeError) and not any(word in text for word in asked):
+            raise
+        raise ValueError(f"LLM: {what} must fit into the memory of {device}; {hint}") from error
 
 
 def allocate_cache(
@@ -103,14 +129,16 @@ def allocate_cache(
     Raises:
         ValueError: The device does not have that much memory.
     """
+    size = num_blocks * block_bytes(model, block_size, dtype)
+    what = f"the KV cache of {size} bytes ({num_blocks} blocks)"
     shape = (2, model.num_layers, num_blocks, block_size, model.num_kv_heads, model.head_dim)
-    try:
+    scales = None
+    with must_fit(what, device, "lower num_blocks or kv_cache_memory"):
         cache = torch.empty(shape, dtype=dtype, device=device)
-    except (RuntimeError, MemoryError) as error:
-        size = num_blocks * block_bytes(model, block_size, dtype)
-        raise ValueError(
-            f"LLM: the KV cache must fit into the memory of {device}, got {size} bytes "
-            f"({num_blocks} blocks); lower num_blocks or kv_cache_memory"
-        ) from error
-    keys, values = cache.unbind(0)
-    return cache, [LayerCache(k=k, v=v) for k, v in zip(keys, values, strict=True)]
+        if dtype in EIGHT_BIT.values():
+            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+    layers = [LayerCache(k=k, v=v) for k, v in zip(*cache.unbind(0), strict=True)]
+    if scales is not None:
+        for layer, k_scale, v_scale in zip(layers, *scales.unbind(0), strict=True):
+            layer.k_scale, layer.v_scale = k_scale, v_scale
+    return cache, layers

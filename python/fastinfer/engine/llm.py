@@ -37,10 +37,14 @@ class LLM:
         block_size: Tokens per block of the KV cache.
         num_blocks: Blocks of the KV cache; None derives them from kv_cache_memory.
         kv_cache_memory: Bytes for the KV cache; None takes a share of the memory that is free.
+        kv_cache_dtype: "auto" (the model's), "fp8" or "int8".
+        mode: "balanced", "latency" or "throughput": defaults of the two settings below.
         max_num_seqs: Most requests that run at once.
         max_num_batched_tokens: Token budget of one step; longer prompts are cut into chunks.
         seed: Where requests without a seed get theirs from.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
+        batch_invariant: A request's tokens and log-probabilities do not depend, to the last bit,
+            on what else runs, on chunking, a cached prefix or preemption. Costs speed on a GPU.
         progress: Show a bar while the weights are read.
         **options: The remaining fields of `EngineConfig`.
 
@@ -65,10 +69,13 @@ class LLM:
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_memory: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
+        kv_cache_dtype: str = "auto",
+        mode: str = "balanced",
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         seed: int = 0,
         enable_prefix_caching: bool = True,
+        batch_invariant: bool = False,
         progress: bool = True,
         **options: Any,
     ) -> None:
@@ -82,10 +89,13 @@ class LLM:
             block_size=block_size,
             num_blocks=num_blocks,
             kv_cache_memory=kv_cache_memory,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            mode=mode,
+            max_num_seqs=max_num_seqs,  # type: ignore[arg-type]
+            max_num_batched_tokens=max_num_batched_tokens,  # type: ignore[arg-type]
             seed=seed,
             enable_prefix_caching=enable_prefix_caching,
+            batch_invariant=batch_invariant,
             progress=progress,
             **options,
         )
@@ -108,6 +118,11 @@ class LLM:
             eos_token_ids=runner.model.config.eos_token_ids,
             tokenizer=tokenizer,
         )
+
+    @property
+    def core(self) -> EngineCore:
+        """The step loop, for programs that drive it themselves."""
+        return self._engine
 
     @property
     def _engine(self) -> EngineCore:
@@ -246,6 +261,7 @@ class LLM:
         if core is None:
             return
         core.abort_all()
+        core._launched = None
         on_cuda = core.runner.device.type == "cuda"
         core.runner.release()
         if on_cuda:

@@ -7,6 +7,9 @@ need no special case:
     tokens     p p p p p p o o o      prompt + output, one growing list
     computed   ^^^^^^^^^^^            K/V of the first num_computed tokens is in the pool
     pending                ^^^^^^^    what the next steps have to run
+
+`num_computed` moves when a step is planned. A token that a running step is about to draw is counted
+in `in_flight` until it arrives: the next step can be planned, and launched, without knowing it.
 """
 
 from __future__ import annotations
@@ -63,23 +66,46 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # chain, one per full block
     num_registered: int = 0  # blocks of the table whose content the pool already knows
     draft_tokens: list[int] = field(default_factory=list)  # proposals to verify in the next step
+    in_flight: int = 0  # tokens being drawn by steps whose results are not here yet
+    row: int = -1  # its place among the running requests; kept while it runs
+    blocks_sent: int = 0  # entries of the block table that the row's holder has seen
+    fork_of: Request | None = None  # same prompt: share its blocks as soon as they are computed
     arrival_order: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None
 
+    wants_only_tokens: bool = True  # no log-probabilities, no change to the logits
+
     def __post_init__(self) -> None:
+        sampling = self.sampling
+        self.wants_only_tokens = (
+            sampling.logprobs is None and not sampling.has_penalties and not sampling.min_tokens
+        )
         self.num_prompt = len(self.tokens)
         self.metrics.num_prompt_tokens = self.num_prompt
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output, tokens in flight included."""
+        return len(self.tokens) + self.in_flight
+
+    @property
     def num_pending(self) -> int:
         """Tokens, drafts included, that still have to be run."""
-        return len(self.tokens) + len(self.draft_tokens) - self.num_computed
+        known = len(self.tokens) + self.in_flight
+        if known >= self.max_total_tokens:
+            return 0  # its last token is in flight, and is never run
+        return known + len(self.draft_tokens) - self.num_computed
+
+    @property
+    def sample_position(self) -> int:
+        """Output tokens before the one that the step just planned draws."""
+        return self.num_output + max(self.in_flight - 1, 0)
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far and here."""
         return len(self.tokens) - self.num_prompt
 
     @property
@@ -107,7 +133,7 @@ class Request:
     def append(self, token: int) -> bool:
         """Take one generated token; True when it ends the request (which the caller then does)."""
         self.tokens.append(token)
-        if self.num_output >= self.sampling.min_tokens and token in self.stop_ids:
+        if token in self.stop_ids and self.num_output >= self.sampling.min_tokens:
             self.finish_reason = "stop"
             self.stop_reason = self.stop_ids[token]
         elif len(self.tokens) >= self.max_total_tokens:

@@ -5,16 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..models import load_model
-from .batch import StepBatch, build_batch
+from .batch import RequestRows, StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
-from .kv_cache import allocate_cache, block_bytes, choose_num_blocks
+from .graphs import DecodeGraphs
+from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks, must_fit
 from .metrics import RequestMetrics
 from .request import Request
-from .sampler import SampleResult, sample_tokens
+from .sampler import DrawnTokens, sample_tokens
 from .scheduler import ScheduledChunk, SchedulePlan
+
+# What the decode kernel needs for up to 32 queries per key head of up to 128 channels.
+WORKSPACE_BYTES, WORKSPACE_GROUP, WORKSPACE_HEAD_DIM = 16 << 20, 32, 128
+
+
+def make_workspace(config: Any, device: torch.device) -> Tensor | None:
+    """Scratch that every decode call of the engine's stream shares; None where it is not used.
+
+    Without one a call on CUDA allocates and clears its own, a launch more per layer.
+    """
+    if device.type != "cuda" or config.head_dim > WORKSPACE_HEAD_DIM:
+        return None
+    if config.num_heads > WORKSPACE_GROUP * config.num_kv_heads:
+        return None
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 class ModelRunner:
@@ -36,24 +53,32 @@ class ModelRunner:
         self.device = device
         self.block_size = config.block_size
         if model is None:
-            model = load_model(
-                config.model,
-                dtype=config.dtype,
-                device=device,
-                load_format=config.load_format,
-                progress=config.progress,
-                max_model_len=config.max_model_len,
-                requantize=config.requantize,
-            )
+            plan = f"`fastinfer plan --model {config.model}` says how much they are"
+            with must_fit(f"the weights of {config.model}", device, plan):
+                model = load_model(
+                    config.model,
+                    dtype=config.dtype,
+                    device=device,
+                    load_format=config.load_format,
+                    progress=config.progress,
+                    max_model_len=config.max_model_len,
+                    requantize=config.requantize,
+                )
+        if config.batch_invariant:
+            model.set_batch_invariant(True)
         self.model = model
         self.vocab_size: int = model.config.vocab_size
         self.max_model_len: int = config.max_model_len or model.max_model_len
-        self.block_bytes = block_bytes(model.config, config.block_size, model.dtype)
+        self.cache_dtype = cache_dtype(config.kv_cache_dtype, model.dtype)
+        self.block_bytes = block_bytes(model.config, config.block_size, self.cache_dtype)
+        self._workspace = make_workspace(model.config, device)
+        # tokens of the latest step, where the model is
+        self._drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         self.num_blocks = choose_num_blocks(
             config,
             model.config,
             max_model_len=self.max_model_len,
-            dtype=model.dtype,
+            dtype=self.cache_dtype,
             device=device,
             measure_peak=lambda: self._measure_peak(config),
         )
@@ -61,64 +86,126 @@ class ModelRunner:
             model.config,
             num_blocks=self.num_blocks,
             block_size=config.block_size,
-            dtype=model.dtype,
+            dtype=self.cache_dtype,
             device=device,
         )
+        max_len = min(self.max_model_len, self.num_blocks * config.block_size)
+        self._rows = RequestRows(config.max_num_seqs, -(-max_len // config.block_size))
+        self._graphs: DecodeGraphs | None = None
+        wanted = config.cuda_graphs
+        if wanted or (wanted is None and device.type == "cuda"):
+            with must_fit("the CUDA graphs", device, "lower max_num_seqs or cuda_graphs=False"):
+                self._graphs = DecodeGraphs(
+                    model,
+                    self.layers,
+                    self._drawn,
+                    self._rows,
+                    workspace=self._workspace,
+                    max_rows=config.max_num_seqs,
+                    max_len=max_len,
+                    block_size=config.block_size,
+                    device=device,
+                )
 
     @torch.inference_mode()
-    def execute(self, batch: StepBatch) -> SampleResult:
-        """Run the model over a batch and draw the tokens of the requests that reached their end."""
-        if batch.copies:
-            mapping = torch.tensor(batch.copies, dtype=torch.int64, device=self.device)
-            ops.copy_blocks([c.k for c in self.layers], [c.v for c in self.layers], mapping)
+    def step(self, plan: SchedulePlan) -> tuple[list[Request], DrawnTokens]:
+        """Launch a plan; returns the requests it draws tokens for, and the tokens to come."""
+        if self._graphs is not None and self._graphs.accepts(plan):
+            if plan.copies:
+                self._copy_blocks(torch.tensor(plan.copies).to(self.device))
+            return self._graphs.launch(plan)
+        batch = self.build(plan)
+        return batch.sampling, self.launch(batch)
+
+    @torch.inference_mode()
+    def launch(self, batch: StepBatch) -> DrawnTokens:
+        """Run the model over a batch and draw the tokens of the requests that reached their end.
+
+        Returns:
+            Before a GPU has done the work; `DrawnTokens.result` waits for it.
+        """
+        if batch.copies is not None:
+            self._copy_blocks(batch.copies)
+        if batch.carry_to is not None:
+            assert batch.carry_from is not None
+            carried = self._drawn.index_select(0, batch.carry_from)
+            batch.input_ids.index_copy_(0, batch.carry_to, carried)
         hidden = self.model(batch.input_ids, batch.meta, self.layers)
         if not batch.sampling:
-            return SampleResult(token_ids=[])
+            return DrawnTokens(None)
         logits = self.model.compute_logits(hidden.index_select(0, batch.logits_index))
-        return sample_tokens(logits, batch.sampling)
+        out = sample_tokens(logits, batch.sampling, batch.options)
+        self._drawn[: len(batch.sampling)].copy_(out.token_ids)
+        return DrawnTokens(out)
+
+    def _copy_blocks(self, pairs: Tensor) -> None:
+        sides = [(c.k, c.v, c.k_scale, c.v_scale) for c in self.layers]
+        moved = [side for layer in sides for side in layer if side is not None]
+        ops.copy_blocks(moved, [], pairs)
 
     def build(self, plan: SchedulePlan) -> StepBatch:
         """The tensors of a plan."""
-        return build_batch(plan, block_size=self.block_size, device=self.device)
+        batch = build_batch(plan, self._rows, block_size=self.block_size, device=self.device)
+        batch.meta.workspace = self._workspace
+        return batch
 
     def release(self) -> None:
         """Let go of the model and the cache."""
+        self._graphs = None
         del self.model, self.cache, self.layers
 
     def _measure_peak(self, config: EngineConfig) -> int:
         """Bytes that the largest step needs on top of what stays allocated (CUDA only)."""
-        tokens = min(config.max_num_batched_tokens, self.max_model_len - 1)
-        blocks = -(-tokens // config.block_size)
-        cache, self.layers = allocate_cache(
-            self.model.config,
-            num_blocks=blocks,
-            block_size=config.block_size,
-            dtype=self.model.dtype,
-            device=self.device,
-        )
-        # one prompt of the full budget, sampled from as often as a full step would
-        request = Request(
-            request_id="profile",
-            tokens=[0] * tokens,
-            sampling=SamplingParams(temperature=1.0, top_p=0.9),
-            seed=0,
-            max_total_tokens=tokens + 1,
-            metrics=RequestMetrics(arrival_time=0.0),
-            block_table=list(range(blocks)),
-        )
-        chunk = ScheduledChunk(request=request, start=0, count=tokens, num_drafts=0, samples=True)
-        batch = self.build(SchedulePlan(chunks=[chunk], num_tokens=tokens))
-        rows = min(config.max_num_seqs, tokens)
-        batch.logits_index = batch.logits_index.expand(rows).contiguous()
-        batch.sampling = [request] * rows
-        self.execute(batch)
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.execute(batch)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        del cache, batch
+        tokens = config.max_num_batched_tokens
+        with must_fit(f"a step of {tokens} tokens", self.device, "lower max_num_batched_tokens"):
+            batch = self._largest_step(config)
+            self.launch(batch).result()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.launch(batch).result()
+            peak = torch.cuda.max_memory_allocated(self.device) - before
+        del batch
         self.layers = []
         torch.cuda.empty_cache()
         return peak
+
+    def _largest_step(self, config: EngineConfig) -> StepBatch:
+        """Prompts that use up the budget, sampled from by as many requests as may run.
+
+        Their cache becomes `self.layers`.
+        """
+        longest = max(min(config.max_num_batched_tokens, self.max_model_len - 1), 1)
+        per_prompt = -(-longest // config.block_size)
+        count = min(-(-config.max_num_batched_tokens // longest), config.max_num_seqs)
+        plan = SchedulePlan()
+        for row in range(count):
+            tokens = min(longest, config.max_num_batched_tokens - plan.num_tokens)
+            request = Request(
+                request_id=f"profile {row}",
+                tokens=[0] * tokens,
+                sampling=SamplingParams(temperature=1.0, top_p=0.9),
+                seed=0,
+                max_total_tokens=tokens + 1,
+                metrics=RequestMetrics(arrival_time=0.0),
+                block_table=list(range(row * per_prompt, (row + 1) * per_prompt)),
+                row=row,
+            )
+            plan.chunks.append(ScheduledChunk(request, 0, tokens, num_drafts=0, samples=True))
+            plan.num_tokens += tokens
+        _, self.layers = allocate_cache(
+            self.model.config,
+            num_blocks=count * per_prompt,
+            block_size=config.block_size,
+            dtype=self.cache_dtype,
+            device=self.device,
+        )
+        self._rows = RequestRows(count, per_prompt)
+        batch = self.build(plan)
+        sampled = min(config.max_num_seqs, plan.num_tokens)
+        batch.logits_index = batch.logits_index[:1].expand(sampled).contiguous()
+        batch.sampling = batch.sampling[:1] * sampled
+        columns = batch.options.columns
+        columns.update({name: c[:1].expand(sampled).contiguous() for name, c in columns.items()})
+        return batch

@@ -1,4 +1,4 @@
-"""Maps the sampling parameters of a batch to the tensors of the `sample` op.
+"""Maps the sampling parameters of a batch to arguments of the `sample` op, and its results back.
 
 A setting that no request of the batch uses is left out, so that the op skips that stage. A
 request's random stream is (seed, output position): the draw does not depend on what else is in the
@@ -8,9 +8,10 @@ batch, on the row it sits in or on preemption.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,45 +29,87 @@ class SampleResult:
     top_logprobs: list[list[float]] | None = None
 
 
-def sampling_tensors(requests: Sequence[Request], vocab_size: int, device: torch.device) -> dict:
-    """Keyword arguments of the `sample` op for these requests, one row each.
+@dataclass(slots=True)
+class SampleOptions:
+    """Per-row arguments of `sample`, on the device; `stops` int64 [n, 2] are (row, token) that must
+    not be drawn."""
+
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    stops: Tensor | None = None
+
+
+class DrawnTokens:
+    """Tokens on their way to the host: one copy (two more where log-probabilities were asked for).
 
     Args:
-        requests: The rows of the logits.
-        vocab_size: V.
-        device: Where the logits are.
+        out: What `sample` returned; None for a step that draws nothing.
+    """
 
-    Returns:
-        Only what at least one request needs. temperature, top_p, min_p and the penalties fp32
-        [B]; top_k int32 [B]; seeds, steps int64 [B]; prompt_mask bool and output_counts int32
-        [B, V]; return_logprobs, num_top_logprobs.
+    def __init__(self, out: Any | None) -> None:
+        self._parts: list[Tensor | None] = [None] * 4
+        self._ready: torch.cuda.Event | None = None
+        if out is None:
+            return
+        self._parts = [out.token_ids, out.logprobs, out.top_ids, out.top_logprobs]
+        if out.token_ids.is_cuda:
+            self._parts = [None if part is None else _to_pinned(part) for part in self._parts]
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(out.token_ids.device))
+
+    @classmethod
+    def of_tokens(cls, token_ids: Tensor) -> DrawnTokens:
+        """Tokens in a buffer that the next step will write to."""
+        if not token_ids.is_cuda:
+            token_ids = token_ids.clone()  # (a GPU copies before the next step, in stream order)
+        return cls(ops.SampleOutput(token_ids, None, None, None))
+
+    def result(self) -> SampleResult:
+        """Wait for the step and read what it drew."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        ids, *others = (None if part is None else part.tolist() for part in self._parts)
+        return SampleResult(ids or [], *others)
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def sampling_columns(requests: Sequence[Request]) -> dict[str, np.ndarray]:
+    """The columns of the `sample` op that at least one of these requests needs, one row each.
+
+    temperature, top_p, min_p and the penalties fp32; top_k int32; seeds, steps int64.
     """
     params = [request.sampling for request in requests]
-    out: dict[str, Any] = {}
+    out: dict[str, np.ndarray] = {}
 
-    def column(name: str, values: Sequence[float], off: float, dtype: torch.dtype) -> None:
+    def column(name: str, values: Sequence[float], off: float, dtype: type = np.float32) -> None:
         if any(value != off for value in values):
-            out[name] = torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+            out[name] = np.array(values, dtype=dtype)
 
-    column("temperature", [0.0 if p.greedy else p.temperature for p in params], 1.0, torch.float32)
+    column("temperature", [0.0 if p.greedy else p.temperature for p in params], 1.0)
     if not all(p.greedy for p in params):
-        column("top_k", [min(max(p.top_k, 0), 2**31 - 1) for p in params], 0, torch.int32)
-        column("top_p", [p.top_p for p in params], 1.0, torch.float32)
-        column("min_p", [p.min_p for p in params], 0.0, torch.float32)
-        seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64)
-        steps = torch.tensor([request.num_output for request in requests], dtype=torch.int64)
-        out["seeds"] = seeds.to(device, non_blocking=True)
-        out["steps"] = steps.to(device, non_blocking=True)
+        column("top_k", [min(max(p.top_k, 0), 2**31 - 1) for p in params], 0, np.int32)
+        column("top_p", [p.top_p for p in params], 1.0)
+        column("min_p", [p.min_p for p in params], 0.0)
+        out["seeds"] = np.array([request.seed for request in requests], dtype=np.int64)
+        out["steps"] = np.array([r.sample_position for r in requests], dtype=np.int64)
     if any(p.has_penalties for p in params):
-        column("repetition_penalty", [p.repetition_penalty for p in params], 1.0, torch.float32)
-        column("presence_penalty", [p.presence_penalty for p in params], 0.0, torch.float32)
-        column("frequency_penalty", [p.frequency_penalty for p in params], 0.0, torch.float32)
-        out["prompt_mask"], out["output_counts"] = _seen_tokens(requests, vocab_size, device)
-    wanted = [p.logprobs for p in params if p.logprobs is not None]
-    if wanted:
-        out["return_logprobs"] = True
-        out["num_top_logprobs"] = min(max(wanted), vocab_size)
+        column("repetition_penalty", [p.repetition_penalty for p in params], 1.0)
+        column("presence_penalty", [p.presence_penalty for p in params], 0.0)
+        column("frequency_penalty", [p.frequency_penalty for p in params], 0.0)
     return out
+
+
+def early_stops(requests: Sequence[Request]) -> list[tuple[int, int]]:
+    """(row, stop token) for requests below their `min_tokens`."""
+    return [
+        (row, token)
+        for row, request in enumerate(requests)
+        if request.sample_position < request.sampling.min_tokens
+        for token in request.stop_ids
+    ]
 
 
 def _seen_tokens(
@@ -80,39 +123,28 @@ def _seen_tokens(
             prompt[row, request.tokens[: request.num_prompt]] = True
             output = torch.tensor(request.output_token_ids, dtype=torch.int64)
             counts[row] += torch.bincount(output, minlength=vocab_size).to(torch.int32)
-    return prompt.to(device, non_blocking=True), counts.to(device, non_blocking=True)
+    return prompt.to(device), counts.to(device)
 
 
-def forbid_early_stops(logits: Tensor, requests: Sequence[Request]) -> None:
-    """Set the stop tokens of requests below their `min_tokens` to -inf, in place."""
-    rows, ids = [], []
-    for row, request in enumerate(requests):
-        if request.num_output < request.sampling.min_tokens:
-            rows += [row] * len(request.stop_ids)
-            ids += list(request.stop_ids)
-    if rows:
-        logits[
-            torch.tensor(rows, device=logits.device), torch.tensor(ids, device=logits.device)
-        ] = float("-inf")
-
-
-def sample_tokens(logits: Tensor, requests: Sequence[Request]) -> SampleResult:
+def sample_tokens(logits: Tensor, requests: Sequence[Request], options: SampleOptions) -> Any:
     """Draw the next token of each request.
 
     Args:
         logits: [B, V], one row per request; may be changed.
-        requests: B of them.
+        requests: B of them. Those with penalties must have all their tokens on the host.
+        options: Of these requests.
 
     Returns:
-        Tokens and, where asked for, log-probabilities. One copy to the host per tensor.
+        The op's `SampleOutput`, on the device.
     """
-    forbid_early_stops(logits, requests)
-    options = sampling_tensors(requests, logits.shape[1], logits.device)
-    out = ops.sample(logits, **options)
-    result = SampleResult(token_ids=out.token_ids.tolist())
-    if out.logprobs is not None:
-        result.logprobs = out.logprobs.tolist()
-    if out.top_ids is not None and out.top_logprobs is not None:
-        result.top_ids = out.top_ids.tolist()
-        result.top_logprobs = out.top_logprobs.tolist()
-    return result
+    if options.stops is not None:
+        logits[options.stops[:, 0], options.stops[:, 1]] = float("-inf")
+    more: dict[str, Any] = dict(options.columns)
+    if any(request.sampling.has_penalties for request in requests):
+        seen = _seen_tokens(requests, logits.shape[1], logits.device)
+        more["prompt_mask"], more["output_counts"] = seen
+    wanted = [r.sampling.logprobs for r in requests if r.sampling.logprobs is not None]
+    if wanted:
+        more["return_logprobs"] = True
+        more["num_top_logprobs"] = min(max(wanted), logits.shape[1])
+    return ops.sample(logits, **more)

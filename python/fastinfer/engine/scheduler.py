@@ -6,15 +6,23 @@ drafts on top when it speculates); what is left of the budget admits waiting one
 never held up by more than one budget's worth of somebody's prompt.
 
 When blocks run out, the youngest running request is preempted: its blocks are freed, its tokens
-kept, and it waits at the head of the queue to be computed again. A request is admitted only when
+kept, and it waits again in order of arrival; drafts are dropped before anybody
+is preempted for them. A request is admitted only when
 everything it has to run fits beside what the running ones still need, so that admission does not
 cause preemption at once. The oldest request is never preempted and a request that could not
 run alone is refused on arrival, therefore somebody always advances.
+
+The n completions of a prompt compute it once: the others wait for the first, then share its full
+blocks and get a copy of the block their own tokens would go into (copy on write).
+
+A plan may be made before the results of the one before are known (`Request.in_flight`). Blocks that
+a step in flight still writes may be handed out again: steps run in order.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +90,7 @@ class Scheduler:
         self.prefix_query_tokens = 0
         self.peak_blocks = 0
         self._arrivals = 0
+        self._rows = list(range(config.max_num_seqs))  # not taken by a running request
 
     @property
     def max_total_tokens(self) -> int:
@@ -135,6 +144,7 @@ class Scheduler:
         request.move_to(RequestStatus.FINISHED)
         request.finish_reason = reason
         request.stop_reason = stop_reason
+        request.in_flight, request.draft_tokens, request.fork_of = 0, [], None
         request.metrics.finished_time = self.clock()
         request.metrics.failed = reason == "abort"
         del self.requests[request.request_id]
@@ -148,13 +158,16 @@ class Scheduler:
         """Plan the next step and take the blocks it needs. An empty plan means nothing waits."""
         plan = SchedulePlan()
         budget = self.config.max_num_batched_tokens
+        limit = self.config.long_prefill_token_threshold or budget
         for request in list(self.running):
             if budget == 0:
                 break
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for an older one
-            count = self._chunk(request, budget)
-            if count and self._grow(request, count, plan):
+            count = min(request.num_pending, budget, limit)
+            if request.num_computed + count > len(request.block_table) * self.config.block_size:
+                count = self._grow(request, count, plan)
+            if count:
                 self._plan_chunk(plan, request, count)
                 budget -= count
         if not plan.preempted:
@@ -174,22 +187,29 @@ class Scheduler:
             The requests that got tokens, among them those that just ended.
         """
         now = self.clock()
+        caching, size = self.config.enable_prefix_caching, self.config.block_size
         updated = []
         for chunk, tokens in zip(plan.chunks, sampled, strict=True):
             request = chunk.request
-            if request.status is not RequestStatus.RUNNING:
-                continue  # ended or preempted while the step ran
-            accepted = max(len(tokens) - 1, 0) if chunk.samples else 0
-            request.num_computed = chunk.start + chunk.count - chunk.num_drafts + accepted
-            request.draft_tokens = []
+            if request.status is RequestStatus.FINISHED:
+                continue  # while the step ran
+            request.in_flight -= chunk.samples
             taken = 0
             for token in tokens:
                 taken += 1
                 if request.append(token):
                     break
-            # K/V behind a stop inside the accepted drafts belongs to tokens that were dropped.
-            request.num_computed = min(request.num_computed, len(request.tokens))
-            self._register(request)
+            if request.status is RequestStatus.RUNNING:  # if preempted, its K/V is gone already
+                computed = chunk.start + chunk.count
+                if request.draft_tokens:
+                    # K/V of rejected drafts, and of what follows a stop among the accepted ones
+                    computed -= chunk.num_drafts - max(len(tokens) - 1, 0)
+                    computed = min(computed, len(request.tokens))
+                    request.num_computed = computed
+                if caching and computed >= (request.num_registered + 1) * size:
+                    self._register(request, computed)
+            if request.draft_tokens:
+                request.draft_tokens = []
             if taken:
                 request.metrics.record_tokens(taken, now)
                 updated.append(request)
@@ -200,35 +220,36 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
-    def _chunk(self, request: Request, budget: int) -> int:
-        limit = self.config.long_prefill_token_threshold
-        return min(request.num_pending, budget, limit or budget)
-
     def _plan_chunk(self, plan: SchedulePlan, request: Request, count: int) -> None:
         if request.metrics.first_scheduled_time is None:
             request.metrics.first_scheduled_time = self.clock()
-        plan.chunks.append(
-            ScheduledChunk(
-                request=request,
-                start=request.num_computed,
-                count=count,
-                num_drafts=max(request.num_computed + count - len(request.tokens), 0),
-                samples=request.num_computed + count >= len(request.tokens),
-            )
-        )
+        start = request.num_computed
+        drafts = start + count - len(request.tokens) - request.in_flight
+        samples = drafts >= 0
+        plan.chunks.append(ScheduledChunk(request, start, count, max(drafts, 0), samples))
         plan.num_tokens += count
+        request.num_computed = start + count
+        request.in_flight += samples
 
-    def _grow(self, request: Request, count: int, plan: SchedulePlan) -> bool:
-        """Get the blocks for `count` more tokens; False when the request itself had to give way."""
-        missing = self._blocks_for(request.num_computed + count) - len(request.block_table)
+    def _grow(self, request: Request, count: int, plan: SchedulePlan) -> int:
+        """Get the blocks for `count` more tokens.
+
+        Returns:
+            `count`, less by the drafts there is no room for, or 0 when the request gave way.
+        """
+        have = len(request.block_table)
+        missing = self._blocks_for(request.num_computed + count) - have
+        if missing > self.pool.num_free:
+            count = min(count, request.num_tokens - request.num_computed)
+            missing = self._blocks_for(request.num_computed + count) - have
         while missing > self.pool.num_free:
             victim = self.running[-1]
             self._preempt(victim, plan)
             if victim is request:
-                return False
+                return 0
         if missing > 0:
             request.block_table += self.pool.allocate(missing)
-        return True
+        return count
 
     def _preempt(self, request: Request, plan: SchedulePlan) -> None:
         self.running.remove(request)
@@ -238,7 +259,12 @@ class Scheduler:
         request.draft_tokens = []
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        older = 0  # only completions that wait for a prompt's computation can be
+        while older < len(self.waiting) and (
+            self.waiting[older].arrival_order < request.arrival_order
+        ):
+            older += 1
+        self.waiting.insert(older, request)
         plan.preempted.append(request.request_id)
 
     def _admit(self, plan: SchedulePlan, budget: int) -> None:
@@ -246,27 +272,53 @@ class Scheduler:
             return
         reserved = sum(
             # what a running request still has to get for the tokens it has, and one block to grow
-            max(self._blocks_for(len(r.tokens)) - len(r.block_table), 0) + 1
+            max(self._blocks_for(r.num_tokens) - len(r.block_table), 0) + 1
             for r in self.running
         )
+        held: list[Request] = []  # for a prompt that is being computed for them
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
-            cached = self._match_prefix(request)
-            total = self._blocks_for(request.num_pending + request.num_computed)
+            if self._waits_for_fork(request, plan):
+                held.append(self.waiting.popleft())
+                continue
+            parent, request.fork_of = request.fork_of, None
+            shared = self._match_prefix(request) if parent is None else self._fork(parent)
+            total = self._blocks_for(request.num_tokens)
             # blocks found in the cache that nobody holds leave the free list as well
-            needed = total - len(cached) + self.pool.count_free(cached)
+            needed = total - len(shared) + self.pool.count_free(shared)
             if needed + (reserved if self.running else 0) > self.pool.num_free:
-                return
+                request.fork_of = parent
+                break
             self.waiting.popleft()
             request.move_to(RequestStatus.RUNNING)
-            self.running.append(request)
-            self._adopt_prefix(request, cached)
-            count = self._chunk(request, budget)
+            insort(self.running, request, key=lambda r: r.arrival_order)
+            self._adopt_prefix(request, shared, parent)
+            request.row = self._rows.pop()
+            limit = self.config.long_prefill_token_threshold
+            count = min(request.num_pending, budget, limit or budget)
             fresh = self._blocks_for(request.num_computed + count) - len(request.block_table)
             request.block_table += self.pool.allocate(fresh)
+            if parent is not None and request.num_computed % self.config.block_size:
+                at = len(shared)
+                plan.copies.append((parent.block_table[at], request.block_table[at]))
             reserved += total - len(request.block_table) + 1
             self._plan_chunk(plan, request, count)
             budget -= count
+        self.waiting.extendleft(reversed(held))
+
+    def _waits_for_fork(self, request: Request, plan: SchedulePlan) -> bool:
+        """Whether another request's prompt, the same one, is still to be computed."""
+        parent = request.fork_of
+        if parent is None or parent.finished:
+            request.fork_of = None
+            return False
+        # what this very step computes cannot be copied before it
+        planned = (chunk.start for chunk in plan.chunks if chunk.request is parent)
+        return next(planned, parent.num_computed) < request.num_prompt - 1
+
+    def _fork(self, parent: Request) -> list[int]:
+        """The blocks in front of the last prompt token; that one is run again, for its logits."""
+        return parent.block_table[: (parent.num_prompt - 1) // self.config.block_size]
 
     def _match_prefix(self, request: Request) -> list[int]:
         if not self.config.enable_prefix_caching:
@@ -276,23 +328,21 @@ class Scheduler:
         limit = (len(request.tokens) - 1) // self.config.block_size
         return self.pool.match(request.block_hashes, limit)
 
-    def _adopt_prefix(self, request: Request, cached: list[int]) -> None:
-        self.pool.acquire(cached)
-        request.block_table = cached
-        request.num_registered = len(cached)
-        request.num_computed = len(cached) * self.config.block_size
+    def _adopt_prefix(self, request: Request, shared: list[int], parent: Request | None) -> None:
+        self.pool.acquire(shared)
+        request.block_table = list(shared)
+        request.num_registered = len(shared)
+        request.num_computed = len(shared) * self.config.block_size
+        if parent is not None:
+            request.num_computed = request.num_prompt - 1
         if request.metrics.num_preemptions == 0:
             request.metrics.num_cached_tokens = request.num_computed
             self.prefix_hit_tokens += request.num_computed
             self.prefix_query_tokens += len(request.tokens)
 
-    def _register(self, request: Request) -> None:
+    def _register(self, request: Request, computed: int) -> None:
         # Only now: a block becomes findable when its last token has been computed, not before.
-        if not self.config.enable_prefix_caching:
-            return
-        full = request.num_computed // self.config.block_size
-        if full <= request.num_registered:
-            return
+        full = computed // self.config.block_size
         self._extend_hashes(request.tokens, self.config.block_size, request.block_hashes)
         for i in range(request.num_registered, full):
             self.pool.register_hash(request.block_table[i], request.block_hashes[i])
@@ -301,4 +351,8 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_table[::-1])
         request.block_table = []
+        request.blocks_sent = 0
+        if request.row >= 0:
+            self._rows.append(request.row)
+            request.row = -1
         request.num_registered = 0

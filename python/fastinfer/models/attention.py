@@ -30,6 +30,7 @@ class AttentionMetadata:
     max_seqlen_q: int
     max_seqlen_k: int
     plan: Tensor | None = None  # of `plan_decode`, shared by all layers
+    workspace: Tensor | None = None  # of `flash_attn_with_kvcache`: zeroed once, one per stream
 
 
 @dataclass(slots=True)
@@ -50,6 +51,8 @@ class SelfAttention(nn.Module):
         layer: index of the layer; decides its window.
         dtype: of the parameters.
     """
+
+    batch_invariant = False
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -101,10 +104,18 @@ class SelfAttention(nn.Module):
             "k_scale": cache.k_scale,
             "v_scale": cache.v_scale,
             "plan": meta.plan,
+            "batch_invariant": self.batch_invariant,
         }
-        if meta.max_seqlen_q == 1 and q.shape[0] == meta.seq_lens.shape[0]:
+        # A batch-invariant row goes through the same operator whatever shares its step.
+        decodes_only = meta.max_seqlen_q == 1 and not self.batch_invariant
+        if decodes_only and q.shape[0] == meta.seq_lens.shape[0]:
             out = ops.flash_attn_with_kvcache(
-                q.unsqueeze(1), cache.k, cache.v, cache_seqlens=meta.seq_lens, **shared
+                q.unsqueeze(1),
+                cache.k,
+                cache.v,
+                cache_seqlens=meta.seq_lens,
+                workspace=meta.workspace,
+                **shared,
             )
             return out.squeeze(1)
         return ops.flash_attn_varlen_func(

@@ -161,7 +161,18 @@ class CausalLM(nn.Module):
         """
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return ops.linear(hidden, self.embed_tokens.weight)
+        invariant = self.embed_tokens.batch_invariant
+        return ops.linear(hidden, self.embed_tokens.weight, batch_invariant=invariant)
+
+    def set_batch_invariant(self, on: bool) -> None:
+        """Whether the bits of a token must not depend on the other tokens of a step.
+
+        Then every linear layer uses one tile and one order of summation for any number of rows,
+        and attention one kernel family and pieces of fixed length.
+        """
+        for module in self.modules():
+            if hasattr(module, "batch_invariant"):
+                module.batch_invariant = on
 
     @torch.no_grad()
     def finish_loading(self) -> None:

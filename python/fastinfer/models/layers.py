@@ -18,7 +18,14 @@ from fastinfer import ops
 
 
 class Layer(nn.Module):
-    """A module whose parameters are filled from checkpoint tensors."""
+    """A module whose parameters are filled from checkpoint tensors.
+
+    Attributes:
+        batch_invariant: a row's bits must not depend on the other rows; see
+            `CausalLM.set_batch_invariant`.
+    """
+
+    batch_invariant = False
 
     def part_shape(self, param: str, parts: tuple[str, ...]) -> tuple[int, ...]:
         """Shape of the checkpoint tensor that fills `parts` of a parameter; no parts: all of it."""
@@ -79,7 +86,7 @@ class Linear(RowParts):
         self.weight = _parameter(self.out_features, in_features, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
 
 
 class RMSNorm(Layer):

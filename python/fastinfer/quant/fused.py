@@ -26,6 +26,8 @@ class DenseLinear(nn.Module):
         weight: [N, K].
     """
 
+    batch_invariant = False
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -33,7 +35,7 @@ class DenseLinear(nn.Module):
 
     def run(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """As in `QuantLinear`."""
-        return ops.linear(x, self.weight, bias, out=out)
+        return ops.linear(x, self.weight, bias, batch_invariant=self.batch_invariant, out=out)
 
 
 class FusedLinear(nn.Module):

@@ -28,6 +28,7 @@ class _QuantizedModule(nn.Module):
     in_features: int
     out_features: int
     bias: nn.Parameter | None
+    batch_invariant = False  # whether a row's bits must not depend on the other rows
 
     def _store(self, weight: Any, device: torch.device) -> None:
         raise NotImplementedError
@@ -241,6 +242,7 @@ class QuantLinear(_QuantizedModule):
             group_size=self.group_size,
             out_features=self.out_features,
             perm=self.perm,
+            batch_invariant=self.batch_invariant,
             out=out,
         )
 
@@ -328,6 +330,7 @@ class W8A8Linear(_QuantizedModule):
             self.weight_scale,
             _like(bias, x),
             out_dtype=x.dtype,
+            batch_invariant=self.batch_invariant,
             out=out,
         )
 

@@ -1,0 +1,188 @@
+"""Whole models with random weights: time to first token, time per token, throughput.
+
+Greedy, fixed lengths, the prefix cache empty. `ttft_ms` of a batch is the time until all its first
+tokens are there (a run with one new token); `tpot_ms` is what the other tokens take on top, each.
+On a GPU the shape is Llama-3-8B unless told otherwise, on a CPU a tiny one. The int4 rows have the
+same shape with 4-bit weights in groups of 128.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import Bench
+
+from fastinfer import LLM
+from fastinfer.bench.drive import LoadResult, run_load
+from fastinfer.bench.workloads import make_workload
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+    },
+}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# (requests at once, prompt tokens, new tokens)
+BATCHES = [(b, n, 128) for b in (1, 8, 64) for n in (512, 2048)]
+# name, requests, workload
+LOADS = [
+    ("256 req 512/128", 256, "random"),
+    ("256 req mixed", 256, "lognormal"),
+    ("1024 req 512/128", 1024, "random"),
+]
+TINY_BATCHES = [(b, 64, 16) for b in (1, 8)]
+TINY_LOADS = [("32 req 64/16", 32, "random"), ("32 req mixed", 32, "lognormal")]
+
+
+def write_config(folder: Path, shape: str, dtype: str, int4: bool) -> None:
+    config: dict[str, Any] = {
+        **SHAPES[shape],
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": DTYPES[dtype],
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    if int4:
+        config["quantization_config"] = {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "sym": True,
+        }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def run_batch(llm: LLM, batch: int, prompt: int, new: int, seed: int) -> LoadResult:
+    work = make_workload(
+        "random",
+        num_requests=batch,
+        vocab_size=llm.core.runner.vocab_size,
+        input_len=prompt,
+        output_len=new,
+        seed=seed,
+        max_len=llm.max_model_len,
+    )
+    return run_load(llm.core, work, [0.0] * batch)
+
+
+def batch_row(llm: LLM, batch: int, prompt: int, new: int, iters: int) -> dict[str, Any]:
+    run_batch(llm, batch, prompt, min(new, 4), seed=0)
+    first = [run_batch(llm, batch, prompt, 1, seed=i + 1).duration for i in range(iters)]
+    total = [run_batch(llm, batch, prompt, new, seed=i + 1).duration for i in range(iters)]
+    ttft, whole = statistics.median(first), statistics.median(total)
+    return {
+        "ttft_ms": round(ttft * 1e3, 3),
+        "tpot_ms": round((whole - ttft) / (new - 1) * 1e3, 3),
+        "total_s": round(whole, 3),
+        "out_tok_s": round(batch * new / whole, 3),
+        "prefill_tok_s": round(batch * prompt / ttft, 3),
+        "decode_tok_s": round(batch * (new - 1) / (whole - ttft), 3),
+    }
+
+
+def load_row(llm: LLM, count: int, workload: str, lengths: tuple[int, int]) -> dict[str, Any]:
+    fixed = {"input_len": lengths[0], "output_len": lengths[1]}
+    work = make_workload(
+        workload,
+        num_requests=count,
+        vocab_size=llm.core.runner.vocab_size,
+        max_len=llm.max_model_len,
+        **(fixed if workload == "random" or lengths[0] < 512 else {}),
+    )
+    load = run_load(llm.core, work, [0.0] * count)
+    asked = sum(record.num_prompt_tokens for record in load.records)
+    made = sum(record.num_output_tokens for record in load.records)
+    return {
+        "in_tok": asked,
+        "out_tok": made,
+        "total_s": round(load.duration, 3),
+        "req_s": round(count / load.duration, 3),
+        "out_tok_s": round(made / load.duration, 3),
+        "total_tok_s": round((asked + made) / load.duration, 3),
+    }
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, help="default: llama3-8b on a GPU, else tiny")
+    parser.add_argument("--iters", type=int, default=3)
+    parser.add_argument("--weights", nargs="+", default=["16", "int4"], choices=["16", "int4"])
+    parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--no-cuda-graphs", action="store_true")
+    parser.add_argument("--mode", default="balanced")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+
+
+def main() -> None:
+    bench = Bench("e2e", __doc__ or "", add_flags)
+    args = bench.args
+    shape = args.shape or ("llama3-8b" if bench.device == "cuda" else "tiny")
+    tiny = shape == "tiny"
+    batches, loads = (TINY_BATCHES, TINY_LOADS) if tiny else (BATCHES, LOADS)
+    lengths = (64, 16) if tiny else (512, 128)
+    for weights in args.weights:
+        peer = f"fastinfer {args.dtype}" if weights == "16" else "fastinfer int4 g128"
+        peer += " batch_invariant" if args.batch_invariant else ""
+        with tempfile.TemporaryDirectory() as name:
+            write_config(Path(name), shape, args.dtype, weights == "int4")
+            llm = LLM(
+                name,
+                device=bench.device,
+                load_format="dummy",
+                mode=args.mode,
+                kv_cache_dtype=args.kv_cache_dtype,
+                batch_invariant=args.batch_invariant,
+                cuda_graphs=False if args.no_cuda_graphs else None,
+            )
+        cases: list[tuple[str, Any]] = [
+            (
+                f"b{batch} prompt{prompt} new{new}",
+                lambda llm, b=batch, p=prompt, n=new: batch_row(llm, b, p, n, args.iters),
+            )
+            for batch, prompt, new in batches
+        ]
+        cases += [
+            (case, lambda llm, c=count, w=workload: load_row(llm, c, w, lengths))
+            for case, count, workload in loads
+        ]
+        with llm:
+            for case, measure in cases:
+                if args.filter not in f"{case} {peer}":
+                    continue
+                row = {"op": "e2e", "case": case, "peer": peer, "shape": shape, **measure(llm)}
+                bench.rows.append(row)
+                figures = [
+                    f"{row[key]:>10.2f} {unit}" if key in row else " " * (11 + len(unit))
+                    for key, unit in (
+                        ("ttft_ms", "ms TTFT"),
+                        ("tpot_ms", "ms TPOT"),
+                        ("out_tok_s", "tok/s"),
+                    )
+                ]
+                print(f"{case:<24} {peer:<36} " + " ".join(figures), flush=True)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Load tests of the engine: workloads, arrivals, reports. The command is `fastinfer bench`."""

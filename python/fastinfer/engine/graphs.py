@@ -1,0 +1,245 @@
+"""Decode steps over static buffers: captured once per bucket of rows, then replayed.
+
+A step qualifies when every request in it runs exactly one token, is sampled from, and asks for
+nothing but a token (no log-probabilities, penalties or minimum length). Embedding, layers, final
+norm, LM head and sampling are one graph. Its inputs lie in one buffer, filled by one copy from the
+host, at places that depend on the bucket only:
+
+    input_ids, positions, slots, carry_from, seeds, steps    int64 [rows]
+    seq_lens, top_k; cu_seqlens                              int32 [rows]; [rows + 1]
+    temperature, top_p, min_p                                fp32 [rows]
+    tables                                                   int32 [rows, longest table]
+
+Rows beyond the requests are padding: sequence length 0, slot -1. `carry_from` is the row of a token
+that the step before drew and the host does not know yet, or -1. On the CPU, where there are no
+graphs, the same function over the same buffers is called instead; that is how it is tested.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..models import AttentionMetadata, LayerCache
+from .batch import RequestRows
+from .request import Request
+from .sampler import DrawnTokens
+from .scheduler import SchedulePlan
+
+_ALIGN = 16
+_COLUMNS: dict[str, type] = {
+    "input_ids": np.int64,
+    "positions": np.int64,
+    "slots": np.int64,
+    "carry_from": np.int64,
+    "seeds": np.int64,
+    "steps": np.int64,
+    "seq_lens": np.int32,
+    "top_k": np.int32,
+    "cu_seqlens": np.int32,
+    "temperature": np.float32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
+_PADDING = {"slots": -1, "carry_from": -1, "top_p": 1.0}  # all else is 0
+
+
+def bucket_sizes(limit: int) -> list[int]:
+    """Rows of the graphs: 1, 2, 4, steps of 8 to 128, of 16 to 256, of 32 beyond, and the limit."""
+    sizes = [1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, limit + 1, 32)]
+    return sorted({size for size in sizes if size < limit} | {limit})
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Where the columns of a bucket begin, its views of the device's buffer, and what runs it."""
+
+    rows: int
+    begins: dict[str, int]  # bytes
+    size: int  # bytes of the columns; the tables follow
+    inputs: dict[str, Tensor]
+    replay: dict[bool, Callable[[], object]]  # greedy -> run the step
+
+
+class DecodeGraphs:
+    """The graphs of one model over one cache.
+
+    Args:
+        model: The decoder.
+        layers: Its cache.
+        drawn: int64 [max_rows or more]; tokens of the latest step, read and written by the graphs.
+        held: Of the running requests.
+        workspace: Of the decode kernel; None lets every call have its own.
+        max_rows: Most requests in a step.
+        max_len: Most tokens of a sequence.
+        block_size: P.
+        device: Where everything is.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: list[LayerCache],
+        drawn: Tensor,
+        held: RequestRows,
+        *,
+        workspace: Tensor | None,
+        max_rows: int,
+        max_len: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self._model, self._layers, self._drawn = model, layers, drawn
+        self._held, self._workspace = held, workspace
+        self._max_len, self._block_size, self._device = max_len, block_size, device
+        self._sizes = bucket_sizes(max_rows)
+        max_blocks = -(-max_len // block_size)
+        columns = sum(_column_bytes(name, max_rows) for name in _COLUMNS)
+        size = columns + 4 * max_rows * max_blocks
+        self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # the largest first: smaller ones then find their memory in the pool
+        self._buckets = {rows: self._make(rows) for rows in reversed(self._sizes)}
+
+    def accepts(self, plan: SchedulePlan) -> bool:
+        """Whether a step qualifies."""
+        return (
+            0 < len(plan.chunks) <= self._sizes[-1]
+            and plan.num_tokens == len(plan.chunks)
+            and all(
+                chunk.samples
+                and not chunk.num_drafts
+                and (chunk.request.wants_only_tokens or _wants_only_tokens_now(chunk.request))
+                for chunk in plan.chunks
+            )
+        )
+
+    def launch(self, plan: SchedulePlan) -> tuple[list[Request], DrawnTokens]:
+        """Run a step that qualifies; its block copies must have been done."""
+        count = len(plan.chunks)
+        bucket = self._buckets[self._sizes[bisect_left(self._sizes, count)]]
+        rows, width = self._held.update(plan)
+        on_cuda = self._device.type == "cuda"
+        size = bucket.size + 4 * bucket.rows * width
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
+        greedy = self._fill(bucket, plan, rows, host.numpy(), width)
+        self._buffer[:size].copy_(host, non_blocking=True)
+        sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
+        self._tables[: bucket.rows, :width].copy_(sent)
+        bucket.replay[greedy]()
+        self._held.drawn_at[rows] = np.arange(count)
+        requests = [chunk.request for chunk in plan.chunks]
+        return requests, DrawnTokens.of_tokens(self._drawn[:count])
+
+    def _fill(
+        self, bucket: _Bucket, plan: SchedulePlan, rows: np.ndarray, host: np.ndarray, width: int
+    ) -> bool:
+        """Write the inputs of a step where the bucket wants them; True when all are greedy."""
+        columns: dict[str, np.ndarray] = {}
+        count = len(rows)
+        for name, kind in _COLUMNS.items():
+            column = host[bucket.begins[name] :][: _length(name, bucket.rows) * kind().itemsize]
+            columns[name] = column.view(kind)
+            columns[name][count:] = _PADDING.get(name, 0)
+        held, size = self._held, self._block_size
+        tables = host[bucket.size :].view(np.int32).reshape(bucket.rows, width)
+        tables[:count] = held.tables[rows, :width]
+        tables[count:] = 0
+        starts = np.array([chunk.start for chunk in plan.chunks])
+        # A second token in flight is this step's own; the first is on the device only.
+        known = [0 if c.request.in_flight > 1 else c.request.tokens[-1] + 1 for c in plan.chunks]
+        ids = np.array(known) - 1
+        carried = ids < 0
+        columns["input_ids"][:count] = np.where(carried, 0, ids)
+        columns["carry_from"][:count] = np.where(carried, held.drawn_at[rows], -1)
+        columns["positions"][:count] = starts
+        blocks = tables[np.arange(count), starts // size].astype(np.int64)
+        columns["slots"][:count] = blocks * size + starts % size
+        columns["seq_lens"][:count] = starts + 1
+        columns["cu_seqlens"][:] = np.arange(bucket.rows + 1)
+        columns["steps"][:count] = starts + 1 - held.num_prompt[rows]
+        for name in ("seeds", "temperature", "top_p", "min_p", "top_k"):
+            columns[name][:count] = getattr(held, name)[rows]
+        return not columns["temperature"].any()
+
+    def _make(self, rows: int) -> _Bucket:
+        begins, size = {}, 0
+        for name in _COLUMNS:
+            begins[name] = size
+            size += _column_bytes(name, rows)
+        inputs = {}
+        for name, kind in _COLUMNS.items():
+            count = _length(name, rows)
+            piece = self._buffer[begins[name] : begins[name] + count * kind().itemsize]
+            inputs[name] = piece.view(getattr(torch, kind.__name__))
+            inputs[name].fill_(_PADDING.get(name, 0))  # nothing but padding while it is captured
+        inputs["cu_seqlens"].copy_(torch.arange(rows + 1))
+        bucket = _Bucket(rows, begins, size, inputs, {})
+        for greedy in (True, False):
+            bucket.replay[greedy] = self._capture(bucket, greedy)
+        return bucket
+
+    def _capture(self, bucket: _Bucket, greedy: bool) -> Callable[[], object]:
+        def run() -> None:
+            self._step(bucket, greedy)
+
+        if self._device.type != "cuda":
+            return run
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()  # libraries make their handles and workspaces now
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                run()
+        return graph.replay
+
+    @torch.inference_mode()
+    def _step(self, bucket: _Bucket, greedy: bool) -> None:
+        inputs = bucket.inputs
+        carried = self._drawn.index_select(0, inputs["carry_from"].clamp(min=0))
+        input_ids = torch.where(inputs["carry_from"] >= 0, carried, inputs["input_ids"])
+        meta = AttentionMetadata(
+            positions=inputs["positions"],
+            slot_mapping=inputs["slots"],
+            cu_seqlens_q=inputs["cu_seqlens"],
+            seq_lens=inputs["seq_lens"],
+            block_table=self._tables[: bucket.rows],
+            max_seqlen_q=1,
+            max_seqlen_k=self._max_len,  # a graph must hold for any length
+            workspace=self._workspace,
+        )
+        hidden = self._model(input_ids, meta, self._layers)
+        logits = self._model.compute_logits(hidden)
+        names = ("temperature",) if greedy else _SAMPLING
+        columns = {name: inputs[name] for name in names}
+        ops.sample(logits, **columns, out=self._drawn[: bucket.rows])  # type: ignore[arg-type]
+
+
+def _length(name: str, rows: int) -> int:
+    return rows + 1 if name == "cu_seqlens" else rows
+
+
+def _column_bytes(name: str, rows: int) -> int:
+    size = _length(name, rows) * _COLUMNS[name]().itemsize
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _wants_only_tokens_now(request: Request) -> bool:
+    params = request.sampling
+    return (
+        params.logprobs is None
+        and not params.has_penalties
+        and request.sample_position >= params.min_tokens
+    )

@@ -1,0 +1,53 @@
+"""Greedy tokens of the engine against transformers.generate, for tiny models of every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from _model_harness import MAX_LEN, TINY, build_reference, random_ids, save
+
+from fastinfer import LLM, SamplingParams
+
+LENGTHS = [1, 6, 19, 33]
+COUNT = 20
+# What happens to the requests, one engine each. A pool of 16 blocks of 4 is not enough for all.
+RUNS = {
+    "batched": {},
+    "chunked": {"max_num_batched_tokens": 5},
+    "preempted": {"block_size": 4, "num_blocks": 16},
+    "overlapped": {"async_scheduling": True, "block_size": 3, "num_blocks": 90},
+    "static": {"cuda_graphs": True, "async_scheduling": True, "max_num_seqs": 7},
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    reference = build_reference(name)
+    save(name, reference, tmp_path)
+    prompts = [random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    expected = []
+    for prompt in prompts:
+        out = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=COUNT, do_sample=False, use_cache=True
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    assert max(LENGTHS) + COUNT <= MAX_LEN
+    params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
+
+    def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+    for run, settings in RUNS.items():
+        with LLM(tmp_path, device="cpu", **{"num_blocks": 40, **settings}) as llm:
+            assert tokens(llm, prompts) == expected, run
+            if run == "preempted":
+                assert llm.stats().num_preemptions > 0
+            if run == "batched":  # alone, with the prefix that is now in the cache
+                for prompt, answer in zip(prompts, expected, strict=True):
+                    assert tokens(llm, [prompt]) == [answer]
+                assert llm.stats().prefix_hit_tokens > 0
+            assert llm.stats().kv_blocks_used == 0
+    with LLM(tmp_path, device="cpu", num_blocks=40, enable_prefix_caching=False) as llm:
+        assert [tokens(llm, [prompt])[0] for prompt in prompts] == expected
