@@ -183,7 +183,7 @@ def test_window_of_the_mask_is_used_by_models_that_do_not_pass_it() -> None:
 def test_packed_sequences(calls: dict[str, int]) -> None:
     model = tiny("llama")
     lengths = [5, 9, 1]
-    ids, mask = prompts(1, sum(lengths), [0])
+    ids, _ = prompts(1, sum(lengths), [0])
     parts = ids.split(lengths, 1)
     want = torch.cat([logits(model, p, torch.ones_like(p)) for p in parts], 1)
     model.set_attn_implementation("fastinfer")

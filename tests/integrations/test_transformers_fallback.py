@@ -49,7 +49,7 @@ def test_training_is_refused_when_strict() -> None:
 def test_masks_of_the_user(name: str, lenient: None) -> None:
     """4-D masks, boolean and additive, that no kernel has."""
     model = tiny(name)
-    ids, mask = prompts(2, 10, [0, 0])
+    ids, _ = prompts(2, 10, [0, 0])
     tree = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
     tree[:, :, 6:, 3:6] = False
     added = torch.where(tree, 0.0, torch.finfo(torch.float32).min)

@@ -28,7 +28,7 @@ def load(folder, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["llama_biases", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_biases"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_quantise_save_load(config: str, name: str, dtype: torch.dtype, tmp_path) -> None:
     tiny(name, dtype).save_pretrained(tmp_path / "plain")
@@ -50,9 +50,9 @@ def test_quantise_save_load(config: str, name: str, dtype: torch.dtype, tmp_path
     again = load(tmp_path / "quantised", dtype=dtype)
     assert torch.equal(logits(again, ids, mask), got)
     assert torch.equal(generate(again, ids, mask), generate(model, ids, mask))
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[key], tensor), key
-    assert again.state_dict().keys() == model.state_dict().keys()
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_files(tmp_path) -> None:

@@ -66,9 +66,8 @@ def fastinfer_attention(
     reason = _why_not(
         query, key, value, dropout if module.training else 0.0, position_bias, output_attentions
     )
-    if reason is None and attention_mask is not None and not packed:
-        if not is_key_range(attention_mask):
-            reason = "masks other than causal, windowed and one-sided padding have no kernel"
+    if attention_mask is not None and not packed and not is_key_range(attention_mask):
+        reason = reason or "masks other than causal, windowed and one-sided padding have no kernel"
     if reason is not None:
         if kwargs.get("block_table") is not None:
             raise RuntimeError(f"fastinfer attention: {reason}, which a paged cache needs")

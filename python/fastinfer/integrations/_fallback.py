@@ -80,7 +80,7 @@ def plain_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention with every score in memory: softcap, sinks and weights, which SDPA lacks."""
+    """Attention with every score in memory: softcap, sinks and weights, which SDPA lacks."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -113,6 +113,25 @@ def recognise(mask_function: Callable[..., Any]) -> tuple[bool, int | None] | No
     return plain[0], window
 
 
+def _recognise_traced(
+    mask_function: Callable[..., Any], local_size: int | None, config: Any
+) -> tuple[bool, int | None] | None:
+    """`recognise` where closures cannot be read: torch.compile traces the code that makes them.
+
+    transformers gives `local_size` with windows and with chunks; which one the model has is in its
+    configuration, and patterns laid over it are announced (by `use_vmap`, or by not allowing the
+    causal skip) before this is called.
+    """
+    if mask_function is masking_utils.causal_mask_function:
+        return True, None
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return False, None
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    if local_size is None or chunked or not getattr(config, "is_causal", True):
+        return None
+    return (True, local_size) if local_size == getattr(config, "sliding_window", None) else None
+
+
 def _captured(fn: Callable[..., Any]) -> dict[str, Any]:
     code, cells = getattr(fn, "__code__", None), getattr(fn, "__closure__", None)
     if code is None or cells is None:
@@ -160,7 +179,12 @@ def fastinfer_mask(
             **kwargs,
         )
 
-    kind = None if use_vmap else recognise(mask_function)
+    kind = None
+    if not use_vmap and torch.compiler.is_dynamo_compiling():
+        plain = allow_is_causal_skip or q_length == 1
+        kind = _recognise_traced(mask_function, local_size if plain else None, kwargs.get("config"))
+    elif not use_vmap:
+        kind = recognise(mask_function)
     if kind is None:
         return theirs()
     causal, window = kind
@@ -212,8 +236,8 @@ def _first(padding: Tensor) -> Tensor:
 
 def _runs(padding: Tensor) -> Tensor:
     """Runs of True in each row."""
-    rises = (padding[:, 1:] & ~padding[:, :-1]).sum(1)
-    return rises + padding[:, 0]
+    before = F.pad(padding, (1, 0))[:, :-1]
+    return (padding & ~before).sum(1)
 
 
 def _look_at(padding: Tensor, end: int | Tensor, causal: bool) -> tuple[bool, bool]:

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._quantizer import FastinferInt4Config as FastinferInt4Config
+    from ._quantizer import FastinferInt8Config as FastinferInt8Config
 
 ATTENTION = "fastinfer"
 PAGED_ATTENTION = "fastinfer_flash2"
-
-__all__ = ["ATTENTION", "PAGED_ATTENTION", "FastinferInt4Config", "FastinferInt8Config", "enable"]
 
 _enabled = False
 
