@@ -51,6 +51,25 @@ def test_one_graph(name: str) -> None:
         )
 
 
+def test_fallback_in_compiled_code(lenient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mask and a cache transformers looks for packed sequences, a pattern of its own."""
+    model = tiny("llama")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    model.set_attn_implementation("fastinfer")
+    ids, _ = prompts(2, 11, [0, 0])
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with pytest.warns(UserWarning, match="one-sided padding"):
+            got = compiled(ids, use_cache=False).logits
+        want = model(ids, use_cache=False).logits
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        torch._dynamo.reset()
+        monkeypatch.setenv("FASTINFER_STRICT", "1")
+        with pytest.raises(Exception, match="one-sided padding have no kernel"):
+            compiled(ids, use_cache=False)
+
+
 @pytest.mark.full
 def test_compiled_by_inductor() -> None:
     model = model_of("llama", bits=8)

@@ -16,17 +16,27 @@ _said: set[str] = set()
 
 
 def refuse_or_warn(reason: str) -> None:
-    """One warning per reason; RuntimeError with FASTINFER_STRICT=1."""
-    if os.environ.get("FASTINFER_STRICT") == "1":
+    """One warning per reason; RuntimeError with FASTINFER_STRICT=1. In compiled code both happen
+    while it is traced.
+    """
+    if _announce(reason):
         raise RuntimeError(
             f"fastinfer attention: {reason}; unset FASTINFER_STRICT to let torch compute it"
         )
-    if reason not in _said and not torch.compiler.is_compiling():
+
+
+@torch.compiler.assume_constant_result
+def _announce(reason: str) -> bool:
+    """Whether to raise; warns when that is not wanted."""
+    if os.environ.get("FASTINFER_STRICT") == "1":
+        return True
+    if reason not in _said:
         _said.add(reason)
         warnings.warn(
             f"fastinfer attention: {reason}: torch computes it instead (this is said once)",
-            stacklevel=3,
+            stacklevel=4,
         )
+    return False
 
 
 def fallback(
