@@ -23,7 +23,7 @@ def new_prompts(lengths=(5, 17, 3, 9, 26)) -> list[list[int]]:
 def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
     tokens = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
         )
@@ -67,7 +67,7 @@ def test_decode_steps_over_block_tables(
     model = tiny("llama")
     prompts = new_prompts()
     want = one_by_one(model, prompts)
-    model.set_attn_implementation("fastinfer_flash2")
+    model.set_attn_implementation("fastinfer/flash-attn2")
     assert batch(model, prompts, page_size=page_size, max_blocks_per_request=4) == want
     assert calls["flash_attn_with_kvcache"] > calls["flash_attn_varlen_func"] > 0
 
@@ -96,7 +96,7 @@ def test_the_name_also_serves_generate() -> None:
     model = tiny("llama")
     prompts = new_prompts()[:2]
     want = one_by_one(model, prompts)
-    model.set_attn_implementation("fastinfer_flash2")
+    model.set_attn_implementation("fastinfer/flash-attn2")
     assert one_by_one(model, prompts) == want
 
 

@@ -1,10 +1,12 @@
 """Continuous batching (`generate_batch`, `transformers serve`) with fastinfer's attention.
 
-transformers admits to it only "sdpa", "paged|eager" and names that contain "flash", and looks for
-the latter's functions with `modeling_flash_attention_utils._lazy_imports`. That function is wrapped
-so that NAME is found; and the manager's choice of an implementation, so that a model loaded with
-"fastinfer" takes NAME for the time of the run. Both are private: `install` checks that they are
-what they were in the releases this was written against, and says so otherwise.
+transformers admits to it only "sdpa", "paged|eager" and names that contain "flash" (the server also
+wants a known one or owner/name, as kernels on the hub have), and looks for the latter's functions
+with `modeling_flash_attention_utils._lazy_imports`. That function is wrapped, so that NAME is found
+here, without the `kernels` package and without asking the hub; and so is the manager's choice of an
+implementation, so that a model loaded with "fastinfer" takes NAME for the time of the run. Both are
+private: `install` checks that they are what they were in the releases this was written against, and
+says so otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from transformers import modeling_flash_attention_utils as loader
 from transformers.generation.continuous_batching import ContinuousBatchingManager as Manager
 
 PLAIN = "fastinfer"
-NAME = "fastinfer_flash2"  # "flash...2": the name transformers' paged decode path asks for
+NAME = "fastinfer/flash-attn2"  # "flash...2": the name transformers' paged decode path asks for
 _ARGUMENTS = ["implementation", "attention_wrapper", "allow_all_kernels"]
 _HELPERS = ("_pad_input", "_unpad_input", "lazy_import_flash_attention")
 

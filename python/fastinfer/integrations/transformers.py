@@ -6,9 +6,9 @@
 
 What `enable` makes known to transformers:
 
-    attn_implementation="fastinfer"         generate with dynamic and static caches, generate_batch
-    attn_implementation="fastinfer_flash2"  the same function under a name that continuous batching
-                                            accepts; generate_batch switches to it by itself
+    attn_implementation="fastinfer"              generate with any cache, generate_batch
+    attn_implementation="fastinfer/flash-attn2"  the same under a name that `transformers serve` and
+                                                 continuous batching accept
     quantization_config=FastinferInt4Config() or FastinferInt8Config()   rounds while loading
 
 `python -m fastinfer.integrations.transformers serve ...` is the `transformers` command with all of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ._quantizer import FastinferInt8Config as FastinferInt8Config
 
 ATTENTION = "fastinfer"
-PAGED_ATTENTION = "fastinfer_flash2"
+PAGED_ATTENTION = "fastinfer/flash-attn2"
 
 _enabled = False
 
