@@ -21,7 +21,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-full bench wheel lint format clean
+.PHONY: help dev demo test test-full bench wheel compat lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -78,6 +78,9 @@ bench: $(STAMP)/installed dev  ## the benchmarks of this machine's device, as ta
 
 wheel: $(STAMP)/torch $(STAMP)/build  ## dist/*.whl and dist/*.tar.gz
 	$(PY) -m build --no-isolation --wheel --sdist --outdir dist .
+
+compat: $(STAMP)/torch $(STAMP)/build  ## one wheel under the oldest and the newest torch, outside of this folder (downloads both)
+	$(PY) tests/compat.py $(COMPAT_ARGS)
 
 lint: $(STAMP)/lint  ## ruff, clang-format, mypy on the engine
 	$(PY) -m ruff check .

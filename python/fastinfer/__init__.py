@@ -46,8 +46,12 @@ _ENGINE = {
     "engine.llm": ("LLM",),
     "engine.outputs": ("CompletionOutput", "RequestOutput"),
 }
+_CACHE = {"paged_cache": ("CacheStep", "PagedKVCache")}
 _HOME = {
-    name: module for table in (_OPS, _ENGINE) for module, names in table.items() for name in names
+    name: module
+    for table in (_OPS, _CACHE, _ENGINE)
+    for module, names in table.items()
+    for name in names
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
@@ -60,6 +64,8 @@ if TYPE_CHECKING:
     from .engine.outputs import CompletionOutput as CompletionOutput
     from .engine.outputs import RequestOutput as RequestOutput
     from .ops import *  # noqa: F403
+    from .paged_cache import CacheStep as CacheStep
+    from .paged_cache import PagedKVCache as PagedKVCache
 
 
 def __getattr__(name: str) -> Any:

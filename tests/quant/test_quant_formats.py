@@ -365,3 +365,12 @@ def test_notes_outside_of_a_load_are_logged_at_once(caplog: pytest.LogCaptureFix
             notes.note("b", "strange")
             assert caplog.messages == []
         assert caplog.messages == ["a and 2 more: odd", "b: strange"]
+
+
+def test_words_of_one_group() -> None:
+    """A [1, N] view may have strides that cannot be viewed as int32."""
+    codes = torch.arange(24, dtype=torch.uint8)[:, None].t() % 16
+    assert codes.shape == (1, 24) and codes.is_contiguous()
+    for bits in (4, 8):
+        words = pack_words(codes, bits, 1)
+        assert torch.equal(unpack_words(words, bits, 1, size=24), codes)

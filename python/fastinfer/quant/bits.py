@@ -52,7 +52,9 @@ def pack_words(codes: Tensor, bits: int, dim: int, *, awq: bool = False) -> Tens
     if bits == 4:
         pairs = data.unflatten(-1, (-1, 2))
         data = pairs[..., 0] | (pairs[..., 1] << 4)
-    return data.contiguous().view(torch.int32).movedim(-1, dim)
+    # Through one dimension: those of size 1 may have strides that no int32 view can have.
+    words = data.contiguous().flatten().view(torch.int32)
+    return words.view(*data.shape[:-1], data.shape[-1] // 4).movedim(-1, dim)
 
 
 def _check_order(bits: int, awq: bool) -> None:

@@ -1,0 +1,65 @@
+"""Continuous batching (`generate_batch`, `transformers serve`) with fastinfer's attention.
+
+transformers admits to it only "sdpa", "paged|eager" and names that contain "flash" (the server also
+wants a known one or owner/name, as kernels on the hub have), and looks for the latter's functions
+with `modeling_flash_attention_utils._lazy_imports`. That function is wrapped, so that NAME is found
+here, without the `kernels` package and without asking the hub; and so is the manager's choice of an
+implementation, so that a model loaded with "fastinfer" takes NAME for the time of the run. Both are
+private: `install` checks that they are what they were in the releases this was written against, and
+says so otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from transformers import modeling_flash_attention_utils as loader
+from transformers.generation.continuous_batching import ContinuousBatchingManager as Manager
+
+PLAIN = "fastinfer"
+NAME = "fastinfer/flash-attn2"  # "flash...2": the name transformers' paged decode path asks for
+_ARGUMENTS = ["implementation", "attention_wrapper", "allow_all_kernels"]
+_HELPERS = ("_pad_input", "_unpad_input", "lazy_import_flash_attention")
+
+
+def install() -> str | None:
+    """Make NAME known to the loader. Returns why that is not possible, or None."""
+    original = getattr(loader, "_lazy_imports", None)
+    if original is None or not all(hasattr(loader, name) for name in _HELPERS):
+        return "modeling_flash_attention_utils has another form"
+    if hasattr(original, "fastinfer_original"):
+        return None
+    if list(inspect.signature(original).parameters)[: len(_ARGUMENTS)] != _ARGUMENTS:
+        return "_lazy_imports takes other arguments"
+
+    @functools.wraps(original)
+    def wrapped(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        if implementation != NAME:
+            return original(implementation, *args, **kwargs)
+        from .. import ops
+
+        return (
+            ops.flash_attn_func,
+            ops.flash_attn_varlen_func,
+            ops.flash_attn_with_kvcache,
+            loader._pad_input,
+            loader._unpad_input,
+        )
+
+    choose = getattr(Manager, "switch_to_cb_friendly_attn", None)
+    if choose is None or list(inspect.signature(choose).parameters)[:2] != ["self", "model"]:
+        return "ContinuousBatchingManager has another form"
+
+    @functools.wraps(choose)
+    def chosen(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        if model.config._attn_implementation == PLAIN:
+            model.set_attn_implementation(NAME)
+            self._original_attn_impl = PLAIN  # `stop` goes back to it
+        choose(self, model, *args, **kwargs)
+
+    wrapped.fastinfer_original = original  # type: ignore[attr-defined]
+    loader._lazy_imports = wrapped
+    Manager.switch_to_cb_friendly_attn = chosen
+    return None

@@ -1,0 +1,69 @@
+"""examples/cpp: export, compile ahead of time, build the C++ program, run it; its tokens are those
+of the model in Python.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fastinfer
+from fastinfer import _lib
+from fastinfer.integrations.transformers import FastinferInt4Config, enable
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "cpp"
+PROMPT, WANTED = [10, 345, 12, 77], 12
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    paths = {"PYTHONPATH": str(Path(fastinfer.__file__).parents[1])}
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **paths, **environment},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.full
+def test_the_cpp_program(tmp_path: Path) -> None:
+    package = tmp_path / "model.pt2"
+    exported = run(sys.executable, EXAMPLE / "export.py", ROOT / "examples/tiny/model", package)
+    assert "fastinfer.flash_attn_kvcache.default" in exported
+    assert "fastinfer.int4_linear.default" in exported
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    run("cmake", "-S", EXAMPLE, "-B", tmp_path / "build", prefix, "-DCMAKE_BUILD_TYPE=Release")
+    run("cmake", "--build", tmp_path / "build")
+    program = tmp_path / "build/generate"
+    printed = run(program, _lib.LIBRARY, package, str(WANTED), *map(str, PROMPT))
+    tokens = [int(word) for word in printed.split()]
+
+    enable()
+    model = AutoModelForCausalLM.from_pretrained(
+        ROOT / "examples/tiny/model",
+        attn_implementation="fastinfer",
+        quantization_config=FastinferInt4Config(group_size=32),
+        dtype=torch.float32,
+    ).eval()
+    ids = torch.tensor([PROMPT])
+    want = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=WANTED,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert tokens == want[0].tolist()
+    failed = subprocess.run(
+        [program, "nothing.so", package, "1", "1", "2"], capture_output=True, text=True
+    )
+    assert failed.returncode == 1 and "could not be loaded" in failed.stderr

@@ -1,0 +1,113 @@
+"""Every snippet of the README and the docs: Python is run, commands are checked against what
+they name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastinfer
+from fastinfer.cli.main import build_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES += sorted(ROOT.glob("examples/**/*.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for lang, code in FENCE.findall(page.read_text()) if lang == language]
+
+
+def names(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
+
+
+PYTHON = [page for page in PAGES if blocks(page, "python")]
+COMMANDS = [page for page in PAGES if blocks(page, "")]
+
+
+def prepare(page: str, folder: Path) -> None:
+    """What a page takes for granted."""
+    if page == "docs/quantization.md":
+        sys.path.insert(0, str(ROOT / "tests/quant"))
+        from quant_checkpoints import CASES, write_checkpoint
+
+        (folder / "my-gptq-checkpoint").mkdir()
+        write_checkpoint(CASES["gptq"], folder / "my-gptq-checkpoint")
+
+
+@pytest.mark.parametrize("page", names(PYTHON))
+def test_python(page: str, tmp_path: Path) -> None:
+    """The blocks of a page are one program, run in a folder that has the bundled checkpoint."""
+    os.symlink(ROOT / "examples", tmp_path / "examples")
+    prepare(page, tmp_path)
+    code = "\n".join(blocks(ROOT / page, "python"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(fastinfer.__file__).parents[1]),
+            "FASTINFER_STRICT": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def lines(page: Path) -> list[str]:
+    found = [line.strip() for code in blocks(page, "") for line in code.splitlines()]
+    programs = ("make", "python", "pip", "fastinfer", "cmake", "build/cpp/generate")
+    return [line for line in found if line.startswith(tuple(f"{p} " for p in programs))]
+
+
+@pytest.mark.parametrize("page", names([p for p in COMMANDS if lines(p)]))
+def test_commands(page: str) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in lines(ROOT / page):
+        program, *words = shlex.split(line, comments=True)
+        if program == "make":
+            assert words[0] in targets, line
+        elif program == "fastinfer":
+            check_fastinfer(words, line)
+        elif program == "python" and words[:1] == ["-m"]:
+            known = (ROOT / "python" / words[1].replace(".", "/")).with_suffix(".py")
+            assert known.is_file() or words[1] in ("pip", "pytest", "build", "fastinfer"), line
+            if words[1] == "fastinfer":
+                check_fastinfer(words[2:], line)
+        elif program == "python" and words[0] != "-c":
+            assert any((base / words[0]).is_file() for base in (ROOT, (ROOT / page).parent)), line
+        elif program == "pip" and "-r" in words:
+            assert (ROOT / words[words.index("-r") + 1]).is_file(), line
+
+
+def check_fastinfer(words: list[str], line: str) -> None:
+    """The command line is one that the program accepts."""
+    try:
+        build_parser().parse_args(words)
+    except SystemExit as stop:
+        assert stop.code in (0, None), line
+
+
+def test_links() -> None:
+    """Relative links of every page lead to a file."""
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_pages_are_there() -> None:
+    assert {"README.md", "docs/quantization.md", "docs/integrations.md"} <= set(names(PYTHON))
+    assert shutil.which("python") or sys.executable
