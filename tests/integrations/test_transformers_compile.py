@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from fastinfer.quant import quantize_model
-from integrations.hf_models import logits, prompts, tiny
+from integrations.hf_models import generate, logits, prompts, tiny
 
 
 class Logits(torch.nn.Module):
@@ -28,7 +28,7 @@ def model_of(name: str, bits: int = 4, layers: int = 3):
     return quantize_model(model, bits, 32)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral_window"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("mistral_window", marks=pytest.mark.full)])
 def test_one_graph(name: str) -> None:
     """With a padded mask and no cache, and decoding over a static cache."""
     model = model_of(name, layers=1)
@@ -68,6 +68,22 @@ def test_fallback_in_compiled_code(lenient: None, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("FASTINFER_STRICT", "1")
         with pytest.raises(Exception, match="one-sided padding have no kernel"):
             compiled(ids, use_cache=False)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama", "qwen3_window"])
+def test_generate_with_a_compiled_step(name: str) -> None:
+    """As `generate` does by itself on a GPU: a static cache, masks made outside of the graph."""
+    model = model_of(name, layers=2)
+    ids, mask = prompts(2, 9, [3, 0])
+    want = generate(model, ids, mask)
+    torch._dynamo.reset()
+    options = transformers.CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    options._compile_all_devices = True
+    torch._dynamo.utils.counters.clear()
+    got = generate(model, ids, mask, cache_implementation="static", compile_config=options)
+    assert torch.equal(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
 @pytest.mark.full

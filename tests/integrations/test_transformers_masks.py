@@ -11,7 +11,14 @@ import torch
 from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 
-from fastinfer.integrations._masks import as_bool, fastinfer_mask, is_key_range, recognise
+from fastinfer.integrations._masks import (
+    as_bool,
+    decode,
+    encode,
+    fastinfer_mask,
+    is_key_range,
+    recognise,
+)
 
 
 def causal(window: int | None):
@@ -113,6 +120,15 @@ def test_recognised_functions() -> None:
     assert recognise(masking_utils.sliding_window_causal_mask_function(9)) == (True, 9)
     both = masking_utils.sliding_window_bidirectional_mask_function(4)
     assert recognise(both) == (False, 4)
+
+
+def test_layers_read_a_mask_without_copies() -> None:
+    mask = encode(torch.arange(5), torch.arange(5, 10), causal=True, window=3)
+    keys = decode(mask)
+    assert keys.first.tolist() == [0, 1, 2, 3, 4] and keys.count.tolist() == [5, 6, 7, 8, 9]
+    assert keys.causal and keys.window == 3 and keys.sides == (2, 0)
+    storage = mask.untyped_storage().data_ptr()
+    assert {t.untyped_storage().data_ptr() for t in (keys.first, keys.count)} == {storage}
 
 
 def test_masks_survive_contiguous() -> None:

@@ -54,7 +54,8 @@ def window_sides(window: int | None, causal: bool) -> tuple[int, int]:
 
 def encode(first: Tensor, count: Tensor, *, causal: bool, window: int | None) -> Tensor:
     """The int32 mask of these ranges."""
-    data = torch.stack([first, count], dim=-1).to(torch.int32)[:, None, None, :]
+    # Stored as [2, B], so that what `decode` takes out of it needs no copy in every layer.
+    data = torch.stack([first, count]).to(torch.int32).t()[:, None, None, :]
     return data.expand(-1, CAUSAL if causal else BOTH, (window or 0) + 1, 2)
 
 
