@@ -17,8 +17,8 @@
 namespace fastinfer::cuda {
 namespace {
 
-// One per device, kept for the life of the process. While `main` is being captured, `main` itself: a
-// stream that all callers share must not become part of one's graph. Also where none can be made.
+// One per device, kept for the life of the process. While `main` is being captured, `main` itself:
+// a stream that all callers share must not become part of one's graph. Also where none can be made.
 cudaStream_t side_stream(cudaStream_t main) {
   constexpr int kMaxDevices = 64;
   static cudaStream_t streams[kMaxDevices];

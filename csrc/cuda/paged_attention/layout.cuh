@@ -60,6 +60,6 @@ struct Layout {
 // Does this format and head dim have a small layout of its own? D = 256 cannot have one: its query
 // and two stages take more.
 template <class F, int D>
-constexpr bool kHasSmall = Layout<F, D>::kTotal > kSmallShared && D < 256;
+constexpr bool kHasSmall = Layout<F, D>::kTotal > kSmallShared&& D < 256;
 
 }  // namespace fastinfer::cuda
