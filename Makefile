@@ -14,6 +14,7 @@ PROMPT ?= Once upon a time
 DEMO_ARGS ?= --max-tokens 160 --temperature 0.7 --seed 5
 TEST_JOBS ?= 2
 TEST_ARGS ?=
+GPU_JOBS ?= 8
 # Long tests and short ones are told apart by the marker `full`.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 # Through the interpreter: with PYTHON=python3 nothing says in which folder the program lies.
@@ -21,7 +22,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-full bench wheel compat lint format clean
+.PHONY: help dev demo test test-full test-gpu bench wheel compat lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +73,10 @@ test: $(STAMP)/installed $(STAMP)/test dev  ## the test suite (at most 10 minute
 
 test-full: $(STAMP)/installed $(STAMP)/test dev  ## the long tests too
 	$(PYTEST) -m "full or not full"
+
+# Takes the environment and the libraries as they are: the machine with the GPU may have no network.
+test-gpu:  ## what needs a GPU: operators on CUDA, graphs, streams, sanitizer (GPU_JOBS=8)
+	PYTHONPATH=python OMP_NUM_THREADS=2 $(PY) -m pytest -n $(GPU_JOBS) --dist worksteal tests/gpu tests/ops tests/test_package.py -k "cuda or gpu"
 
 bench: $(STAMP)/installed dev  ## the benchmarks of this machine's device, as tables
 	@for script in bench/bench_*.py; do echo "== $$script"; $(PY) $$script $(BENCH_ARGS) || exit 1; done
