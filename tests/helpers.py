@@ -46,7 +46,8 @@ ISA_LEVELS = ("generic", "avx2", "avx512", "vnni")
 
 
 def devices(op: str) -> list[str]:
-    """Devices on which `op` can run here."""
+    """Devices on which `op`, by its name in csrc/schemas.cpp, can run here."""
+    assert hasattr(_lib.ops, op), f"{op} is no operator: its tests would never see a GPU"
     return ["cpu", "cuda"] if op in CUDA_OPS and torch.cuda.is_available() else ["cpu"]
 
 

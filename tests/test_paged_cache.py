@@ -18,7 +18,7 @@ from fastinfer import PagedKVCache, flash_attn_func
 from helpers import devices, randn
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
-PATHS = [d for d in devices("flash_attn_varlen_func") if d in devices("reshape_and_cache")]
+PATHS = [d for d in devices("flash_attn_varlen_fwd") if d in devices("reshape_and_cache")]
 
 
 def make(num_blocks: int = 40, block_size: int = 4, device: str = "cpu", **options):

@@ -148,6 +148,7 @@ cuda::AppendParams append_params(const attention::Call& call, const Tensors& t, 
   a.heads_kv = static_cast<int32_t>(s.heads_kv), a.dim = static_cast<int32_t>(s.head_dim);
   a.q_len = static_cast<int32_t>(t.q.size(1)), a.heads_q = static_cast<int32_t>(s.heads_q);
   a.dtype = s.dtype, a.cache_dtype = s.kv_dtype;
+  a.soft = cuda::force_portable();
   return a;
 }
 

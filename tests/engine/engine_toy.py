@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastinfer import LLM
+from fastinfer import LLM, SamplingParams
 from fastinfer.engine import EngineConfig
 from fastinfer.engine.runner import ModelRunner
 
@@ -94,3 +94,21 @@ def toy_llm(model: ToyModel | None = None, tokenizer: Any = None, **settings: An
     config = EngineConfig(model="toy", **{"block_size": 4, "num_blocks": 100, **settings})
     runner = ModelRunner(config, torch.device("cpu"), model or ToyModel())
     return LLM.from_runner(config, runner, tokenizer)
+
+
+PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [3, 1, 4, 1, 5, 9, 2], [7, 7]]
+
+
+def greedy(max_tokens: int = 10, **more: object) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **more)
+
+
+def tokens_of(outputs: list) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def assert_idle(llm: LLM) -> None:
+    stats = llm.stats()
+    assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+    llm._core.scheduler.pool.check_invariants()
+    assert not llm._core.scheduler.requests and not llm._core._completions

@@ -137,7 +137,7 @@ def compare(out: Tensor, lse: Tensor, parts: list[tuple[Tensor, ...]], options: 
     assert_close_to_reference(out, torch.cat(exact), torch.cat(plain), factor=factor)
 
 
-@pytest.mark.parametrize("device, seed", draws("flash_attn_func"))
+@pytest.mark.parametrize("device, seed", draws("flash_attn_fwd"))
 def test_dense(device: str, seed: int) -> None:
     draw = Draw(device, random.Random(f"dense {seed}"))
     (len_q, len_k), batch = draw.lengths(LENGTHS), draw.rng.choice([1, 2])
@@ -150,7 +150,7 @@ def test_dense(device: str, seed: int) -> None:
     compare(out.flatten(0, 1), lse, parts, options)
 
 
-@pytest.mark.parametrize("device, seed", draws("flash_attn_varlen_func"))
+@pytest.mark.parametrize("device, seed", draws("flash_attn_varlen_fwd"))
 def test_varlen(device: str, seed: int) -> None:
     draw = Draw(device, random.Random(f"varlen {seed}"))
     (len_q, len_k), batch = draw.lengths(LENGTHS), draw.rng.choice([1, 3, 4])
@@ -219,7 +219,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
     return torch.cat([turned, rest], dim=-1)
 
 
-@pytest.mark.parametrize("device, seed", draws("flash_attn_with_kvcache"))
+@pytest.mark.parametrize("device, seed", draws("flash_attn_kvcache"))
 def test_kvcache(device: str, seed: int) -> None:
     draw = Draw(device, random.Random(f"kvcache {seed}"))
     rng = draw.rng

@@ -94,10 +94,13 @@ __global__ void __launch_bounds__(32 * kWarps)
   float unit;
   if (value ? p.v_scale_per_token : p.k_scale_per_token) {
     scale += value ? page * p.vs_page + place * p.vs_token : page * p.ks_page + place * p.ks_token;
-    float top = 0.0f;
-    for (int i = lane; i < p.dim; i += 32) top = fmaxf(top, fabsf(x[i]));
+    // As bits, where inf and NaN come out on top: such a head gets a scale of NaN.
+    uint32_t top = 0;
+    for (int i = lane; i < p.dim; i += 32) top = max(top, __float_as_uint(fabsf(x[i])));
     top = warp_reduce<Max>(top);
-    unit = top > 0.0f ? __fdiv_rn(top, int8 ? 127.0f : 448.0f) : 1.0f;
+    unit = __fdiv_rn(__uint_as_float(top), int8 ? 127.0f : 448.0f);
+    if (top >= 0x7F800000u) unit = __uint_as_float(0x7FC00000u);
+    if (unit == 0.0f) unit = 1.0f;
     if (lane == 0) *scale = unit;
   } else {
     unit = *scale;
@@ -107,7 +110,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     if (int8)
       static_cast<int8_t*>(cache)[at + i] = to_int8(y);
     else
-      static_cast<uint8_t*>(cache)[at + i] = to_e4m3(y, false);
+      static_cast<uint8_t*>(cache)[at + i] = to_e4m3(y, p.soft);
   }
 }
 

@@ -85,6 +85,7 @@ struct AppendParams {
   int32_t batch, tokens, heads_kv, dim, page_size, q_len, heads_q, rotary_dim;
   bool interleaved, q_per_token;
   bool k_scale_per_token, v_scale_per_token;
+  bool soft;  // e4m3 encoded as sm_80 must
   DType dtype, cache_dtype, rotary_dtype;
 };
 
