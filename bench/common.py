@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -35,6 +36,15 @@ TURN_SECONDS = 0.02
 
 def randn(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.randn(*shape, device=device).to(dtype)
+
+
+def commit() -> str:
+    """The commit measured: FASTINFER_BENCH_COMMIT where this folder is a copy without its history."""
+    return os.environ.get("FASTINFER_BENCH_COMMIT") or (
+        subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+    )
 
 
 class Bench:
@@ -121,9 +131,7 @@ class Bench:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "date": datetime.date.today().isoformat(),
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-            ).stdout.strip(),
+            "commit": commit(),
             "command": " ".join(["python", *sys.argv]),
             "ceilings": {"gbs": round(self.gb_s, 1), "tflops": round(self.tflops, 3)},
             "rows": self.rows,
