@@ -39,7 +39,7 @@ def randn(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def commit() -> str:
-    """The commit measured: FASTINFER_BENCH_COMMIT where this folder is a copy without its history."""
+    """The commit measured; FASTINFER_BENCH_COMMIT says it where this copy has no history."""
     return os.environ.get("FASTINFER_BENCH_COMMIT") or (
         subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
