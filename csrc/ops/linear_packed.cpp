@@ -6,6 +6,8 @@
 #include <memory>
 
 #include "linear_checks.h"
+#include "linear_choice.h"
+#include "linear_dequant.h"
 
 namespace fastinfer {
 
@@ -198,8 +200,21 @@ void packed_linear(const char* op, int bits, const Tensor& x, const Tensor& qwei
            layout.cuda ? "CUDA" : "the CPU", " but x is not there, got ", describe(qweight),
            "; repack it with pack_weight(layout=\"", x.is_cpu() ? "cpu" : "cuda", "\")");
   if (m == 0 || n == 0) return;
-  if (!x.is_cpu()) no_cuda_kernel(op);
   const int64_t columns = group_columns(group_size, k), groups = div_up(k, columns);
+  if (!x.is_cpu()) {
+#ifdef FASTINFER_WITH_CUDA
+    const PackedTensors t{op, x, qweight, scales, zeros, bias, perm, out, layout, columns, groups};
+    const char* path = std::getenv("FASTINFER_PATH");
+    if (path && path[0] == 'd') return linear_dequantise(t);
+    if (path && path[0] == 'w') return linear_wide(t);
+    if (groups_suit_wide(columns, k) && dtype_of(x) != DType::f32 && k > 0 &&
+        (!zeros || dtype_of(*zeros) == DType::u8))
+      return linear_wide(t);
+    return linear_dequantise(t);
+#else
+    no_cuda_kernel(op);
+#endif
+  }
   const Call call{x, qweight, scales, zeros, bias, perm, out, layout, columns, groups};
   if (int8_activations())
     run_cpu_int8(call);

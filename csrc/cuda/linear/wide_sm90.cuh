@@ -19,9 +19,10 @@
 
 #include "../common/launch.cuh"
 #include "../flash_attention/tensor_map.h"
+#include "../ptx/bulk.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/tma.cuh"
-#include "../ptx/wgmma.cuh"
+#include "../ptx/wgmma_rk.cuh"
 #include "wide.h"
 #include "wide_sm90_dequant.cuh"
 
@@ -61,8 +62,8 @@ struct WideTile {
   static constexpr int kFit = (227 * 1024 - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr size_t kSharedBytes = kStages * kStageBytes + kFixedBytes;
-  // Partial results of a K split lie where the X tiles were.
-  static_assert(kStages * kXBytes >= kBlocks * kAccumulators * 4 * 128 * kGroups, "partial sums");
+  // Partial results of a K split lie where the tiles of X and W were.
+  static_assert(kStages * (kXBytes + kWBytes) >= kBlocks * kAccumulators * 4 * 128 * kGroups, "partial sums");
   static_assert(kTokens % 64 == 0 && kTokens <= 256, "whole chunks of 64 tokens");
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
@@ -307,7 +308,7 @@ struct Consumer {
           dequantise(a[unit % 2], b, i);
           ptx::wgmma_fence();
           const int keep = Tile::kScratch ? !starts : i > 0 || step > job.begin;
-          ptx::wgmma_rs<T, Tile::kTokens, 0>(target(b), a[unit % 2], x + (i * 32 >> 4), keep);
+          ptx::wgmma_rk<T, Tile::kTokens>(target(b), a[unit % 2], x + (i * 32 >> 4), keep);
           ptx::wgmma_commit();
         }
       }
@@ -554,6 +555,14 @@ int launch_wide(const PackedLinear& p, int split, void* stream) {
   config.attrs = attributes;
   config.numAttrs = count;
   return cudaLaunchKernelEx(&config, wide_kernel<T, Tile>, params, map, static_cast<int32_t>(p.k));
+}
+
+template <class T, int kBits>
+int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
+  if (s.tokens == 64 && s.blocks == 1) return launch_wide<T, kBits, 64, 1>(p, s.split, stream);
+  if (s.tokens == 64) return launch_wide<T, kBits, 64, 2>(p, s.split, stream);
+  if (s.tokens == 128) return launch_wide<T, kBits, 128, 1>(p, s.split, stream);
+  return launch_wide<T, kBits, 256, 1>(p, s.split, stream);
 }
 
 }  // namespace fastinfer::cuda::wide

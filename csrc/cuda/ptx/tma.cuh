@@ -35,16 +35,6 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
       : "memory");
 }
 
-// `bytes` contiguous bytes (a multiple of 16, both ends 16-byte aligned).
-__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes,
-                                          uint64_t* barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
-
 // Shared memory written by ordinary stores becomes visible to wgmma and TMA; a barrier after it.
 __device__ __forceinline__ void proxy_fence_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

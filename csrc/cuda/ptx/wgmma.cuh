@@ -51,13 +51,11 @@ __device__ __forceinline__ uint64_t slab_descriptor(uint32_t at, uint32_t slab_b
 // clang-format off
 #define FI_ACC8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FI_ACC32(i) FI_ACC8(i), FI_ACC8(i + 8), FI_ACC8(i + 16), FI_ACC8(i + 24)
-#define FI_D16 FI_ACC8(0), FI_ACC8(8)
 #define FI_D32 FI_ACC32(0)
 #define FI_D48 FI_ACC32(0), FI_ACC8(32), FI_ACC8(40)
 #define FI_D64 FI_ACC32(0), FI_ACC32(32)
 #define FI_D96 FI_ACC32(0), FI_ACC32(32), FI_ACC32(64)
 #define FI_D128 FI_ACC32(0), FI_ACC32(32), FI_ACC32(64), FI_ACC32(96)
-#define FI_R0_15 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FI_R0_31 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FI_R32_47 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -74,11 +72,11 @@ __device__ __forceinline__ uint64_t slab_descriptor(uint32_t at, uint32_t slab_b
                "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, "     \
                "%" a_ ", %" b_ ", keep, 1, 1, 0, 0;\n}"                                           \
                : acc : "l"(a), "l"(b), "r"(keep))
-#define FI_WGMMA_RS(n, type, regs, acc, a0, a1, a2, a3, b_, keep_, trans_)                        \
+#define FI_WGMMA_RS(n, type, regs, acc, a0, a1, a2, a3, b_, keep_)                                \
   asm volatile("{\n.reg .pred keep;\nsetp.ne.b32 keep, %" keep_ ", 0;\n"                           \
                "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, "     \
-               "{%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_ ", keep, 1, 1, %" trans_ ";\n}"       \
-               : acc : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(kTrans))
+               "{%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_ ", keep, 1, 1, 1;\n}"                 \
+               : acc : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep))
 
 // d (+)= A B^T, both K-major in shared memory; keep == 0: d is overwritten.
 template <class T, int kN>
@@ -101,45 +99,39 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_
   }
 }
 
-// d (+)= A B, A in registers, B in shared memory: N-major (V), or K-major (kTrans = 0).
-template <class T, int kN, int kTrans = 1>
+// d (+)= A B, A in registers, B N-major in shared memory.
+template <class T, int kN>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b, int keep) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  if constexpr (kN == 32) {
+  if constexpr (kN == 64) {
     if constexpr (kHalf)
-      FI_WGMMA_RS("32", "f16", FI_R0_15, FI_D16, "16", "17", "18", "19", "20", "21", "22");
+      FI_WGMMA_RS("64", "f16", FI_R0_31, FI_D32, "32", "33", "34", "35", "36", "37");
     else
-      FI_WGMMA_RS("32", "bf16", FI_R0_15, FI_D16, "16", "17", "18", "19", "20", "21", "22");
-  }
-  else if constexpr (kN == 64) {
-    if constexpr (kHalf)
-      FI_WGMMA_RS("64", "f16", FI_R0_31, FI_D32, "32", "33", "34", "35", "36", "37", "38");
-    else
-      FI_WGMMA_RS("64", "bf16", FI_R0_31, FI_D32, "32", "33", "34", "35", "36", "37", "38");
+      FI_WGMMA_RS("64", "bf16", FI_R0_31, FI_D32, "32", "33", "34", "35", "36", "37");
   }
   else if constexpr (kN == 96) {
     if constexpr (kHalf)
-      FI_WGMMA_RS("96", "f16", FI_R0_31 ", " FI_R32_47, FI_D48, "48", "49", "50", "51", "52", "53", "54");
+      FI_WGMMA_RS("96", "f16", FI_R0_31 ", " FI_R32_47, FI_D48, "48", "49", "50", "51", "52", "53");
     else
-      FI_WGMMA_RS("96", "bf16", FI_R0_31 ", " FI_R32_47, FI_D48, "48", "49", "50", "51", "52", "53", "54");
+      FI_WGMMA_RS("96", "bf16", FI_R0_31 ", " FI_R32_47, FI_D48, "48", "49", "50", "51", "52", "53");
   }
   else if constexpr (kN == 128) {
     if constexpr (kHalf)
-      FI_WGMMA_RS("128", "f16", FI_R0_31 ", " FI_R32_63, FI_D64, "64", "65", "66", "67", "68", "69", "70");
+      FI_WGMMA_RS("128", "f16", FI_R0_31 ", " FI_R32_63, FI_D64, "64", "65", "66", "67", "68", "69");
     else
-      FI_WGMMA_RS("128", "bf16", FI_R0_31 ", " FI_R32_63, FI_D64, "64", "65", "66", "67", "68", "69", "70");
+      FI_WGMMA_RS("128", "bf16", FI_R0_31 ", " FI_R32_63, FI_D64, "64", "65", "66", "67", "68", "69");
   }
   else if constexpr (kN == 192) {
     if constexpr (kHalf)
-      FI_WGMMA_RS("192", "f16", FI_R0_31 ", " FI_R32_63 ", " FI_R64_95, FI_D96, "96", "97", "98", "99", "100", "101", "102");
+      FI_WGMMA_RS("192", "f16", FI_R0_31 ", " FI_R32_63 ", " FI_R64_95, FI_D96, "96", "97", "98", "99", "100", "101");
     else
-      FI_WGMMA_RS("192", "bf16", FI_R0_31 ", " FI_R32_63 ", " FI_R64_95, FI_D96, "96", "97", "98", "99", "100", "101", "102");
+      FI_WGMMA_RS("192", "bf16", FI_R0_31 ", " FI_R32_63 ", " FI_R64_95, FI_D96, "96", "97", "98", "99", "100", "101");
   }
   else if constexpr (kN == 256) {
     if constexpr (kHalf)
-      FI_WGMMA_RS("256", "f16", FI_R0_31 ", " FI_R32_63 ", " FI_R64_95 ", " FI_R96_127, FI_D128, "128", "129", "130", "131", "132", "133", "134");
+      FI_WGMMA_RS("256", "f16", FI_R0_31 ", " FI_R32_63 ", " FI_R64_95 ", " FI_R96_127, FI_D128, "128", "129", "130", "131", "132", "133");
     else
-      FI_WGMMA_RS("256", "bf16", FI_R0_31 ", " FI_R32_63 ", " FI_R64_95 ", " FI_R96_127, FI_D128, "128", "129", "130", "131", "132", "133", "134");
+      FI_WGMMA_RS("256", "bf16", FI_R0_31 ", " FI_R32_63 ", " FI_R64_95 ", " FI_R96_127, FI_D128, "128", "129", "130", "131", "132", "133");
   }
   else {
     static_assert(kN == 64, "no such width");
@@ -149,13 +141,11 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
 #undef FI_WGMMA_RS
 #undef FI_ACC8
 #undef FI_ACC32
-#undef FI_R0_15
 #undef FI_R0_31
 #undef FI_R32_47
 #undef FI_R32_63
 #undef FI_R64_95
 #undef FI_R96_127
-#undef FI_D16
 #undef FI_D32
 #undef FI_D48
 #undef FI_D64
