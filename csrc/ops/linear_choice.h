@@ -40,13 +40,13 @@ constexpr LinearKernel choose_packed_kernel(const PackedCall& c) {
 
 // Tile of the wgmma kernel: tokens x (128 * blocks) rows; `split` CTAs share a tile's K.
 struct WideChoice {
-  int tokens, blocks, split;
+  int tokens, blocks, split, share;
 };
 
 // The candidate whose last CTA is done first. A step of 64 columns costs the larger of its products
 // and of its loads, a tile a start and an end.
 constexpr WideChoice choose_wide(int bits, int64_t m, int64_t n, int64_t k, int sms) {
-  constexpr WideChoice kTiles[] = {{64, 1, 1}, {64, 2, 1}, {128, 1, 1}, {256, 1, 1}};
+  constexpr WideChoice kTiles[] = {{64, 1, 1, 1}, {64, 2, 1, 1}, {128, 1, 1, 1}, {256, 1, 1, 1}};
   WideChoice best{};
   int64_t least = INT64_MAX;
   const int64_t steps = div_up(k, 64);
@@ -63,7 +63,7 @@ constexpr WideChoice choose_wide(int bits, int64_t m, int64_t n, int64_t k, int 
           (split > 1 ? 2000 + 4 * t.blocks * t.tokens : 0);
       if (cost < least) {
         least = cost;
-        best = {t.tokens, t.blocks, split};
+        best = {t.tokens, t.blocks, split, 1};
       }
     }
   }

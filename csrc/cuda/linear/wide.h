@@ -5,10 +5,11 @@
 
 namespace fastinfer::cuda {
 
-// Tile of the kernel: `tokens` x (2 * 64 * blocks) weight rows per CTA; the CTAs of a cluster of
-// `split` share one tile and cut K.
+// Tile of the kernel: `tokens` x (2 * 64 * blocks) weight rows per CTA. The CTAs of a cluster of
+// `split` have one tile and cut K; those of a cluster of `share` take neighbouring row tiles and
+// load X together. At most one of them exceeds 1.
 struct WideShape {
-  int tokens, blocks, split;
+  int tokens, blocks, split, share;
 };
 
 // p.perm must be null and x 16-byte aligned with a row stride that is a multiple of 8: see

@@ -17,6 +17,8 @@
 // each and add their results through distributed shared memory, in the order of their ranks.
 #pragma once
 
+#include <atomic>
+
 #include "../common/launch.cuh"
 #include "../flash_attention/tensor_map.h"
 #include "../ptx/bulk.cuh"
@@ -42,6 +44,7 @@ struct WideParams {
   int32_t group_columns;  // at least k: one group
   int32_t row_tiles, token_tiles, section;
   bool split;       // the CTAs of a cluster cut K
+  bool share;       // they take neighbouring row tiles, and X is multicast
   bool packed_out;  // 16-byte stores fit
 };
 
@@ -65,7 +68,7 @@ struct WideTile {
   // Partial results of a K split lie where the tiles of X and W were.
   static_assert(kStages * (kXBytes + kWBytes) >= kBlocks * kAccumulators * 4 * 128 * kGroups, "partial sums");
   static_assert(kTokens % 64 == 0 && kTokens <= 256, "whole chunks of 64 tokens");
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 };
 
 template <class Tile>
@@ -106,11 +109,12 @@ __device__ __forceinline__ Job job_of(const WideParams& p, int32_t tile, int32_t
                                       int32_t ranks) {
   const int32_t section = tile / (p.section * p.row_tiles), first = section * p.section;
   const int32_t inside = tile - first * p.row_tiles, width = min(p.section, p.token_tiles - first);
-  Job job;
-  job.block = inside / width * Tile::kAllBlocks;
-  job.token = (first + inside % width) * Tile::kTokens;
-  job.begin = static_cast<int32_t>(int64_t{p.steps} * rank / ranks);
-  job.end = static_cast<int32_t>(int64_t{p.steps} * (rank + 1) / ranks);
+  Job job{inside / width * Tile::kAllBlocks, (first + inside % width) * Tile::kTokens, 0, p.steps};
+  if (p.share) job.block = job.block * ranks + rank * Tile::kAllBlocks;
+  if (p.split) {
+    job.begin = static_cast<int32_t>(int64_t{p.steps} * rank / ranks);
+    job.end = static_cast<int32_t>(int64_t{p.steps} * (rank + 1) / ranks);
+  }
   return job;
 }
 
@@ -134,11 +138,11 @@ __device__ __forceinline__ void produce(const WideParams& p, const CUtensorMap* 
   Ring<Tile::kStages> ring;
   for (int32_t tile = blockIdx.x / ranks; tile < tiles; tile += gridDim.x / ranks) {
     const Job job = job_of<Tile>(p, tile, rank, ranks);
-    const int32_t valid = min(Tile::kAllBlocks, p.blocks - job.block);
+    const int32_t valid = max(0, min(Tile::kAllBlocks, p.blocks - job.block));
     const char* weights = reinterpret_cast<const char*>(p.qweight);
     for (int32_t step = job.begin; step < job.end; ++step, ring.next()) {
       const int32_t groups =
-          starts_group(p, job, step) ? 1 + static_cast<int32_t>(two_groups(p, step, k)) : 0;
+          valid > 0 && starts_group(p, job, step) ? 1 + static_cast<int32_t>(two_groups(p, step, k)) : 0;
       const uint32_t scale_bytes = valid * 64 * scale_size, zero_bytes = p.zeros ? valid * 64 : 0;
       uint64_t* const full = &shared.full[ring.index];
       ptx::mbarrier_wait(&shared.empty[ring.index], ring.phase ^ 1);
@@ -147,9 +151,13 @@ __device__ __forceinline__ void produce(const WideParams& p, const CUtensorMap* 
                                               groups * (scale_bytes + zero_bytes));
       __syncwarp();
       const int64_t group = step * 64 / p.group_columns;
-      if (lane == 0)
-        ptx::tma_load(shared.x + ring.index * Tile::kXBytes, x_map, full, step * 64, job.token, 0,
-                      0, keep);
+      const uint32_t x = shared.x + ring.index * Tile::kXBytes;
+      if (lane == 0 && p.share)
+        ptx::tma_load_multicast(x + rank * (Tile::kXBytes / ranks), x_map, full, step * 64,
+                                job.token + rank * (Tile::kTokens / ranks), (1u << ranks) - 1,
+                                keep);
+      else if (lane == 0)
+        ptx::tma_load(x, x_map, full, step * 64, job.token, 0, 0, keep);
       else if (lane <= valid)
         ptx::bulk_load(
             shared.w + ring.index * Tile::kWBytes + (lane - 1) * Tile::kBlockBytes,
@@ -178,6 +186,7 @@ struct Consumer {
   const WideParams& p;
   const WideShared<Tile>& shared;
   const int group, warp, lane;  // warpgroup; warp of it
+  const int32_t rank, ranks;    // in the cluster
 
   float acc[kBlocks][kAcc];
   float scratch[Tile::kScratch ? kBlocks : 1][Tile::kScratch ? kAcc : 1];
@@ -271,8 +280,13 @@ struct Consumer {
       }
     }
   }
+  // The stage is free; with a shared X tile every CTA of the cluster has to know.
   __device__ __forceinline__ void release(int index) {
-    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[index]);
+    if (p.share) {
+      if (lane < ranks) ptx::mbarrier_arrive_at(&shared.empty[index], lane);
+    } else if (lane == 0) {
+      ptx::mbarrier_arrive(&shared.empty[index]);
+    }
   }
 
   // acc = this CTA's part of the tile.
@@ -403,7 +417,7 @@ struct Consumer {
                      "f"(acc[b][i]), "f"(acc[b][i + 1]), "f"(acc[b][i + 2]), "f"(acc[b][i + 3])
                      : "memory");
   }
-  __device__ __forceinline__ void write_split(const Job& job, int32_t rank, int32_t ranks) {
+  __device__ __forceinline__ void write_split(const Job& job) {
     constexpr int kUnits = Tile::kTokens / 16;
 #pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
@@ -442,7 +456,7 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void run(int32_t k, int32_t rank, int32_t ranks) {
+  __device__ __forceinline__ void run(int32_t k) {
     const int32_t tiles = p.row_tiles * p.token_tiles;
     if (p.split) {
       const Job job = job_of<Tile>(p, blockIdx.x / ranks, rank, ranks);
@@ -451,15 +465,16 @@ struct Consumer {
       ptx::named_sync(1 + Tile::kGroups, 128 * Tile::kGroups);
       leave_partial();
       cluster_sync_shared();
-      write_split(job, rank, ranks);
+      write_split(job);
       cluster_sync_shared();
       return;
     }
-    for (int32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const Job job = job_of<Tile>(p, tile, 0, 1);
+    for (int32_t tile = blockIdx.x / ranks; tile < tiles; tile += gridDim.x / ranks) {
+      const Job job = job_of<Tile>(p, tile, rank, ranks);
       multiply(job, k);
       write(job);
     }
+    if (p.share) cluster_sync_shared();
   }
 };
 
@@ -469,45 +484,63 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                 const int32_t k) {
   extern __shared__ char raw[];
   const WideShared<Tile> shared(raw);
+  const bool clustered = p.split || p.share;
+  const int32_t ranks = clustered ? cluster_size() : 1, rank = clustered ? cluster_rank() : 0;
   if (threadIdx.x == 0) {
     ptx::tma_prefetch(&x_map);
     for (int i = 0; i < Tile::kStages; ++i) {
       ptx::mbarrier_init(&shared.full[i], 1);
-      ptx::mbarrier_init(&shared.empty[i], 4 * Tile::kGroups);
+      ptx::mbarrier_init(&shared.empty[i], 4 * Tile::kGroups * (p.share ? ranks : 1));
     }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
+  if (p.share) cluster_sync_shared();  // all barriers exist
   grid_wait();
   grid_launch_dependents();
-  const int32_t ranks = p.split ? cluster_size() : 1, rank = p.split ? cluster_rank() : 0;
   if (threadIdx.x < 128) {
     ptx::registers_give<Tile::kProducerRegisters>();
     if (threadIdx.x < 32) produce<Tile>(p, &x_map, k, shared, rank, ranks);
     __syncwarp();
-    if (p.split) {
-      cluster_sync_shared();
-      cluster_sync_shared();
-    }
+    if (clustered) cluster_sync_shared();
+    if (p.split) cluster_sync_shared();
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
     const int warp = threadIdx.x / 32;
     Consumer<T, Tile> consumer{p,        shared, warp / 4 - 1, warp % 4,
-                               static_cast<int>(threadIdx.x % 32)};
-    consumer.run(k, rank, ranks);
+                               static_cast<int>(threadIdx.x % 32), rank, ranks};
+    consumer.run(k);
   }
 }
 
+// Clusters of `size` CTAs that run at the same time, asked for once per device.
+template <class T, class Tile>
+int clusters_at_once(const cudaLaunchConfig_t& config, int size) {
+  constexpr int kDevices = 64, kSizes = 9;
+  static std::atomic<int> known[kDevices][kSizes];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices || size >= kSizes) return 0;
+  int count = known[device][size].load(std::memory_order_relaxed);
+  if (count == 0) {
+    if (cudaOccupancyMaxActiveClusters(&count, wide_kernel<T, Tile>, &config) != cudaSuccess)
+      return 0;
+    known[device][size].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
 template <class T, int kBits, int kTokens, int kBlocks>
-int launch_wide(const PackedLinear& p, int split, void* stream) {
+int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
   using Tile = WideTile<kBits, kTokens, kBlocks>;
-  CUtensorMap map;
-  const int error = flash::tensor_map(map, p.x, p.dtype, p.k, p.m, 1, 1, p.x_stride, 0, 0, kTokens);
-  if (error) return error;
   const int64_t steps = ceil_div(p.k, 64), blocks = ceil_div(p.n, 64);
-  const int64_t row_tiles = ceil_div(blocks, Tile::kAllBlocks);
+  const int split = shape.split < steps ? shape.split : static_cast<int>(steps);
+  const int share = split > 1 ? 1 : shape.share, cluster = split > 1 ? split : share;
+  CUtensorMap map;
+  const int error =
+      flash::tensor_map(map, p.x, p.dtype, p.k, p.m, 1, 1, p.x_stride, 0, 0, kTokens / share);
+  if (error) return error;
+  const int64_t row_tiles = ceil_div(blocks, Tile::kAllBlocks * share);
   const int64_t token_tiles = ceil_div(p.m, kTokens), tiles = row_tiles * token_tiles;
-  if (split > steps) split = static_cast<int>(steps);
   if (tiles > INT32_MAX / 8 || p.k > INT32_MAX - 64 || p.n > INT32_MAX - 64)
     return cudaErrorInvalidConfiguration;
   // Token tiles walked before the next row tile: their X stays in the second-level cache.
@@ -530,39 +563,44 @@ int launch_wide(const PackedLinear& p, int split, void* stream) {
       static_cast<int32_t>(token_tiles),
       static_cast<int32_t>(section),
       split > 1,
+      share > 1,
       reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (p.m == 1 || p.out_stride % 8 == 0),
   };
-  const int64_t sms = device_facts().sms, ctas = split > 1 ? tiles * split : tiles < sms ? tiles : sms;
   cudaError_t status = cudaFuncSetAttribute(wide_kernel<T, Tile>,
                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             static_cast<int>(Tile::kSharedBytes));
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
+  config.gridDim = dim3(static_cast<unsigned>(tiles * cluster));
   config.blockDim = dim3(Tile::kThreads);
   config.dynamicSmemBytes = Tile::kSharedBytes;
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attributes[2];
-  int count = 0;
-  if (split > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(split), 1, 1};
+  config.attrs = attributes;
+  if (cluster > 1) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.numAttrs = 1;
+  }
+  if (split == 1) {
+    const int64_t most =
+        share > 1 ? clusters_at_once<T, Tile>(config, share) : device_facts().sms;
+    if (most < 1) return cudaErrorInvalidConfiguration;
+    config.gridDim.x = static_cast<unsigned>((tiles < most ? tiles : most) * share);
   }
   if (programmatic_launch()) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  config.attrs = attributes;
-  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, wide_kernel<T, Tile>, params, map, static_cast<int32_t>(p.k));
 }
 
 template <class T, int kBits>
 int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
-  if (s.tokens == 64 && s.blocks == 1) return launch_wide<T, kBits, 64, 1>(p, s.split, stream);
-  if (s.tokens == 64) return launch_wide<T, kBits, 64, 2>(p, s.split, stream);
-  if (s.tokens == 128) return launch_wide<T, kBits, 128, 1>(p, s.split, stream);
-  return launch_wide<T, kBits, 256, 1>(p, s.split, stream);
+  if (s.tokens == 64 && s.blocks == 1) return launch_wide<T, kBits, 64, 1>(p, s, stream);
+  if (s.tokens == 64) return launch_wide<T, kBits, 64, 2>(p, s, stream);
+  if (s.tokens == 128) return launch_wide<T, kBits, 128, 1>(p, s, stream);
+  return launch_wide<T, kBits, 256, 1>(p, s, stream);
 }
 
 }  // namespace fastinfer::cuda::wide
