@@ -41,9 +41,10 @@ struct WideParams {
   int32_t m, n;
   int32_t steps;          // of 64 columns
   int32_t blocks;         // of 64 weight rows
-  int32_t group_columns;  // at least k: one group
+  int32_t group_steps;    // of a group; 1 with two groups to a step
   int32_t row_tiles, token_tiles, section;
   bool split;       // the CTAs of a cluster cut K
+  bool half_steps;  // groups of 32 columns
   bool share;       // they take neighbouring row tiles, and X is multicast
   bool packed_out;  // 16-byte stores fit
 };
@@ -118,12 +119,20 @@ __device__ __forceinline__ Job job_of(const WideParams& p, int32_t tile, int32_t
   return job;
 }
 
-// Whether new scales come with the step (always when it holds two groups).
-__device__ __forceinline__ bool starts_group(const WideParams& p, const Job& job, int32_t step) {
-  return step == job.begin || step * 64 % p.group_columns == 0;
-}
+// Walks the steps of a job: whether new scales come with the step.
+struct GroupWalk {
+  int32_t left;  // steps of the current group still to come
+  __device__ __forceinline__ GroupWalk() : left(0) {}
+  __device__ __forceinline__ bool starts(const WideParams& p, const Job& job, int32_t step) {
+    const bool yes = left == 0;
+    if (yes) left = p.group_steps - (step == job.begin ? step % p.group_steps : 0);
+    --left;
+    return yes;
+  }
+};
+// A step with two groups, the second one not all padding.
 __device__ __forceinline__ bool two_groups(const WideParams& p, int32_t step, int32_t k) {
-  return p.group_columns == 32 && step * 64 + 32 < k;
+  return p.half_steps && step * 64 + 32 < k;
 }
 
 template <class Tile>
@@ -140,9 +149,10 @@ __device__ __forceinline__ void produce(const WideParams& p, const CUtensorMap* 
     const Job job = job_of<Tile>(p, tile, rank, ranks);
     const int32_t valid = max(0, min(Tile::kAllBlocks, p.blocks - job.block));
     const char* weights = reinterpret_cast<const char*>(p.qweight);
+    GroupWalk walk;
     for (int32_t step = job.begin; step < job.end; ++step, ring.next()) {
       const int32_t groups =
-          valid > 0 && starts_group(p, job, step) ? 1 + static_cast<int32_t>(two_groups(p, step, k)) : 0;
+          walk.starts(p, job, step) && valid > 0 ? 1 + static_cast<int32_t>(two_groups(p, step, k)) : 0;
       const uint32_t scale_bytes = valid * 64 * scale_size, zero_bytes = p.zeros ? valid * 64 : 0;
       uint64_t* const full = &shared.full[ring.index];
       ptx::mbarrier_wait(&shared.empty[ring.index], ring.phase ^ 1);
@@ -150,7 +160,7 @@ __device__ __forceinline__ void produce(const WideParams& p, const CUtensorMap* 
         ptx::mbarrier_arrive_expect(full, Tile::kXBytes + valid * Tile::kBlockBytes +
                                               groups * (scale_bytes + zero_bytes));
       __syncwarp();
-      const int64_t group = step * 64 / p.group_columns;
+      const int64_t group = p.half_steps ? 2 * step : step / p.group_steps;
       const uint32_t x = shared.x + ring.index * Tile::kXBytes;
       if (lane == 0 && p.share)
         ptx::tma_load_multicast(x + rank * (Tile::kXBytes / ranks), x_map, full, step * 64,
@@ -298,9 +308,10 @@ struct Consumer {
       for (int i = 0; i < kAcc; ++i) acc[b][i] = 0.0f;
     }
     int last = 0;
+    GroupWalk walk;
 #pragma unroll 1
     for (int32_t step = job.begin; step < job.end; ++step) {
-      const bool first = starts_group(p, job, step), two = two_groups(p, step, k);
+      const bool first = walk.starts(p, job, step), two = two_groups(p, step, k);
       ptx::mbarrier_wait(&shared.full[ring.index], ring.phase);
       load_words();
       const uint64_t x = ptx::slab_descriptor(shared.x + ring.index * Tile::kXBytes, 16);
@@ -558,11 +569,12 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
       static_cast<int32_t>(p.n),
       static_cast<int32_t>(steps),
       static_cast<int32_t>(blocks),
-      static_cast<int32_t>(p.groups > 1 ? p.group_columns : steps * 64),
+      static_cast<int32_t>(p.groups == 1 ? steps : ceil_div(p.group_columns, 64)),
       static_cast<int32_t>(row_tiles),
       static_cast<int32_t>(token_tiles),
       static_cast<int32_t>(section),
       split > 1,
+      p.groups > 1 && p.group_columns == 32,
       share > 1,
       reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (p.m == 1 || p.out_stride % 8 == 0),
   };
