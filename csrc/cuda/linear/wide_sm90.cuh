@@ -20,11 +20,11 @@
 #include <atomic>
 
 #include "../common/launch.cuh"
-#include "../flash_attention/tensor_map.h"
 #include "../ptx/bulk.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/wgmma_rk.cuh"
+#include "tensor_maps.h"
 #include "wide.h"
 #include "wide_sm90_dequant.cuh"
 
@@ -135,54 +135,71 @@ __device__ __forceinline__ bool two_groups(const WideParams& p, int32_t step, in
   return p.half_steps && step * 64 + 32 < k;
 }
 
+// The producers are one thread each: what they issue is uniform, and their instructions are few, so
+// that a step costs less than its products.
 template <class Tile>
-__device__ __forceinline__ void produce(const WideParams& p, const CUtensorMap* x_map, int32_t k,
-                                        const WideShared<Tile>& shared, int32_t rank,
-                                        int32_t ranks) {
-  const int lane = threadIdx.x % 32;
-  const uint64_t keep = ptx::policy_evict_last();
-  const uint64_t w_policy = p.token_tiles > 1 ? keep : ptx::policy_evict_first();
-  const uint32_t scale_size = p.scale_dtype == DType::f32 ? 4 : 2;
+__device__ __forceinline__ void produce_x(const WideParams& p, const CUtensorMap* map,
+                                          const WideShared<Tile>& shared, int32_t rank,
+                                          int32_t ranks) {
+  const uint64_t policy = ptx::policy_evict_last();
   const int32_t tiles = p.row_tiles * p.token_tiles;
+  const uint32_t mask = (1u << ranks) - 1;
+  const int32_t part = p.share ? Tile::kTokens / ranks * rank : 0;  // tokens before this CTA's
+  const uint32_t to = shared.x + part * 128;
+  Ring<Tile::kStages> ring;
+  for (int32_t tile = blockIdx.x / ranks; tile < tiles; tile += gridDim.x / ranks) {
+    const Job job = job_of<Tile>(p, tile, rank, ranks);
+    const int32_t token = job.token + part;
+#pragma unroll 1
+    for (int32_t step = job.begin; step < job.end; ++step, ring.next()) {
+      uint64_t* const full = &shared.full[ring.index];
+      ptx::mbarrier_wait(&shared.empty[ring.index], ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect(full, Tile::kXBytes);
+      if (p.share)
+        ptx::tma_load_multicast(to + ring.index * Tile::kXBytes, map, full, step * 64, token, mask,
+                                policy);
+      else
+        ptx::tma_load(to + ring.index * Tile::kXBytes, map, full, step * 64, token, 0, 0, policy);
+    }
+  }
+}
+
+// Codes, scales and zeros. Never waits for the kernel in front: those are weights.
+template <class Tile>
+__device__ __forceinline__ void produce_weights(const WideParams& p, const CUtensorMap* map,
+                                                int32_t k, const WideShared<Tile>& shared,
+                                                int32_t rank, int32_t ranks) {
+  const uint64_t policy =
+      p.token_tiles > 1 ? ptx::policy_evict_last() : ptx::policy_evict_first();
+  const int32_t tiles = p.row_tiles * p.token_tiles;
+  const uint32_t scale_size = p.scale_dtype == DType::f32 ? 4 : 2;
   Ring<Tile::kStages> ring;
   for (int32_t tile = blockIdx.x / ranks; tile < tiles; tile += gridDim.x / ranks) {
     const Job job = job_of<Tile>(p, tile, rank, ranks);
     const int32_t valid = max(0, min(Tile::kAllBlocks, p.blocks - job.block));
-    const char* weights = reinterpret_cast<const char*>(p.qweight);
+    const uint32_t scale_bytes = valid * 64 * scale_size, zero_bytes = p.zeros ? valid * 64 : 0;
     GroupWalk walk;
+    int64_t entry = (static_cast<int64_t>(p.half_steps ? 2 * job.begin : job.begin / p.group_steps) *
+                         p.blocks +
+                     job.block) *
+                    64;
+#pragma unroll 1
     for (int32_t step = job.begin; step < job.end; ++step, ring.next()) {
-      const int32_t groups =
-          walk.starts(p, job, step) && valid > 0 ? 1 + static_cast<int32_t>(two_groups(p, step, k)) : 0;
-      const uint32_t scale_bytes = valid * 64 * scale_size, zero_bytes = p.zeros ? valid * 64 : 0;
       uint64_t* const full = &shared.full[ring.index];
+      const int groups = walk.starts(p, job, step) && valid > 0 ? 1 + two_groups(p, step, k) : 0;
       ptx::mbarrier_wait(&shared.empty[ring.index], ring.phase ^ 1);
-      if (lane == 0)
-        ptx::mbarrier_arrive_expect(full, Tile::kXBytes + valid * Tile::kBlockBytes +
-                                              groups * (scale_bytes + zero_bytes));
-      __syncwarp();
-      const int64_t group = p.half_steps ? 2 * step : step / p.group_steps;
-      const uint32_t x = shared.x + ring.index * Tile::kXBytes;
-      if (lane == 0 && p.share)
-        ptx::tma_load_multicast(x + rank * (Tile::kXBytes / ranks), x_map, full, step * 64,
-                                job.token + rank * (Tile::kTokens / ranks), (1u << ranks) - 1,
-                                keep);
-      else if (lane == 0)
-        ptx::tma_load(x, x_map, full, step * 64, job.token, 0, 0, keep);
-      else if (lane <= valid)
-        ptx::bulk_load(
-            shared.w + ring.index * Tile::kWBytes + (lane - 1) * Tile::kBlockBytes,
-            weights + (int64_t{job.block + lane - 1} * p.steps + step) * Tile::kBlockBytes,
-            Tile::kBlockBytes, full, w_policy);
-      else if (lane >= 8 && lane < 8 + groups)
-        ptx::bulk_load(shared.scales + (2 * ring.index + lane - 8) * Tile::kScaleGroup,
-                       static_cast<const char*>(p.scales) +
-                           ((group + lane - 8) * p.blocks + job.block) * 64 * scale_size,
-                       scale_bytes, full, w_policy);
-      else if (p.zeros && lane >= 16 && lane < 16 + groups)
-        ptx::bulk_load(shared.zeros + (2 * ring.index + lane - 16) * Tile::kZeroGroup,
-                       p.zeros + ((group + lane - 16) * p.blocks + job.block) * 64, zero_bytes,
-                       full, w_policy);
-      __syncwarp();
+      ptx::mbarrier_arrive_expect(full, Tile::kWBytes + groups * (scale_bytes + zero_bytes));
+      ptx::tma_load(shared.w + ring.index * Tile::kWBytes, map, full, 0, step * (Tile::kBits / 4),
+                    job.block, 0, policy);
+#pragma unroll 1
+      for (int g = 0; g < groups; ++g, entry += int64_t{p.blocks} * 64) {
+        ptx::bulk_load(shared.scales + (2 * ring.index + g) * Tile::kScaleGroup,
+                       static_cast<const char*>(p.scales) + entry * scale_size, scale_bytes, full,
+                       policy);
+        if (p.zeros)
+          ptx::bulk_load(shared.zeros + (2 * ring.index + g) * Tile::kZeroGroup, p.zeros + entry,
+                         zero_bytes, full, policy);
+      }
     }
   }
 }
@@ -469,54 +486,58 @@ struct Consumer {
 
   __device__ __forceinline__ void run(int32_t k) {
     const int32_t tiles = p.row_tiles * p.token_tiles;
-    if (p.split) {
-      const Job job = job_of<Tile>(p, blockIdx.x / ranks, rank, ranks);
-      multiply(job, k);
-      // Both warpgroups are done with the X tiles before sums are written over them.
-      ptx::named_sync(1 + Tile::kGroups, 128 * Tile::kGroups);
-      leave_partial();
-      cluster_sync_shared();
-      write_split(job);
-      cluster_sync_shared();
-      return;
-    }
+#pragma unroll 1
     for (int32_t tile = blockIdx.x / ranks; tile < tiles; tile += gridDim.x / ranks) {
       const Job job = job_of<Tile>(p, tile, rank, ranks);
       multiply(job, k);
-      write(job);
+      if (p.split) {  // the only tile of this cluster
+        // Both warpgroups are done with the tiles before sums are written over them.
+        ptx::named_sync(1 + Tile::kGroups, 128 * Tile::kGroups);
+        leave_partial();
+        cluster_sync_shared();
+        write_split(job);
+      } else {
+        write(job);
+      }
     }
-    if (p.share) cluster_sync_shared();
+    if (p.split || p.share) cluster_sync_shared();
   }
 };
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     wide_kernel(const __grid_constant__ WideParams p, const __grid_constant__ CUtensorMap x_map,
-                const int32_t k) {
+                const __grid_constant__ CUtensorMap w_map, const int32_t k) {
   extern __shared__ char raw[];
   const WideShared<Tile> shared(raw);
   const bool clustered = p.split || p.share;
   const int32_t ranks = clustered ? cluster_size() : 1, rank = clustered ? cluster_rank() : 0;
   if (threadIdx.x == 0) {
     ptx::tma_prefetch(&x_map);
+    ptx::tma_prefetch(&w_map);
     for (int i = 0; i < Tile::kStages; ++i) {
-      ptx::mbarrier_init(&shared.full[i], 1);
+      ptx::mbarrier_init(&shared.full[i], 2);
       ptx::mbarrier_init(&shared.empty[i], 4 * Tile::kGroups * (p.share ? ranks : 1));
     }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
   if (p.share) cluster_sync_shared();  // all barriers exist
-  grid_wait();
   grid_launch_dependents();
   if (threadIdx.x < 128) {
     ptx::registers_give<Tile::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<Tile>(p, &x_map, k, shared, rank, ranks);
+    if (threadIdx.x == 0) {
+      grid_wait();
+      produce_x<Tile>(p, &x_map, shared, rank, ranks);
+    } else if (threadIdx.x == 32) {
+      produce_weights<Tile>(p, &w_map, k, shared, rank, ranks);
+    }
     __syncwarp();
     if (clustered) cluster_sync_shared();
     if (p.split) cluster_sync_shared();
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
+    grid_wait();
     const int warp = threadIdx.x / 32;
     Consumer<T, Tile> consumer{p,        shared, warp / 4 - 1, warp % 4,
                                static_cast<int>(threadIdx.x % 32), rank, ranks};
@@ -546,9 +567,10 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
   const int64_t steps = ceil_div(p.k, 64), blocks = ceil_div(p.n, 64);
   const int split = shape.split < steps ? shape.split : static_cast<int>(steps);
   const int share = split > 1 ? 1 : shape.share, cluster = split > 1 ? split : share;
-  CUtensorMap map;
-  const int error =
-      flash::tensor_map(map, p.x, p.dtype, p.k, p.m, 1, 1, p.x_stride, 0, 0, kTokens / share);
+  CUtensorMap x_map, w_map;
+  int error = activation_map(x_map, p.x, p.dtype, p.m, p.k, p.x_stride, kTokens / share);
+  if (!error)
+    error = packed_map(w_map, p.qweight, steps * (kBits / 4), blocks, kBits / 4, Tile::kAllBlocks);
   if (error) return error;
   const int64_t row_tiles = ceil_div(blocks, Tile::kAllBlocks * share);
   const int64_t token_tiles = ceil_div(p.m, kTokens), tiles = row_tiles * token_tiles;
@@ -604,7 +626,8 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  return cudaLaunchKernelEx(&config, wide_kernel<T, Tile>, params, map, static_cast<int32_t>(p.k));
+  return cudaLaunchKernelEx(&config, wide_kernel<T, Tile>, params, x_map, w_map,
+                            static_cast<int32_t>(p.k));
 }
 
 template <class T, int kBits>
