@@ -49,8 +49,9 @@ struct WideParams {
   bool packed_out;  // 16-byte stores fit
 };
 
-template <int kBits_, int kTokens_, int kBlocks_>
+template <int kBits_, int kTokens_, int kBlocks_, bool kWhole_ = false>
 struct WideTile {
+  static constexpr bool kWhole = kWhole_;
   static constexpr int kBits = kBits_, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1);
   static constexpr int kAllBlocks = kGroups * kBlocks;
@@ -221,6 +222,7 @@ struct Consumer {
   uint32_t offset[kBlocks][2];
   uint32_t words[kBlocks][kWords];
   uint32_t a[2][4];
+  uint32_t whole[2][Tile::kWhole ? 4 * kBlocks : 1][4];
   Ring<Tile::kStages> ring;
 
   // The accumulators of the products.
@@ -332,6 +334,7 @@ struct Consumer {
       ptx::mbarrier_wait(&shared.full[ring.index], ring.phase);
       load_words();
       const uint64_t x = ptx::slab_descriptor(shared.x + ring.index * Tile::kXBytes, 16);
+      const uint32_t x_low = static_cast<uint32_t>(x), x_high = static_cast<uint32_t>(x >> 32);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -350,7 +353,8 @@ struct Consumer {
           dequantise(a[unit % 2], b, i);
           ptx::wgmma_fence();
           const int keep = Tile::kScratch ? !starts : i > 0 || step > job.begin;
-          ptx::wgmma_rk<T, Tile::kTokens>(target(b), a[unit % 2], x + (i * 32 >> 4), keep);
+          ptx::wgmma_rk<T, Tile::kTokens>(target(b), a[unit % 2], 
+                                           uint64_t{x_high} << 32 | (x_low + (i * 32 >> 4)), keep);
           ptx::wgmma_commit();
         }
       }
@@ -364,6 +368,109 @@ struct Consumer {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) ptx::hold(acc[b]);
     }
+    if (job.end > job.begin) {
+      release(last);
+      close_group();
+    }
+  }
+
+  template <int kBuffer>
+  __device__ __forceinline__ void whole_step(const Job& job, int32_t k, int32_t step,
+                                             GroupWalk& walk, int& last, int& before) {
+    const bool first = walk.starts(p, job, step), two = two_groups(p, step, k);
+    float old[kBlocks][2];
+    ptx::mbarrier_wait(&shared.full[ring.index], ring.phase);
+    load_words();
+    if (first) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) old[b][0] = scale[b][0], old[b][1] = scale[b][1];
+      load_scales(0);
+    }
+    const uint64_t x = ptx::slab_descriptor(shared.x + ring.index * Tile::kXBytes, 16);
+    const uint32_t x_low = static_cast<uint32_t>(x), x_high = static_cast<uint32_t>(x >> 32);
+    ptx::wgmma_wait<2>();
+#pragma unroll
+    for (int u = 0; u < 4 * kBlocks; ++u) ptx::hold(whole[kBuffer][u]);
+    if (step > job.begin + 1) release(before);
+    before = last;
+    last = ring.index;
+    const auto fill = [&](int i) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) dequantise(whole[kBuffer][i * kBlocks + b], b, i);
+    };
+    const auto issue = [&](int i, int keep) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        ptx::wgmma_rk<T, Tile::kTokens>(target(b), whole[kBuffer][i * kBlocks + b],
+                                        uint64_t{x_high} << 32 | (x_low + (i * 32 >> 4)), keep);
+    };
+    fill(0);
+    fill(1);
+    if (!two) {
+      fill(2);
+      fill(3);
+    }
+    if constexpr (Tile::kScratch) {
+      if (first && step > job.begin) {
+        ptx::wgmma_wait<0>();
+        close_with(old);
+      }
+    }
+    ptx::wgmma_fence();
+    issue(0, Tile::kScratch ? !first : step > job.begin);
+    issue(1, 1);
+    ptx::wgmma_commit();
+    if (two) {
+      if constexpr (Tile::kScratch) {
+        ptx::wgmma_wait<0>();
+        close_with(scale);
+      }
+      load_scales(1);
+      fill(2);
+      fill(3);
+    }
+    ptx::wgmma_fence();
+    issue(2, Tile::kScratch ? !two : 1);
+    issue(3, 1);
+    ptx::wgmma_commit();
+    ring.next();
+  }
+  __device__ __forceinline__ void close_with(const float (&factor)[kBlocks][2]) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      ptx::hold(scratch[b]);
+#pragma unroll
+      for (int i = 0; i < kAcc; ++i)
+        acc[b][i] = fmaf(scratch[b][i], factor[b][i % 4 / 2], acc[b][i]);
+    }
+  }
+  __device__ __forceinline__ void multiply_whole(const Job& job, int32_t k) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      offset[b][0] = offset[b][1] = Code::offset(1u << (Tile::kBits - 1));
+#pragma unroll
+      for (int i = 0; i < kAcc; ++i) acc[b][i] = 0.0f;
+    }
+    int last = 0, before = 0;
+    GroupWalk walk;
+#pragma unroll 1
+    for (int32_t step = job.begin;;) {
+      whole_step<0>(job, k, step, walk, last, before);
+      if (++step >= job.end) break;
+      whole_step<1>(job, k, step, walk, last, before);
+      if (++step >= job.end) break;
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int u = 0; u < 4 * kBlocks; ++u) {
+      ptx::hold(whole[0][u]);
+      ptx::hold(whole[1][u]);
+    }
+    if constexpr (!Tile::kScratch) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) ptx::hold(acc[b]);
+    }
+    if (job.end > job.begin + 1) release(before);
     if (job.end > job.begin) {
       release(last);
       close_group();
@@ -489,7 +596,10 @@ struct Consumer {
 #pragma unroll 1
     for (int32_t tile = blockIdx.x / ranks; tile < tiles; tile += gridDim.x / ranks) {
       const Job job = job_of<Tile>(p, tile, rank, ranks);
-      multiply(job, k);
+      if constexpr (Tile::kWhole)
+        multiply_whole(job, k);
+      else
+        multiply(job, k);
       if (p.split) {  // the only tile of this cluster
         // Both warpgroups are done with the tiles before sums are written over them.
         ptx::named_sync(1 + Tile::kGroups, 128 * Tile::kGroups);
@@ -561,9 +671,9 @@ int clusters_at_once(const cudaLaunchConfig_t& config, int size) {
   return count;
 }
 
-template <class T, int kBits, int kTokens, int kBlocks>
+template <class T, int kBits, int kTokens, int kBlocks, bool kWhole = false>
 int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
-  using Tile = WideTile<kBits, kTokens, kBlocks>;
+  using Tile = WideTile<kBits, kTokens, kBlocks, kWhole>;
   const int64_t steps = ceil_div(p.k, 64), blocks = ceil_div(p.n, 64);
   const int split = shape.split < steps ? shape.split : static_cast<int>(steps);
   const int share = split > 1 ? 1 : shape.share, cluster = split > 1 ? split : share;
@@ -632,6 +742,12 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
 
 template <class T, int kBits>
 int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
+  if (s.blocks > 10) {
+    if (s.tokens == 64 && s.blocks == 12) return launch_wide<T, kBits, 64, 2, true>(p, s, stream);
+    if (s.tokens == 64) return launch_wide<T, kBits, 64, 1, true>(p, s, stream);
+    if (s.tokens == 128) return launch_wide<T, kBits, 128, 1, true>(p, s, stream);
+    return launch_wide<T, kBits, 256, 1, true>(p, s, stream);
+  }
   if (s.tokens == 64 && s.blocks == 1) return launch_wide<T, kBits, 64, 1>(p, s, stream);
   if (s.tokens == 64) return launch_wide<T, kBits, 64, 2>(p, s, stream);
   if (s.tokens == 128) return launch_wide<T, kBits, 128, 1>(p, s, stream);
