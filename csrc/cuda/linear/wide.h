@@ -5,9 +5,10 @@
 
 namespace fastinfer::cuda {
 
-// Tile of the kernel: `tokens` x (2 * 64 * blocks) weight rows per CTA. The CTAs of a cluster of
-// `split` have one tile and cut K; those of a cluster of `share` take neighbouring row tiles and
-// load X together. At most one of them exceeds 1.
+// Tile of the kernel: `tokens` x (2 * 64 * blocks) weight rows per CTA. With split > 1 the tiles
+// beyond whole rounds over the multiprocessors (all of them, if they are few) are given to clusters
+// of `split` CTAs that cut K. With share > 1 clusters of `share` CTAs take neighbouring row tiles
+// and load X together. At most one of them exceeds 1.
 struct WideShape {
   int tokens, blocks, split, share;
 };

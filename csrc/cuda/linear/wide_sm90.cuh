@@ -43,6 +43,7 @@ struct WideParams {
   int32_t blocks;         // of 64 weight rows
   int32_t group_steps;    // of a group; 1 with two groups to a step
   int32_t row_tiles, token_tiles, section;
+  int32_t first_tile, end_tile;  // of this launch
   bool split;       // the CTAs of a cluster cut K
   bool half_steps;  // groups of 32 columns
   bool share;       // they take neighbouring row tiles, and X is multicast
@@ -143,12 +144,12 @@ __device__ __forceinline__ void produce_x(const WideParams& p, const CUtensorMap
                                           const WideShared<Tile>& shared, int32_t rank,
                                           int32_t ranks) {
   const uint64_t policy = ptx::policy_evict_last();
-  const int32_t tiles = p.row_tiles * p.token_tiles;
   const uint32_t mask = (1u << ranks) - 1;
   const int32_t part = p.share ? Tile::kTokens / ranks * rank : 0;  // tokens before this CTA's
   const uint32_t to = shared.x + part * 128;
   Ring<Tile::kStages> ring;
-  for (int32_t tile = blockIdx.x / ranks; tile < tiles; tile += gridDim.x / ranks) {
+  for (int32_t tile = p.first_tile + blockIdx.x / ranks; tile < p.end_tile;
+         tile += gridDim.x / ranks) {
     const Job job = job_of<Tile>(p, tile, rank, ranks);
     const int32_t token = job.token + part;
 #pragma unroll 1
@@ -172,10 +173,10 @@ __device__ __forceinline__ void produce_weights(const WideParams& p, const CUten
                                                 int32_t rank, int32_t ranks) {
   const uint64_t policy =
       p.token_tiles > 1 ? ptx::policy_evict_last() : ptx::policy_evict_first();
-  const int32_t tiles = p.row_tiles * p.token_tiles;
   const uint32_t scale_size = p.scale_dtype == DType::f32 ? 4 : 2;
   Ring<Tile::kStages> ring;
-  for (int32_t tile = blockIdx.x / ranks; tile < tiles; tile += gridDim.x / ranks) {
+  for (int32_t tile = p.first_tile + blockIdx.x / ranks; tile < p.end_tile;
+         tile += gridDim.x / ranks) {
     const Job job = job_of<Tile>(p, tile, rank, ranks);
     const int32_t valid = max(0, min(Tile::kAllBlocks, p.blocks - job.block));
     const uint32_t scale_bytes = valid * 64 * scale_size, zero_bytes = p.zeros ? valid * 64 : 0;
@@ -592,9 +593,9 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run(int32_t k) {
-    const int32_t tiles = p.row_tiles * p.token_tiles;
 #pragma unroll 1
-    for (int32_t tile = blockIdx.x / ranks; tile < tiles; tile += gridDim.x / ranks) {
+    for (int32_t tile = p.first_tile + blockIdx.x / ranks; tile < p.end_tile;
+         tile += gridDim.x / ranks) {
       const Job job = job_of<Tile>(p, tile, rank, ranks);
       if constexpr (Tile::kWhole)
         multiply_whole(job, k);
@@ -676,7 +677,7 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
   using Tile = WideTile<kBits, kTokens, kBlocks, kWhole>;
   const int64_t steps = ceil_div(p.k, 64), blocks = ceil_div(p.n, 64);
   const int split = shape.split < steps ? shape.split : static_cast<int>(steps);
-  const int share = split > 1 ? 1 : shape.share, cluster = split > 1 ? split : share;
+  const int share = split > 1 ? 1 : shape.share;
   CUtensorMap x_map, w_map;
   int error = activation_map(x_map, p.x, p.dtype, p.m, p.k, p.x_stride, kTokens / share);
   if (!error)
@@ -689,7 +690,7 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
   // Token tiles walked before the next row tile: their X stays in the second-level cache.
   int64_t section = device_facts().l2_bytes / 3 / (2 * p.k * kTokens);
   section = section < 1 ? 1 : section < token_tiles ? section : token_tiles;
-  const WideParams params{
+  WideParams params{
       p.qweight,
       p.scales,
       static_cast<const uint8_t*>(p.zeros),
@@ -705,7 +706,9 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
       static_cast<int32_t>(row_tiles),
       static_cast<int32_t>(token_tiles),
       static_cast<int32_t>(section),
-      split > 1,
+      0,
+      0,
+      false,
       p.groups > 1 && p.group_columns == 32,
       share > 1,
       reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (p.m == 1 || p.out_stride % 8 == 0),
@@ -714,30 +717,40 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             static_cast<int>(Tile::kSharedBytes));
   if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(tiles * cluster));
-  config.blockDim = dim3(Tile::kThreads);
-  config.dynamicSmemBytes = Tile::kSharedBytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2];
-  config.attrs = attributes;
-  if (cluster > 1) {
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    config.numAttrs = 1;
-  }
-  if (split == 1) {
-    const int64_t most =
-        share > 1 ? clusters_at_once<T, Tile>(config, share) : device_facts().sms;
-    if (most < 1) return cudaErrorInvalidConfiguration;
-    config.gridDim.x = static_cast<unsigned>((tiles < most ? tiles : most) * share);
-  }
-  if (programmatic_launch()) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  return cudaLaunchKernelEx(&config, wide_kernel<T, Tile>, params, x_map, w_map,
-                            static_cast<int32_t>(p.k));
+  // Tiles [first, end) by `ctas` in clusters of `cluster`.
+  const auto start = [&](int64_t first, int64_t end, int cluster, bool cut) -> int {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>((end - first) * cluster));
+    config.blockDim = dim3(Tile::kThreads);
+    config.dynamicSmemBytes = Tile::kSharedBytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attributes[2];
+    config.attrs = attributes;
+    if (cluster > 1) {
+      attributes[0].id = cudaLaunchAttributeClusterDimension;
+      attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+      config.numAttrs = 1;
+    }
+    if (!cut) {
+      const int64_t most =
+          cluster > 1 ? clusters_at_once<T, Tile>(config, cluster) : device_facts().sms;
+      if (most < 1) return cudaErrorInvalidConfiguration;
+      if (end - first > most) config.gridDim.x = static_cast<unsigned>(most * cluster);
+    }
+    if (programmatic_launch()) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    params.first_tile = static_cast<int32_t>(first);
+    params.end_tile = static_cast<int32_t>(end);
+    params.split = cut;
+    return cudaLaunchKernelEx(&config, wide_kernel<T, Tile>, params, x_map, w_map,
+                              static_cast<int32_t>(p.k));
+  };
+  const int64_t whole = split > 1 ? tiles / device_facts().sms * device_facts().sms : tiles;
+  if (whole > 0) error = start(0, whole, share, false);
+  if (!error && whole < tiles) error = start(whole, tiles, split, true);
+  return error;
 }
 
 template <class T, int kBits>
