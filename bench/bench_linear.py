@@ -22,6 +22,12 @@ LAYERS = (
     ("8B down", 4096, 14336),
 )
 
+LARGE_LAYERS = (
+    ("70B qkv", 10240, 8192),
+    ("70B gate_up", 57344, 8192),
+    ("70B down", 8192, 28672),
+)
+
 
 @functools.lru_cache(1)
 def quantised_weight(bits: int, n: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +138,25 @@ def dense(m: int, n: int, k: int, dtype: torch.dtype, device: str, *, ours: bool
     if ours:
         return lambda: fastinfer.linear(x, weight)
     return lambda: torch.nn.functional.linear(x, weight)
+
+
+def many_tokens(bench: Bench) -> None:
+    """Packed weights against cuBLAS in 16 bits, from 64 tokens to prefill (CUDA)."""
+    for label, n, k in (*LAYERS, *LARGE_LAYERS):
+        for m in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+            shape = (m, n, k, bench.dtype, bench.device)
+            bench.case(
+                {"op": "gemm", "layer": label, "n": n, "k": k, "m": m},
+                {
+                    f"{OURS}_int4": lambda s=shape: packed_call(4, *s),
+                    f"{OURS}_int8": lambda s=shape: packed_call(8, *s),
+                    "cublas_bf16" if bench.dtype == torch.bfloat16 else "cublas": lambda s=shape: (
+                        dense(*s, ours=False)
+                    ),
+                },
+                moved_bytes=n * k // 2,
+                flops=2 * m * n * k,
+            )
 
 
 def main() -> None:

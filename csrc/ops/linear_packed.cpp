@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "linear_checks.h"
+#include "linear_choice.h"
 
 namespace fastinfer {
 
