@@ -60,7 +60,9 @@ class Bench:
         parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         parser.add_argument("--dtype", default="bf16", choices=["fp32", "fp16", "bf16"])
         parser.add_argument(
-            "--filter", default="", help="only cases whose description contains this"
+            "--filter",
+            default="",
+            help="only cases whose description contains this, or one of these (a,b,c)",
         )
         parser.add_argument("--seconds", type=float, default=0.5, help="time spent per row")
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -94,7 +96,7 @@ class Bench:
         compared with that of the first peer, which is ours.
         """
         label = " ".join(f"{k}={v}" for k, v in keys.items() if k != "op")
-        if self.args.filter not in label:
+        if not self.wanted(label):
             return
         first, first_us = next(iter(peers)), 0.0
         for peer, (us, fastest) in self._times(peers, moved_bytes):
@@ -122,6 +124,9 @@ class Bench:
                 f"{share:>5.0%} {ratio}",
                 flush=True,
             )
+
+    def wanted(self, label: str) -> bool:
+        return any(part in label for part in self.args.filter.split(","))
 
     def finish(self) -> None:
         if not self.args.json:

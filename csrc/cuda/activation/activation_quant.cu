@@ -1,11 +1,17 @@
 // silu(gate) * up as int8 codes per row (common/quantize_row.cuh); x [rows, 2I] = [gate, up] with
 // any row strides, q [rows, I] contiguous.
 //
-// One block per row: the first pass computes the products in fp32, keeps them in shared memory
+// Few rows: the products of a row stay in the registers of one block or of a cluster of blocks,
+// because a single row would keep one multiprocessor busy with exponentials for a microsecond.
+//
+// Many rows: one block per row; the first pass computes the products in fp32, keeps them in shared memory
 // (each thread reads back only what it wrote, so no barrier guards them) and finds their range; the
 // second turns them into codes. A row wider than shared memory is computed twice. Minima and maxima
 // do not depend on their order, so the number of threads may follow the number of rows.
+#include <cstdlib>
+
 #include "../common/quantize_row.cuh"
+#include "../ptx/cluster.cuh"
 #include "activation.h"
 #include "gate.cuh"
 
@@ -33,7 +39,7 @@ template <class E>
 __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ GatedQuantLaunch a) {
   constexpr int kSize = Pack<E>::kSize, kQuads = kSize / 4;
   extern __shared__ float4 staged[];  // quad h of pack k at [h * packs + k]: no bank conflicts
-  __shared__ RowScratch<uint2> ranges;
+  __shared__ uint2 scratch[32];
   const cpu::GatedParams& p = a.p.gated;
   const int64_t r = blockIdx.x;
   const int inner = static_cast<int>(p.inner), packs = (inner + kSize - 1) / kSize;
@@ -55,7 +61,7 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
       const int at = base + k * blockDim.x;
       float y[kSize];
       product<E>(y, g[k], u[k]);
-      range.add(y);
+      range.add(y, !a.p.zeros);
       if (a.staged && at < packs) {
 #pragma unroll
         for (int h = 0; h < kQuads; ++h)
@@ -65,7 +71,7 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
   }
   grid_launch_dependents();
   const RowCodes codes =
-      row_codes(reduce_range(group, range, !a.p.zeros, ranges), a.p.zeros != nullptr);
+      row_codes(reduce_range(group, range, !a.p.zeros, scratch), a.p.zeros != nullptr);
   if (threadIdx.x == 0) {
     a.p.scale[r] = codes.scale;
     if (a.p.zeros) a.p.zeros[r] = codes.zero;
@@ -89,6 +95,109 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
   });
 }
 
+constexpr int kHeld = 2;  // packs of a thread
+constexpr int kMaxCtas = 4;
+
+struct GatedHeldLaunch {
+  const void* x;
+  int8_t* q;
+  float* scale;
+  int32_t* zeros;
+  int64_t stride[2];  // of x
+  uint32_t inner_rows;  // 0: one row dimension, of stride [1]
+  int32_t inner, ctas, packs_held;
+};
+
+template <class E>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    gated_held_kernel(const __grid_constant__ GatedHeldLaunch a) {
+  constexpr int kSize = Pack<E>::kSize;
+  __shared__ uint64_t scratch[32];
+  const uint32_t rank = cluster_rank(), r = blockIdx.x / a.ctas;
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, all_warps = warps * a.ctas;
+  const int first = rank * blockDim.x + threadIdx.x, step = a.ctas * blockDim.x;
+  const int packs = a.inner / kSize;
+  const bool symmetric = !a.zeros;
+  uint32_t outer = 0, inner = r;
+  if (a.inner_rows) outer = r / a.inner_rows, inner = r % a.inner_rows;
+  grid_wait();
+  const uint4* gate = reinterpret_cast<const uint4*>(static_cast<const E*>(a.x) +
+                                                     outer * a.stride[0] + inner * a.stride[1]);
+  const uint4* up = gate + packs;
+  uint4 g[kHeld] = {}, u[kHeld] = {};
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k)
+    if (first + k * step < packs) g[k] = gate[first + k * step], u[k] = up[first + k * step];
+  grid_launch_dependents();
+  float y[kHeld][kSize];
+  RowRange range;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    if (k >= a.packs_held) continue;
+    product<E>(y[k], g[k], u[k]);
+    range.add(y[k], symmetric);
+  }
+  uint2 bits = max_over_lanes(range_bits(range), 32, symmetric);
+  if (lane == 0) scratch[threadIdx.x / 32] = static_cast<uint64_t>(bits.y) << 32 | bits.x;
+  if (a.ctas == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync_shared();
+  }
+  const int from = min(lane, all_warps - 1);
+  const uint64_t value =
+      a.ctas == 1 ? scratch[from] : cluster_load(scratch + from % warps, from / warps);
+  bits = max_over_lanes(
+      make_uint2(static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)), 32, symmetric);
+  if (a.ctas > 1) cluster_arrive();  // its reads are over
+  const RowCodes codes = row_codes(range_of_bits(bits), !symmetric);
+  if (first == 0) {
+    a.scale[r] = codes.scale;
+    if (a.zeros) a.zeros[r] = codes.zero;
+  }
+  int8_t* q = a.q + static_cast<int64_t>(r) * a.inner;
+  with_mode(codes.mode, [&](auto tag) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int at = first + k * step;
+      if (at < packs) codes.template store<decltype(tag)::mode>(q, at * kSize, a.inner, true, y[k]);
+    }
+  });
+  if (a.ctas > 1) cluster_wait();
+}
+
+// Compiled for sm_90 or newer, not translated from older PTX: only then does the code know
+// clusters.
+template <class E>
+bool clusters_work() {
+  static const bool yes = [] {
+    cudaFuncAttributes a;
+    return cudaFuncGetAttributes(&a, gated_held_kernel<E>) == cudaSuccess && a.ptxVersion >= 90;
+  }();
+  return yes;
+}
+
+template <class E>
+int launch_held(const cpu::GatedQuantParams& p, int64_t rows, int64_t packs, void* stream) {
+  const cpu::GatedParams& g = p.gated;
+  const bool two = g.shape.ndim == 2;
+  GatedHeldLaunch a{g.x.data, p.q, p.scale, p.zeros};
+  a.stride[0] = g.x.stride[0], a.stride[1] = g.x.stride[two ? 1 : 0];
+  a.inner_rows = two ? static_cast<uint32_t>(g.shape.size[1]) : 0;
+  a.inner = static_cast<int32_t>(g.inner);
+  a.ctas = 1;
+  const DeviceFacts& facts = device_facts();
+  if (facts.compute_capability >= 90 && !force_portable() && clusters_work<E>())
+    while (a.ctas < kMaxCtas && 2 * a.ctas * rows <= facts.sms && packs >= 256 * a.ctas)
+      a.ctas *= 2;
+  if (getenv("FI_X_CTAS")) a.ctas = atoi(getenv("FI_X_CTAS"));
+  const int64_t most = kMaxRowThreads / a.ctas, want = ceil_div(ceil_div(packs, a.ctas), 32) * 32;
+  const int threads = static_cast<int>(want < most ? want : most);
+  a.packs_held = static_cast<int32_t>(ceil_div(packs, int64_t{threads} * a.ctas));
+  return launch_clusters(gated_held_kernel<E>, a.ctas, static_cast<unsigned>(rows * a.ctas),
+                         threads, 0, stream, a);
+}
+
 }  // namespace
 
 int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* stream) {
@@ -106,6 +215,8 @@ int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* strea
     a.code_packs = reinterpret_cast<uintptr_t>(p.q) % kSize == 0 && g.inner % kSize == 0;
     // Few rows: as many threads as there is work for. Many: several blocks per multiprocessor.
     const bool few = rows <= 2 * device_facts().sms;
+    if (few && a.packs && a.code_packs && packs <= kMaxRowThreads * kHeld && g.shape.ndim <= 2)
+      return launch_held<E>(p, rows, packs, stream);
     const int limit_threads = few ? kMaxRowThreads : 512;
     const int64_t want = ceil_div(packs, few ? 1 : kUnroll);
     const int threads =

@@ -25,10 +25,19 @@ struct RowGroup {
   // Rows that share a block have a power of two of threads.
   __device__ __forceinline__ explicit RowGroup(int row_threads) {
     threads = row_threads;
-    row = threads < static_cast<int>(blockDim.x) ? threadIdx.x >> (31 - __clz(threads)) : 0;
+    row = shares() ? threadIdx.x >> (31 - __clz(threads)) : 0;
     thread = threadIdx.x - row * threads;
     warps = threads / 32;
     turn = 0;
+  }
+
+  __device__ __forceinline__ bool shares() const {
+    return threads < static_cast<int>(blockDim.x);
+  }
+  // Index of the row among those of all blocks.
+  __device__ __forceinline__ int64_t global_row() const {
+    if (!shares()) return blockIdx.x;
+    return static_cast<int64_t>(blockIdx.x) * (blockDim.x >> (31 - __clz(threads))) + row;
   }
 
   // Every thread of the block calls, also those without a row.

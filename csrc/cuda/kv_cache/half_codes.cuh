@@ -14,17 +14,6 @@ struct alignas(16) HalfRow {
   uint32_t word[8];  // two elements each
 };
 
-template <class T>
-struct PairOf;
-template <>
-struct PairOf<__half> {
-  using Type = __half2;
-};
-template <>
-struct PairOf<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-};
-
 // top_bits() of the row: largest magnitude, as the bits of an fp32 number; NaN stays NaN.
 template <class T>
 __device__ __forceinline__ uint32_t top_bits(const HalfRow& row) {

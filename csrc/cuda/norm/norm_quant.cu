@@ -1,5 +1,5 @@
 // rms_norm_quant: see norm.cuh.
-#include "norm.cuh"
+#include "norm_rows.cuh"
 #include "norm.h"
 
 namespace fastinfer::cuda {
