@@ -34,7 +34,7 @@ def main() -> None:
     rows: dict[str, dict[str, Call]] = {
         "rms_norm": {
             OURS: lambda: fastinfer.rms_norm(x, w, out=y),
-            "operator": lambda: ops.rms_norm(x, w, 1e-6, y),
+            "operator": lambda: ops.rms_norm(x, w, 1e-6, out=y),
             "torch": lambda: torch.nn.functional.rms_norm(x, (4096,), w, 1e-6),
         },
         "fused_add_rms_norm": {
@@ -43,7 +43,9 @@ def main() -> None:
         },
         "rms_norm_quant": {
             OURS: lambda: fastinfer.rms_norm_quant(x, w),
-            "operator": lambda: ops.rms_norm_quant(x, w, 1e-6, None, codes, scale, None),
+            "operator": lambda: ops.rms_norm_quant(
+                x, w, 1e-6, residual=None, q=codes, scale=scale, zeros=None
+            ),
         },
         "silu_and_mul": {
             OURS: lambda: fastinfer.silu_and_mul(gated, out=y),

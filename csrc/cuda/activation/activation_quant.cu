@@ -53,8 +53,8 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       const int at = base + k * blockDim.x;
-      g[k] = at < packs ? load_row_pack(gate, at * kSize, inner, a.packs) : uint4{};
-      u[k] = at < packs ? load_row_pack(up, at * kSize, inner, a.packs) : uint4{};
+      g[k] = at < packs ? load_pack(gate, at * kSize, inner, a.packs) : uint4{};
+      u[k] = at < packs ? load_pack(up, at * kSize, inner, a.packs) : uint4{};
     }
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
@@ -87,8 +87,8 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
           y[4 * h] = four.x, y[4 * h + 1] = four.y, y[4 * h + 2] = four.z, y[4 * h + 3] = four.w;
         }
       } else {
-        product<E>(y, load_row_pack(gate, at * kSize, inner, a.packs),
-                   load_row_pack(up, at * kSize, inner, a.packs));
+        product<E>(y, load_pack(gate, at * kSize, inner, a.packs),
+                   load_pack(up, at * kSize, inner, a.packs));
       }
       codes.template store<decltype(tag)::mode>(q, at * kSize, inner, a.code_packs, y);
     }

@@ -118,7 +118,7 @@ __device__ void write_any_heads(const CodesParams& p, int64_t first, uint32_t he
     uint32_t top = 0;
     if (store.scale.dynamic) {
       for (int64_t i = lane * kSize; active && i < store.dim; i += lanes * kSize) {
-        as_floats(load_pack(x, i, store.dim, p.packs[side]), value);
+        as_floats<T>(load_pack(x, i, store.dim, p.packs[side]), value);
         top = max(top, top_bits(value));
       }
       top = group_max(top, lanes);
@@ -127,7 +127,7 @@ __device__ void write_any_heads(const CodesParams& p, int64_t first, uint32_t he
     const Slot at = split_slot(slot, p.block_size);
     const float scale = head_scale(store, at, head, top, lane == 0);
     for (int64_t i = lane * kSize; i < store.dim; i += lanes * kSize) {
-      as_floats(load_pack(x, i, store.dim, p.packs[side]), value);
+      as_floats<T>(load_pack(x, i, store.dim, p.packs[side]), value);
       store_codes(cache_row(store, at, head), i, store.dim, store.packs, value, Quotient(scale),
                   store.dtype == DType::f8e4m3, store.soft);
     }

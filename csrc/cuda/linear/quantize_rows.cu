@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   PackRange<E> range;
   if (!a.static_scale)
     for (int i = first; i < a.k; i += step)
-      range.add(load_row_pack(x, i, a.k, a.packs), symmetric);
+      range.add(load_pack(x, i, a.k, a.packs), symmetric);
   grid_launch_dependents();
   const RowCodes codes =
       codes_of_row<E>(a, group, range.all(), r, active && group.thread == 0, scratch);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   with_mode(codes.mode, [&](auto tag) {
     for (int i = first; i < a.k; i += step) {
       float y[kSize];
-      unpack<E>(y, load_row_pack(x, i, a.k, a.packs));
+      unpack<E>(y, load_pack(x, i, a.k, a.packs));
       codes.template store<decltype(tag)::mode>(q, i, a.k, a.code_packs, y);
     }
   });

@@ -32,10 +32,10 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   float squares = 0.0f;
   RowRange range;
   for (int i = first; i < dim; i += step) {
-    uint4 pack = load_row_pack(x, i, dim, a.packs);
+    uint4 pack = load_pack(x, i, dim, a.packs);
     if (residual) {
-      pack = sum_of<E>(pack, load_row_pack(residual, i, dim, a.packs));
-      store_row_pack(residual, i, dim, a.packs, pack);
+      pack = sum_of<E>(pack, load_pack(residual, i, dim, a.packs));
+      store_pack(residual, i, dim, a.packs, pack);
     }
     float v[kSize];
     unpack<E>(v, pack);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     with_mode(codes.mode, [&](auto tag) {
       for (int i = first; i < dim; i += step) {
         float y[kSize];
-        unpack<E>(y, load_row_pack(x, i, dim, a.packs));
+        unpack<E>(y, load_pack(x, i, dim, a.packs));
         times_weight(y, i, 1.0f);
         codes.template store<decltype(tag)::mode>(q, i, dim, a.code_packs, y);
       }
@@ -67,9 +67,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     E* out = static_cast<E*>(p.out.data) + row_offset_of(p.shape, p.out, r);
     for (int i = first; i < dim; i += step) {
       float y[kSize];
-      unpack<E>(y, load_row_pack(x, i, dim, a.packs));
+      unpack<E>(y, load_pack(x, i, dim, a.packs));
       times_weight(y, i, inv);
-      store_row_pack(out, i, dim, a.packs, pack_of<E>(y));
+      store_pack(out, i, dim, a.packs, pack_of<E>(y));
     }
   }
 }

@@ -56,7 +56,7 @@ __device__ __forceinline__ Place place_of(const RotaryLaunch& a, int slot, bool 
 
 template <class E>
 __device__ __forceinline__ uint4 load_part(const E* row, int i, int end, bool packs) {
-  return i < end ? load_row_pack(row, i, end, packs) : uint4{};
+  return i < end ? load_pack(row, i, end, packs) : uint4{};
 }
 
 template <class E>
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
       needed[j] =
           which[j] < 3 && at.first < at.first_end && (at.rotated || caches(j) || in[j] != out[j]);
       if (!needed[j]) continue;
-      first[j] = load_row_pack(in[j], at.first, at.first_end, a.packs);
+      first[j] = load_pack(in[j], at.first, at.first_end, a.packs);
       second[j] = load_part(in[j], at.second, at.second_end, a.packs);
     }
     float c[kSize], sine[kSize];
@@ -136,9 +136,9 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
       const Place at = place_of<kSize>(a, n, which[j] != 2);
       if (at.rotated) rotate<E>(first[j], second[j], c, sine, p.interleaved);
       if (at.rotated || in[j] != out[j]) {
-        store_row_pack(out[j], at.first, at.first_end, a.packs, first[j]);
+        store_pack(out[j], at.first, at.first_end, a.packs, first[j]);
         if (at.second < at.second_end)
-          store_row_pack(out[j], at.second, at.second_end, a.packs, second[j]);
+          store_pack(out[j], at.second, at.second_end, a.packs, second[j]);
       }
       if (caches(j)) {
         float x[kSize];
