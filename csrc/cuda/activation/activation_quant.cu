@@ -4,10 +4,10 @@
 // Few rows: the products of a row stay in the registers of one block or of a cluster of blocks,
 // because a single row would keep one multiprocessor busy with exponentials for a microsecond.
 //
-// Many rows: one block per row; the first pass computes the products in fp32, keeps them in shared memory
-// (each thread reads back only what it wrote, so no barrier guards them) and finds their range; the
-// second turns them into codes. A row wider than shared memory is computed twice. Minima and maxima
-// do not depend on their order, so the number of threads may follow the number of rows.
+// Many rows: one block per row; the first pass computes the products in fp32, keeps them in shared
+// memory (each thread reads back only what it wrote, so no barrier guards them) and finds their
+// range; the second turns them into codes. A row wider than shared memory is computed twice. Minima
+// and maxima do not depend on their order, so the number of threads may follow the number of rows.
 #include <cstdlib>
 
 #include "../common/quantize_row.cuh"
@@ -95,17 +95,16 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
   });
 }
 
-constexpr int kHeld = 2;  // packs of a thread
-constexpr int kMaxCtas = 4;
+constexpr int kMaxCtas = 8;
 
 struct GatedHeldLaunch {
   const void* x;
   int8_t* q;
   float* scale;
   int32_t* zeros;
-  int64_t stride[2];  // of x
+  int64_t stride[2];    // of x
   uint32_t inner_rows;  // 0: one row dimension, of stride [1]
-  int32_t inner, ctas, packs_held;
+  int32_t inner, ctas;
 };
 
 template <class E>
@@ -115,8 +114,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   __shared__ uint64_t scratch[32];
   const uint32_t rank = cluster_rank(), r = blockIdx.x / a.ctas;
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32, all_warps = warps * a.ctas;
-  const int first = rank * blockDim.x + threadIdx.x, step = a.ctas * blockDim.x;
-  const int packs = a.inner / kSize;
+  const int at = rank * blockDim.x + threadIdx.x, packs = a.inner / kSize;
   const bool symmetric = !a.zeros;
   uint32_t outer = 0, inner = r;
   if (a.inner_rows) outer = r / a.inner_rows, inner = r % a.inner_rows;
@@ -124,19 +122,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const uint4* gate = reinterpret_cast<const uint4*>(static_cast<const E*>(a.x) +
                                                      outer * a.stride[0] + inner * a.stride[1]);
   const uint4* up = gate + packs;
-  uint4 g[kHeld] = {}, u[kHeld] = {};
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k)
-    if (first + k * step < packs) g[k] = gate[first + k * step], u[k] = up[first + k * step];
+  uint4 g{}, u{};
+  if (at < packs) g = gate[at], u = up[at];
   grid_launch_dependents();
-  float y[kHeld][kSize];
+  float y[kSize];
+  product<E>(y, g, u);
   RowRange range;
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    if (k >= a.packs_held) continue;
-    product<E>(y[k], g[k], u[k]);
-    range.add(y[k], symmetric);
-  }
+  range.add(y, symmetric);
   uint2 bits = max_over_lanes(range_bits(range), 32, symmetric);
   if (lane == 0) scratch[threadIdx.x / 32] = static_cast<uint64_t>(bits.y) << 32 | bits.x;
   if (a.ctas == 1) {
@@ -144,24 +136,22 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   } else {
     cluster_sync_shared();
   }
-  const int from = min(lane, all_warps - 1);
-  const uint64_t value =
-      a.ctas == 1 ? scratch[from] : cluster_load(scratch + from % warps, from / warps);
-  bits = max_over_lanes(
-      make_uint2(static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)), 32, symmetric);
+  bits = make_uint2(0, 0);
+  for (int w = lane; w < all_warps; w += 32) {
+    const uint64_t other = a.ctas == 1 ? scratch[w] : cluster_load(scratch + w % warps, w / warps);
+    bits.x = max(bits.x, static_cast<uint32_t>(other));
+    bits.y = max(bits.y, static_cast<uint32_t>(other >> 32));
+  }
+  bits = max_over_lanes(bits, 32, symmetric);
   if (a.ctas > 1) cluster_arrive();  // its reads are over
   const RowCodes codes = row_codes(range_of_bits(bits), !symmetric);
-  if (first == 0) {
+  if (at == 0) {
     a.scale[r] = codes.scale;
     if (a.zeros) a.zeros[r] = codes.zero;
   }
   int8_t* q = a.q + static_cast<int64_t>(r) * a.inner;
   with_mode(codes.mode, [&](auto tag) {
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int at = first + k * step;
-      if (at < packs) codes.template store<decltype(tag)::mode>(q, at * kSize, a.inner, true, y[k]);
-    }
+    if (at < packs) codes.template store<decltype(tag)::mode>(q, at * kSize, a.inner, true, y);
   });
   if (a.ctas > 1) cluster_wait();
 }
@@ -177,25 +167,28 @@ bool clusters_work() {
   return yes;
 }
 
+// CTAs that share a row, 0: a row is too long for this form.
+constexpr int held_ctas(int64_t rows, int64_t packs, int sms, bool clusters) {
+  constexpr int64_t kLeast = 64;  // packs of a CTA
+  int ctas = 1;
+  while (clusters && ctas < kMaxCtas && 2 * ctas * rows <= sms && packs >= 2 * ctas * kLeast)
+    ctas *= 2;
+  return packs <= int64_t{kMaxRowThreads} * ctas ? ctas : 0;
+}
+
 template <class E>
-int launch_held(const cpu::GatedQuantParams& p, int64_t rows, int64_t packs, void* stream) {
+int launch_held(const cpu::GatedQuantParams& p, int64_t rows, int64_t packs, int ctas,
+                void* stream) {
   const cpu::GatedParams& g = p.gated;
   const bool two = g.shape.ndim == 2;
   GatedHeldLaunch a{g.x.data, p.q, p.scale, p.zeros};
   a.stride[0] = g.x.stride[0], a.stride[1] = g.x.stride[two ? 1 : 0];
   a.inner_rows = two ? static_cast<uint32_t>(g.shape.size[1]) : 0;
   a.inner = static_cast<int32_t>(g.inner);
-  a.ctas = 1;
-  const DeviceFacts& facts = device_facts();
-  if (facts.compute_capability >= 90 && !force_portable() && clusters_work<E>())
-    while (a.ctas < kMaxCtas && 2 * a.ctas * rows <= facts.sms && packs >= 256 * a.ctas)
-      a.ctas *= 2;
-  if (getenv("FI_X_CTAS")) a.ctas = atoi(getenv("FI_X_CTAS"));
-  const int64_t most = kMaxRowThreads / a.ctas, want = ceil_div(ceil_div(packs, a.ctas), 32) * 32;
-  const int threads = static_cast<int>(want < most ? want : most);
-  a.packs_held = static_cast<int32_t>(ceil_div(packs, int64_t{threads} * a.ctas));
+  a.ctas = ctas;
+  const int64_t threads = ceil_div(ceil_div(packs, a.ctas), 32) * 32;
   return launch_clusters(gated_held_kernel<E>, a.ctas, static_cast<unsigned>(rows * a.ctas),
-                         threads, 0, stream, a);
+                         static_cast<unsigned>(threads), 0, stream, a);
 }
 
 }  // namespace
@@ -215,8 +208,16 @@ int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* strea
     a.code_packs = reinterpret_cast<uintptr_t>(p.q) % kSize == 0 && g.inner % kSize == 0;
     // Few rows: as many threads as there is work for. Many: several blocks per multiprocessor.
     const bool few = rows <= 2 * device_facts().sms;
-    if (few && a.packs && a.code_packs && packs <= kMaxRowThreads * kHeld && g.shape.ndim <= 2)
-      return launch_held<E>(p, rows, packs, stream);
+    if constexpr (sizeof(E) == 2) {
+      if (few && a.packs && a.code_packs && g.shape.ndim <= 2) {
+        const DeviceFacts& facts = device_facts();
+        const bool clusters =
+            facts.compute_capability >= 90 && !force_portable() && clusters_work<E>();
+        int ctas = held_ctas(rows, packs, facts.sms, clusters);
+        if (getenv("FI_X_CTAS")) ctas = atoi(getenv("FI_X_CTAS"));
+        if (ctas > 0) return launch_held<E>(p, rows, packs, ctas, stream);
+      }
+    }
     const int limit_threads = few ? kMaxRowThreads : 512;
     const int64_t want = ceil_div(packs, few ? 1 : kUnroll);
     const int threads =

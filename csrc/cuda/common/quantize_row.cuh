@@ -80,8 +80,8 @@ __device__ __forceinline__ RowRange reduce_range(const RowGroup& group, const Ro
   return range_of_bits(bits);
 }
 
-// x / kDivisor as IEEE rounds it, for the divisors used here: x times the rounded reciprocal is next
-// to the quotient, the remainder is exact, the sum rounds to the right one (every mantissa was
+// x / kDivisor as IEEE rounds it, for the divisors used here: x times the rounded reciprocal is
+// next to the quotient, the remainder is exact, the sum rounds to the right one (every mantissa was
 // tried). Far from the middle of the range: the division of the library.
 template <int kDivisor>
 __device__ __forceinline__ float quotient_by(float x) {
@@ -111,8 +111,8 @@ struct RowCodes {
   // Quotients, as IEEE rounds them. With 1 / s = inverse + rest, y * inverse + y * rest is one of
   // the two neighbours of y / s, and adding remainder * inverse rounds to the right one (Markstein
   // 1990). The remainder is exact where s is in the middle of the range, to where a power of two
-  // brings it and y, and the quotient matters, i.e. is not far below 1/2; one beyond 1024 is clamped
-  // in any case.
+  // brings it and y, and the quotient matters, i.e. is not far below 1/2; one beyond 1024 is
+  // clamped in any case.
   __device__ __forceinline__ void prepare(float s, CodeMode usual) {
     scale = s, factor = 1.0f, mode = usual;
     if (!(fabsf(s) >= 0x1p-60f && fabsf(s) <= 0x1p60f)) {

@@ -31,9 +31,7 @@ struct RowGroup {
     turn = 0;
   }
 
-  __device__ __forceinline__ bool shares() const {
-    return threads < static_cast<int>(blockDim.x);
-  }
+  __device__ __forceinline__ bool shares() const { return threads < static_cast<int>(blockDim.x); }
   // Index of the row among those of all blocks.
   __device__ __forceinline__ int64_t global_row() const {
     if (!shares()) return blockIdx.x;

@@ -1,7 +1,7 @@
 // quantize_per_token: x [M, K] to int8 q [M, K] with one scale (and zero point) per row; the rule
 // and the bits of csrc/cpu/quantize_row.h (common/quantize_row.cuh). A static scale needs no range.
 //
-// A row belongs to a group of threads (common/row_group.h). Aligned rows of at most 1024 * kPacks
+// A row belongs to a group of threads (common/row_group.h). Aligned rows of at most 4096
 // packs of 16 bytes (32768 elements of a 16-bit type) stay in registers between range and codes;
 // any other row is walked pack by pack and read twice. The range of 16-bit elements is taken in
 // pairs, before they become fp32.
@@ -12,7 +12,7 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kPacks = 4;
+constexpr int kManyPacks = 4;  // of a thread where there are many rows
 
 struct QuantizeLaunch {
   const void* x;
@@ -21,7 +21,7 @@ struct QuantizeLaunch {
   int32_t* zeros;
   const float* static_scale;
   int64_t x_stride, q_stride, rows;
-  int32_t k, row_threads, packs_held;
+  int32_t k, row_threads;
   bool packs, code_packs;
 };
 
@@ -81,7 +81,8 @@ __device__ __forceinline__ RowCodes codes_of_row(const QuantizeLaunch& a, const 
   return codes;
 }
 
-template <class E>
+// kPacks: 1 where rows are few (short code, many threads), else kManyPacks.
+template <class E, int kPacks>
 __global__ void __launch_bounds__(kMaxRowThreads)
     quantize_held_kernel(const __grid_constant__ QuantizeLaunch a) {
   constexpr int kSize = Pack<E>::kSize;
@@ -101,8 +102,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   PackRange<E> range;
   if (!a.static_scale) {
 #pragma unroll
-    for (int n = 0; n < kPacks; ++n)
-      if (n < a.packs_held) range.add(held[n], symmetric);
+    for (int n = 0; n < kPacks; ++n) range.add(held[n], symmetric);
   }
   grid_launch_dependents();
   const RowCodes codes =
@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const E* x = static_cast<const E*>(a.x) + r * a.x_stride;
   PackRange<E> range;
   if (!a.static_scale)
-    for (int i = first; i < a.k; i += step)
-      range.add(load_pack(x, i, a.k, a.packs), symmetric);
+    for (int i = first; i < a.k; i += step) range.add(load_pack(x, i, a.k, a.packs), symmetric);
   grid_launch_dependents();
   const RowCodes codes =
       codes_of_row<E>(a, group, range.all(), r, active && group.thread == 0, scratch);
@@ -158,19 +157,23 @@ int quantize_rows(const cpu::QuantizeRowsParams& p, int64_t rows, void* stream) 
     constexpr int kSize = Pack<E>::kSize;
     const int64_t packs = ceil_div(p.k, kSize);
     // A range does not depend on its order, so few rows may have more threads.
-    const RowLayout layout = row_layout(packs, rows <= device_facts().sms ? 1 : kPacks);
+    const bool few = sizeof(E) == 2 && packs <= kMaxRowThreads && rows <= device_facts().sms;
+    const RowLayout layout = row_layout(packs, few ? 1 : kManyPacks);
     const int64_t x_stride = rows > 1 ? p.x_stride : 0, q_stride = rows > 1 ? p.q_stride : 0;
-    QuantizeLaunch a{p.x,      p.q,      p.scale, p.zeros,
-                     p.static_scale,
-                     x_stride, q_stride, rows,    static_cast<int32_t>(p.k), layout.threads};
-    a.packs_held = static_cast<int32_t>(ceil_div(packs, layout.threads));
+    QuantizeLaunch a{};
+    a.x = p.x, a.q = p.q, a.scale = p.scale, a.zeros = p.zeros, a.static_scale = p.static_scale;
+    a.x_stride = x_stride, a.q_stride = q_stride, a.rows = rows;
+    a.k = static_cast<int32_t>(p.k), a.row_threads = layout.threads;
     a.packs = packs_fit(p.x, p.k, sizeof(E), {x_stride});
     a.code_packs =
         reinterpret_cast<uintptr_t>(p.q) % kSize == 0 && p.k % kSize == 0 && q_stride % kSize == 0;
     const auto blocks = static_cast<unsigned>(ceil_div(rows, layout.rows_per_block));
-    const bool held = a.packs && a.code_packs && packs <= int64_t{layout.threads} * kPacks;
-    return launch(held ? quantize_held_kernel<E> : quantize_any_kernel<E>, blocks,
-                  layout.threads * layout.rows_per_block, 0, stream, a);
+    const int block = layout.threads * layout.rows_per_block;
+    if (!a.packs || !a.code_packs || packs > int64_t{layout.threads} * kManyPacks)
+      return launch(quantize_any_kernel<E>, blocks, block, 0, stream, a);
+    if constexpr (sizeof(E) == 2)
+      if (few) return launch(quantize_held_kernel<E, 1>, blocks, block, 0, stream, a);
+    return launch(quantize_held_kernel<E, kManyPacks>, blocks, block, 0, stream, a);
   });
 }
 

@@ -2,20 +2,18 @@
 //
 //   y = x / sqrt(mean(x^2) + eps) * weight      fp32 arithmetic, one rounding
 //   residual: residual = round(residual + x), and that sum is normalised
-//   kQuant: int8 codes (common/quantize_row.cuh) of x * weight, whose scale is then multiplied by
+//   codes: int8 codes (common/quantize_row.cuh) of x * weight, whose scale is then multiplied by
 //   1 / sqrt(..): the factor is the row's own, so sum and range are one reduction
 //
 // Rows x [rows, D], residual, out with strides (cpu/rows.h); weight [D] of any float type.
 //
-// A row belongs to a group of threads (common/row_group.h), chosen by D alone, and every thread
-// sums its packs of 16 bytes in the same order on all paths: a row's bits depend on nothing but the
-// row.
-//   in registers   rows of at most 1024 * 2 packs (16384 elements of a 16-bit type), aligned, with
-//                  at most two row dimensions, weight of x's type: read once, kept between the sum
-//                  and the output
+// The sum of squares is a fixed tree over the packs of 16 bytes of a row: pack p belongs to lane
+// p % 32 of warp p / 32, each warp is summed as a butterfly, then the warps are. How many packs a
+// thread really holds (kPacks) only says who adds, so that a row's bits depend on nothing but the
+// row, while few rows are spread over as many threads as there is work for.
+//   in registers   rows of at most 2048 packs (16384 elements of a 16-bit type), aligned, with at
+//                  most two row dimensions, weight of x's type: read once (norm_rows.cuh)
 //   any row        norm_any.cu: walked pack by pack, read again for the output
-// With many rows the int8 form lets a thread do the work of two of the group (t and t + threads /
-// 2), with a sum of its own for each: the same tree, half the reductions and scales per element.
 #pragma once
 
 #include "../../cpu/norm.h"
@@ -23,36 +21,33 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kNormPacks = 2;  // of a thread of the group
+constexpr int kMaxPacks = 2 * kMaxRowThreads, kMaxWarps = kMaxPacks / 32;
 
-// Parameters of rows in registers. Few: every 100 bytes cost a launch some 0.1 us.
+// Parameters of rows in registers.
 struct NormLaunch {
   const void *x, *weight;
   void *residual, *out;  // out: q where there are codes
   float* scale;
   int32_t* zeros;
   int64_t x_stride[2], residual_stride[2], out_stride[2];  // elements, outer and inner dimension
-  int64_t rows;
-  uint32_t inner;  // rows of the inner dimension; 0: one dimension, of stride [1]
-  int32_t dim;
+  uint32_t rows, inner;  // rows of the inner dimension; 0: one dimension, of stride [1]
+  int32_t packs, row_threads;
   float eps, inverse_dim;
-  uint16_t row_threads, threads;  // of the group; in fact
 };
-static_assert(sizeof(NormLaunch) <= 128, "small parameters: see docs/kernels/norm.md");
 
 // Of any row.
 struct NormAnyLaunch {
   cpu::RmsNormQuantParams p;
   int64_t rows;
-  int row_threads, rows_per_block;
+  int row_threads;
   float inverse_dim;
   bool packs, weight_packs, code_packs;
 };
 
-// Sum of squares and range of the row so far, one per warp.
+// What the warps of a block found: sums of the tree's warps, ranges of the real ones.
 struct NormScratch {
-  RowScratch<float> sums;
-  float4 both[32];  // sums of this thread and of the second one, range
+  float sums[kMaxWarps];
+  uint2 ranges[32];
 };
 
 template <int kSize>
@@ -62,47 +57,65 @@ __device__ __forceinline__ float add_squares(float sum, const float (&v)[kSize])
   return sum;
 }
 
-__device__ __forceinline__ float sum_row(RowGroup& group, float sum, NormScratch& scratch) {
-  return group.reduce(sum, scratch.sums, [](float x, float y) { return x + y; });
-}
-
-// Sum and range of the row, with one barrier. The sum is that of sum_row(), bit by bit; `paired`:
-// over a group of twice as many threads, where `high` stands for thread t + threads (one row per
-// block).
+// Sums of the packs that a thread holds, pack group.thread + k * group.threads in slot k, to the
+// sum of the row. With kRange also the range of the row, behind the same barrier. Once per kernel.
 struct SumAndRange {
   float sum;
   RowRange range;
 };
-__device__ __forceinline__ SumAndRange reduce_both(const RowGroup& group, float low, float high,
-                                                   const RowRange& range, bool paired,
-                                                   bool symmetric, NormScratch& scratch) {
-  uint2 bits = max_over_lanes(range_bits(range), min(group.threads, 32), symmetric);
+template <int kPacks, bool kRange>
+__device__ __forceinline__ SumAndRange reduce_row(const RowGroup& group, float (&s)[kPacks],
+                                                  const RowRange& range, bool symmetric,
+                                                  NormScratch& scratch) {
+  static_assert(kPacks == 1 || kPacks == 2 || kPacks == 4, "a power of two of slots");
+  const int lane = threadIdx.x % 32, threads = group.threads;
+  uint2 bits{};
+  if (kRange) bits = max_over_lanes(range_bits(range), min(threads, 32), symmetric);
+  if (threads < 32) {  // all slots belong to one warp of the tree
 #pragma unroll
-  for (int lane = 16; lane > 0; lane >>= 1) {
-    if (lane < group.threads) low += __shfl_xor_sync(kAllLanes, low, lane);
-    if (paired) high += __shfl_xor_sync(kAllLanes, high, lane);
+    for (int k = kPacks / 2; k > 0; k /= 2)
+#pragma unroll
+      for (int j = 0; j < k; ++j) s[j] += s[j + k];
+#pragma unroll
+    for (int other = 16; other > 0; other >>= 1)
+      if (other < threads) s[0] += __shfl_xor_sync(kAllLanes, s[0], other);
+    return {s[0], range_of_bits(bits)};
   }
-  if (group.warps <= 1) return {low, range_of_bits(bits)};
-  const int lane = threadIdx.x % 32;
-  if (lane == 0)
-    scratch.both[threadIdx.x / 32] =
-        make_float4(low, high, __uint_as_float(bits.x), __uint_as_float(bits.y));
-  __syncthreads();
-  const float4* values = scratch.both + group.row * group.warps;
-  const float4 ends = values[min(lane, group.warps - 1)];
-  const int warps = paired ? 2 * group.warps : group.warps;
-  const int span = 1 << (32 - __clz(warps - 1)), mine = lane & (span - 1);
-  float sum = 0.0f;
-  if (mine < group.warps) {
-    sum = values[mine].x;
-  } else if (mine < warps) {
-    sum = values[mine - group.warps].y;
+  // Slot k is warp k * group.warps + w of the tree. The first steps of the butterflies halve the
+  // number of slots a lane looks after: lanes with the bit clear keep the lower ones.
+  int other = 16;
+#pragma unroll
+  for (int k = kPacks / 2; k > 0; k /= 2, other /= 2) {
+    const bool upper = lane & other;
+#pragma unroll
+    for (int j = 0; j < k; ++j) {
+      const float give = upper ? s[j] : s[j + k], keep = upper ? s[j + k] : s[j];
+      s[j] = keep + __shfl_xor_sync(kAllLanes, give, other);
+    }
   }
 #pragma unroll
-  for (int other = 16; other > 0; other >>= 1)
-    if (other < span) sum += __shfl_xor_sync(kAllLanes, sum, other);
-  bits = max_over_lanes(make_uint2(__float_as_uint(ends.z), __float_as_uint(ends.w)), 32,
-                        symmetric);
+  for (; other > 0; other /= 2) s[0] += __shfl_xor_sync(kAllLanes, s[0], other);
+  constexpr int kLanes = 32 / kPacks;  // that now hold the same slot
+  const int warps = kPacks * group.warps;
+  float* sums = scratch.sums + group.row * warps;
+  if (lane % kLanes == 0)
+    sums[lane / kLanes * group.warps + threadIdx.x / 32 - group.row * group.warps] = s[0];
+  if (kRange && lane == 0) scratch.ranges[threadIdx.x / 32] = bits;
+  if (warps == 1) return {s[0], range_of_bits(bits)};
+  if (blockDim.x > 32) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  const int span = warps > 32 ? 32 : 1 << (32 - __clz(warps - 1)), mine = lane & (span - 1);
+  float sum = mine < warps ? sums[mine] : 0.0f;
+  if (mine + 32 < warps) sum += sums[mine + 32];
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1)
+    if (step < span) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  if (kRange)
+    bits = max_over_lanes(scratch.ranges[group.row * group.warps + min(lane, group.warps - 1)], 32,
+                          symmetric);
   return {sum, range_of_bits(bits)};
 }
 
@@ -131,11 +144,7 @@ __device__ __forceinline__ RowCodes norm_codes(const RowRange& range, float inv,
   return codes;
 }
 
-// norm.cu and norm_quant.cu: rows in registers where that is possible, else the path for any row
-// (norm_any.cu).
-int launch_norm_any(const NormAnyLaunch& a, unsigned blocks, int block, void* stream);
-
-template <bool kQuant>
-int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream);
+// norm_any.cu: the path for any row.
+int launch_norm_any(const NormAnyLaunch& a, int rows_per_block, void* stream);
 
 }  // namespace fastinfer::cuda

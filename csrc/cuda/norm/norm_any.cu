@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     for (int j = 0; j < kSize; ++j) y[j] = y[j] * factor * w[j];
   };
 
-  float squares = 0.0f;
+  float squares[2] = {};
   RowRange range;
   for (int i = first; i < dim; i += step) {
     uint4 pack = load_pack(x, i, dim, a.packs);
@@ -39,7 +39,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
     float v[kSize];
     unpack<E>(v, pack);
-    squares = add_squares(squares, v);
+    // Past 2 * kMaxRowThreads packs no other path has to give the same bits.
+    const float sum = add_squares(0.0f, v);
+    if (i == first) {
+      squares[0] = sum;
+    } else {
+      squares[1] += sum;
+    }
     if (a.p.q) {
       times_weight(v, i, 1.0f);
       range.add(v, symmetric);
@@ -47,10 +53,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   }
   if (residual) x = residual;
   grid_launch_dependents();
+  const SumAndRange all = reduce_row<2, true>(group, squares, range, symmetric, scratch);
+  const float inv = rsqrtf(all.sum * a.inverse_dim + p.eps);
   if (a.p.q) {
-    const SumAndRange all =
-        reduce_both(group, squares, 0.0f, range, false, symmetric, scratch);
-    const float inv = rsqrtf(all.sum * a.inverse_dim + p.eps);
     const RowCodes codes =
         norm_codes(all.range, inv, a.p.scale, a.p.zeros, r, active && group.thread == 0);
     int8_t* q = a.p.q + r * dim;
@@ -63,7 +68,6 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       }
     });
   } else {
-    const float inv = rsqrtf(sum_row(group, squares, scratch) * a.inverse_dim + p.eps);
     E* out = static_cast<E*>(p.out.data) + row_offset_of(p.shape, p.out, r);
     for (int i = first; i < dim; i += step) {
       float y[kSize];
@@ -76,7 +80,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 
 }  // namespace
 
-int launch_norm_any(const NormAnyLaunch& a, unsigned blocks, int block, void* stream) {
+int launch_norm_any(const NormAnyLaunch& a, int rows_per_block, void* stream) {
+  const auto blocks = static_cast<unsigned>(ceil_div(a.rows, rows_per_block));
+  const int block = a.row_threads * rows_per_block;
   return with_float(a.p.norm.dtype, [&](auto element) {
     return launch(norm_any_kernel<decltype(element)>, blocks, block, 0, stream, a);
   });

@@ -103,9 +103,7 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
     out[j] = static_cast<E*>(tensor.out) + b * tensor.out_batch + s * tensor.out_token +
              head[j] * tensor.out_head;
   }
-  const auto caches = [&](int j) {
-    return slot >= 0 && (which[j] == 1 || which[j] == 2);
-  };
+  const auto caches = [&](int j) { return slot >= 0 && (which[j] == 1 || which[j] == 2); };
 
   const int64_t table_size = dtype_size(p.table_dtype);
   const auto table = [&](const void* base, int64_t stride) {

@@ -1,13 +1,13 @@
-// The form of rotary.cu for the tensors that models have: whole heads rotated, heads next to each
-// other, everything aligned, a power of two of packs per head, tokens in one stride, and caches of
-// one layout. Less to decide per thread, and parameters of a third of the size, which a launch pays
-// for.
+// The form of rotary.cu for the tensors that models have: 16-bit elements, whole heads rotated,
+// heads next to each other, everything aligned, a power of two of packs per head, tokens in one
+// stride, and caches of one layout. Less to decide per thread, and parameters of a third of the
+// size, which a launch pays for.
 //
 // As in rotary.cu a head belongs to `lanes` neighbouring lanes with two packs of 16 bytes each, and
 // heads are numbered q, k, v within a token; each thread has one head, or (much work) two, which
 // share cos and sin.
 #include "../common/row_group.cuh"
-#include "../kv_cache/cache_write.cuh"
+#include "../kv_cache/half_codes.cuh"
 #include "rotary.h"
 #include "rotary_parts.cuh"
 
@@ -27,7 +27,8 @@ struct DenseRotary {
   static constexpr bool kCached = false;
   template <class E>
   __device__ __forceinline__ E* target(int which, int64_t t) const {
-    return static_cast<E*>(which == 0 ? q_out : k_out) + t * (which == 0 ? q_out_token : k_out_token);
+    return static_cast<E*>(which == 0 ? q_out : k_out) +
+           t * (which == 0 ? q_out_token : k_out_token);
   }
 };
 
@@ -67,36 +68,42 @@ __device__ __forceinline__ void load_table(float (&c)[Pack<E>::kSize], const voi
   }
 }
 
-// Head `head` of k (which == 1) or v (which == 2), in registers, to its slot.
+// Head `head` of k (which == 1) or v (which == 2), as a lane holds it, to its slot. Every lane of
+// the warp calls.
 template <class E, class A>
 __device__ __forceinline__ void cache_head(const A& a, int which, int64_t slot, int head,
                                            const uint4& first, const uint4& second, int at_first,
-                                           int at_second, uint32_t top, bool owner) {
+                                           int at_second, int lane) {
+  HalfRow row;
+  reinterpret_cast<uint4*>(&row)[0] = first;
+  reinterpret_cast<uint4*>(&row)[1] = second;
+  uint32_t top = 0;
+  if (a.codes) top = top_bits<E>(row);
+  if (a.dynamic) top = group_max(top, 1 << a.lane_bits);
+  if (slot < 0 || (which != 1 && which != 2)) return;
   const int dim = (2 * Pack<E>::kSize) << a.lane_bits;
   const Slot where = split_slot(slot, a.block_size);
-  const int64_t row = where.block * a.block_stride +
-                      where.position * static_cast<int64_t>(a.cache_position) + head * dim;
+  const int64_t at = where.block * a.block_stride +
+                     where.position * static_cast<int64_t>(a.cache_position) + head * dim;
   char* cache = which == 1 ? a.key_cache : a.value_cache;
   if (!a.codes) {
-    E* to = reinterpret_cast<E*>(cache) + row;
+    E* to = reinterpret_cast<E*>(cache) + at;
     *reinterpret_cast<uint4*>(to + at_first) = first;
     *reinterpret_cast<uint4*>(to + at_second) = second;
     return;
   }
-  float* at = (which == 1 ? a.k_scale : a.v_scale) + slot * a.scale_slot + head * a.scale_head;
+  float* scales = (which == 1 ? a.k_scale : a.v_scale) + slot * a.scale_slot + head * a.scale_head;
   float scale;
   if (a.dynamic) {
     scale = dynamic_scale(top, a.fp8);
-    if (owner) *at = scale;
+    if (lane == 0) *scales = scale;
   } else {
-    scale = *at;
+    scale = *scales;
   }
-  const Quotient divide(scale);
-  float x[Pack<E>::kSize];
-  unpack<E>(x, first);
-  store_codes(cache + row, at_first, dim, true, x, divide, a.fp8, a.soft);
-  unpack<E>(x, second);
-  store_codes(cache + row, at_second, dim, true, x, divide, a.fp8, a.soft);
+  uint32_t code[4];
+  half_codes<E>(code, row, Quotient(scale), top, a.fp8, a.soft);
+  *reinterpret_cast<uint2*>(cache + at + at_first) = make_uint2(code[0], code[1]);
+  *reinterpret_cast<uint2*>(cache + at + at_second) = make_uint2(code[2], code[3]);
 }
 
 template <class E, class A>
@@ -112,7 +119,8 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
   const bool live = t < a.tokens && group < a.groups;
   grid_wait();
   int64_t position = t, slot = -1;
-  if (a.positions && live) position = index_of(a.positions, a.wide_positions, t * a.position_stride);
+  if (a.positions && live)
+    position = index_of(a.positions, a.wide_positions, t * a.position_stride);
   if constexpr (A::kCached) {
     if (live) slot = index_of(a.slots, a.wide_slots, t * a.slot_stride);
   } else {
@@ -136,7 +144,7 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
         }
       }
     }
-    if (!live || h >= heads || (which[j] == 2 && slot < 0)) which[j] = 3;
+    if (!live || h >= heads) which[j] = 3;
     if (which[j] == 3) continue;
     from += head[j] * dim;
     first[j] = *reinterpret_cast<const uint4*>(from + at_first);
@@ -156,18 +164,14 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
       *reinterpret_cast<uint4*>(to + at_first) = first[j];
       *reinterpret_cast<uint4*>(to + at_second) = second[j];
     }
-    if constexpr (A::kCached) {
-      uint32_t top = 0;
-      if (a.dynamic) {  // with every lane of the warp
-        float x[kSize];
-        unpack<E>(x, first[j]);
-        top = top_bits(x);
-        unpack<E>(x, second[j]);
-        top = group_max(max(top, top_bits(x)), lanes);
-      }
-      if (slot >= 0 && (which[j] == 1 || which[j] == 2))
-        cache_head<E>(a, which[j], slot, head[j], first[j], second[j], at_first, at_second, top,
-                      lane == 0);
+  }
+  if constexpr (A::kCached) {
+    // A loop, not two copies: a kernel of one token mostly waits for its instructions.
+#pragma unroll 1
+    for (int j = 0; j < kRotaryHeads; ++j) {
+      if (j * a.groups >= heads) break;
+      cache_head<E>(a, j ? which[1] : which[0], slot, j ? head[1] : head[0],
+                    j ? first[1] : first[0], j ? second[1] : second[0], at_first, at_second, lane);
     }
   }
 }
@@ -183,8 +187,8 @@ bool small(std::initializer_list<int64_t> values) {
 
 // Tokens of all batches in one stride, heads next to each other?
 bool one_stride(const cpu::RotaryTensor& t, const cpu::RotaryParams& p, int64_t tokens) {
-  const bool folds = tokens <= p.seq || (t.in_batch == p.seq * t.in_token &&
-                                         t.out_batch == p.seq * t.out_token);
+  const bool folds =
+      tokens <= p.seq || (t.in_batch == p.seq * t.in_token && t.out_batch == p.seq * t.out_token);
   return folds && (t.heads == 1 || (t.in_head == p.dim && t.out_head == p.dim)) &&
          t.heads <= UINT16_MAX;
 }
@@ -225,8 +229,7 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
   const bool batched = tokens > p.seq;
   if (batched && (!p.positions || p.position_batch != p.seq * p.position_token)) return false;
   if (!one_stride(p.q, p, tokens) || (p.k.in && !one_stride(p.k, p, tokens)) ||
-      p.cos_stride != p.sin_stride ||
-      !small({tokens, p.cos_stride, p.position_token}))
+      p.cos_stride != p.sin_stride || !small({tokens, p.cos_stride, p.position_token}))
     return false;
   int lane_bits = 0;
   while (1 << lane_bits < lanes) ++lane_bits;
@@ -271,12 +274,9 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
 
 bool rotary_dense(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t tokens,
                   const RotaryFit& fit, void* stream, int& error) {
-  bool taken = false;
-  with_float(p.dtype, [&](auto element) {
-    taken = run<decltype(element)>(p, write, tokens, fit, stream, error);
-    return 0;
-  });
-  return taken;
+  if (p.dtype == DType::f16) return run<__half>(p, write, tokens, fit, stream, error);
+  if (p.dtype == DType::bf16) return run<__nv_bfloat16>(p, write, tokens, fit, stream, error);
+  return false;
 }
 
 }  // namespace fastinfer::cuda

@@ -21,7 +21,8 @@ constexpr RotaryLayout rotary_layout(int64_t tokens, int64_t heads, int lanes, i
   const int64_t need = (int64_t{groups} * lanes + 31) / 32 * 32;
   const int most = much ? kRotaryThreads : 64;
   const int width = static_cast<int>(need < most ? need : most);
-  return {groups, width, much ? kRotaryThreads / width : 1, static_cast<int>((need + width - 1) / width)};
+  return {groups, width, much ? kRotaryThreads / width : 1,
+          static_cast<int>((need + width - 1) / width)};
 }
 
 static_assert(rotary_layout(1, 40, 8, 132).parts == 5, "one token: five blocks");
