@@ -147,6 +147,7 @@ CASES: list[Case] = [
         ("symmetric", 3, 4096),
         ("asymmetric", 5, 129),
         ("static", 200, 520),
+        ("symmetric", 200, 4096),
         ("symmetric", 1, 40000),
     )
 ] + [
