@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import _lib, ops
 from ..models import AttentionMetadata, LayerCache
 from .batch import RequestRows
 from .request import Request
@@ -49,6 +49,11 @@ _COLUMNS: dict[str, type] = {
     "min_p": np.float32,
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
+# From this many rows on, one launch per step divides the decode work for all layers; with fewer
+# every launch of the decode kernel does it faster by itself.
+PLANNED_ROWS = 33
+# Whether the kernels of a captured step may start before the one in front of them has ended.
+PROGRAMMATIC_LAUNCH = True
 _PADDING = {"slots": -1, "carry_from": -1, "top_p": 1.0}  # all else is 0
 
 
@@ -201,7 +206,8 @@ class DecodeGraphs:
                 run()  # libraries make their handles and workspaces now
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+            with capture, _lib.programmatic_launch(PROGRAMMATIC_LAUNCH):
                 run()
         return graph.replay
 
@@ -218,6 +224,7 @@ class DecodeGraphs:
             block_table=self._tables[: bucket.rows],
             max_seqlen_q=1,
             max_seqlen_k=self._max_len,  # a graph must hold for any length
+            plans=self._plans(bucket),
             workspace=self._workspace,
         )
         hidden = self._model(input_ids, meta, self._layers)
@@ -225,6 +232,21 @@ class DecodeGraphs:
         names = ("temperature",) if greedy else _SAMPLING
         columns = {name: inputs[name] for name in names}
         ops.sample(logits, **columns, out=self._drawn[: bucket.rows])  # type: ignore[arg-type]
+
+    def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
+        config = self._model.config
+        if bucket.rows < PLANNED_ROWS:
+            return None
+        return {
+            window: ops.plan_decode(
+                bucket.inputs["seq_lens"],
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                window_size=window,
+            )
+            for window in {config.window_of(layer) for layer in range(config.num_layers)}
+        }
 
 
 def _length(name: str, rows: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class AttentionMetadata:
     block_table: Tensor  # int32 [B, max_blocks]; entries past a sequence's length may hold anything
     max_seqlen_q: int
     max_seqlen_k: int
-    plan: Tensor | None = None  # of `plan_decode`, shared by all layers
+    plans: Mapping[tuple[int, int], Tensor] | None = None  # of `plan_decode`, by window of a layer
     workspace: Tensor | None = None  # of `flash_attn_with_kvcache`: zeroed once, one per stream
 
 
@@ -103,7 +104,6 @@ class SelfAttention(nn.Module):
             "block_table": meta.block_table,
             "k_scale": cache.k_scale,
             "v_scale": cache.v_scale,
-            "plan": meta.plan,
             "batch_invariant": self.batch_invariant,
         }
         # A batch-invariant row goes through the same operator whatever shares its step.
@@ -114,6 +114,7 @@ class SelfAttention(nn.Module):
                 cache.k,
                 cache.v,
                 cache_seqlens=meta.seq_lens,
+                plan=None if meta.plans is None else meta.plans[self.window],
                 workspace=meta.workspace,
                 **shared,
             )
