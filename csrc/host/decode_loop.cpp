@@ -21,6 +21,14 @@ void append(PyObject* list, PyObject* value) {  // takes over the reference
   if (failed) throw py::error_already_set();
 }
 
+// list[i], which must be of the type.
+PyObject* item(const py::list& list, int64_t i, const py::type& type) {
+  PyObject* object = PyList_GET_ITEM(list.ptr(), i);
+  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type.ptr())))
+    wrong_type("the list must hold objects of " + std::string(py::str(type)), object);
+  return object;
+}
+
 PyObject* owned(PyObject* value) {
   if (value == nullptr) throw py::error_already_set();
   return value;
@@ -79,8 +87,6 @@ DecodeLoop::DecodeLoop(py::type request, py::type metrics, py::type chunk, py::o
       num_registered_(request, "num_registered"),
       draft_tokens_(request, "draft_tokens"),
       in_flight_(request, "in_flight"),
-      row_(request, "row"),
-      blocks_sent_(request, "blocks_sent"),
       status_(request, "status"),
       max_total_(request, "max_total_tokens"),
       stop_ids_(request, "stop_ids"),
@@ -93,27 +99,13 @@ DecodeLoop::DecodeLoop(py::type request, py::type metrics, py::type chunk, py::o
       num_drafts_(chunk, "num_drafts"),
       samples_(chunk, "samples") {}
 
-PyObject* DecodeLoop::request_at(const py::list& list, int64_t i) const {
-  PyObject* request = PyList_GET_ITEM(list.ptr(), i);
-  if (!PyObject_TypeCheck(request, reinterpret_cast<PyTypeObject*>(request_type_.ptr())))
-    wrong_type("requests must be Request objects", request);
-  return request;
-}
-
-PyObject* DecodeLoop::chunk_at(const py::list& list, int64_t i) const {
-  PyObject* chunk = PyList_GET_ITEM(list.ptr(), i);
-  if (!PyObject_TypeCheck(chunk, reinterpret_cast<PyTypeObject*>(chunk_type_.ptr())))
-    wrong_type("chunks must be ScheduledChunk objects", chunk);
-  return chunk;
-}
-
 py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budget,
                            const py::list& chunks) {
   const auto size = static_cast<int64_t>(running.size());
   auto* chunk_type = reinterpret_cast<PyTypeObject*>(chunk_type_.ptr());
   int64_t planned = 0, i = begin;
   for (; i < size && planned < budget; ++i) {
-    PyObject* request = request_at(running, i);
+    PyObject* request = item(running, i, request_type_);
     if (status_.get(request) != running_.ptr() || draft_tokens_.length(request) != 0) break;
     const int64_t in_flight = in_flight_.integer(request);
     const int64_t known = tokens_.length(request) + in_flight;
@@ -147,7 +139,7 @@ int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int6
   const py::object time = py::float_(now), one = py::int_(1);
   int64_t i = begin;
   for (; i < size; ++i) {
-    PyObject* chunk = chunk_at(chunks, i);
+    PyObject* chunk = item(chunks, i, chunk_type_);
     PyObject* request = request_.get(chunk);
     PyObject* drawn = PyList_GET_ITEM(sampled.ptr(), i);
     if (status_.get(request) != running_.ptr() || samples_.get(chunk) != Py_True ||
@@ -186,16 +178,27 @@ void DecodeLoop::register_blocks(PyObject* request, int64_t computed) {
   num_registered_.put(request, full);
 }
 
-int64_t DecodeLoop::pack(const py::list& chunks, py::array_t<int64_t> rows,
-                         py::array_t<int64_t> starts, py::array_t<int64_t> ids,
-                         const py::list& news) const {
+DecodePacker::DecodePacker(py::type request, py::type chunk)
+    : request_type_(request),
+      chunk_type_(chunk),
+      tokens_(request, "tokens"),
+      block_table_(request, "block_table"),
+      in_flight_(request, "in_flight"),
+      row_(request, "row"),
+      blocks_sent_(request, "blocks_sent"),
+      request_(chunk, "request"),
+      start_(chunk, "start") {}
+
+int64_t DecodePacker::pack(const py::list& chunks, py::array_t<int64_t> rows,
+                           py::array_t<int64_t> starts, py::array_t<int64_t> ids,
+                           const py::list& news) const {
   const auto size = static_cast<int64_t>(chunks.size());
   if (rows.size() < size || starts.size() < size || ids.size() < size)
-    throw py::value_error("DecodeLoop.pack: the arrays must hold one number per chunk");
+    throw py::value_error("DecodePacker.pack: the arrays must hold one number per chunk");
   int64_t *row = rows.mutable_data(), *start = starts.mutable_data(), *id = ids.mutable_data();
   int64_t width = 0;
   for (int64_t i = 0; i < size; ++i) {
-    PyObject* chunk = chunk_at(chunks, i);
+    PyObject* chunk = item(chunks, i, chunk_type_);
     PyObject* request = request_.get(chunk);
     row[i] = row_.integer(request);
     start[i] = start_.integer(chunk);

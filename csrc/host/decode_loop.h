@@ -48,15 +48,7 @@ class DecodeLoop {
   int64_t commit(const py::list& chunks, const py::list& sampled, int64_t begin, double now,
                  bool caching, const py::list& updated);
 
-  // Row, position and input token (-1: still on the device) of every chunk, each of one token.
-  // Appends to `news` the requests whose block table has grown since it was last sent; returns the
-  // length of the longest table.
-  int64_t pack(const py::list& chunks, py::array_t<int64_t> rows, py::array_t<int64_t> starts,
-               py::array_t<int64_t> ids, const py::list& news) const;
-
  private:
-  PyObject* request_at(const py::list& list, int64_t i) const;
-  PyObject* chunk_at(const py::list& list, int64_t i) const;
   void register_blocks(PyObject* request, int64_t computed);
 
   py::type request_type_, chunk_type_;
@@ -65,9 +57,25 @@ class DecodeLoop {
   int64_t block_size_;
   // of Request
   Slot tokens_, num_computed_, block_table_, block_hashes_, num_registered_, draft_tokens_,
-      in_flight_, row_, blocks_sent_, status_, max_total_, stop_ids_, metrics_;
+      in_flight_, status_, max_total_, stop_ids_, metrics_;
   Slot token_times_, token_counts_;                      // of RequestMetrics
   Slot request_, start_, count_, num_drafts_, samples_;  // of ScheduledChunk
+};
+
+class DecodePacker {
+ public:
+  DecodePacker(py::type request, py::type chunk);
+
+  // Row, position and input token (-1: still on the device) of every chunk, each of one token.
+  // Appends to `news` the requests whose block table has grown since it was last sent; returns the
+  // length of the longest table.
+  int64_t pack(const py::list& chunks, py::array_t<int64_t> rows, py::array_t<int64_t> starts,
+               py::array_t<int64_t> ids, const py::list& news) const;
+
+ private:
+  py::type request_type_, chunk_type_;
+  Slot tokens_, block_table_, in_flight_, row_, blocks_sent_;  // of Request
+  Slot request_, start_;                                       // of ScheduledChunk
 };
 
 }  // namespace fastinfer::host

@@ -2,7 +2,7 @@
 //
 //   BlockPool, OutOfBlocks       block_pool.h
 //   extend_block_hashes          block_hash.h, appended to a request's own list
-//   DecodeLoop                   decode_loop.h
+//   DecodeLoop, DecodePacker     decode_loop.h
 //   propose_ngram                ngram.h
 //
 // Token lists stay Python lists and are read in place: a call touches only the tokens it needs, so
@@ -18,6 +18,7 @@
 namespace py = pybind11;
 using fastinfer::host::BlockPool;
 using fastinfer::host::DecodeLoop;
+using fastinfer::host::DecodePacker;
 using fastinfer::host::from_hash;
 using fastinfer::host::Hash;
 using fastinfer::host::to_hash;
@@ -92,8 +93,10 @@ PYBIND11_MODULE(_host, m) {
       .def("plan", &DecodeLoop::plan, py::arg("running"), py::arg("begin"), py::arg("budget"),
            py::arg("chunks"))
       .def("commit", &DecodeLoop::commit, py::arg("chunks"), py::arg("sampled"), py::arg("begin"),
-           py::arg("now"), py::arg("caching"), py::arg("updated"))
-      .def("pack", &DecodeLoop::pack, py::arg("chunks"), py::arg("rows").noconvert(),
+           py::arg("now"), py::arg("caching"), py::arg("updated"));
+  py::class_<DecodePacker>(m, "DecodePacker")
+      .def(py::init<py::type, py::type>(), py::arg("request"), py::arg("chunk"))
+      .def("pack", &DecodePacker::pack, py::arg("chunks"), py::arg("rows").noconvert(),
            py::arg("starts").noconvert(), py::arg("ids").noconvert(), py::arg("news"));
 
   m.def("extend_block_hashes", &fastinfer::host::extend_block_hashes, py::arg("tokens"),

@@ -287,6 +287,13 @@ class DecodeLoop:
         """Take the tokens that `chunks[begin:]` drew: where it stopped."""
         return begin
 
+
+class DecodePacker:
+    """What a decode step needs of its requests, as arrays (csrc/host/decode_loop.h)."""
+
+    def __init__(self, request: type, chunk: type) -> None:
+        pass
+
     def pack(self, chunks: list[Any], rows: Any, starts: Any, ids: Any, news: list[Any]) -> int:
         """Row, position and input token (-1: still on the device) of every chunk, each of one
         token; requests whose block table has grown go to `news`.

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._host_loader import load_host
 from ..models import AttentionMetadata
 from .request import Request
 from .sampler import SampleOptions, early_stops, sampling_columns
-from .scheduler import SchedulePlan
+from .scheduler import ScheduledChunk, SchedulePlan
 
 _ALIGN = 16  # bytes; every array of the buffer starts at a multiple
 
@@ -49,9 +50,14 @@ class RequestRows:
     Args:
         max_rows: Most running requests.
         max_blocks: Longest block table.
+
+    Attributes:
+        version: Grows whenever a block table changes.
     """
 
     def __init__(self, max_rows: int, max_blocks: int) -> None:
+        self.version = 0
+        self._packer = load_host().DecodePacker(Request, ScheduledChunk)
         self.tables = np.zeros((max_rows, max_blocks), dtype=np.int32)
         self.drawn_at = np.zeros(max_rows, dtype=np.int64)  # row among the tokens drawn last
         self.num_prompt = np.zeros(max_rows, dtype=np.int64)
@@ -78,7 +84,27 @@ class RequestRows:
                 self._write(request, have)
         return np.array(rows), width
 
+    def pack(
+        self, plan: SchedulePlan, rows: np.ndarray, starts: np.ndarray, ids: np.ndarray
+    ) -> int:
+        """The same for a plan of one token each, which also says where and what that token is.
+
+        Args:
+            plan: Every chunk has one token.
+            rows, starts, ids: int64, one number per chunk, written: the request's row, the position
+                of the token, and the token, or -1 when it is still on the device only.
+
+        Returns:
+            The length of the longest block table.
+        """
+        news: list[Request] = []
+        width = self._packer.pack(plan.chunks, rows, starts, ids, news)
+        for request in news:
+            self._write(request, len(request.block_table))
+        return width
+
     def _write(self, request: Request, have: int) -> None:
+        self.version += 1
         row, sent = request.row, request.blocks_sent
         self.tables[row, sent:have] = request.block_table[sent:]
         request.blocks_sent = have

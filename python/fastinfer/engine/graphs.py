@@ -10,7 +10,8 @@ host, at places that depend on the bucket only:
     temperature, top_p, min_p                                fp32 [rows]
     tables                                                   int32 [rows, longest table]
 
-Rows beyond the requests are padding: sequence length 0, slot -1. `carry_from` is the row of a token
+Block tables follow; they are sent only when one of them has changed. Rows beyond the requests are
+padding: sequence length 0, slot -1. `carry_from` is the row of a token
 that the step before drew and the host does not know yet, or -1. On the CPU, where there are no
 graphs, the same function over the same buffers is called instead; that is how it is tested.
 """
@@ -63,6 +64,33 @@ def bucket_sizes(limit: int) -> list[int]:
     return sorted({size for size in sizes if size < limit} | {limit})
 
 
+class _Staging:
+    """What a step of a bucket sends to the device, in pinned memory, and the tokens it gets back.
+
+    A bucket has two, in turn: one may still be on its way while the next step is prepared.
+    """
+
+    def __init__(self, rows: int, begins: dict[str, int], size: int, pinned: bool) -> None:
+        self.memory = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=pinned)
+        self.done = torch.cuda.Event() if pinned else None
+        self.bytes = self.memory.numpy()
+        self.columns: dict[str, np.ndarray] = {}
+        for name, kind in _COLUMNS.items():
+            end = begins[name] + _length(name, rows) * kind().itemsize
+            self.columns[name] = self.bytes[begins[name] : end].view(kind)
+            self.columns[name][:] = _PADDING.get(name, 0)
+        self.columns["cu_seqlens"][:] = np.arange(rows + 1)
+        self.filled = 0  # rows that are not padding
+
+    def pad(self, count: int) -> None:
+        """Make padding of the rows from `count` on."""
+        for name in _COLUMNS if count < self.filled else ():
+            if name != "cu_seqlens":
+                self.columns[name][count : self.filled] = _PADDING.get(name, 0)
+        self.filled = count
+
+
 @dataclass(slots=True)
 class _Bucket:
     """Where the columns of a bucket begin, its views of the device's buffer, and what runs it."""
@@ -71,6 +99,7 @@ class _Bucket:
     begins: dict[str, int]  # bytes
     size: int  # bytes of the columns; the tables follow
     inputs: dict[str, Tensor]
+    staging: list[_Staging]
     replay: dict[bool, Callable[[], object]]  # greedy -> run the step
 
 
@@ -111,6 +140,8 @@ class DecodeGraphs:
         size = columns + 4 * max_rows * max_blocks
         self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
+        # what `_tables` holds: the requests' rows, and the version of their tables
+        self._sent, self._sent_rows = -1, np.empty(0, dtype=np.int64)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # the largest first: smaller ones then find their memory in the pool
         self._buckets = {rows: self._make(rows) for rows in reversed(self._sizes)}
@@ -132,49 +163,54 @@ class DecodeGraphs:
         """Run a step that qualifies; its block copies must have been done."""
         count = len(plan.chunks)
         bucket = self._buckets[self._sizes[bisect_left(self._sizes, count)]]
-        rows, width = self._held.update(plan)
-        on_cuda = self._device.type == "cuda"
+        staging = bucket.staging[0]
+        bucket.staging.reverse()
+        if staging.done is not None:
+            staging.done.synchronize()  # of the step before the last one
+        greedy, width = self._fill(staging, plan)
         size = bucket.size + 4 * bucket.rows * width
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
-        greedy = self._fill(bucket, plan, rows, host.numpy(), width)
-        self._buffer[:size].copy_(host, non_blocking=True)
-        sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
-        self._tables[: bucket.rows, :width].copy_(sent)
+        self._buffer[:size].copy_(staging.memory[:size], non_blocking=True)
+        if width:
+            sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
+            self._tables[: bucket.rows, :width].copy_(sent)
         bucket.replay[greedy]()
-        self._held.drawn_at[rows] = np.arange(count)
         requests = [chunk.request for chunk in plan.chunks]
-        return requests, DrawnTokens.of_tokens(self._drawn[:count])
+        staging.tokens[:count].copy_(self._drawn[:count], non_blocking=True)
+        if staging.done is not None:
+            staging.done.record(torch.cuda.current_stream(self._device))
+        return requests, DrawnTokens.in_buffer(staging.tokens[:count], staging.done)
 
-    def _fill(
-        self, bucket: _Bucket, plan: SchedulePlan, rows: np.ndarray, host: np.ndarray, width: int
-    ) -> bool:
-        """Write the inputs of a step where the bucket wants them; True when all are greedy."""
-        columns: dict[str, np.ndarray] = {}
-        count = len(rows)
-        for name, kind in _COLUMNS.items():
-            column = host[bucket.begins[name] :][: _length(name, bucket.rows) * kind().itemsize]
-            columns[name] = column.view(kind)
-            columns[name][count:] = _PADDING.get(name, 0)
-        held, size = self._held, self._block_size
-        tables = host[bucket.size :].view(np.int32).reshape(bucket.rows, width)
-        tables[:count] = held.tables[rows, :width]
-        tables[count:] = 0
-        starts = np.array([chunk.start for chunk in plan.chunks])
-        # A second token in flight is this step's own; the first is on the device only.
-        known = [0 if c.request.in_flight > 1 else c.request.tokens[-1] + 1 for c in plan.chunks]
-        ids = np.array(known) - 1
+    def _fill(self, staging: _Staging, plan: SchedulePlan) -> tuple[bool, int]:
+        """Write the inputs of a step: whether all requests are greedy, and how much of the block
+        tables has to be sent.
+        """
+        count, held, columns = len(plan.chunks), self._held, staging.columns
+        rows, starts, ids = (np.empty(count, dtype=np.int64) for _ in range(3))
+        width = held.pack(plan, rows, starts, ids)
+        staging.pad(count)
         carried = ids < 0
-        columns["input_ids"][:count] = np.where(carried, 0, ids)
+        columns["input_ids"][:count] = ids  # (what stands for a carried one is never looked at)
         columns["carry_from"][:count] = np.where(carried, held.drawn_at[rows], -1)
         columns["positions"][:count] = starts
-        blocks = tables[np.arange(count), starts // size].astype(np.int64)
-        columns["slots"][:count] = blocks * size + starts % size
+        at, within = np.divmod(starts, self._block_size)
+        columns["slots"][:count] = held.tables[rows, at] * np.int64(self._block_size) + within
         columns["seq_lens"][:count] = starts + 1
-        columns["cu_seqlens"][:] = np.arange(bucket.rows + 1)
-        columns["steps"][:count] = starts + 1 - held.num_prompt[rows]
-        for name in ("seeds", "temperature", "top_p", "min_p", "top_k"):
-            columns[name][:count] = getattr(held, name)[rows]
-        return not columns["temperature"].any()
+        temperature = held.temperature[rows]
+        columns["temperature"][:count] = temperature
+        held.drawn_at[rows] = np.arange(count)
+        greedy = not temperature.any()
+        if not greedy:
+            columns["steps"][:count] = starts + 1 - held.num_prompt[rows]
+            for name in ("seeds", "top_p", "min_p", "top_k"):
+                columns[name][:count] = getattr(held, name)[rows]
+        if self._sent == held.version and np.array_equal(rows, self._sent_rows):
+            return greedy, 0
+        self._sent, self._sent_rows = held.version, rows
+        bucket_rows = len(columns["slots"])
+        begin = len(staging.bytes) - 4 * bucket_rows * held.tables.shape[1]
+        tables = staging.bytes[begin : begin + 4 * bucket_rows * width].view(np.int32)
+        tables.reshape(-1, width)[:count] = held.tables[rows, :width]
+        return greedy, width
 
     def _make(self, rows: int) -> _Bucket:
         begins, size = {}, 0
@@ -188,7 +224,10 @@ class DecodeGraphs:
             inputs[name] = piece.view(getattr(torch, kind.__name__))
             inputs[name].fill_(_PADDING.get(name, 0))  # nothing but padding while it is captured
         inputs["cu_seqlens"].copy_(torch.arange(rows + 1))
-        bucket = _Bucket(rows, begins, size, inputs, {})
+        on_cuda = self._device.type == "cuda"
+        whole = size + 4 * rows * self._tables.shape[1]
+        staging = [_Staging(rows, begins, whole, on_cuda) for _ in range(2)]
+        bucket = _Bucket(rows, begins, size, inputs, staging, {})
         for greedy in (True, False):
             bucket.replay[greedy] = self._capture(bucket, greedy)
         return bucket
