@@ -186,8 +186,23 @@ DecodePacker::DecodePacker(py::type request, py::type chunk)
       in_flight_(request, "in_flight"),
       row_(request, "row"),
       blocks_sent_(request, "blocks_sent"),
+      wants_only_tokens_(request, "wants_only_tokens"),
       request_(chunk, "request"),
-      start_(chunk, "start") {}
+      start_(chunk, "start"),
+      count_(chunk, "count"),
+      num_drafts_(chunk, "num_drafts"),
+      samples_(chunk, "samples") {}
+
+bool DecodePacker::plain(const py::list& chunks) const {
+  const auto size = static_cast<int64_t>(chunks.size());
+  for (int64_t i = 0; i < size; ++i) {
+    PyObject* chunk = item(chunks, i, chunk_type_);
+    if (count_.integer(chunk) != 1 || num_drafts_.integer(chunk) != 0 ||
+        samples_.get(chunk) != Py_True || wants_only_tokens_.get(request_.get(chunk)) != Py_True)
+      return false;
+  }
+  return true;
+}
 
 int64_t DecodePacker::pack(const py::list& chunks, py::array_t<int64_t> rows,
                            py::array_t<int64_t> starts, py::array_t<int64_t> ids,

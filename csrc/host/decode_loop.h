@@ -66,6 +66,9 @@ class DecodePacker {
  public:
   DecodePacker(py::type request, py::type chunk);
 
+  // Whether each chunk is one token that is sampled from, of a request that wants only tokens.
+  bool plain(const py::list& chunks) const;
+
   // Row, position and input token (-1: still on the device) of every chunk, each of one token.
   // Appends to `news` the requests whose block table has grown since it was last sent; returns the
   // length of the longest table.
@@ -74,8 +77,8 @@ class DecodePacker {
 
  private:
   py::type request_type_, chunk_type_;
-  Slot tokens_, block_table_, in_flight_, row_, blocks_sent_;  // of Request
-  Slot request_, start_;                                       // of ScheduledChunk
+  Slot tokens_, block_table_, in_flight_, row_, blocks_sent_, wants_only_tokens_;  // of Request
+  Slot request_, start_, count_, num_drafts_, samples_;  // of ScheduledChunk
 };
 
 }  // namespace fastinfer::host

@@ -96,6 +96,7 @@ PYBIND11_MODULE(_host, m) {
            py::arg("now"), py::arg("caching"), py::arg("updated"));
   py::class_<DecodePacker>(m, "DecodePacker")
       .def(py::init<py::type, py::type>(), py::arg("request"), py::arg("chunk"))
+      .def("plain", &DecodePacker::plain, py::arg("chunks"))
       .def("pack", &DecodePacker::pack, py::arg("chunks"), py::arg("rows").noconvert(),
            py::arg("starts").noconvert(), py::arg("ids").noconvert(), py::arg("news"));
 

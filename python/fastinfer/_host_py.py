@@ -294,6 +294,13 @@ class DecodePacker:
     def __init__(self, request: type, chunk: type) -> None:
         pass
 
+    def plain(self, chunks: list[Any]) -> bool:
+        """Whether each is one token that is sampled from, of a request that wants only tokens."""
+        return all(
+            c.count == 1 and c.samples and not c.num_drafts and c.request.wants_only_tokens
+            for c in chunks
+        )
+
     def pack(self, chunks: list[Any], rows: Any, starts: Any, ids: Any, news: list[Any]) -> int:
         """Row, position and input token (-1: still on the device) of every chunk, each of one
         token; requests whose block table has grown go to `news`.

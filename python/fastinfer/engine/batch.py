@@ -53,11 +53,12 @@ class RequestRows:
 
     Attributes:
         version: Grows whenever a block table changes.
+        decodes: Of the host module: walks over the requests of a decode step.
     """
 
     def __init__(self, max_rows: int, max_blocks: int) -> None:
         self.version = 0
-        self._packer = load_host().DecodePacker(Request, ScheduledChunk)
+        self.decodes = load_host().DecodePacker(Request, ScheduledChunk)
         self.tables = np.zeros((max_rows, max_blocks), dtype=np.int32)
         self.drawn_at = np.zeros(max_rows, dtype=np.int64)  # row among the tokens drawn last
         self.num_prompt = np.zeros(max_rows, dtype=np.int64)
@@ -98,7 +99,7 @@ class RequestRows:
             The length of the longest block table.
         """
         news: list[Request] = []
-        width = self._packer.pack(plan.chunks, rows, starts, ids, news)
+        width = self.decodes.pack(plan.chunks, rows, starts, ids, news)
         for request in news:
             self._write(request, len(request.block_table))
         return width

@@ -148,18 +148,15 @@ class DecodeGraphs:
 
     def accepts(self, plan: SchedulePlan) -> bool:
         """Whether a step qualifies."""
-        return (
-            0 < len(plan.chunks) <= self._sizes[-1]
-            and plan.num_tokens == len(plan.chunks)
-            and all(
-                chunk.samples
-                and not chunk.num_drafts
-                and (chunk.request.wants_only_tokens or _wants_only_tokens_now(chunk.request))
-                for chunk in plan.chunks
-            )
+        chunks = plan.chunks
+        if not 0 < len(chunks) <= self._sizes[-1] or plan.num_tokens != len(chunks):
+            return False
+        return self._held.decodes.plain(chunks) or all(
+            chunk.samples and not chunk.num_drafts and _wants_only_tokens_now(chunk.request)
+            for chunk in chunks
         )
 
-    def launch(self, plan: SchedulePlan) -> tuple[list[Request], DrawnTokens]:
+    def launch(self, plan: SchedulePlan) -> DrawnTokens:
         """Run a step that qualifies; its block copies must have been done."""
         count = len(plan.chunks)
         bucket = self._buckets[self._sizes[bisect_left(self._sizes, count)]]
@@ -174,11 +171,10 @@ class DecodeGraphs:
             sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
             self._tables[: bucket.rows, :width].copy_(sent)
         bucket.replay[greedy]()
-        requests = [chunk.request for chunk in plan.chunks]
         staging.tokens[:count].copy_(self._drawn[:count], non_blocking=True)
         if staging.done is not None:
             staging.done.record(torch.cuda.current_stream(self._device))
-        return requests, DrawnTokens.in_buffer(staging.tokens[:count], staging.done)
+        return DrawnTokens.in_buffer(staging.tokens[:count], staging.done)
 
     def _fill(self, staging: _Staging, plan: SchedulePlan) -> tuple[bool, int]:
         """Write the inputs of a step: whether all requests are greedy, and how much of the block
