@@ -37,7 +37,7 @@ PyObject* owned(PyObject* value) {
 }  // namespace
 
 Slot::Slot(py::handle type, const char* name) : name_(name) {
-  const py::object found = type.attr(name);
+  const py::object found = py::getattr(type, name, py::none());
   if (!Py_IS_TYPE(found.ptr(), &PyMemberDescr_Type))
     wrong_type(std::string(name) + " must be one of the __slots__", type);
   const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member;
