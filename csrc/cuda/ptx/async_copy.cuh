@@ -19,6 +19,9 @@ __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, 
                "r"(valid ? 4 : 0)
                : "memory");
 }
+__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
