@@ -81,11 +81,50 @@ def int4pack_for_cpu(m: int, n: int, k: int) -> Call:
     return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales_and_zeros)
 
 
-def w8a8(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> Call:
-    q, scale, _ = fastinfer.quantize_per_token(randn(m, k, dtype=dtype, device=device))
-    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-    weight_scale = torch.rand(n, device=device)
-    return lambda: fastinfer.w8a8_linear(q, scale, weight, weight_scale, out_dtype=dtype)
+@functools.lru_cache(1)
+def int8_weight(n: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales, _ = fastinfer.quantize_per_token(torch.randn(n, k, device=device))
+    return codes, scales
+
+
+def w8a8(
+    m: int, n: int, k: int, dtype: torch.dtype, device: str, *, quantise: bool = False
+) -> Call:
+    """The product alone, or with the activations quantised in front of it."""
+    x = randn(m, k, dtype=dtype, device=device)
+    q, scale, _ = fastinfer.quantize_per_token(x)
+    weight, weight_scale = (t.clone() for t in int8_weight(n, k, device))
+
+    def call() -> torch.Tensor:
+        codes, s = fastinfer.quantize_per_token(x)[:2] if quantise else (q, scale)
+        return fastinfer.w8a8_linear(codes, s, weight, weight_scale, out_dtype=dtype)
+
+    return call
+
+
+def int_mm(m: int, n: int, k: int, device: str) -> Call:
+    """int32 sums only: no scales."""
+    x, weight = int8_weight(m, k, device)[0].clone(), int8_weight(n, k, device)[0].clone()
+    return lambda: torch._int_mm(x, weight.t())
+
+
+W8A8_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def w8a8_cases(bench: Bench, layers: tuple[tuple[str, int, int], ...]) -> None:
+    """On CUDA: against torch._int_mm, which starts at 17 tokens, and torch's GEMM at the dtype."""
+    dtype, device = bench.dtype, bench.device
+    for label, n, k in layers:
+        for m in W8A8_TOKENS if device == "cuda" else (1, 4, 16):
+            keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
+            shape = (m, n, k, dtype, device)
+            peers = {f"{OURS}_w8a8": lambda s=shape: w8a8(*s)}
+            if device == "cuda":
+                peers[f"{OURS}_w8a8, quantised here"] = lambda s=shape: w8a8(*s, quantise=True)
+                if m > 16:
+                    peers["torch int_mm"] = lambda s=(m, n, k, device): int_mm(*s)
+                peers["torch"] = lambda s=shape: dense(*s, ours=False)
+            bench.case(keys, peers, moved_bytes=n * k, flops=2 * m * n * k)
 
 
 def dense(m: int, n: int, k: int, dtype: torch.dtype, device: str, *, ours: bool) -> Call:
@@ -98,7 +137,8 @@ def dense(m: int, n: int, k: int, dtype: torch.dtype, device: str, *, ours: bool
 def main() -> None:
     bench = Bench("linear", __doc__)
     dtype, device = bench.dtype, bench.device
-    for label, n, k in LAYERS if device == "cuda" else LAYERS[:1]:
+    layers = LAYERS if device == "cuda" else LAYERS[:1]
+    for label, n, k in layers:
         for m in (1, 4, 16, 64, 256) if device == "cuda" else (1, 4, 16):
             keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
             shape = (m, n, k, dtype, device)
@@ -116,9 +156,6 @@ def main() -> None:
             bench.case(keys, int4, moved_bytes=n * k // 2, flops=flops)
             bench.case(keys, int8, moved_bytes=n * k, flops=flops)
             bench.case(
-                keys, {f"{OURS}_w8a8": lambda s=shape: w8a8(*s)}, moved_bytes=n * k, flops=flops
-            )
-            bench.case(
                 keys,
                 {
                     OURS: lambda s=shape: dense(*s, ours=True),
@@ -127,6 +164,7 @@ def main() -> None:
                 moved_bytes=n * k * dtype.itemsize,
                 flops=flops,
             )
+    w8a8_cases(bench, layers)
     bench.finish()
 
 

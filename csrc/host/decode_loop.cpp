@@ -47,7 +47,8 @@ Slot::Slot(py::handle type, const char* name) : name_(name) {
 
 PyObject* Slot::get(PyObject* object) const {
   PyObject* value = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
-  if (value == nullptr) wrong_type(std::string(name_) + " must be set", object);
+  if (value == nullptr)
+    wrong_type(std::string(name_) + " must be set", py::type::handle_of(object));
   return value;
 }
 

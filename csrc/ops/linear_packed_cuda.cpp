@@ -63,7 +63,7 @@ void packed_linear_cuda(const char* op, const Tensor& x, const Tensor& qweight,
   const CudaLaunch launch(x);
   if (perm && validate_data()) {
     const HostCopy copy(op, "perm", *perm, launch.stream());
-    check_columns(op, static_cast<const int32_t*>(copy.data()), layout.k);
+    check_perm_values(op, copy.data(), layout.k);
   }
   OptTensor scratch;
   if (const int64_t bytes = cuda::skinny_workspace(p)) {
