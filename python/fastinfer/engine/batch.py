@@ -125,7 +125,8 @@ def build_batch(
     """Lay out the chunks of a plan one after the other.
 
     Args:
-        plan: At least one chunk, every block its tokens need already in the block tables.
+        plan: At least one chunk, every block its tokens need already in the block tables. Chunks of
+            one token go through the decode kernel if they come first.
         held: Of the running requests; brought up to date.
         block_size: P, tokens per block.
         device: Where the model is.
@@ -167,6 +168,9 @@ def build_batch(
         "tables": tables,
         "logits_index": cu_seqlens[1:][sampled].astype(np.int64) - 1,
     }
+    decodes = int(np.argmax(counts > 1)) if counts.max() > 1 else len(chunks)
+    if 0 < decodes < len(chunks):
+        arrays["cu_rest"] = cu_seqlens[decodes:] - np.int32(decodes)
     columns = sampling_columns(sampling)
     stops = early_stops(sampling)
     for name, pairs in (("copies", plan.copies), ("carried", carried), ("stops", stops)):
@@ -181,6 +185,8 @@ def build_batch(
         block_table=put["tables"],
         max_seqlen_q=int(counts.max()),
         max_seqlen_k=int((starts + counts).max()),
+        num_decodes=decodes,
+        cu_seqlens_rest=put.get("cu_rest"),
     )
     return StepBatch(
         input_ids=put["input_ids"],

@@ -52,7 +52,7 @@ class ScheduledChunk:
 class SchedulePlan:
     """One step: what to run, what was preempted for it, which blocks to copy before it."""
 
-    chunks: list[ScheduledChunk] = field(default_factory=list)
+    chunks: list[ScheduledChunk] = field(default_factory=list)  # those of one token first
     preempted: list[str] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination) blocks
     num_tokens: int = 0
@@ -179,6 +179,8 @@ class Scheduler:
                 at += 1
         if not plan.preempted:
             self._admit(plan, budget)
+        if plan.num_tokens > len(plan.chunks):
+            plan.chunks.sort(key=lambda chunk: chunk.count > 1)  # decodes first
         self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
         return plan
 
