@@ -5,15 +5,16 @@ nothing but a token (no log-probabilities, penalties or minimum length). Embeddi
 norm, LM head and sampling are one graph. Its inputs lie in one buffer, filled by one copy from the
 host, at places that depend on the bucket only:
 
-    input_ids, positions, slots, carry_from, seeds, steps    int64 [rows]
+    input_ids, source, positions, slots, seeds, steps        int64 [rows]
     seq_lens, top_k; cu_seqlens                              int32 [rows]; [rows + 1]
     temperature, top_p, min_p                                fp32 [rows]
     tables                                                   int32 [rows, longest table]
 
 Block tables follow; they are sent only when one of them has changed. Rows beyond the requests are
-padding: sequence length 0, slot -1. `carry_from` is the row of a token
-that the step before drew and the host does not know yet, or -1. On the CPU, where there are no
-graphs, the same function over the same buffers is called instead; that is how it is tested.
+padding: sequence length 0, slot -1. In front of it all are the tokens that the latest step drew:
+`source` is where a row's input token lies, counted in int64 from there: among those, if the host
+does not know it yet, or among `input_ids`. On the CPU, where there are no graphs, the same function
+over the same buffers is called instead; that is how it is tested.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from .scheduler import SchedulePlan
 _ALIGN = 16
 _COLUMNS: dict[str, type] = {
     "input_ids": np.int64,
+    "source": np.int64,
     "positions": np.int64,
     "slots": np.int64,
-    "carry_from": np.int64,
     "seeds": np.int64,
     "steps": np.int64,
     "seq_lens": np.int32,
@@ -55,7 +56,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
 PLANNED_ROWS = 33
 # Whether the kernels of a captured step may start before the one in front of them has ended.
 PROGRAMMATIC_LAUNCH = True
-_PADDING = {"slots": -1, "carry_from": -1, "top_p": 1.0}  # all else is 0
+_PADDING = {"slots": -1, "top_p": 1.0}  # all else is 0
 
 
 def bucket_sizes(limit: int) -> list[int]:
@@ -70,7 +71,9 @@ class _Staging:
     A bucket has two, in turn: one may still be on its way while the next step is prepared.
     """
 
-    def __init__(self, rows: int, begins: dict[str, int], size: int, pinned: bool) -> None:
+    def __init__(
+        self, rows: int, begins: dict[str, int], size: int, own: np.ndarray, pinned: bool
+    ) -> None:
         self.memory = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
         self.tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=pinned)
         self.done = torch.cuda.Event() if pinned else None
@@ -81,6 +84,7 @@ class _Staging:
             self.columns[name] = self.bytes[begins[name] : end].view(kind)
             self.columns[name][:] = _PADDING.get(name, 0)
         self.columns["cu_seqlens"][:] = np.arange(rows + 1)
+        self.columns["source"][:] = self.own = own  # `source` of tokens that the host knows
         self.filled = 0  # rows that are not padding
 
     def pad(self, count: int) -> None:
@@ -88,6 +92,7 @@ class _Staging:
         for name in _COLUMNS if count < self.filled else ():
             if name != "cu_seqlens":
                 self.columns[name][count : self.filled] = _PADDING.get(name, 0)
+        self.columns["source"][count : self.filled] = self.own[count : self.filled]
         self.filled = count
 
 
@@ -109,20 +114,22 @@ class DecodeGraphs:
     Args:
         model: The decoder.
         layers: Its cache.
-        drawn: int64 [max_rows or more]; tokens of the latest step, read and written by the graphs.
         held: Of the running requests.
         workspace: Of the decode kernel; None lets every call have its own.
         max_rows: Most requests in a step.
         max_len: Most tokens of a sequence.
         block_size: P.
         device: Where everything is.
+
+    Attributes:
+        drawn: int64 [max_rows], tokens of the latest step, read and written by the graphs; steps
+            without a graph have to write theirs here too.
     """
 
     def __init__(
         self,
         model: Any,
         layers: list[LayerCache],
-        drawn: Tensor,
         held: RequestRows,
         *,
         workspace: Tensor | None,
@@ -131,14 +138,17 @@ class DecodeGraphs:
         block_size: int,
         device: torch.device,
     ) -> None:
-        self._model, self._layers, self._drawn = model, layers, drawn
+        self._model, self._layers = model, layers
         self._held, self._workspace = held, workspace
         self._max_len, self._block_size, self._device = max_len, block_size, device
         self._sizes = bucket_sizes(max_rows)
         max_blocks = -(-max_len // block_size)
         columns = sum(_column_bytes(name, max_rows) for name in _COLUMNS)
-        size = columns + 4 * max_rows * max_blocks
-        self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        size = -(-(columns + 4 * max_rows * max_blocks) // _ALIGN) * _ALIGN
+        first = -(-8 * max_rows // _ALIGN) * _ALIGN
+        self._whole = torch.zeros(first + size, dtype=torch.uint8, device=device)
+        self.drawn = self._whole[: 8 * max_rows].view(torch.int64)
+        self._buffer = self._whole[first:]
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
         # what `_tables` holds: the requests' rows, and the version of their tables
         self._sent, self._sent_rows = -1, np.empty(0, dtype=np.int64)
@@ -171,7 +181,7 @@ class DecodeGraphs:
             sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
             self._tables[: bucket.rows, :width].copy_(sent)
         bucket.replay[greedy]()
-        staging.tokens[:count].copy_(self._drawn[:count], non_blocking=True)
+        staging.tokens[:count].copy_(self.drawn[:count], non_blocking=True)
         if staging.done is not None:
             staging.done.record(torch.cuda.current_stream(self._device))
         return DrawnTokens.in_buffer(staging.tokens[:count], staging.done)
@@ -186,7 +196,7 @@ class DecodeGraphs:
         staging.pad(count)
         carried = ids < 0
         columns["input_ids"][:count] = ids  # (what stands for a carried one is never looked at)
-        columns["carry_from"][:count] = np.where(carried, held.drawn_at[rows], -1)
+        columns["source"][:count] = np.where(carried, held.drawn_at[rows], staging.own[:count])
         columns["positions"][:count] = starts
         at, within = np.divmod(starts, self._block_size)
         columns["slots"][:count] = held.tables[rows, at] * np.int64(self._block_size) + within
@@ -220,9 +230,11 @@ class DecodeGraphs:
             inputs[name] = piece.view(getattr(torch, kind.__name__))
             inputs[name].fill_(_PADDING.get(name, 0))  # nothing but padding while it is captured
         inputs["cu_seqlens"].copy_(torch.arange(rows + 1))
+        own = np.arange(rows) + (self._buffer.storage_offset() + begins["input_ids"]) // 8
+        inputs["source"].copy_(torch.from_numpy(own))
         on_cuda = self._device.type == "cuda"
         whole = size + 4 * rows * self._tables.shape[1]
-        staging = [_Staging(rows, begins, whole, on_cuda) for _ in range(2)]
+        staging = [_Staging(rows, begins, whole, own, on_cuda) for _ in range(2)]
         bucket = _Bucket(rows, begins, size, inputs, staging, {})
         for greedy in (True, False):
             bucket.replay[greedy] = self._capture(bucket, greedy)
@@ -249,8 +261,7 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _step(self, bucket: _Bucket, greedy: bool) -> None:
         inputs = bucket.inputs
-        carried = self._drawn.index_select(0, inputs["carry_from"].clamp(min=0))
-        input_ids = torch.where(inputs["carry_from"] >= 0, carried, inputs["input_ids"])
+        input_ids = self._whole.view(torch.int64).index_select(0, inputs["source"])
         meta = AttentionMetadata(
             positions=inputs["positions"],
             slot_mapping=inputs["slots"],
@@ -266,7 +277,7 @@ class DecodeGraphs:
         logits = self._model.compute_logits(hidden)
         names = ("temperature",) if greedy else _SAMPLING
         columns = {name: inputs[name] for name in names}
-        ops.sample(logits, **columns, out=self._drawn[: bucket.rows])  # type: ignore[arg-type]
+        ops.sample(logits, **columns, out=self.drawn[: bucket.rows])  # type: ignore[arg-type]
 
     def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
         config = self._model.config

@@ -98,7 +98,6 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(
                     model,
                     self.layers,
-                    self._drawn,
                     self._rows,
                     workspace=self._workspace,
                     max_rows=config.max_num_seqs,
@@ -106,6 +105,7 @@ class ModelRunner:
                     block_size=config.block_size,
                     device=device,
                 )
+            self._drawn = self._graphs.drawn
 
     @torch.inference_mode()
     def step(self, plan: SchedulePlan) -> tuple[list[Request], DrawnTokens]:

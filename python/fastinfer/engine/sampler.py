@@ -63,10 +63,14 @@ class DrawnTokens:
         tokens._parts[0], tokens._ready = token_ids, ready
         return tokens
 
-    def result(self) -> SampleResult:
-        """Wait for the step and read what it drew."""
+    def wait(self) -> None:
+        """Wait for the step."""
         if self._ready is not None:
             self._ready.synchronize()
+
+    def result(self) -> SampleResult:
+        """Wait for the step and read what it drew."""
+        self.wait()
         ids, *others = (None if part is None else part.tolist() for part in self._parts)
         return SampleResult(ids or [], *others)
 
