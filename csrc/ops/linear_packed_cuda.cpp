@@ -67,7 +67,7 @@ void packed_linear_cuda(const char* op, const Tensor& x, const Tensor& qweight,
   }
   OptTensor scratch;
   if (const int64_t bytes = cuda::skinny_workspace(p)) {
-    FI_CHECK(p.n <= 64 * 16384, op, ": out_features must be at most 1048576 on this GPU, got ",
+    FI_CHECK(p.n <= 16 * 16384, op, ": out_features must be at most 262144 on this GPU, got ",
              p.n);
     scratch = workspace_of(op, workspace, bytes, x);
     p.workspace = scratch->mutable_data_ptr();

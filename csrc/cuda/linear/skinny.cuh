@@ -5,14 +5,17 @@
 // 16-bit W are read in 16-byte pieces, which is the order of fragments of another, equally good
 // numbering of the columns. X is B: staged once per CTA in shared memory, row by row.
 //
-// A tile is 64 rows of W. A team of `ranks` CTAs (on sm_90 a cluster) shares its columns, each an
-// even share; teams take tiles in turn. Inside a CTA 16 warps split 64 rows and the columns of the
-// share: warp = (row part, column part), a column part takes every 2nd, 4th, .. pair of 64-column
-// blocks. Every warp streams its own blocks through a private ring of cp.async stages, across
-// tiles, without a barrier; codes become exact 16-bit integers, sums over one group are scaled in
-// fp32. At the end of a tile the column parts are added in order, then the ranks: their sums are
-// exchanged through shared memory of the cluster while the next tile already runs, or through
-// memory with the last CTA adding up. The order of every sum is fixed by N, K and the split.
+// Rows of W are dealt in tiles of two strips of 16 (16-bit W: one) to teams of CTAs; a team is one
+// CTA, or where x does not fit a cluster of 2, 4 or 8 `ranks` that share the columns. The 16 warps
+// of a CTA split the columns of a tile: each takes every 16th pair of 64-column blocks. Every warp
+// streams its blocks through a private ring of cp.async stages, across tiles, without a barrier;
+// codes become exact 16-bit integers, sums over one group are scaled in fp32. At the end of a tile
+// the warps are added in order, then the ranks: their sums are exchanged through shared memory of
+// the cluster while the next tile already runs (without clusters: through memory, the last CTA adds
+// up). The order of every sum is fixed by K and the number of ranks.
+//
+// Issue slots are what runs out first: 11 instructions turn 8 codes into bf16, so everything else
+// is kept out of the loop (running pointers, one scale for two blocks).
 //
 // Weights are read before grid_wait(): they are older than the launch (launch.cuh).
 #pragma once
@@ -28,14 +31,24 @@
 
 namespace fastinfer::cuda {
 
-template <int kBits>
+// kStrips: strips of 16 rows per tile.
+template <int kBits, int kStrips>
 struct SkinnyShape {
-  static constexpr int kStrips = kBits == 16 ? 1 : 2;  // of 16 rows, per warp
-  static constexpr int kRowParts = 4 / kStrips;
-  static constexpr int kColumnParts = kSkinnyWarps / kRowParts;
-  static constexpr int kPieces = kBits == 4 ? 2 : 4;  // 16-byte pieces per lane and block
-  static constexpr int kXPad = kBits == 16 ? 32 : 8;  // elements: rows of x in different banks
+  static constexpr int kRows = 16 * kStrips;
+  static constexpr int kPieces = kStrips * kBits / 4;  // 16-byte pieces per lane and block
+  static constexpr int kXPad = kBits == 16 ? 32 : 8;   // elements: rows of x in different banks
 };
+
+// Keeps a value in its register: the compiler would rather compute it again in the loop.
+template <class T>
+__device__ __forceinline__ void keep(T& x) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a register or two");
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(x));
+  } else {
+    asm volatile("" : "+l"(x));
+  }
+}
 
 template <bool kBf16>
 __device__ __forceinline__ void mma_1688(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
@@ -63,31 +76,31 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
-// Four neighbouring floats of a run-time type, as the 16 bytes at `raw` hold them.
-__device__ __forceinline__ void four_floats(float (&v)[4], const uint4& raw, DType type) {
-  if (type == DType::f32) {
-    v[0] = __uint_as_float(raw.x), v[1] = __uint_as_float(raw.y);
-    v[2] = __uint_as_float(raw.z), v[3] = __uint_as_float(raw.w);
-  } else if (type == DType::bf16) {
-    v[0] = __uint_as_float(raw.x << 16), v[1] = __uint_as_float(raw.x & 0xFFFF0000u);
-    v[2] = __uint_as_float(raw.y << 16), v[3] = __uint_as_float(raw.y & 0xFFFF0000u);
-  } else {
-    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
-    const float2 b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
-    v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
-  }
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+  return v;
 }
 
-// 4 values of `type` (u8, 16 or 32 bit) from `p` + i elements.
-__device__ __forceinline__ void copy_four(uint32_t shared, const void* p, int64_t i, DType type) {
-  const char* from = static_cast<const char*>(p);
-  if (type == DType::f32) {
-    cp_async_16(shared, from + i * 4, true);
-  } else if (type == DType::u8) {
-    cp_async_4(shared, from + i, true);
-  } else {
-    cp_async_8(shared, from + i * 2);
-  }
+// Scales or zeros of a strip: rows g8 and g8 + 8, 16 or 32 bits each.
+__device__ __forceinline__ uint2 load_two(uint32_t address, bool wide) {
+  return wide ? load_shared_8(address) : make_uint2(load_shared_4(address), 0);
+}
+__device__ __forceinline__ float2 two_floats(const uint2& raw, DType type) {
+  if (type == DType::f32) return make_float2(__uint_as_float(raw.x), __uint_as_float(raw.y));
+  if (type == DType::bf16)
+    return make_float2(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xFFFF0000u));
+  return __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
 }
 
 // X of this rank's columns to shared memory, [m][x_pitch], zero beyond K.
@@ -118,87 +131,134 @@ __device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_
   }
 }
 
-template <bool kBf16, int kBits, int kTiles, bool kGeneric, int kStages, int kMinBlocks>
+template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages,
+          int kMinBlocks>
 __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
     skinny_kernel(const __grid_constant__ SkinnyParams p) {
   using E = std::conditional_t<kBf16, __nv_bfloat16, __half>;
-  using Shape = SkinnyShape<kBits>;
-  constexpr int kStrips = Shape::kStrips, kPieces = Shape::kPieces;
-  constexpr int kColumnParts = Shape::kColumnParts, kBuffers = kTiles == 1 ? 2 : 1;
+  using Shape = SkinnyShape<kBits, kStrips>;
+  constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows;
+  constexpr int kPitch = kRows + 4, kWarps = kSkinnyWarps;
+  constexpr int kBuffers = kTiles == 1 ? 2 : 1, kRounds = kTiles == 4 ? 2 : 1;
+  constexpr int kBlockBytes = 512 * kBits;  // of 64 x 64 packed weights
   static_assert(kBits != 16 || !kGeneric, "groups are for packed weights");
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g8 = lane / 4, t = lane % 4;
-  const int row_part = warp % Shape::kRowParts, column_part = warp / Shape::kRowParts;
   const int team = blockIdx.x / p.ranks, rank = blockIdx.x - team * p.ranks;
   const int first = rank * p.slice, length = max(0, min(p.slice, p.steps - first));
   const SkinnyShared at =
-      skinny_shared(p.m, p.x_pitch, kStages, p.slot_bytes, kColumnParts, kBuffers, p.ranks > 1);
+      skinny_shared(p.m, p.x_pitch, kStages, p.slot_bytes, kRows, kTiles, p.ranks > 1);
   const uint32_t base = shared_address(shared);
-  const uint32_t ring = base + at.ring + warp * p.slot_bytes;
-  const uint32_t slot_step = kSkinnyWarps * p.slot_bytes;
+  const uint32_t ring = base + at.ring + warp * p.slot_bytes, slot_step = kWarps * p.slot_bytes;
+  const uint32_t ring_end = ring + kStages * slot_step;
 
   grid_launch_dependents();
 
-  // ---- the stream of weights: blocks of this warp, tile after tile
-  const auto next_block = [](int rel) { return rel & 1 ? rel + 2 * kColumnParts - 1 : rel + 1; };
-  int load_tile = 2 * column_part < length ? team : p.tiles, load_rel = 2 * column_part;
-  const auto load = [&](int stage) {
-    if (load_tile < p.tiles) {
-      const uint32_t to = ring + stage * slot_step;
-      const int block = first + load_rel;
+  // ---- the stream of weights: pairs of blocks of this warp, tile after tile
+  SkinnyTile load_tile = skinny_tile<kStrips>(p.deal, p.teams, team, 0);
+  int load_round = 0, load_rel = 2 * warp, lane16 = lane * 16;
+  constexpr int kRowPointers = kBits == 16 ? 2 * kStrips : 1;
+  const char* from[kRowPointers];
+  uint32_t load_to = ring;
+  // Lane i < 8 copies scales of row g8 = i, lanes from 8 on zeros: 16 bytes each.
+  [[maybe_unused]] const char *meta_values = nullptr, *meta_from = nullptr;
+  [[maybe_unused]] int meta_row = 0, meta_half = 0, meta_group = 0;
+  [[maybe_unused]] bool meta_mine = false;
+  if constexpr (kBits != 16) {
+    const DType type = lane < 8 ? p.scale_dtype : p.zero_dtype;
+    meta_values = static_cast<const char*>(lane < 8 ? p.scales : p.zeros);
+    meta_row = type == DType::u8 ? 64 : type == DType::f32 ? 256 : 128;
+    meta_half = type == DType::f32 ? 16 : 0;
+    meta_mine = meta_values && (lane < 8 || (lane < 16 && (type != DType::u8 || lane < 12)));
+    meta_values += lane % 8 * (type == DType::f32 ? 32 : 16);
+    meta_group = p.tiles * meta_row;
+    keep(meta_row), keep(meta_half), keep(meta_group), keep(meta_values);
+  }
+  keep(lane16);
+  const auto start_tile = [&] {
+    if constexpr (kBits == 16) {
+#pragma unroll
+      for (int i = 0; i < kRowPointers; ++i) {
+        const int64_t row = min(load_tile.strip * 16 + g8 + 8 * i, p.n - 1);
+        from[i] = static_cast<const char*>(p.w) +
+                  (row * p.w_stride + (first + load_rel) * 64 + 8 * t) * 2;
+      }
+    } else {
+      const uint32_t strip = load_tile.strip;
+      from[0] = static_cast<const char*>(p.w) +
+                (static_cast<int64_t>(strip / 4) * p.steps + first + load_rel) * kBlockBytes +
+                strip % 4 * (kBlockBytes / 4) + lane16;
+      meta_from = meta_values + static_cast<int64_t>(strip / 4) * meta_row +
+                  static_cast<int>(strip % 4 / 2) * meta_half;
+    }
+  };
+  if (load_rel >= length) load_tile.count = 0;  // no columns for this warp
+  if (load_tile.count > 0) start_tile();
+  // Issues block `odd` of the pair; the odd one moves on. Of packed weights absent strips and
+  // blocks are left as they are: any codes are finite, and meet zeros in x or rows nobody stores.
+  const auto load = [&](auto odd_constant) {
+    constexpr int kOdd = decltype(odd_constant)::value;
+    if (load_tile.count > 0) {
+      const uint32_t to = load_to + lane16;
       if constexpr (kBits == 16) {
-        const int column = block * 64 + 8 * t;
+        const int left = p.k - (first + load_rel + kOdd) * 64 - 8 * t;
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {  // (row g8 or g8 + 8, columns of 32)
-          const int row = min(load_tile * kSkinnyRows + row_part * 16 + g8 + 8 * (i / 2), p.n - 1);
-          const int c = column + 32 * (i % 2);
-          const bool valid = c < p.k;
-          cp_async_16(to + i * 512 + lane * 16,
-                      static_cast<const E*>(p.w) + row * p.w_stride + (valid ? c : 0), valid);
+        for (int i = 0; i < kPieces; ++i) {  // (8 rows, columns of 32)
+          if (i >= 4 && load_tile.count < kStrips) break;
+          const bool valid = left > 32 * (i % 2);
+          cp_async_zero(to + i * 512, valid ? from[i / 2] + kOdd * 128 + i % 2 * 64 : from[0],
+                        valid ? 16 : 0);
         }
-      } else {
-        const char* from = static_cast<const char*>(p.w) +
-                           (static_cast<int64_t>(load_tile) * p.steps + block) * (512 * kBits) +
-                           row_part * (kPieces * 512) + lane * 16;
+      } else if (kOdd == 0 || load_rel + 1 < length) {
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i)
-          cp_async_16(to + i * 512 + lane * 16, from + i * 512, true);
-        const uint32_t meta = to + kPieces * 512 + lane % 8 * 16 + lane / 8 * 128;
-        const void* values = lane < 8 ? p.scales : p.zeros;
-        const DType type = lane < 8 ? p.scale_dtype : p.zero_dtype;
-        if constexpr (kGeneric) {
-          const int g = group_of(block * 8, p.group_magic);
-          const int last = group_of(block * 8 + 7, p.group_magic);
-          if (lane < 16 && values)
-            for (int i = g; i <= min(last, p.groups - 1); ++i)
-              copy_four(meta + (i - g) * 256, values,
-                        ((static_cast<int64_t>(i) * p.tiles + load_tile) * 8 + lane % 8) * 8 +
-                            4 * row_part,
-                        type);
-        } else if (lane < 16 && values) {
-          const int g = p.groups == 1 ? 0 : group_of(block, p.group_magic);
-          copy_four(
-              meta, values,
-              ((static_cast<int64_t>(g) * p.tiles + load_tile) * 8 + lane % 8) * 8 + 4 * row_part,
-              type);
+        for (int i = 0; i < kPieces; ++i) {
+          constexpr int kStripPieces = kPieces / kStrips;
+          if (i % kStripPieces == 0 && i > 0 && load_tile.count <= i / kStripPieces) break;
+          cp_async_zero(to + i * 512, from[0] + (kOdd * kBlockBytes + i * 512), 16);
+        }
+        if (meta_mine && (kGeneric || kOdd == 0 || !p.pair)) {
+          const int unit = (first + load_rel + kOdd) * (kGeneric ? 8 : 1);
+          const int g = group_of(unit, p.group_magic);
+          const char* values = meta_from + static_cast<int64_t>(g) * meta_group;
+          cp_async_zero(to + kPieces * 512, values, 16);
+          if constexpr (kGeneric) {
+            const int last = min(group_of(unit + 7, p.group_magic), p.groups - 1);
+            for (int i = 1; i <= last - g; ++i)
+              cp_async_zero(to + kPieces * 512 + i * 256,
+                            values + static_cast<int64_t>(i) * meta_group, 16);
+          }
         }
       }
-      load_rel = next_block(load_rel);
-      if (load_rel >= length) {
-        load_rel = 2 * column_part;
-        load_tile += p.teams;
+      if constexpr (kOdd == 1) {
+        load_rel += 2 * kWarps;
+#pragma unroll
+        for (auto& f : from) f += 2 * kWarps * (kBits == 16 ? 128 : kBlockBytes);
+        if (load_rel >= length) {
+          load_rel = 2 * warp;
+          load_tile = skinny_tile<kStrips>(p.deal, p.teams, team, ++load_round);
+          if (load_tile.count > 0) start_tile();
+        }
       }
     }
     cp_async_commit();
+    load_to = load_to + slot_step == ring_end ? ring : load_to + slot_step;
   };
+  constexpr std::integral_constant<int, 0> kEven{};
+  constexpr std::integral_constant<int, 1> kOdd{};
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load(i);
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i % 2 == 0) {
+      load(kEven);
+    } else {
+      load(kOdd);
+    }
+  }
 
   // ---- x
   if (threadIdx.x < kSkinnyZeroBytes / 16)
     reinterpret_cast<uint4*>(shared)[threadIdx.x] = make_uint4(0, 0, 0, 0);
   grid_wait();
-  stage_x(p, reinterpret_cast<E*>(shared + at.x), first * 64, length * 64);
+  stage_x(p, reinterpret_cast<E*>(shared + at.x), first * 64, (length + 1) / 2 * 128);
   __syncthreads();
 
   // Where this lane reads fragments of x: a row of ldmatrix, or its own 16 bytes. Absent tokens
@@ -213,253 +273,291 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
     x_mask[i] = there ? ~0u : 0u;
   }
 
-  float total[kStrips][kTiles][4], acc[kStrips][kTiles][4], sum[kTiles][4];
-  const auto clear = [](auto& c) {
-    for (auto& strip : c)
-      for (auto& tile : strip)
+  [[maybe_unused]] const bool wide_scale = p.scale_dtype == DType::f32;
+  [[maybe_unused]] const bool sums = kGeneric && p.zeros != nullptr;
+  [[maybe_unused]] const bool float_zeros = p.zero_dtype != DType::u8;
+  [[maybe_unused]] Int4Zero<kBf16> zero[kStrips];
+  if constexpr (kBits == 4) {
 #pragma unroll
-        for (float& v : tile) v = 0.0f;
-  };
-  const bool sums = kGeneric && p.zeros != nullptr, float_zeros = p.zero_dtype != DType::u8;
-  clear(acc);
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
-  int stage = 0, buffer = 0, waiting = -1;  // waiting: tile whose ranks' sums are under way
+    for (int s = 0; s < kStrips; ++s) zero[s].set(0, 8), zero[s].set(1, 8);
+  }
+  uint32_t slot = ring;
+  int meta_at = g8 * 16;
+  keep(meta_at);
+  int buffer = 0, waiting = -1, waiting_rows = 0;  // tile whose ranks' sums are under way
 
-  // Adds the ranks' sums of tile `waiting` and writes this rank's share of it.
-  const auto store = [&](int token, int row, int tile, float v) {
-    const int64_t n = static_cast<int64_t>(tile) * kSkinnyRows + row;
-    if (n >= p.n) return;
-    if (p.bias) v = __fadd_rn(v, to_float(static_cast<const E*>(p.bias)[n]));
-    static_cast<E*>(p.out)[token * p.out_stride + n] = from_float<E>(v);
+  const auto store = [&](int token, int row, float v) {
+    if (row >= p.n) return;
+    if (p.bias) v = __fadd_rn(v, to_float(static_cast<const E*>(p.bias)[row]));
+    static_cast<E*>(p.out)[token * p.out_stride + row] = from_float<E>(v);
   };
+  // Adds the ranks' sums of tile `waiting` and writes this rank's share of it.
   const auto finish = [&](int which) {
-    const float* mine = reinterpret_cast<const float*>(shared + at.sums) + which * p.m * 64;
-    for (int e = rank * kSkinnyThreads + threadIdx.x; e < p.m * kSkinnyRows;
+    const float* mine = reinterpret_cast<const float*>(shared + at.sums) + which * p.m * kRows;
+    for (int e = rank * kSkinnyThreads + threadIdx.x; e < p.m * kRows;
          e += p.ranks * kSkinnyThreads) {
+      if (e % kRows >= waiting_rows) continue;
       float v = cluster_load(mine + e, 0);
       for (int r = 1; r < p.ranks; ++r) v += cluster_load(mine + e, r);
-      store(e / kSkinnyRows, e % kSkinnyRows, waiting, v);
+      store(e / kRows, waiting * 16 + e % kRows, v);
     }
   };
 
-  for (int tile = team; tile < p.tiles; tile += p.teams) {
-    clear(total);
-    for (int rel = 2 * column_part; rel < length; rel = next_block(rel)) {
-      cp_async_wait<kStages - 2>();
-      __syncwarp();
-      load(stage == 0 ? kStages - 1 : stage - 1);
-      const uint32_t slot = ring + stage * slot_step;
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-      uint32_t w[kPieces][4];
+  for (int round = 0;; ++round) {
+    const SkinnyTile tile = skinny_tile<kStrips>(p.deal, p.teams, team, round);
+    if (tile.count == 0) break;
+    float total[kStrips][kTiles][4] = {};
+    [[maybe_unused]] const int strip0 = tile.strip % 4;
+    for (int rel = 2 * warp; rel < length; rel += 2 * kWarps) {
+      float acc[kStrips][kTiles][4] = {}, sum[kTiles][4] = {};
+      uint2 scale[kStrips];
+      uint32_t x_at[kTiles];
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        // 8 bit: 32 bytes per lane; neighbours in fours take their halves in opposite order, for
-        // the banks.
-        const int swap = lane / 4 % 2;
-        const uint32_t from = kBits == 8 ? slot + i / 2 * 1024 + lane * 32 + ((i % 2) ^ swap) * 16
-                                         : slot + i * 512 + lane * 16;
-        const uint4 v = load_shared(from);
-        w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
-      }
-      if constexpr (kBits == 8) {
-        const bool swap = lane / 4 % 2;
+      for (int i = 0; i < kTiles; ++i) x_at[i] = x_base[i] + ((rel * 128) & x_mask[i]);
+
 #pragma unroll
-        for (int i = 0; i < kPieces; i += 2)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const uint32_t low = swap ? w[i + 1][j] : w[i][j];
-            w[i + 1][j] = swap ? w[i][j] : w[i + 1][j];
-            w[i][j] = low;
-          }
-      }
-      const uint32_t meta = slot + kPieces * 512 + g8 * 16;
-      [[maybe_unused]] Int4Zero<kBf16> zero[kStrips];
-      if constexpr (kBits == 4) {
-        uint32_t z = 0x08080808u;
-        if (!kGeneric && p.zeros) z = load_shared(meta + 128).x;
-#pragma unroll
-        for (int s = 0; s < kStrips; ++s) {
-          zero[s].set(0, z >> (16 * s) & 0xFF);
-          zero[s].set(1, z >> (16 * s + 8) & 0xFF);
+      for (int odd = 0; odd < 2; ++odd) {
+        cp_async_wait<kStages - 2>();
+        __syncwarp();
+        if ((kStages - 1 + odd) % 2 == 0) {
+          load(kEven);
+        } else {
+          load(kOdd);
         }
-      }
-      // Generic: group of the current 8 columns, counted from the block's first.
-      [[maybe_unused]] int group = 0, boundary = 0, last_group = 0;
-      if constexpr (kGeneric) {
-        const int unit = (first + rel) * 8, g = group_of(unit, p.group_magic);
-        boundary = (g + 1) * p.group_units - unit;
-        last_group = p.groups - 1 - g;  // padding beyond K has none of its own
-      }
+        uint32_t w[kPieces][4];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {  // 32 columns
-        uint32_t b[kTiles][4];
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          const uint32_t from = x_base[i] + ((rel * 128 + h * 64) & x_mask[i]);
-          if constexpr (kBits == 16) {
-            const uint4 v = load_shared(from);
-            b[i][0] = v.x, b[i][1] = v.y, b[i][2] = v.z, b[i][3] = v.w;
-          } else {
-            ldmatrix_x4(b[i], from);
-          }
+        for (int i = 0; i < kPieces; ++i) {
+          // 8 bit: 32 bytes per lane; neighbours in fours take their halves in opposite order, for
+          // the banks.
+          const int swap = lane / 4 % 2;
+          const uint32_t piece = kBits == 8
+                                     ? slot + i / 2 * 1024 + lane16 * 2 + ((i % 2) ^ swap) * 16
+                                     : slot + i * 512 + lane16;
+          const uint4 v = load_shared(piece);
+          w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
         }
+        if constexpr (kBits == 8) {
+          const bool swap = lane / 4 % 2;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {  // 16 columns
-          uint32_t a[kStrips][4];
+          for (int i = 0; i < kPieces; i += 2)
 #pragma unroll
-          for (int s = 0; s < kStrips; ++s) {
-            if constexpr (kBits == 4) {
-              dequantize_int4<kBf16>(a[s], w[s][2 * h + j], zero[s]);
-            } else if constexpr (kBits == 8) {
-              dequantize_int8<kBf16>(a[s], w[2 * s + h][2 * j], w[2 * s + h][2 * j + 1]);
-            } else {
-              a[s][0] = w[h][2 * j], a[s][1] = w[2 + h][2 * j];
-              a[s][2] = w[h][2 * j + 1], a[s][3] = w[2 + h][2 * j + 1];
+            for (int j = 0; j < 4; ++j) {
+              const uint32_t low = swap ? w[i + 1][j] : w[i][j];
+              w[i + 1][j] = swap ? w[i][j] : w[i + 1][j];
+              w[i][j] = low;
             }
-          }
-          if constexpr (!kGeneric) {
+        }
+        [[maybe_unused]] const uint32_t meta = slot + kPieces * 512;
+        slot = slot + slot_step == ring_end ? ring : slot + slot_step;
+        // Of a strip: 16-bit values lie in fours of strips, fp32 ones in twos, u8 ones in fours.
+        const auto at_strip = [&](uint32_t from_meta, int s, bool wide) {
+          return from_meta + meta_at + (wide ? ((strip0 + s) & 1) * 8 : (strip0 + s) * 4);
+        };
+        if constexpr (!kGeneric && kBits != 16) {
+          if (odd == 0 || (!p.pair && rel + 1 < length)) {
 #pragma unroll
             for (int s = 0; s < kStrips; ++s)
+              scale[s] = load_two(at_strip(meta, s, wide_scale), wide_scale);
+            if (kBits == 4 && p.zeros) {
 #pragma unroll
-              for (int i = 0; i < kTiles; ++i)
-                mma_16816<kBf16>(kBits == 16 ? total[s][i] : acc[s][i], a[s], b[i][2 * j],
-                                 b[i][2 * j + 1]);
-          } else {
-            constexpr uint32_t kOnes = kBf16 ? 0x3F803F80u : 0x3C003C00u;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {  // 8 columns
-              const int done = 4 * h + 2 * j + half + 1;
-#pragma unroll
-              for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-                for (int s = 0; s < kStrips; ++s)
-                  mma_1688<kBf16>(acc[s][i], a[s][2 * half], a[s][2 * half + 1],
-                                  b[i][2 * j + half]);
-                if (sums) mma_1688<kBf16>(sum[i], kOnes, kOnes, b[i][2 * j + half]);
+              for (int s = 0; s < kStrips; ++s) {
+                const uint32_t z = load_shared_2(meta + 128 + g8 * 8 + (strip0 + s) * 2);
+                zero[s].set(0, z & 0xFF);
+                zero[s].set(1, z >> 8);
               }
-              if (done == boundary || done == 8) {
-                float scale[4], z[4] = {};
-                four_floats(scale, load_shared(meta + group * 256), p.scale_dtype);
-                if (sums) {
-                  const uint4 raw = load_shared(meta + group * 256 + 128);
-                  if (float_zeros) {
-                    four_floats(z, raw, p.zero_dtype);
-                  } else {
+            }
+          }
+        }
+        // Generic: group of the current 8 columns, counted from the block's first.
+        [[maybe_unused]] int group = 0, boundary = 0, last_group = 0;
+        if constexpr (kGeneric) {
+          const int unit = (first + rel + odd) * 8, g = group_of(unit, p.group_magic);
+          boundary = (g + 1) * p.group_units - unit;
+          last_group = max(0, p.groups - 1 - g);  // padding beyond K has none of its own
+          if (rel + odd >= length) break;         // nor has a block beyond the share
+        }
 #pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                      z[e] = static_cast<float>(static_cast<int>(raw.x >> (8 * e) & 0xFF) -
-                                                (1 << (kBits - 1)));
-                  }
+        for (int h = 0; h < 2; ++h) {  // 32 columns
+          uint32_t b[kTiles][4];
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            const uint32_t row = x_at[i] + odd * 128 + h * 64;
+            if constexpr (kBits == 16) {
+              const uint4 v = load_shared(row);
+              b[i][0] = v.x, b[i][1] = v.y, b[i][2] = v.z, b[i][3] = v.w;
+            } else {
+              ldmatrix_x4(b[i], row);
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {  // 16 columns
+            uint32_t a[kStrips][4];
+#pragma unroll
+            for (int s = 0; s < kStrips; ++s) {
+              if constexpr (kBits == 4) {
+                dequantize_int4<kBf16>(a[s], w[s][2 * h + j], zero[s]);
+              } else if constexpr (kBits == 8) {
+                dequantize_int8<kBf16>(a[s], w[2 * s + h][2 * j], w[2 * s + h][2 * j + 1]);
+              } else {
+                a[s][0] = w[4 * s + h][2 * j], a[s][1] = w[4 * s + 2 + h][2 * j];
+                a[s][2] = w[4 * s + h][2 * j + 1], a[s][3] = w[4 * s + 2 + h][2 * j + 1];
+              }
+            }
+            if constexpr (!kGeneric) {
+#pragma unroll
+              for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+                for (int i = 0; i < kTiles; ++i)
+                  mma_16816<kBf16>(kBits == 16 ? total[s][i] : acc[s][i], a[s], b[i][2 * j],
+                                   b[i][2 * j + 1]);
+            } else {
+              constexpr uint32_t kOnes = kBf16 ? 0x3F803F80u : 0x3C003C00u;
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {  // 8 columns
+                const int done = 4 * h + 2 * j + half + 1;
+#pragma unroll
+                for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                  for (int s = 0; s < kStrips; ++s)
+                    mma_1688<kBf16>(acc[s][i], a[s][2 * half], a[s][2 * half + 1],
+                                    b[i][2 * j + half]);
+                  if (sums) mma_1688<kBf16>(sum[i], kOnes, kOnes, b[i][2 * j + half]);
                 }
+                if (done == boundary || done == 8) {
 #pragma unroll
-                for (int s = 0; s < kStrips; ++s)
+                  for (int s = 0; s < kStrips; ++s) {
+                    const uint32_t values = meta + group * 256;
+                    const float2 f = two_floats(
+                        load_two(at_strip(values, s, wide_scale), wide_scale), p.scale_dtype);
+                    const float factor[2] = {f.x, f.y};
+                    float z[2] = {};
+                    if (sums && float_zeros) {
+                      const bool wide = p.zero_dtype == DType::f32;
+                      const float2 v =
+                          two_floats(load_two(at_strip(values + 128, s, wide), wide), p.zero_dtype);
+                      z[0] = v.x, z[1] = v.y;
+                    } else if (sums) {
+                      const int v = load_shared_2(values + 128 + g8 * 8 + (strip0 + s) * 2);
+                      z[0] = static_cast<float>((v & 0xFF) - (1 << (kBits - 1)));
+                      z[1] = static_cast<float>((v >> 8) - (1 << (kBits - 1)));
+                    }
+#pragma unroll
+                    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+                      for (int e = 0; e < 4; ++e) {
+                        float v = acc[s][i][e], &to = total[s][i][e];
+                        if (sums && !float_zeros) v = fmaf(-z[e / 2], sum[i][e % 2], v);
+                        to = fmaf(v, factor[e / 2], to);
+                        if (sums && float_zeros) to = fmaf(z[e / 2], sum[i][e % 2], to);
+                        acc[s][i][e] = 0.0f;
+                      }
+                  }
 #pragma unroll
                   for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                      const int r = 2 * s + e / 2;
-                      float v = acc[s][i][e], &to = total[s][i][e];
-                      if (sums && !float_zeros) v = fmaf(-z[r], sum[i][e % 2], v);
-                      to = fmaf(v, scale[r], to);
-                      if (sums && float_zeros) to = fmaf(z[r], sum[i][e % 2], to);
-                    }
-                clear(acc);
-#pragma unroll
-                for (int i = 0; i < kTiles; ++i)
-                  sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
-                if (done == boundary) {
-                  group = min(group + 1, last_group);
-                  boundary += p.group_units;
+                    for (float& v : sum[i]) v = 0.0f;
+                  if (done == boundary) {
+                    group = min(group + 1, last_group);
+                    boundary += p.group_units;
+                  }
                 }
               }
             }
           }
         }
-      }
-      if constexpr (!kGeneric && kBits != 16) {
-        if (!p.pair || (rel & 1) || rel + 1 == length) {
-          float scale[4];
-          four_floats(scale, load_shared(meta), p.scale_dtype);
+        if constexpr (!kGeneric && kBits != 16) {
+          // A block beyond the share adds zeros; where it has no scale of its own, the first one
+          // has been applied.
+          if (odd == 0 ? !p.pair : (p.pair || rel + 1 < length)) {
 #pragma unroll
-          for (int s = 0; s < kStrips; ++s)
+            for (int s = 0; s < kStrips; ++s) {
+              const float2 f = two_floats(scale[s], p.scale_dtype);
 #pragma unroll
-            for (int i = 0; i < kTiles; ++i)
+              for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                total[s][i][e] = fmaf(acc[s][i][e], scale[2 * s + e / 2], total[s][i][e]);
-                acc[s][i][e] = 0.0f;
-              }
+                for (int e = 0; e < 4; ++e) {
+                  total[s][i][e] = fmaf(acc[s][i][e], e < 2 ? f.x : f.y, total[s][i][e]);
+                  acc[s][i][e] = 0.0f;
+                }
+            }
+          }
         }
       }
     }
 
-    // ---- the end of a tile: column parts are added in order
-    if constexpr (kBuffers == 1) __syncthreads();  // the previous tile's are read
-    float* partial = reinterpret_cast<float*>(shared + at.partial) +
-                     (kBuffers == 2 ? buffer : 0) * kColumnParts * p.m * kPartialPitch;
+    // ---- the end of a tile: warps are added in order, 8 * kTiles / kRounds tokens at a time
+    const int rows = tile.count * 16;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i)
+    for (int turn = 0; turn < kRounds; ++turn) {
+      constexpr int kTurnTiles = kTiles / kRounds, kTurnTokens = 8 * kTurnTiles;
+      const int token0 = turn * kTurnTokens, tokens = min(p.m - token0, kTurnTokens);
+      const int pitch = min(p.m, kTurnTokens) * kPitch;  // of a warp
+      if (kRounds > 1 && tokens <= 0) break;
+      if constexpr (kBuffers == 1) __syncthreads();  // the last ones are read
+      float* partial = reinterpret_cast<float*>(shared + at.partial) +
+                       (kBuffers == 2 ? buffer : 0) * kWarps * pitch;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int token = 8 * i + 2 * t + e;
-        if (token < p.m) {
-          float* to =
-              partial + (column_part * p.m + token) * kPartialPitch + row_part * 16 * kStrips + g8;
+      for (int i = 0; i < kTurnTiles; ++i)
 #pragma unroll
-          for (int s = 0; s < kStrips; ++s) {
-            to[16 * s] = total[s][i][e];
-            to[16 * s + 8] = total[s][i][e + 2];
+        for (int e = 0; e < 2; ++e) {
+          const int token = 8 * i + 2 * t + e;
+          if (token < tokens) {
+            float* to = partial + warp * pitch + token * kPitch + g8;
+#pragma unroll
+            for (int s = 0; s < kStrips; ++s) {
+              to[16 * s] = total[s][turn * kTurnTiles + i][e];
+              to[16 * s + 8] = total[s][turn * kTurnTiles + i][e + 2];
+            }
           }
         }
+      __syncthreads();
+      if (turn == 0 && p.clustered && waiting >= 0) {
+        cluster_wait_shared();
+        finish(buffer ^ 1);
       }
-    __syncthreads();
-    if (p.clustered && waiting >= 0) {
-      cluster_wait_shared();
-      finish(buffer ^ 1);
-    }
-    for (int e = threadIdx.x; e < p.m * kSkinnyRows; e += kSkinnyThreads) {
-      const int token = e / kSkinnyRows, row = e % kSkinnyRows;
-      float v = partial[token * kPartialPitch + row];
+      for (int e = threadIdx.x; e < tokens * kRows; e += kSkinnyThreads) {
+        const int token = e / kRows, row = e % kRows;
+        const float* values = partial + token * kPitch + row;
+        float v = values[0];
 #pragma unroll
-      for (int c = 1; c < kColumnParts; ++c) v += partial[(c * p.m + token) * kPartialPitch + row];
-      if (p.ranks == 1) {
-        store(token, row, tile, v);
-      } else if (p.clustered) {
-        reinterpret_cast<float*>(shared + at.sums)[buffer * p.m * 64 + e] = v;
-      } else {
-        p.partial[(static_cast<int64_t>(tile) * p.ranks + rank) * p.m * kSkinnyRows + e] = v;
+        for (int c = 1; c < kWarps; ++c) v += values[c * pitch];
+        if (p.ranks == 1) {
+          if (row < rows) store(token0 + token, tile.strip * 16 + row, v);
+        } else if (p.clustered) {
+          reinterpret_cast<float*>(shared +
+                                   at.sums)[(buffer * p.m + token0 + token) * kRows + row] = v;
+        } else {
+          p.partial[((static_cast<int64_t>(tile.strip) * p.ranks + rank) * p.m + token0 + token) *
+                        kRows +
+                    row] = v;
+        }
       }
     }
     if (p.clustered) {
       cluster_arrive_shared();
-      waiting = tile;
-      buffer ^= 1;
-    } else {
-      if (p.ranks > 1) {  // the last rank to come adds all up, in order
-        __threadfence();
-        __syncthreads();
-        int* last = reinterpret_cast<int*>(shared + at.sums);
-        if (threadIdx.x == 0) {
-          const bool is_last =
-              atomicAdd(p.tickets + tile, 1u) + 1 == static_cast<uint32_t>(p.ranks);
-          if (is_last) p.tickets[tile] = 0;
-          *last = is_last;
-        }
-        __syncthreads();
-        if (*last) {
-          __threadfence();
-          const float* all = p.partial + static_cast<int64_t>(tile) * p.ranks * p.m * kSkinnyRows;
-          for (int e = threadIdx.x; e < p.m * kSkinnyRows; e += kSkinnyThreads) {
-            float v = __ldcg(all + e);
-            for (int r = 1; r < p.ranks; ++r) v += __ldcg(all + r * p.m * kSkinnyRows + e);
-            store(e / kSkinnyRows, e % kSkinnyRows, tile, v);
-          }
-        }
-        __syncthreads();
+      waiting = tile.strip, waiting_rows = rows;
+    } else if (p.ranks > 1) {  // the last rank to come adds all up, in order
+      __threadfence();
+      __syncthreads();
+      int* last = reinterpret_cast<int*>(shared + at.sums);
+      if (threadIdx.x == 0) {
+        uint32_t* ticket = p.tickets + tile.strip;
+        *last = atomicAdd(ticket, 1u) + 1 == static_cast<uint32_t>(p.ranks);
+        if (*last) *ticket = 0;
       }
-      if constexpr (kBuffers == 2) buffer ^= 1;
+      __syncthreads();
+      if (*last) {
+        __threadfence();
+        const float* all = p.partial + static_cast<int64_t>(tile.strip) * p.ranks * p.m * kRows;
+        for (int e = threadIdx.x; e < p.m * kRows; e += kSkinnyThreads) {
+          float v = __ldcg(all + e);
+          for (int r = 1; r < p.ranks; ++r) v += __ldcg(all + r * p.m * kRows + e);
+          if (e % kRows < rows) store(e / kRows, tile.strip * 16 + e % kRows, v);
+        }
+      }
+      __syncthreads();
     }
+    buffer ^= 1;
   }
   if (p.clustered) {
     if (waiting >= 0) {

@@ -4,7 +4,7 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kSlot = SkinnyShape<16>::kPieces * 512;
+constexpr int kSlot = SkinnyShape<16, skinny_strips<16>()>::kPieces * 512;
 
 template <bool kBf16>
 int plan_tokens(const DenseLinear& p) {

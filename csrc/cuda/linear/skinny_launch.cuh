@@ -8,8 +8,12 @@
 namespace fastinfer::cuda {
 
 constexpr int kMaxShared = 227 * 1024;
-constexpr int64_t kTicketBytes = 64 * 1024;  // one counter per 64 rows of W
+constexpr int64_t kTicketBytes = 64 * 1024;  // one counter per 16 rows of W
 
+template <int kBits>
+constexpr int skinny_strips() {
+  return kBits == 16 ? 1 : 2;
+}
 // Generic: slots hold up to 8 groups' scales and zeros.
 template <int kBits, bool kGeneric>
 constexpr int skinny_stages() {
@@ -21,16 +25,16 @@ using SkinnyKernel = void (*)(SkinnyParams);
 // The kernel for m tokens.
 template <bool kBf16, int kBits, bool kGeneric>
 SkinnyKernel skinny_kernel_for(int64_t m) {
-  constexpr int kStages = skinny_stages<kBits, kGeneric>();
+  constexpr int kStages = skinny_stages<kBits, kGeneric>(), kStrips = skinny_strips<kBits>();
   if constexpr (kGeneric) {
-    return skinny_kernel<kBf16, kBits, 2, true, kStages, 1>;
+    return skinny_kernel<kBf16, kBits, 2, kStrips, true, kStages, 1>;
   } else {
-    if (m <= 8) return skinny_kernel<kBf16, kBits, 1, false, kStages, 1>;
+    if (m <= 8) return skinny_kernel<kBf16, kBits, 1, kStrips, false, kStages, 1>;
     if constexpr (kBits == 16) {
-      return skinny_kernel<kBf16, kBits, 2, false, kStages, 1>;
+      return skinny_kernel<kBf16, kBits, 2, kStrips, false, kStages, 1>;
     } else {
-      if (m <= 16) return skinny_kernel<kBf16, kBits, 2, false, kStages, 1>;
-      return skinny_kernel<kBf16, kBits, 4, false, kStages, 1>;
+      if (m <= 16) return skinny_kernel<kBf16, kBits, 2, kStrips, false, kStages, 1>;
+      return skinny_kernel<kBf16, kBits, 4, kStrips, false, kStages, 1>;
     }
   }
 }
@@ -71,7 +75,7 @@ struct SkinnyPlan {
 
 template <int kBits, bool kGeneric>
 SkinnyPlan plan_skinny(int64_t n, int64_t k, int tokens, int slot_bytes, const void* kernel) {
-  using Shape = SkinnyShape<kBits>;
+  using Shape = SkinnyShape<kBits, skinny_strips<kBits>()>;
   const DeviceFacts& facts = device_facts();
   const bool clusters =
       facts.compute_capability >= 90 && facts.compute_capability < 100 && !force_portable();
@@ -82,29 +86,30 @@ SkinnyPlan plan_skinny(int64_t n, int64_t k, int tokens, int slot_bytes, const v
     for (int i = 0; i < 4; ++i) most[i] = kBits == 16 && i > 0 ? 0 : facts.sms >> i;
   }
   const int room = facts.shared_bytes < kMaxShared ? facts.shared_bytes : kMaxShared;
-  const int buffers = tokens <= 8 && !kGeneric ? 2 : 1;
   const SkinnyShared rest = skinny_shared(tokens, 0, skinny_stages<kBits, kGeneric>(), slot_bytes,
-                                          Shape::kColumnParts, buffers, true);
+                                          Shape::kRows, tokens <= 8 && !kGeneric ? 1 : 2, true);
   const int64_t x_room = room - rest.bytes - 128;
   const SkinnySplit split =
-      choose_skinny_split((n + 63) / 64, (k + 63) / 64, 512 * kBits, tokens, x_room, most);
+      choose_skinny_split((n + 15) / 16, (k + 63) / 64, 128 * kBits, tokens, x_room, most);
   return {split, clusters && split.ranks > 1};
 }
 
 template <int kBits, bool kGeneric>
 int launch_skinny(SkinnyParams p, int tokens, SkinnyKernel kernel, void* stream) {
-  using Shape = SkinnyShape<kBits>;
+  using Shape = SkinnyShape<kBits, skinny_strips<kBits>()>;
+  const int token_tiles = tokens <= 8 && !kGeneric ? 1 : 2;  // 2 stands for 4 as well
   const SkinnyPlan plan = plan_skinny<kBits, kGeneric>(p.n, p.k, tokens, p.slot_bytes,
                                                        reinterpret_cast<const void*>(kernel));
   if (plan.split.ranks == 0) return cudaErrorInvalidConfiguration;
   p.steps = static_cast<int>((p.k + 63) / 64);
   p.tiles = static_cast<int>((p.n + 63) / 64);
+  const int strips = static_cast<int>((p.n + 15) / 16);
   p.slice = plan.split.slice, p.ranks = plan.split.ranks, p.teams = plan.split.teams;
+  p.deal = skinny_deal(strips, p.teams, skinny_strips<kBits>());
   p.clustered = plan.clustered;
   p.x_pitch = p.slice * 64 + Shape::kXPad;
-  const int buffers = p.m <= 8 && !kGeneric ? 2 : 1;
   const SkinnyShared at = skinny_shared(p.m, p.x_pitch, skinny_stages<kBits, kGeneric>(),
-                                        p.slot_bytes, Shape::kColumnParts, buffers, p.ranks > 1);
+                                        p.slot_bytes, Shape::kRows, token_tiles, p.ranks > 1);
   const int room = device_facts().shared_bytes;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            room < kMaxShared ? room : kMaxShared);
@@ -153,9 +158,9 @@ SkinnyParams skinny_params(const PackedLinear& p) {
   s.group_magic = group_magic(units);
   s.pair = p.groups <= 1 || p.group_columns % 128 == 0;
   // Groups that start inside a block of 64 columns, and one that started before it.
-  s.block_groups =
-      !kGeneric ? 1 : static_cast<int>(64 % (8 * units) == 0 ? 8 / units : 8 / units + 2);
-  s.slot_bytes = SkinnyShape<kBits>::kPieces * 512 + 256 * s.block_groups;
+  const int64_t touched = 8 % units == 0 ? 8 / units : 8 / units + 2;
+  s.slot_bytes = static_cast<int>(SkinnyShape<kBits, skinny_strips<kBits>()>::kPieces * 512 +
+                                  256 * (kGeneric ? touched : 1));
   return s;
 }
 
@@ -220,8 +225,8 @@ int64_t skinny_workspace_of(const PackedLinear& p) {
     const SkinnyPlan plan = plan_skinny<kBits, kGeneric>(
         p.n, p.k, static_cast<int>(tokens), s.slot_bytes, reinterpret_cast<const void*>(kernel));
     if (plan.split.ranks <= 1 || plan.clustered) continue;
-    const int64_t bytes =
-        kTicketBytes + (p.n + 63) / 64 * plan.split.ranks * tokens * kSkinnyRows * 4;
+    const int64_t bytes = kTicketBytes + (p.n + 15) / 16 * plan.split.ranks * tokens *
+                                             SkinnyShape<kBits, skinny_strips<kBits>()>::kRows * 4;
     most = bytes > most ? bytes : most;
   }
   return most;
