@@ -7,6 +7,7 @@
 #include "linear_dequant.h"
 
 #ifdef FASTINFER_WITH_CUDA
+#include "../cuda/common/launch.h"
 #include "../cuda/linear/skinny.h"
 #include "cuda_shim.h"
 #endif
