@@ -145,8 +145,7 @@ class Bench:
         self, peers: dict[str, Callable[[], Call]], moved_bytes: int
     ) -> Iterator[tuple[str, tuple[float, float]]]:
         """Microseconds of one call, median and fastest, per peer."""
-        # At least four launches per graph replay: its own start costs microseconds.
-        least = 4 if self.device == "cuda" else 1
+        least = 2 if self.device == "cuda" else 1
         sets = max(least, min(32, -(-2 * self._cache_bytes() // max(moved_bytes, 1))))
         if self.device == "cuda":
             for peer, make in peers.items():
@@ -176,15 +175,24 @@ class Bench:
             yield peer, (statistics.median(times) * 1e6, min(times) * 1e6)
 
     def _time_graph(self, calls: list[Call]) -> tuple[float, float]:
-        for call in calls[:2]:
-            call()
+        calls[0]()
+        torch.cuda.synchronize()
+        once = time.perf_counter()
+        calls[-1]()
+        torch.cuda.synchronize()
+        once = time.perf_counter() - once
+        if once > self.args.seconds:  # long: one launch and two samples say enough
+            calls = calls[:1]
+        elif len(calls) < 4:  # the start of a graph costs microseconds
+            calls = calls * (4 // len(calls))
+        least = 2 if once > self.args.seconds else 5
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
         samples: list[float] = []
         stop = time.perf_counter() + self.args.seconds
-        while len(samples) < 5 or time.perf_counter() < stop:
+        while len(samples) < least or time.perf_counter() < stop:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
