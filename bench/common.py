@@ -154,7 +154,7 @@ class Bench:
         self, peers: dict[str, Callable[[], Call]], moved_bytes: int
     ) -> Iterator[tuple[str, tuple[float, float]]]:
         """Microseconds of one call, median and fastest, per peer."""
-        sets = max(1, min(32, -(-2 * self._cache_bytes() // max(moved_bytes, 1))))
+        sets = max(1, min(64, -(-2 * self._cache_bytes() // max(moved_bytes, 1))))
         if self.device == "cuda":
             for peer, make in peers.items():
                 calls = [make() for _ in range(sets)]
@@ -185,8 +185,14 @@ class Bench:
             yield peer, (statistics.median(times) * 1e6, min(times) * 1e6)
 
     def _time_graph(self, calls: list[Call]) -> tuple[float, float]:
-        for call in calls[:2]:
-            call()
+        calls[0]()
+        torch.cuda.synchronize()
+        once = time.perf_counter()
+        calls[-1]()
+        torch.cuda.synchronize()
+        long = time.perf_counter() - once > self.args.seconds
+        if long:  # one launch and two samples say enough
+            calls = calls[:1]
         rounds = 1
         while True:
             graph = torch.cuda.CUDAGraph()
@@ -194,6 +200,8 @@ class Bench:
                 for _ in range(rounds):
                     for call in calls:
                         call()
+            if long:
+                break
             self._replay(graph)
             us = min(self._replay(graph) for _ in range(2))
             if rounds > 1 or us > LEAST_GRAPH_US / 2:
@@ -201,7 +209,7 @@ class Bench:
             rounds = math.ceil(LEAST_GRAPH_US / us)  # the same buffers in turn, again
         samples: list[float] = []
         stop = time.perf_counter() + self.args.seconds
-        while len(samples) < 5 or time.perf_counter() < stop:
+        while len(samples) < (2 if long else 5) or time.perf_counter() < stop:
             samples.append(self._replay(graph) / (rounds * len(calls)))
         return statistics.median(samples), min(samples)
 

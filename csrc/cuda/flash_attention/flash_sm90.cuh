@@ -1,8 +1,8 @@
 // Hopper kernel (sm_90a): TMA, wgmma, warp-specialised and persistent.
 //
 // One CTA per SM: a producer warpgroup and kGroups consumer warpgroups of 64 query rows each. Warp
-// 1 of the producer deals out tiles of work, warp 0 loads Q and streams K and V tiles of kKeys keys
-// through two rings of kStages buffers; the consumers hold S, P and O in registers.
+// 1 of the producer deals out tiles of work, warps 0 and 2 load Q and stream K and V tiles of kKeys
+// keys through two rings of kStages buffers; the consumers hold S, P and O in registers.
 //
 //   S_j = Q K_j^T          runs together with   O += P_{j-1} V_{j-1}
 //   softmax of S_j         runs under that product and, since the consumer groups take turns at
@@ -33,16 +33,25 @@ struct Consumer {
   float out[kD / 2];
   uint32_t probabilities[kKeys / 4];
   RowState state;
-  Ring<kStages> k_ring, v_ring;
+  Ring<kStages> k_ring;
+  Ring<Tile::kStagesV> v_ring;
+  Ring<Tile::kStagesQ> q_ring;
 
   static __device__ __forceinline__ void release(uint64_t* barrier) {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
   }
 
+  __device__ __forceinline__ void release_queries() {
+    release(&barriers.q_empty[q_ring.index][group]);
+    q_ring.next();
+  }
+
   // S = Q K^T, not waited for.
   __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2]) {
-    const uint64_t q = ptx::slab_descriptor(q_tile + group * 64 * 128, 16);
-    const uint64_t k = ptx::slab_descriptor(k_tiles + k_ring.index * Tile::kTileBytes, 16);
+    const uint64_t q = ptx::slab_descriptor(
+        ptx::uniform(q_tile + q_ring.index * Tile::kQBytes + group * 64 * 128), 16);
+    const uint64_t k =
+        ptx::slab_descriptor(ptx::uniform(k_tiles + k_ring.index * Tile::kTileBytes), 16);
 #pragma unroll
     for (int i = 0; i < kD / 16; ++i) {
       const int slab = i / 4, inside = i % 4 * 32;
@@ -51,9 +60,13 @@ struct Consumer {
     }
     ptx::wgmma_commit();
   }
+  // The current V tile; to be asked for well ahead of its use.
+  __device__ __forceinline__ uint32_t v_tile() const {
+    return ptx::uniform(v_tiles + v_ring.index * Tile::kTileBytes);
+  }
   // O += P V, not waited for.
-  __device__ __forceinline__ void start_output(bool fresh) {
-    const uint64_t v = ptx::slab_descriptor(v_tiles + v_ring.index * Tile::kTileBytes, kKeys * 128);
+  __device__ __forceinline__ void start_output(uint32_t at, bool fresh) {
+    const uint64_t v = ptx::slab_descriptor(at, kKeys * 128);
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i)
       ptx::wgmma_rs<T, kD>(out, probabilities + 4 * i, v + (i * 2048 >> 4), i > 0 || !fresh);
@@ -106,8 +119,8 @@ struct Consumer {
     ptx::named_arrive(kTurnBarrier + (group + 1) % Tile::kGroups, 256);
   }
 
-  // The assembler would wait for O first and do the softmax afterwards. It does not move the wait
-  // over a store, so one that needs all probabilities is put in between.
+  // The assembler would wait for O before it looks for the maximum. It does not move the wait over
+  // a store, so one that needs the maximum is put in between.
   __device__ __forceinline__ void pin(float x) {
     asm volatile(
         "{\n.reg .pred first;\nsetp.eq.u32 first, %1, 0;\n@first st.shared.f32 [%0], %2;\n}" ::"r"(
@@ -120,41 +133,44 @@ struct Consumer {
   template <bool kMask>
   __device__ __forceinline__ void step(float (&s)[kKeys / 2], const Work& w, int32_t tile,
                                        int32_t first, bool fresh, int32_t row, float factor) {
+    const uint32_t v = v_tile();
     ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
     wait_turn();
     ptx::wgmma_fence();
     start_scores(s);
     ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
     ptx::wgmma_fence();
-    start_output(fresh);
+    start_output(v, fresh);
     pass_turn();
     ptx::wgmma_wait<1>();
     ptx::hold(s);
     release(&barriers.k_empty[k_ring.index]);
     k_ring.next();
-    if (tile == first) release(&barriers.q_empty[group]);
+    if (tile == first) release_queries();
     treat<kMask>(s, w, tile, row);
-    float keep[2];
-    state.template update<2>(s, factor, keep);
-    pin(state.sum[0] + state.sum[1]);
+    float origin[2], keep[2];
+    state.template raise<2>(s, factor, origin, keep);
+    pin(keep[0] + keep[1]);
+    // The products are done by now: exponentials, whose unit is the slowest, and everything else
+    // that is left share the time.
     ptx::wgmma_wait<0>();
     ptx::hold(out);
     ptx::hold(probabilities);
     release(&barriers.v_empty[v_ring.index]);
     v_ring.next();
+    state.template exponents<2>(s, factor, origin, keep);
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) out[i] *= keep[i % 4 / 2];
     pack(s);
   }
 
   // All tiles of keys for one tile of rows.
-  __device__ __forceinline__ void attend(const Slot& slot, int32_t top, int32_t row, float factor,
-                                         uint32_t q_phase) {
+  __device__ __forceinline__ void attend(const Slot& slot, int32_t top, int32_t row, float factor) {
     const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
     state = RowState{};
-    float keep[2];
+    float origin[2], keep[2];
     float s[kKeys / 2];
-    ptx::mbarrier_wait(&barriers.q_full[group], q_phase);
+    ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
     ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
     ptx::wgmma_fence();
     start_scores(s);
@@ -162,9 +178,10 @@ struct Consumer {
     ptx::hold(s);
     release(&barriers.k_empty[k_ring.index]);
     k_ring.next();
-    if (last == first) release(&barriers.q_empty[group]);
+    if (last == first) release_queries();
     treat<true>(s, slot.w, last, row);
-    state.template update<2>(s, factor, keep);
+    state.template raise<2>(s, factor, origin, keep);
+    state.template exponents<2>(s, factor, origin, keep);
     pack(s);
     ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
     clean_values(slot.keys, last);
@@ -189,7 +206,7 @@ struct Consumer {
     ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
     if (first < last) clean_values(slot.keys, first);
     ptx::wgmma_fence();
-    start_output(first == last);
+    start_output(v_tile(), first == last);
     ptx::wgmma_wait<0>();
     ptx::hold(out);
     ptx::hold(probabilities);
@@ -201,7 +218,6 @@ struct Consumer {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const float factor = kModify ? 1.0f : p.scale * kLog2e;
     Ring<kSlots> work;
-    uint32_t q_phase = 0;
     if (group == Tile::kGroups - 1) pass_turn();  // the first group goes first
     while (true) {
       const Slot& slot = take_work(barriers, work);
@@ -210,8 +226,7 @@ struct Consumer {
       const int32_t top = w.row + 64 * group, row = top + 16 * warp + lane / 4;
       const bool some = slot.keys.begin < slot.keys.end;
       if (some) {
-        attend(slot, top, row, factor, q_phase);
-        q_phase ^= 1;
+        attend(slot, top, row, factor);
       } else {
         state = RowState{};  // whose finish() gives weight 0: `out` is not looked at
       }
@@ -246,29 +261,32 @@ __global__ void __launch_bounds__(Sm90Tile<kD>::kThreads, 1)
   constexpr int kStages = Tile::kStages, kConsumerWarps = 4 * Tile::kGroups;
   extern __shared__ char raw[];
   const uint32_t base = (ptx::shared_address(raw) + 1023) & ~1023u;
-  const uint32_t q_tile = base, k_tiles = q_tile + Tile::kQBytes;
+  const uint32_t q_tile = base, k_tiles = q_tile + Tile::kStagesQ * Tile::kQBytes;
   const uint32_t v_tiles = k_tiles + kStages * Tile::kTileBytes;
   auto& barriers = *reinterpret_cast<Sm90Barriers<Tile>*>(
-      raw + (v_tiles + kStages * Tile::kTileBytes - ptx::shared_address(raw)));
+      raw + (v_tiles + Tile::kStagesV * Tile::kTileBytes - ptx::shared_address(raw)));
   static_assert(sizeof(Sm90Barriers<Tile>) <= 512, "reserved in kSharedBytes");
 
   if (threadIdx.x == 0) {
     ptx::tma_prefetch(&q_map);
     ptx::tma_prefetch(&k_map);
     ptx::tma_prefetch(&v_map);
-    for (int i = 0; i < Tile::kGroups; ++i) {
-      ptx::mbarrier_init(&barriers.q_full[i], 1);
-      ptx::mbarrier_init(&barriers.q_empty[i], 4);
-    }
+    for (int i = 0; i < Tile::kStagesQ; ++i)
+      for (int g = 0; g < Tile::kGroups; ++g) {
+        ptx::mbarrier_init(&barriers.q_full[i][g], 1);
+        ptx::mbarrier_init(&barriers.q_empty[i][g], 4);
+      }
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&barriers.k_full[i], 1);
-      ptx::mbarrier_init(&barriers.v_full[i], 1);
       ptx::mbarrier_init(&barriers.k_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < Tile::kStagesV; ++i) {
+      ptx::mbarrier_init(&barriers.v_full[i], 1);
       ptx::mbarrier_init(&barriers.v_empty[i], kConsumerWarps);
     }
     for (int i = 0; i < kSlots; ++i) {
       ptx::mbarrier_init(&barriers.slot_full[i], 1);
-      ptx::mbarrier_init(&barriers.slot_empty[i], kConsumerWarps + 1);
+      ptx::mbarrier_init(&barriers.slot_empty[i], kConsumerWarps + 2);
     }
     ptx::mbarrier_init_fence();
   }
@@ -281,9 +299,11 @@ __global__ void __launch_bounds__(Sm90Tile<kD>::kThreads, 1)
     ptx::registers_give<Tile::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
     if (warp == 0)
-      produce<kD>(p, &q_map, &k_map, &v_map, barriers, q_tile, k_tiles, v_tiles);
+      load_queries_and_keys<kD>(p, &q_map, &k_map, barriers, q_tile, k_tiles);
     else if (warp == 1)
       deal_work(p, barriers, total);
+    else if (warp == 2)
+      load_values<kD>(p, &v_map, barriers, v_tiles);
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
     Consumer<T, kD, kModify> consumer{p, barriers, q_tile, k_tiles, v_tiles, warpgroup - 1};
@@ -292,21 +312,22 @@ __global__ void __launch_bounds__(Sm90Tile<kD>::kThreads, 1)
 }
 
 template <class T, int kD, bool kModify>
-int launch_sm90(const FlashAttentionParams& p, void* stream) {
+int launch_sm90(const FlashAttentionParams& call, void* stream) {
   using Tile = Sm90Tile<kD>;
+  FlashAttentionParams p = call;
+  p.box_rows = p.table ? box_rows(p.page_size, Tile::kKeys) : Tile::kKeys;
   CUtensorMap q, k, v;
   const int64_t rows_q = p.cu_q ? p.tokens_q : p.len_q;
   const int64_t rows_k = p.table ? p.page_size : p.cu_q ? p.tokens_k : p.len_k;
   const int64_t outer = p.table ? p.num_pages : p.cu_q ? 1 : p.batch;
-  const int64_t box = p.table && p.page_size < Tile::kKeys ? p.page_size : Tile::kKeys;
   int error = tensor_map(q, p.q, p.dtype, p.head_dim, rows_q, p.heads_q, p.cu_q ? 1 : p.batch,
                          p.q_token, p.q_head, p.q_batch, 64);
   if (!error)
     error = tensor_map(k, p.k.data, p.dtype, p.head_dim, rows_k, p.heads_kv, outer, p.k.token,
-                       p.k.head, p.k.page, box);
+                       p.k.head, p.k.page, p.box_rows);
   if (!error)
     error = tensor_map(v, p.v.data, p.dtype, p.head_dim, rows_k, p.heads_kv, outer, p.v.token,
-                       p.v.head, p.v.page, box);
+                       p.v.head, p.v.page, p.box_rows);
   if (error) return error;
   const int64_t tiles = p.cu_q ? p.tokens_q / Tile::kRows + p.batch
                                : ceil_div(p.len_q, Tile::kRows) * int64_t{p.batch};

@@ -123,14 +123,18 @@ template <int kN>
 __device__ __forceinline__ void modify_scores(const FlashAttentionParams& p, float (&s)[kN],
                                               float slope, int32_t first, int32_t at0,
                                               int32_t at1) {
-  const bool capped = p.softcap > 0.0f;
 #pragma unroll
-  for (int i = 0; i < kN; ++i) {
-    float x = s[i] * p.inner;
-    if (capped) x = p.outer * tanh_accurate(x);
-    const int32_t column = first + 8 * (i / 4) + i % 2;
-    if (p.alibi) x -= slope * static_cast<float>(abs((i % 4 / 2 ? at1 : at0) - column));
-    s[i] = x;
+  for (int i = 0; i < kN; ++i) s[i] *= p.inner;
+  if (p.softcap > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) s[i] = p.outer * tanh_accurate(s[i]);
+  }
+  if (p.alibi) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const int32_t column = first + 8 * (i / 4) + i % 2;
+      s[i] -= slope * static_cast<float>(abs((i % 4 / 2 ? at1 : at0) - column));
+    }
   }
 }
 
@@ -165,35 +169,52 @@ struct RowState {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
 
-  // Scores become probabilities; keep[r] is what earlier sums and outputs have to be multiplied by.
-  // kChains: independent chains per row for the maximum and the sum.
+  // Takes the scores of one more tile into the maximum: origin[r] is what to subtract in the
+  // exponent, keep[r] what earlier sums and outputs have to be multiplied by. kChains: independent
+  // chains per row. Nothing here or below is left to contraction: a row's bits must not depend on
+  // which copy of the code it runs through, and a tile without visible keys must leave them alone.
   template <int kChains, int kN>
-  __device__ __forceinline__ void update(float (&s)[kN], float factor, float (&keep)[2]) {
+  __device__ __forceinline__ void raise(const float (&s)[kN], float factor, float (&origin)[2],
+                                        float (&keep)[2]) {
     float high[2][2] = {{max[0], -INFINITY}, {max[1], -INFINITY}};
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       float& x = high[i % 4 / 2][i % kChains];
       x = fmaxf(x, s[i]);
     }
-    float origin[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float top = fmaxf(high[r][0], high[r][1]);
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
       // A row that has seen no key yet: exp2(-inf - 0) = 0 where -inf - -inf would be NaN.
-      origin[r] = top == -INFINITY ? 0.0f : top * factor;
-      keep[r] = exp2_approx(max[r] * factor - origin[r]);
+      origin[r] = top == -INFINITY ? 0.0f : __fmul_rn(top, factor);
+      keep[r] = exp2_approx(__fsub_rn(__fmul_rn(max[r], factor), origin[r]));  // 1 if top == max
       max[r] = top;
     }
-    float part[2][2] = {{sum[0] * keep[0], 0.0f}, {sum[1] * keep[1], 0.0f}};
+  }
+
+  // Scores become probabilities. Sums lag behind by kLag exponentials and start with the newest:
+  // a warp issues in order, and would wait for each exponential in turn.
+  template <int kChains, int kN>
+  __device__ __forceinline__ void exponents(float (&s)[kN], float factor, const float (&origin)[2],
+                                            const float (&keep)[2]) {
+    constexpr int kLag = 8;
+    static_assert(kN % kLag == 0, "whole groups");
+    float part[2][2] = {{__fmul_rn(sum[0], keep[0]), 0.0f}, {__fmul_rn(sum[1], keep[1]), 0.0f}};
 #pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      s[i] = exp2_approx(s[i] * factor - origin[i % 4 / 2]);
-      part[i % 4 / 2][i % kChains] += s[i];
+    for (int first = 0; first <= kN; first += kLag) {
+#pragma unroll
+      for (int i = first; i < first + kLag && i < kN; ++i)
+        s[i] = exp2_approx(__fmaf_rn(s[i], factor, -origin[i % 4 / 2]));
+#pragma unroll
+      for (int i = first - 1; i >= first - kLag && i >= 0; --i) {
+        float& x = part[i % 4 / 2][i % kChains];
+        x = __fadd_rn(x, s[i]);
+      }
     }
-    sum[0] = part[0][0] + part[0][1];
-    sum[1] = part[1][0] + part[1][1];
+    sum[0] = __fadd_rn(part[0][0], part[0][1]);
+    sum[1] = __fadd_rn(part[1][0], part[1][1]);
   }
 
   // Total of row r over the quad; the sink's term; returns what the output has to be multiplied by
