@@ -23,6 +23,7 @@
 #include <type_traits>
 
 #include "../common/launch.cuh"
+#include "../common/vec.cuh"
 #include "../ptx/async_copy.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/mma.cuh"
@@ -131,6 +132,9 @@ __device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_
   }
 }
 
+#ifndef FI_SKINNY_OFFSET
+#define FI_SKINNY_OFFSET 1
+#endif
 template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages,
           int kMinBlocks>
 __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
@@ -140,6 +144,8 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
   constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows;
   constexpr int kPitch = kRows + 4, kWarps = kSkinnyWarps;
   constexpr int kBuffers = kTiles == 1 ? 2 : 1, kRounds = kTiles == 4 ? 2 : 1;
+  // bf16 from 4 bits: multiply with 128 + q and take (128 + z) sum(x) off each group in fp32.
+  constexpr bool kOffset = kBits == 4 && kBf16 && !kGeneric && FI_SKINNY_OFFSET;
   constexpr int kBlockBytes = 512 * kBits;  // of 64 x 64 packed weights
   static_assert(kBits != 16 || !kGeneric, "groups are for packed weights");
   extern __shared__ __align__(128) unsigned char shared[];
@@ -147,7 +153,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
   const int team = blockIdx.x / p.ranks, rank = blockIdx.x - team * p.ranks;
   const int first = rank * p.slice, length = max(0, min(p.slice, p.steps - first));
   const SkinnyShared at =
-      skinny_shared(p.m, p.x_pitch, kStages, p.slot_bytes, kRows, kTiles, p.ranks > 1);
+      skinny_shared(p.m, p.x_pitch, p.slice, kStages, p.slot_bytes, kRows, kTiles, p.ranks > 1);
   const uint32_t base = shared_address(shared);
   const uint32_t ring = base + at.ring + warp * p.slot_bytes, slot_step = kWarps * p.slot_bytes;
   const uint32_t ring_end = ring + kStages * slot_step;
@@ -261,6 +267,26 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
   stage_x(p, reinterpret_cast<E*>(shared + at.x), first * 64, (length + 1) / 2 * 128);
   __syncthreads();
 
+  // Sums of x over blocks of 64 columns, [m][slice + 4]: 8 lanes each.
+  [[maybe_unused]] const int sum_pitch = p.slice + 4;
+  [[maybe_unused]] float* block_sums = reinterpret_cast<float*>(shared + at.block_sums);
+  if constexpr (kOffset) {
+    const int blocks = (length + 1) / 2 * 2, all = p.m * blocks;
+    for (int i = threadIdx.x / 8; i < (all + 3) / 4 * 4; i += kSkinnyThreads / 8) {
+      const int token = i / blocks, block = i - token * blocks;
+      float v[8] = {};
+      if (i < all)
+        unpack<E>(v, load_shared(base + at.x + (token * p.x_pitch + block * 64) * 2 +
+                                 threadIdx.x % 8 * 16));
+      float total = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+#pragma unroll
+      for (int lanes = 4; lanes > 0; lanes /= 2)
+        total += __shfl_xor_sync(0xFFFFFFFFu, total, lanes);
+      if (i < all && threadIdx.x % 8 == 0) block_sums[token * sum_pitch + block] = total;
+    }
+    __syncthreads();
+  }
+
   // Where this lane reads fragments of x: a row of ldmatrix, or its own 16 bytes. Absent tokens
   // read zeros.
   uint32_t x_base[kTiles], x_mask[kTiles];
@@ -281,6 +307,9 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) zero[s].set(0, 8), zero[s].set(1, 8);
   }
+  [[maybe_unused]] float offset[kStrips][2];  // 128 + z
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s) offset[s][0] = offset[s][1] = 136.0f;
   uint32_t slot = ring;
   int meta_at = g8 * 16;
   keep(meta_at);
@@ -362,8 +391,13 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
 #pragma unroll
               for (int s = 0; s < kStrips; ++s) {
                 const uint32_t z = load_shared_2(meta + 128 + g8 * 8 + (strip0 + s) * 2);
-                zero[s].set(0, z & 0xFF);
-                zero[s].set(1, z >> 8);
+                if constexpr (kOffset) {
+                  offset[s][0] = static_cast<float>(128 + (z & 0xFF));
+                  offset[s][1] = static_cast<float>(128 + (z >> 8));
+                } else {
+                  zero[s].set(0, z & 0xFF);
+                  zero[s].set(1, z >> 8);
+                }
               }
             }
           }
@@ -395,7 +429,11 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
 #pragma unroll
             for (int s = 0; s < kStrips; ++s) {
               if constexpr (kBits == 4) {
-                dequantize_int4<kBf16>(a[s], w[s][2 * h + j], zero[s]);
+                if constexpr (kOffset) {
+                  offset_int4(a[s], w[s][2 * h + j]);
+                } else {
+                  dequantize_int4<kBf16>(a[s], w[s][2 * h + j], zero[s]);
+                }
               } else if constexpr (kBits == 8) {
                 dequantize_int8<kBf16>(a[s], w[2 * s + h][2 * j], w[2 * s + h][2 * j + 1]);
               } else {
@@ -469,6 +507,17 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
           // A block beyond the share adds zeros; where it has no scale of its own, the first one
           // has been applied.
           if (odd == 0 ? !p.pair : (p.pair || rel + 1 < length)) {
+            [[maybe_unused]] float x_sum[kTiles][2];
+            if constexpr (kOffset) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                  const float2 v = *reinterpret_cast<const float2*>(
+                      block_sums + min(8 * i + 2 * t + e, p.m - 1) * sum_pitch + rel);
+                  x_sum[i][e] = p.pair ? v.x + v.y : odd == 0 ? v.x : v.y;
+                }
+            }
 #pragma unroll
             for (int s = 0; s < kStrips; ++s) {
               const float2 f = two_floats(scale[s], p.scale_dtype);
@@ -476,7 +525,9 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
               for (int i = 0; i < kTiles; ++i)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                  total[s][i][e] = fmaf(acc[s][i][e], e < 2 ? f.x : f.y, total[s][i][e]);
+                  float v = acc[s][i][e];
+                  if constexpr (kOffset) v = fmaf(-offset[s][e / 2], x_sum[i][e % 2], v);
+                  total[s][i][e] = fmaf(v, e < 2 ? f.x : f.y, total[s][i][e]);
                   acc[s][i][e] = 0.0f;
                 }
             }

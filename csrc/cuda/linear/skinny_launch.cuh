@@ -86,7 +86,7 @@ SkinnyPlan plan_skinny(int64_t n, int64_t k, int tokens, int slot_bytes, const v
     for (int i = 0; i < 4; ++i) most[i] = kBits == 16 && i > 0 ? 0 : facts.sms >> i;
   }
   const int room = facts.shared_bytes < kMaxShared ? facts.shared_bytes : kMaxShared;
-  const SkinnyShared rest = skinny_shared(tokens, 0, skinny_stages<kBits, kGeneric>(), slot_bytes,
+  const SkinnyShared rest = skinny_shared(tokens, 0, -4, skinny_stages<kBits, kGeneric>(), slot_bytes,
                                           Shape::kRows, tokens <= 8 && !kGeneric ? 1 : 2, true);
   const int64_t x_room = room - rest.bytes - 128;
   const SkinnySplit split =
@@ -108,7 +108,7 @@ int launch_skinny(SkinnyParams p, int tokens, SkinnyKernel kernel, void* stream)
   p.deal = skinny_deal(strips, p.teams, skinny_strips<kBits>());
   p.clustered = plan.clustered;
   p.x_pitch = p.slice * 64 + Shape::kXPad;
-  const SkinnyShared at = skinny_shared(p.m, p.x_pitch, skinny_stages<kBits, kGeneric>(),
+  const SkinnyShared at = skinny_shared(p.m, p.x_pitch, p.slice, skinny_stages<kBits, kGeneric>(),
                                         p.slot_bytes, Shape::kRows, token_tiles, p.ranks > 1);
   const int room = device_facts().shared_bytes;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

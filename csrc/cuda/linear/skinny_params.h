@@ -79,16 +79,17 @@ FI_BOTH constexpr int group_of(uint32_t unit, uint32_t magic) {
 static_assert(group_of(5, group_magic(1)) == 5 && group_of(8191, group_magic(3)) == 2730, "");
 
 struct SkinnyShared {
-  int x, ring, partial, sums, bytes;  // offsets
+  int x, block_sums, ring, partial, sums, bytes;  // offsets
 };
 
 // rows: of a tile; token_tiles: of 8.
-FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int stages, int slot_bytes,
+FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int slice, int stages, int slot_bytes,
                                              int rows, int token_tiles, bool exchange) {
   SkinnyShared s{};
   const int tokens = m < 16 ? m : 16;  // summed at a time
   s.x = kSkinnyZeroBytes;
-  s.ring = s.x + (m * x_pitch * 2 + 127) / 128 * 128;
+  s.block_sums = s.x + m * x_pitch * 2;
+  s.ring = (s.block_sums + m * (slice + 4) * 4 + 127) / 128 * 128;
   s.partial = s.ring + stages * kSkinnyWarps * slot_bytes;
   s.sums = s.partial + (token_tiles == 1 ? 2 : 1) * kSkinnyWarps * tokens * (rows + 4) * 4;
   s.bytes = s.sums + (exchange ? 2 * m * rows * 4 : 0);
@@ -108,7 +109,7 @@ constexpr SkinnySplit choose_skinny_split(int64_t strips, int64_t steps, int str
     const int64_t ranks = int64_t{1} << i, most = most_teams[i];
     if (most == 0) continue;
     const int64_t slice = ((steps + ranks - 1) / ranks + 1) / 2 * 2;
-    if (tokens * (slice * 64 + 32) * 2 > x_room) continue;
+    if (tokens * ((slice * 64 + 32) * 2 + (slice + 4) * 4) > x_room) continue;
     const int64_t teams = strips < most ? strips : most;
     const int64_t rounds = (strips + teams - 1) / teams;
     // Bytes of weights in the time of the busiest CTA; warps take 2 blocks in turn, so that a
