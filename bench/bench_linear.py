@@ -22,9 +22,8 @@ LAYERS = (
     ("8B gate_up", 28672, 4096),
     ("8B down", 4096, 14336),
 )
-# Decoding: also those of a 70B Llama.
-DECODE_LAYERS = (
-    *LAYERS,
+# Of a 70B Llama.
+LARGE_LAYERS = (
     ("70B qkv", 10240, 8192),
     ("70B gate_up", 57344, 8192),
     ("70B down", 8192, 28672),
@@ -145,7 +144,7 @@ def chain(bits: int, m: int, dtype: torch.dtype, *, programmatic: bool) -> Call:
 def few_tokens(bench: Bench) -> None:
     """Decoding on a GPU: 4, 8 and 16-bit weights for up to 32 tokens, and a layer as a chain."""
     dtype = bench.dtype
-    for label, n, k in DECODE_LAYERS:
+    for label, n, k in (*LAYERS, *LARGE_LAYERS):
         for m in (1, 2, 4, 8, 16, 32):
             keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
             shape = (m, n, k, dtype, "cuda")
@@ -172,11 +171,50 @@ def few_tokens(bench: Bench) -> None:
             bench.case(keys, peers, moved_bytes=elements * bits // 8)
 
 
-def w8a8(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> Call:
-    q, scale, _ = fastinfer.quantize_per_token(randn(m, k, dtype=dtype, device=device))
-    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-    weight_scale = torch.rand(n, device=device)
-    return lambda: fastinfer.w8a8_linear(q, scale, weight, weight_scale, out_dtype=dtype)
+@functools.lru_cache(1)
+def int8_weight(n: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales, _ = fastinfer.quantize_per_token(torch.randn(n, k, device=device))
+    return codes, scales
+
+
+def w8a8(
+    m: int, n: int, k: int, dtype: torch.dtype, device: str, *, quantise: bool = False
+) -> Call:
+    """The product alone, or with the activations quantised in front of it."""
+    x = randn(m, k, dtype=dtype, device=device)
+    q, scale, _ = fastinfer.quantize_per_token(x)
+    weight, weight_scale = (t.clone() for t in int8_weight(n, k, device))
+
+    def call() -> torch.Tensor:
+        codes, s = fastinfer.quantize_per_token(x)[:2] if quantise else (q, scale)
+        return fastinfer.w8a8_linear(codes, s, weight, weight_scale, out_dtype=dtype)
+
+    return call
+
+
+def int_mm(m: int, n: int, k: int, device: str) -> Call:
+    """int32 sums only: no scales."""
+    x, weight = int8_weight(m, k, device)[0].clone(), int8_weight(n, k, device)[0].clone()
+    return lambda: torch._int_mm(x, weight.t())
+
+
+W8A8_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def w8a8_cases(bench: Bench, layers: tuple[tuple[str, int, int], ...]) -> None:
+    """On CUDA: against torch._int_mm, which starts at 17 tokens, and torch's GEMM at the dtype."""
+    dtype, device = bench.dtype, bench.device
+    for label, n, k in layers:
+        for m in W8A8_TOKENS if device == "cuda" else (1, 4, 16):
+            keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
+            shape = (m, n, k, dtype, device)
+            peers = {f"{OURS}_w8a8": lambda s=shape: w8a8(*s)}
+            if device == "cuda":
+                peers[f"{OURS}_w8a8, quantised here"] = lambda s=shape: w8a8(*s, quantise=True)
+                if m > 16:
+                    peers["torch int_mm"] = lambda s=(m, n, k, device): int_mm(*s)
+                peers["torch"] = lambda s=shape: dense(*s, ours=False)
+            bench.case(keys, peers, moved_bytes=n * k, flops=2 * m * n * k)
 
 
 def dense(m: int, n: int, k: int, dtype: torch.dtype, device: str, *, ours: bool) -> Call:
@@ -186,13 +224,34 @@ def dense(m: int, n: int, k: int, dtype: torch.dtype, device: str, *, ours: bool
     return lambda: torch.nn.functional.linear(x, weight)
 
 
+def many_tokens(bench: Bench) -> None:
+    """Packed weights against cuBLAS in 16 bits, from 64 tokens to prefill (CUDA)."""
+    for label, n, k in (*LAYERS, *LARGE_LAYERS):
+        for m in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+            shape = (m, n, k, bench.dtype, bench.device)
+            bench.case(
+                {"op": "gemm", "layer": label, "n": n, "k": k, "m": m},
+                {
+                    f"{OURS}_int4": lambda s=shape: packed_call(4, *s),
+                    f"{OURS}_int8": lambda s=shape: packed_call(8, *s),
+                    "cublas_bf16" if bench.dtype == torch.bfloat16 else "cublas": lambda s=shape: (
+                        dense(*s, ours=False)
+                    ),
+                },
+                moved_bytes=n * k // 2,
+                flops=2 * m * n * k,
+            )
+
+
 def main() -> None:
     bench = Bench("linear", __doc__)
     dtype, device = bench.dtype, bench.device
+    layers = LAYERS if device == "cuda" else LAYERS[:1]
     if device == "cuda":
         few_tokens(bench)
-    for label, n, k in LAYERS if device == "cuda" else LAYERS[:1]:
-        for m in (64, 256) if device == "cuda" else (1, 4, 16):
+        many_tokens(bench)
+    for label, n, k in layers if device == "cpu" else ():
+        for m in (1, 4, 16):
             keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
             shape = (m, n, k, dtype, device)
             int4 = {f"{OURS}_int4": lambda s=shape: packed_call(4, *s)}
@@ -209,9 +268,6 @@ def main() -> None:
             bench.case(keys, int4, moved_bytes=n * k // 2, flops=flops)
             bench.case(keys, int8, moved_bytes=n * k, flops=flops)
             bench.case(
-                keys, {f"{OURS}_w8a8": lambda s=shape: w8a8(*s)}, moved_bytes=n * k, flops=flops
-            )
-            bench.case(
                 keys,
                 {
                     OURS: lambda s=shape: dense(*s, ours=True),
@@ -220,6 +276,7 @@ def main() -> None:
                 moved_bytes=n * k * dtype.itemsize,
                 flops=flops,
             )
+    w8a8_cases(bench, layers)
     bench.finish()
 
 

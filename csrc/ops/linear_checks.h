@@ -36,9 +36,10 @@ inline void check_out(const char* op, const Tensor& out, int64_t m, int64_t n) {
   check_written(op, "out", out);
 }
 
-// perm int32 [k]; values are looked at when `values` is true.
+// The values of perm int32 [k], on the host.
+void check_perm_values(const char* op, const void* host, int64_t k);
+// perm int32 [k]; on the CPU its values are looked at when `values` is true.
 void check_perm(const char* op, const OptTensor& perm, int64_t k, bool values);
-void check_columns(const char* op, const int32_t* perm, int64_t k);
 
 // qweight, scales, zeros as pack_weight makes them for [n, k]; returns their layout.
 PackedLayout check_packed(const char* op, const Tensor& qweight, const Tensor& scales,

@@ -6,22 +6,23 @@
 #include <memory>
 
 #include "linear_checks.h"
+#include "linear_choice.h"
 
 namespace fastinfer {
+
+void check_perm_values(const char* op, const void* host, int64_t k) {
+  const int32_t* p = static_cast<const int32_t*>(host);
+  for (int64_t i = 0; i < k; ++i)
+    FI_CHECK(p[i] >= 0 && p[i] < k, op, ": perm must hold column numbers in [0, ", k, "), got ",
+             p[i], " at position ", i);
+}
 
 void check_perm(const char* op, const OptTensor& perm, int64_t k, bool values) {
   if (!perm) return;
   check_dtype(op, "perm", *perm, {DType::i32});
   check_shape(op, "perm", *perm, {k});
   check_contiguous(op, "perm", *perm);
-  if (values && perm->is_cpu())
-    check_columns(op, static_cast<const int32_t*>(perm->const_data_ptr()), k);
-}
-
-void check_columns(const char* op, const int32_t* p, int64_t k) {
-  for (int64_t i = 0; i < k; ++i)
-    FI_CHECK(p[i] >= 0 && p[i] < k, op, ": perm must hold column numbers in [0, ", k, "), got ",
-             p[i], " at position ", i);
+  if (values && perm->is_cpu()) check_perm_values(op, perm->const_data_ptr(), k);
 }
 
 PackedLayout check_packed(const char* op, const Tensor& qweight, const Tensor& scales,

@@ -3,8 +3,11 @@
 // Workspace: 64 KiB of counters, zeroed once by the caller and left zero by every launch, then
 // partial sums, which need no clearing. Only GPUs without thread-block clusters need one.
 #include "linear_checks.h"
+#include "linear_choice.h"
+#include "linear_dequant.h"
 
 #ifdef FASTINFER_WITH_CUDA
+#include "../cuda/common/launch.h"
 #include "../cuda/linear/skinny.h"
 #include "cuda_shim.h"
 #endif
@@ -39,10 +42,25 @@ void packed_linear_cuda(const char* op, const Tensor& x, const Tensor& qweight,
                         const OptTensor& perm, bool batch_invariant, const Tensor& out,
                         const OptTensor& workspace) {
 #ifdef FASTINFER_WITH_CUDA
-  check_dtype(op, "x", x, {DType::f16, DType::bf16});
   check_aligned(op, "qweight", qweight);
   check_aligned(op, "scales", scales);
   if (zeros) check_aligned(op, "zeros", *zeros);
+  const CudaLaunch launch(x);
+  if (perm && validate_data()) {
+    const HostCopy copy(op, "perm", *perm, launch.stream());
+    check_perm_values(op, copy.data(), layout.k);
+  }
+  const ZeroKind zero_kind = !zeros                          ? ZeroKind::none
+                             : dtype_of(*zeros) == DType::u8 ? ZeroKind::integer
+                                                             : ZeroKind::floating;
+  const int arch = cuda::force_portable() ? 80 : cuda::device_facts().compute_capability;
+  const LinearKernel kernel =
+      choose_packed_kernel({arch, dtype_of(x), layout.bits, x.size(0), layout.n, layout.k, columns,
+                            zero_kind, batch_invariant});
+  if (kernel != LinearKernel::skinny) {
+    const PackedTensors t{op, x, qweight, scales, zeros, bias, perm, out, layout, columns, groups};
+    return kernel == LinearKernel::wide ? linear_wide(t) : linear_dequantise(t);
+  }
   cuda::PackedLinear p{};
   p.x = x.const_data_ptr();
   p.x_stride = row_stride(x);
@@ -60,15 +78,9 @@ void packed_linear_cuda(const char* op, const Tensor& x, const Tensor& qweight,
   p.batch_invariant = batch_invariant;
   FI_CHECK(p.n <= INT32_MAX / 2 && p.k <= INT32_MAX / 64, op, ": weights of ", p.n, " x ", p.k,
            " are too large for one call");
-  const CudaLaunch launch(x);
-  if (perm && validate_data()) {
-    const HostCopy copy(op, "perm", *perm, launch.stream());
-    check_columns(op, static_cast<const int32_t*>(copy.data()), layout.k);
-  }
   OptTensor scratch;
   if (const int64_t bytes = cuda::skinny_workspace(p)) {
-    FI_CHECK(p.n <= 16 * 16384, op, ": out_features must be at most 262144 on this GPU, got ",
-             p.n);
+    FI_CHECK(p.n <= 16 * 16384, op, ": out_features must be at most 262144 on this GPU, got ", p.n);
     scratch = workspace_of(op, workspace, bytes, x);
     p.workspace = scratch->mutable_data_ptr();
   }

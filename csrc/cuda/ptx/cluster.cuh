@@ -40,6 +40,13 @@ __device__ __forceinline__ void cluster_wait_shared() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
   asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 }
+// In two halves, without ordering memory: a CTA that others read from ends behind it.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 // Address, in the shared memory of CTA `rank`, of what `local` is in this CTA.
 __device__ __forceinline__ uint32_t cluster_map(const void* local, uint32_t rank) {
   uint32_t a;
@@ -81,6 +88,8 @@ __device__ __forceinline__ void cluster_sync_shared() { __syncthreads(); }
 __device__ __forceinline__ void cluster_arrive_shared() {}
 __device__ __forceinline__ void cluster_wait_shared() { __syncthreads(); }
 __device__ __forceinline__ float cluster_load(const float* local, uint32_t) { return *local; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ uint64_t cluster_load(const uint64_t* local, uint32_t) { return *local; }
 __device__ __forceinline__ uint4 cluster_load(const uint4* local, uint32_t) { return *local; }
 
