@@ -23,6 +23,7 @@
 #include <type_traits>
 
 #include "../common/launch.cuh"
+#include "../common/vec.cuh"
 #include "../ptx/async_copy.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/mma.cuh"
@@ -104,12 +105,12 @@ __device__ __forceinline__ float2 two_floats(const uint2& raw, DType type) {
 }
 
 // X of this rank's columns to shared memory, [m][x_pitch], zero beyond K.
-template <class E>
+template <int kThreads, class E>
 __device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_column,
                                         int columns) {
   const E* x = static_cast<const E*>(p.x);
   const int packs = columns / 8, total = p.m * packs;
-  for (int i = threadIdx.x; i < total; i += kSkinnyThreads) {
+  for (int i = threadIdx.x; i < total; i += kThreads) {
     const int token = i / packs, c = (i - token * packs) * 8, column = first_column + c;
     const E* row = x + token * p.x_stride;
     uint4 v = make_uint4(0, 0, 0, 0);
@@ -131,23 +132,36 @@ __device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_
   }
 }
 
-template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages,
-          int kMinBlocks>
-__global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
+#ifdef FI_SKINNY_CLOCK
+__device__ long long skinny_clock[132 * 2 * 16];
+#define FI_MARK(i) do { if (threadIdx.x == 0) skinny_clock[blockIdx.x * 16 + (i)] = clock64(); } while (0)
+#else
+#define FI_MARK(i)
+#endif
+#ifndef FI_SKINNY_OFFSET
+#define FI_SKINNY_OFFSET 1
+#endif
+template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     skinny_kernel(const __grid_constant__ SkinnyParams p) {
+  FI_MARK(0);
   using E = std::conditional_t<kBf16, __nv_bfloat16, __half>;
   using Shape = SkinnyShape<kBits, kStrips>;
-  constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows;
-  constexpr int kPitch = kRows + 4, kWarps = kSkinnyWarps;
-  constexpr int kBuffers = kTiles == 1 ? 2 : 1, kRounds = kTiles == 4 ? 2 : 1;
+  constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows, kLogRows = kRows == 16 ? 4 : kRows == 32 ? 5 : 6;
+  constexpr int kPitch = kRows + 4, kThreads = 32 * kWarps;
+  constexpr int kBuffers = kTiles == 1 ? 2 : 1;
+  // bf16 from 4 bits: multiply with 128 + q and take (128 + z) sum(x) off each group in fp32.
+  constexpr bool kOffset = kBits == 4 && kBf16 && !kGeneric && FI_SKINNY_OFFSET;
   constexpr int kBlockBytes = 512 * kBits;  // of 64 x 64 packed weights
   static_assert(kBits != 16 || !kGeneric, "groups are for packed weights");
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g8 = lane / 4, t = lane % 4;
-  const int team = blockIdx.x / p.ranks, rank = blockIdx.x - team * p.ranks;
+  const int team = blockIdx.x >> p.rank_shift, rank = blockIdx.x & (p.ranks - 1);
+  const int row_part = warp & ((1 << p.row_shift) - 1), column_part = warp >> p.row_shift;
+  const int column_parts = kWarps >> p.row_shift, tile_rows = kRows << p.row_shift;
   const int first = rank * p.slice, length = max(0, min(p.slice, p.steps - first));
   const SkinnyShared at =
-      skinny_shared(p.m, p.x_pitch, kStages, p.slot_bytes, kRows, kTiles, p.ranks > 1);
+      skinny_shared(p.m, p.x_pitch, p.slice, kWarps, kStages, p.slot_bytes, kRows, kTiles, p.ranks > 1 ? tile_rows : 0);
   const uint32_t base = shared_address(shared);
   const uint32_t ring = base + at.ring + warp * p.slot_bytes, slot_step = kWarps * p.slot_bytes;
   const uint32_t ring_end = ring + kStages * slot_step;
@@ -155,8 +169,15 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
   grid_launch_dependents();
 
   // ---- the stream of weights: pairs of blocks of this warp, tile after tile
-  SkinnyTile load_tile = skinny_tile<kStrips>(p.deal, p.teams, team, 0);
-  int load_round = 0, load_rel = 2 * warp, lane16 = lane * 16;
+  // This warp's part of a tile; parts are missing in the last round only.
+  const auto part_of_tile = [&](int round) {
+    SkinnyTile tile = skinny_tile(p.deal, p.teams, team, round);
+    tile.strip += row_part * kStrips;
+    tile.count = max(0, min(tile.count - row_part * kStrips, kStrips));
+    return tile;
+  };
+  SkinnyTile load_tile = part_of_tile(0);
+  int load_round = 0, load_rel = 2 * column_part, lane16 = lane * 16;
   constexpr int kRowPointers = kBits == 16 ? 2 * kStrips : 1;
   const char* from[kRowPointers];
   uint32_t load_to = ring;
@@ -230,12 +251,12 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
         }
       }
       if constexpr (kOdd == 1) {
-        load_rel += 2 * kWarps;
+        load_rel += 2 * column_parts;
 #pragma unroll
-        for (auto& f : from) f += 2 * kWarps * (kBits == 16 ? 128 : kBlockBytes);
+        for (auto& f : from) f += 2 * column_parts * (kBits == 16 ? 128 : kBlockBytes);
         if (load_rel >= length) {
-          load_rel = 2 * warp;
-          load_tile = skinny_tile<kStrips>(p.deal, p.teams, team, ++load_round);
+          load_rel = 2 * column_part;
+          load_tile = part_of_tile(++load_round);
           if (load_tile.count > 0) start_tile();
         }
       }
@@ -254,13 +275,36 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
     }
   }
 
+  FI_MARK(1);
   // ---- x
   if (threadIdx.x < kSkinnyZeroBytes / 16)
     reinterpret_cast<uint4*>(shared)[threadIdx.x] = make_uint4(0, 0, 0, 0);
   grid_wait();
-  stage_x(p, reinterpret_cast<E*>(shared + at.x), first * 64, (length + 1) / 2 * 128);
+  FI_MARK(2);
+  stage_x<kThreads>(p, reinterpret_cast<E*>(shared + at.x), first * 64, (length + 1) / 2 * 128);
   __syncthreads();
 
+  // Sums of x over blocks of 64 columns, [m][slice + 4]: 8 lanes each.
+  [[maybe_unused]] const int sum_pitch = p.slice + 4;
+  [[maybe_unused]] float* block_sums = reinterpret_cast<float*>(shared + at.block_sums);
+  if constexpr (kOffset) {
+    const int blocks = (length + 1) / 2 * 2, all = p.m * blocks;
+    for (int i = threadIdx.x / 8; i < (all + 3) / 4 * 4; i += kThreads / 8) {
+      const int token = i / blocks, block = i - token * blocks;
+      float v[8] = {};
+      if (i < all)
+        unpack<E>(v, load_shared(base + at.x + (token * p.x_pitch + block * 64) * 2 +
+                                 threadIdx.x % 8 * 16));
+      float total = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+#pragma unroll
+      for (int lanes = 4; lanes > 0; lanes /= 2)
+        total += __shfl_xor_sync(0xFFFFFFFFu, total, lanes);
+      if (i < all && threadIdx.x % 8 == 0) block_sums[token * sum_pitch + block] = total;
+    }
+    __syncthreads();
+  }
+
+  FI_MARK(3);
   // Where this lane reads fragments of x: a row of ldmatrix, or its own 16 bytes. Absent tokens
   // read zeros.
   uint32_t x_base[kTiles], x_mask[kTiles];
@@ -281,6 +325,9 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) zero[s].set(0, 8), zero[s].set(1, 8);
   }
+  [[maybe_unused]] float offset[kStrips][2];  // 128 + z
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s) offset[s][0] = offset[s][1] = 136.0f;
   uint32_t slot = ring;
   int meta_at = g8 * 16;
   keep(meta_at);
@@ -293,22 +340,24 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
   };
   // Adds the ranks' sums of tile `waiting` and writes this rank's share of it.
   const auto finish = [&](int which) {
-    const float* mine = reinterpret_cast<const float*>(shared + at.sums) + which * p.m * kRows;
-    for (int e = rank * kSkinnyThreads + threadIdx.x; e < p.m * kRows;
-         e += p.ranks * kSkinnyThreads) {
-      if (e % kRows >= waiting_rows) continue;
+    const float* mine = reinterpret_cast<const float*>(shared + at.sums) + which * p.m * tile_rows;
+    const int log_rows = kLogRows + p.row_shift;
+    for (int e = rank * kThreads + threadIdx.x; e < p.m << log_rows; e += p.ranks * kThreads) {
+      const int row = e & (tile_rows - 1);
+      if (row >= waiting_rows) continue;
       float v = cluster_load(mine + e, 0);
       for (int r = 1; r < p.ranks; ++r) v += cluster_load(mine + e, r);
-      store(e / kRows, waiting * 16 + e % kRows, v);
+      store(e >> log_rows, waiting * 16 + row, v);
     }
   };
 
   for (int round = 0;; ++round) {
-    const SkinnyTile tile = skinny_tile<kStrips>(p.deal, p.teams, team, round);
+    const SkinnyTile tile = skinny_tile(p.deal, p.teams, team, round);
     if (tile.count == 0) break;
+    const int columns_end = tile.count > row_part * kStrips ? length : 0;
     float total[kStrips][kTiles][4] = {};
-    [[maybe_unused]] const int strip0 = tile.strip % 4;
-    for (int rel = 2 * warp; rel < length; rel += 2 * kWarps) {
+    [[maybe_unused]] const int strip0 = (tile.strip + row_part * kStrips) % 4;
+    for (int rel = 2 * column_part; rel < columns_end; rel += 2 * column_parts) {
       float acc[kStrips][kTiles][4] = {}, sum[kTiles][4] = {};
       uint2 scale[kStrips];
       uint32_t x_at[kTiles];
@@ -362,8 +411,13 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
 #pragma unroll
               for (int s = 0; s < kStrips; ++s) {
                 const uint32_t z = load_shared_2(meta + 128 + g8 * 8 + (strip0 + s) * 2);
-                zero[s].set(0, z & 0xFF);
-                zero[s].set(1, z >> 8);
+                if constexpr (kOffset) {
+                  offset[s][0] = static_cast<float>(128 + (z & 0xFF));
+                  offset[s][1] = static_cast<float>(128 + (z >> 8));
+                } else {
+                  zero[s].set(0, z & 0xFF);
+                  zero[s].set(1, z >> 8);
+                }
               }
             }
           }
@@ -395,7 +449,11 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
 #pragma unroll
             for (int s = 0; s < kStrips; ++s) {
               if constexpr (kBits == 4) {
-                dequantize_int4<kBf16>(a[s], w[s][2 * h + j], zero[s]);
+                if constexpr (kOffset) {
+                  offset_int4(a[s], w[s][2 * h + j]);
+                } else {
+                  dequantize_int4<kBf16>(a[s], w[s][2 * h + j], zero[s]);
+                }
               } else if constexpr (kBits == 8) {
                 dequantize_int8<kBf16>(a[s], w[2 * s + h][2 * j], w[2 * s + h][2 * j + 1]);
               } else {
@@ -469,6 +527,17 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
           // A block beyond the share adds zeros; where it has no scale of its own, the first one
           // has been applied.
           if (odd == 0 ? !p.pair : (p.pair || rel + 1 < length)) {
+            [[maybe_unused]] float x_sum[kTiles][2];
+            if constexpr (kOffset) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                  const float2 v = *reinterpret_cast<const float2*>(
+                      block_sums + min(8 * i + 2 * t + e, p.m - 1) * sum_pitch + rel);
+                  x_sum[i][e] = p.pair ? v.x + v.y : odd == 0 ? v.x : v.y;
+                }
+            }
 #pragma unroll
             for (int s = 0; s < kStrips; ++s) {
               const float2 f = two_floats(scale[s], p.scale_dtype);
@@ -476,7 +545,9 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
               for (int i = 0; i < kTiles; ++i)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                  total[s][i][e] = fmaf(acc[s][i][e], e < 2 ? f.x : f.y, total[s][i][e]);
+                  float v = acc[s][i][e];
+                  if constexpr (kOffset) v = fmaf(-offset[s][e / 2], x_sum[i][e % 2], v);
+                  total[s][i][e] = fmaf(v, e < 2 ? f.x : f.y, total[s][i][e]);
                   acc[s][i][e] = 0.0f;
                 }
             }
@@ -485,51 +556,48 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
       }
     }
 
-    // ---- the end of a tile: warps are added in order, 8 * kTiles / kRounds tokens at a time
+    if (round == 0) FI_MARK(4); else FI_MARK(6);
+    // ---- the end of a tile: column parts are added in order, 8 tokens at a time
     const int rows = tile.count * 16;
 #pragma unroll
-    for (int turn = 0; turn < kRounds; ++turn) {
-      constexpr int kTurnTiles = kTiles / kRounds, kTurnTokens = 8 * kTurnTiles;
-      const int token0 = turn * kTurnTokens, tokens = min(p.m - token0, kTurnTokens);
-      const int pitch = min(p.m, kTurnTokens) * kPitch;  // of a warp
-      if (kRounds > 1 && tokens <= 0) break;
+    for (int i = 0; i < kTiles; ++i) {
+      const int tokens = min(p.m - 8 * i, 8), pitch = min(p.m, 8) * kPitch;  // of a warp
+      if (i > 0 && tokens <= 0) break;
       if constexpr (kBuffers == 1) __syncthreads();  // the last ones are read
       float* partial = reinterpret_cast<float*>(shared + at.partial) +
                        (kBuffers == 2 ? buffer : 0) * kWarps * pitch;
 #pragma unroll
-      for (int i = 0; i < kTurnTiles; ++i)
+      for (int e = 0; e < 2; ++e) {
+        if (2 * t + e < tokens) {
+          float* to = partial + warp * pitch + (2 * t + e) * kPitch + g8;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int token = 8 * i + 2 * t + e;
-          if (token < tokens) {
-            float* to = partial + warp * pitch + token * kPitch + g8;
-#pragma unroll
-            for (int s = 0; s < kStrips; ++s) {
-              to[16 * s] = total[s][turn * kTurnTiles + i][e];
-              to[16 * s + 8] = total[s][turn * kTurnTiles + i][e + 2];
-            }
+          for (int s = 0; s < kStrips; ++s) {
+            to[16 * s] = total[s][i][e];
+            to[16 * s + 8] = total[s][i][e + 2];
           }
         }
+      }
       __syncthreads();
-      if (turn == 0 && p.clustered && waiting >= 0) {
+      if (i == 0 && p.clustered && waiting >= 0) {
         cluster_wait_shared();
         finish(buffer ^ 1);
       }
-      for (int e = threadIdx.x; e < tokens * kRows; e += kSkinnyThreads) {
-        const int token = e / kRows, row = e % kRows;
-        const float* values = partial + token * kPitch + row;
+      const int log_rows = kLogRows + p.row_shift;
+      for (int e = threadIdx.x; e < tokens << log_rows; e += kThreads) {
+        const int token = e >> log_rows, row = e & (tile_rows - 1);
+        const float* values = partial + row / kRows * pitch + token * kPitch + row % kRows;
         float v = values[0];
-#pragma unroll
-        for (int c = 1; c < kWarps; ++c) v += values[c * pitch];
+#pragma unroll 8
+        for (int c = 1; c < column_parts; ++c) v += values[(c << p.row_shift) * pitch];
         if (p.ranks == 1) {
-          if (row < rows) store(token0 + token, tile.strip * 16 + row, v);
+          if (row < rows) store(8 * i + token, tile.strip * 16 + row, v);
         } else if (p.clustered) {
           reinterpret_cast<float*>(shared +
-                                   at.sums)[(buffer * p.m + token0 + token) * kRows + row] = v;
+                                   at.sums)[((buffer * p.m + 8 * i + token) << log_rows) + row] = v;
         } else {
-          p.partial[((static_cast<int64_t>(tile.strip) * p.ranks + rank) * p.m + token0 + token) *
-                        kRows +
-                    row] = v;
+          const int64_t first_token =
+              (static_cast<int64_t>(tile.strip) * p.ranks + rank) * p.m + 8 * i;
+          p.partial[(first_token + token) * kRows + row] = v;
         }
       }
     }
@@ -549,7 +617,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
       if (*last) {
         __threadfence();
         const float* all = p.partial + static_cast<int64_t>(tile.strip) * p.ranks * p.m * kRows;
-        for (int e = threadIdx.x; e < p.m * kRows; e += kSkinnyThreads) {
+        for (int e = threadIdx.x; e < p.m * kRows; e += kThreads) {
           float v = __ldcg(all + e);
           for (int r = 1; r < p.ranks; ++r) v += __ldcg(all + r * p.m * kRows + e);
           if (e % kRows < rows) store(e / kRows, tile.strip * 16 + e % kRows, v);
@@ -558,6 +626,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
       __syncthreads();
     }
     buffer ^= 1;
+    if (round == 0) FI_MARK(5); else FI_MARK(7);
   }
   if (p.clustered) {
     if (waiting >= 0) {
