@@ -46,6 +46,14 @@ PackedLayout check_packed(const char* op, const Tensor& qweight, const Tensor& s
                           const OptTensor& zeros, int bits, int64_t group_size, int64_t n,
                           int64_t k);
 
+// int4_linear and int8_linear on CUDA, arguments checked, nothing empty but K
+// (linear_packed_cuda.cpp).
+void packed_linear_cuda(const char* op, const Tensor& x, const Tensor& qweight,
+                        const Tensor& scales, const OptTensor& zeros, const OptTensor& bias,
+                        const PackedLayout& layout, int64_t columns, int64_t groups,
+                        const OptTensor& perm, bool batch_invariant, const Tensor& out,
+                        const OptTensor& workspace);
+
 inline int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : 0; }
 
 }  // namespace fastinfer

@@ -7,7 +7,6 @@
 
 #include "linear_checks.h"
 #include "linear_choice.h"
-#include "linear_dequant.h"
 
 namespace fastinfer {
 
@@ -176,7 +175,8 @@ void run_cpu_int8(const Call& c) {
 
 void packed_linear(const char* op, int bits, const Tensor& x, const Tensor& qweight,
                    const Tensor& scales, const OptTensor& zeros, const OptTensor& bias,
-                   int64_t group_size, const OptTensor& perm, const Tensor& out) {
+                   int64_t group_size, const OptTensor& perm, bool batch_invariant,
+                   const Tensor& out, const OptTensor& workspace) {
   check_dtype(op, "x", x, {DType::f32, DType::f16, DType::bf16});
   check_dim(op, "x", x, 2);
   check_last_dim(op, "x", x);
@@ -201,20 +201,9 @@ void packed_linear(const char* op, int bits, const Tensor& x, const Tensor& qwei
            "; repack it with pack_weight(layout=\"", x.is_cpu() ? "cpu" : "cuda", "\")");
   if (m == 0 || n == 0) return;
   const int64_t columns = group_columns(group_size, k), groups = div_up(k, columns);
-  if (!x.is_cpu()) {
-#ifdef FASTINFER_WITH_CUDA
-    const PackedTensors t{op, x, qweight, scales, zeros, bias, perm, out, layout, columns, groups};
-    const char* path = std::getenv("FASTINFER_PATH");
-    if (path && path[0] == 'd') return linear_dequantise(t);
-    if (path && path[0] == 'w') return linear_wide(t);
-    if (groups_suit_wide(columns, k) && dtype_of(x) != DType::f32 && k > 0 &&
-        (!zeros || dtype_of(*zeros) == DType::u8))
-      return linear_wide(t);
-    return linear_dequantise(t);
-#else
-    no_cuda_kernel(op);
-#endif
-  }
+  if (!x.is_cpu())
+    return packed_linear_cuda(op, x, qweight, scales, zeros, bias, layout, columns, groups, perm,
+                              batch_invariant, out, workspace);
   const Call call{x, qweight, scales, zeros, bias, perm, out, layout, columns, groups};
   if (int8_activations())
     run_cpu_int8(call);
@@ -223,15 +212,17 @@ void packed_linear(const char* op, int bits, const Tensor& x, const Tensor& qwei
 }
 
 void int4_linear(Tensor x, Tensor qweight, Tensor scales, OptTensor zeros, OptTensor bias,
-                 int64_t group_size, OptTensor perm, bool /*batch_invariant*/, Tensor out,
-                 OptTensor /*workspace*/) {
-  packed_linear("int4_linear", 4, x, qweight, scales, zeros, bias, group_size, perm, out);
+                 int64_t group_size, OptTensor perm, bool batch_invariant, Tensor out,
+                 OptTensor workspace) {
+  packed_linear("int4_linear", 4, x, qweight, scales, zeros, bias, group_size, perm,
+                batch_invariant, out, workspace);
 }
 
 void int8_linear(Tensor x, Tensor qweight, Tensor scales, OptTensor zeros, OptTensor bias,
-                 int64_t group_size, OptTensor perm, bool /*batch_invariant*/, Tensor out,
-                 OptTensor /*workspace*/) {
-  packed_linear("int8_linear", 8, x, qweight, scales, zeros, bias, group_size, perm, out);
+                 int64_t group_size, OptTensor perm, bool batch_invariant, Tensor out,
+                 OptTensor workspace) {
+  packed_linear("int8_linear", 8, x, qweight, scales, zeros, bias, group_size, perm,
+                batch_invariant, out, workspace);
 }
 
 }  // namespace

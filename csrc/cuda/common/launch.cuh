@@ -34,25 +34,38 @@ __device__ __forceinline__ void grid_launch_dependents() {
 
 // kernel<<<grid, block, shared_bytes, stream>>>(args...), with the PDL attribute where it is on.
 // Raises the kernel's dynamic shared memory limit where more than 48 KiB are asked for.
+// `cluster`: CTAs along x of a cluster; more than one for code compiled for sm_90 only.
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-           Args&&... args) {
+int launch_clusters(void (*kernel)(Params...), int cluster, dim3 grid, dim3 block,
+                    size_t shared_bytes, void* stream, Args&&... args) {
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    const int error = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+    if (error != 0) return error;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute[1];
-  attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute[0].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attribute;
-  config.numAttrs = programmatic_launch() && device_facts().compute_capability >= 90 ? 1 : 0;
+  cudaLaunchAttribute attributes[2];
+  int n = 0;
+  if (programmatic_launch() && device_facts().compute_capability >= 90) {
+    attributes[n].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[n++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[n].id = cudaLaunchAttributeClusterDimension;
+    attributes[n++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  config.attrs = attributes;
+  config.numAttrs = n;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+           Args&&... args) {
+  return launch_clusters(kernel, 1, grid, block, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
