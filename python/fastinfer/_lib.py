@@ -126,10 +126,12 @@ def refuse_grad(name: str, *tensors: torch.Tensor | None) -> None:
                 )
 
 
-def check(condition: bool, message: str) -> None:
-    """Raise RuntimeError, as the C++ checks do, for fake kernels and wrappers."""
+def check(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise RuntimeError, as the C++ checks do, for fake kernels and wrappers. A function for the
+    message where every call passes: describing a tensor takes microseconds.
+    """
     if not condition:
-        raise RuntimeError(message)
+        raise RuntimeError(message if isinstance(message, str) else message())
 
 
 def require_tensors(name: str, **tensors: Any) -> None:

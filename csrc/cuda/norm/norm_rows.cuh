@@ -4,6 +4,8 @@
 // fetched for the first time); 2 for float output and 4 for codes where there are many.
 #pragma once
 
+#include <cstdlib>
+
 #include "norm.cuh"
 
 namespace fastinfer::cuda {
@@ -140,6 +142,11 @@ int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
       a.rows = static_cast<uint32_t>(rows);
       a.inner = two ? static_cast<uint32_t>(n.shape.size[1]) : 0;
       a.packs = static_cast<int32_t>(packs), a.eps = n.eps, a.inverse_dim = inverse_dim;
+      if (const char* v = getenv("FI_X_NP")) {
+        if (*v == '1') return launch_norm_rows<E, kQuant, 1>(a, stream);
+        if (*v == '2') return launch_norm_rows<E, kQuant, 2>(a, stream);
+        if (*v == '4' && kQuant) return launch_norm_rows<E, kQuant, kMany>(a, stream);
+      }
       if (packs <= kMaxRowThreads && rows * packs <= int64_t{512} * device_facts().sms)
         return launch_norm_rows<E, kQuant, 1>(a, stream);
       return launch_norm_rows<E, kQuant, kMany>(a, stream);

@@ -166,13 +166,9 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
     }
   }
   if constexpr (A::kCached) {
-    // A loop, not two copies: a kernel of one token mostly waits for its instructions.
-#pragma unroll 1
-    for (int j = 0; j < kRotaryHeads; ++j) {
-      if (j * a.groups >= heads) break;
-      cache_head<E>(a, j ? which[1] : which[0], slot, j ? head[1] : head[0],
-                    j ? first[1] : first[0], j ? second[1] : second[0], at_first, at_second, lane);
-    }
+#pragma unroll
+    for (int j = 0; j < kRotaryHeads; ++j)
+      cache_head<E>(a, which[j], slot, head[j], first[j], second[j], at_first, at_second, lane);
   }
 }
 
