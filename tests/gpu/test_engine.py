@@ -147,6 +147,31 @@ def test_graphs_change_nothing(
     assert tokens(True, planned=1) == expected
 
 
+def test_batch_invariant(prompts: list[list[int]]) -> None:
+    """Tokens and log-probabilities to the last bit: alone, together, in chunks, with a cached
+    prefix, preempted; tokens also from graphs.
+    """
+    asked = SamplingParams(temperature=0, max_tokens=16, logprobs=2, ignore_eos=True)
+
+    def run(batches: list[list[list[int]]], **settings: object) -> list[object]:
+        with load(batch_invariant=True, **settings) as llm:
+            outputs = [output for batch in batches for output in llm.generate(batch, asked)]
+        return [
+            (output.outputs[0].token_ids, output.outputs[0].cumulative_logprob)
+            for output in outputs
+        ]
+
+    expected = run([prompts])
+    assert run([[prompt] for prompt in prompts]) == expected
+    assert run([prompts], max_num_batched_tokens=13) == expected
+    assert run([prompts, prompts]) == expected * 2
+    assert run([prompts], num_blocks=24) == expected
+    with load(batch_invariant=True) as llm:
+        tokens = greedy(llm, prompts, 16)
+        assert tokens == [each[0] for each in expected]
+        assert [greedy(llm, [prompt], 16)[0] for prompt in prompts] == tokens
+
+
 def test_completions_share_a_prompt(prompts: list[list[int]]) -> None:
     """n completions copy the block that they do not share, in front of a graph too."""
     params = SamplingParams(n=4, temperature=0, max_tokens=20, ignore_eos=True)
