@@ -24,7 +24,9 @@ constexpr int sm90_keys(int dim) { return dim <= 128 ? 128 : dim <= 192 ? 96 : 8
 constexpr int box_rows(int page_size, int keys) {
   return page_size == 0 ? keys : box_rows(keys % page_size, page_size);
 }
-constexpr bool page_suits_tma(int page_size, int keys) { return box_rows(page_size, keys) % 8 == 0; }
+constexpr bool page_suits_tma(int page_size, int keys) {
+  return box_rows(page_size, keys) % 8 == 0;
+}
 
 // Strides TMA can step along: positive multiples of 16 bytes below 2^40, or never used.
 inline bool stride_suits_tma(int64_t stride, int64_t size) {

@@ -144,7 +144,8 @@ __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams
         if constexpr (Tile::kStagesQ == 1) load_queries();
       });
     }
-    return_work(barriers, work);
+    return_slot(barriers, work.index);
+    work.next();
   }
 }
 
@@ -161,7 +162,8 @@ __device__ __forceinline__ void load_values(const FlashAttentionParams& p, const
     if (slot.keys.begin < slot.keys.end)
       stream_tiles<kD>(loader, v_map, v_tiles, barriers.v_full, barriers.v_empty, ring, slot,
                        [] {});
-    return_work(barriers, work);
+    return_slot(barriers, work.index);
+    work.next();
   }
 }
 

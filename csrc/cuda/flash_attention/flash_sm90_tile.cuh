@@ -15,7 +15,7 @@ struct Sm90Tile {
   static constexpr int kGroups = 2;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kKeys = sm90_keys(kD);
-  static constexpr int kStages = kD <= 64 ? 4 : kD <= 128 ? 3 : 2;   // of K
+  static constexpr int kStages = kD <= 64 ? 4 : kD <= 128 ? 3 : 2;  // of K
   static constexpr int kStagesV = kD <= 64 ? 4 : 2;
   static constexpr int kStagesQ = kD <= 128 ? 2 : 1;
   static constexpr int kSlabs = kD / 64;
@@ -38,7 +38,7 @@ struct Slot {
   Range keys;
   int32_t valid;
 };
-constexpr int kSlots = 2;
+constexpr int kSlots = 3;  // one to be stored, one to work on, one to load for
 
 template <class Tile>
 struct Sm90Barriers {
@@ -72,10 +72,9 @@ __device__ __forceinline__ const Slot& take_work(Sm90Barriers<Tile>& barriers,
   return barriers.slots[ring.index];
 }
 template <class Tile>
-__device__ __forceinline__ void return_work(Sm90Barriers<Tile>& barriers, Ring<kSlots>& ring) {
+__device__ __forceinline__ void return_slot(Sm90Barriers<Tile>& barriers, int index) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&barriers.slot_empty[ring.index]);
-  ring.next();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&barriers.slot_empty[index]);
 }
 
 }  // namespace fastinfer::cuda::flash
