@@ -63,6 +63,9 @@ class Bench:
             "--filter", default="", help="only cases whose description contains this"
         )
         parser.add_argument("--seconds", type=float, default=0.5, help="time spent per row")
+        parser.add_argument(
+            "--rest", type=float, default=0.0, help="seconds of rest in front of a row, on a GPU"
+        )
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
         parser.add_argument("--json", type=Path, help="also write the rows to this file")
         if add_flags:
@@ -149,11 +152,14 @@ class Bench:
         sets = max(least, min(32, -(-2 * self._cache_bytes() // max(moved_bytes, 1))))
         if self.device == "cuda":
             for peer, make in peers.items():
-                yield peer, self._time_graph([make() for _ in range(sets)])
+                calls = [make() for _ in range(sets)]
+                torch.cuda.synchronize()
+                time.sleep(self.args.rest)  # a hot GPU is a slower one
+                yield peer, self._time_graph(calls)
             return
-        calls = {peer: [make() for _ in range(sets)] for peer, make in peers.items()}
+        calls_of = {peer: [make() for _ in range(sets)] for peer, make in peers.items()}
         for peer in peers:
-            for call in calls[peer][:2]:
+            for call in calls_of[peer][:2]:
                 call()
         # The peers take short turns: load from elsewhere then falls on all alike.
         samples: dict[str, list[float]] = {peer: [] for peer in peers}
@@ -164,7 +170,7 @@ class Bench:
             for peer, times in samples.items():
                 turn_end = time.perf_counter() + TURN_SECONDS
                 while True:
-                    call = calls[peer][len(times) % sets]
+                    call = calls_of[peer][len(times) % sets]
                     start = time.perf_counter()
                     call()
                     end = time.perf_counter()

@@ -307,7 +307,8 @@ __global__ void __launch_bounds__(kPortableThreads)
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
         const Range low = row_limits(p, at.w, row_of(m)), high = row_limits(p, at.w, row_of(m) + 8);
-        mask_scores(s[m], column, low.begin, low.end, high.begin, high.end);
+        if (first + kKeys > least.end) mask_right(s[m], column, low.end, high.end);
+        if (first < most.begin) mask_left(s[m], column, low.begin, high.begin);
       }
     }
     // V is there, and nobody reads this K any more; where V comes with scales, these come first.

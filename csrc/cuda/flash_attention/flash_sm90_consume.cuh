@@ -80,8 +80,11 @@ struct Consumer {
       modify_scores(p, s, alibi_slope(p, w), column, row + shift, row + 8 + shift);
     }
     if constexpr (kMask) {
+      const int32_t top = w.row + 64 * group;
       const Range low = row_limits(p, w, row), high = row_limits(p, w, row + 8);
-      mask_scores(s, column, low.begin, low.end, high.begin, high.end);
+      if (row_limits(p, w, top).end < (tile + 1) * kKeys) mask_right(s, column, low.end, high.end);
+      if (row_limits(p, w, top + 63).begin > tile * kKeys)
+        mask_left(s, column, low.begin, high.begin);
     }
   }
   // Tiles all of whose keys are seen by all rows of the group of 64 that starts at `top`.
@@ -282,9 +285,10 @@ struct Consumer {
           attend(s, slot, factor, origin, keep);
           last_output(slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys);
         }
-        store(slot.w, factor, packed_out);
-        return_slot(barriers, work.index);
+        const Work w = slot.w;
+        return_slot(barriers, work.index);  // now: it would wait for the stores
         work.next();
+        store(w, factor, packed_out);
       }
     } else {
       int old = -1;                        // slot of the unit that is still to be stored
@@ -301,8 +305,9 @@ struct Consumer {
         else if (product)
           last_output(fresh);
         if (old >= 0) {
-          store(barriers.slots[old].w, factor, packed_out);
-          return_slot(barriers, old);
+          const Work w = barriers.slots[old].w;
+          return_slot(barriers, old);  // now: it would wait for the stores
+          store(w, factor, packed_out);
         }
         state = next;
         old = -1;
