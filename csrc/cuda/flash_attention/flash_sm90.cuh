@@ -21,14 +21,13 @@
 
 namespace fastinfer::cuda::flash {
 
-template <class T, int kD, bool kModify>
-__global__ void __launch_bounds__(Sm90Tile<kD>::kThreads, 1)
+template <class T, class Tile, bool kModify>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     flash_sm90_kernel(const __grid_constant__ FlashAttentionParams p,
                       const __grid_constant__ CUtensorMap q_map,
                       const __grid_constant__ CUtensorMap k_map,
                       const __grid_constant__ CUtensorMap v_map, const int64_t total,
                       const bool packed_out) {
-  using Tile = Sm90Tile<kD>;
   constexpr int kStages = Tile::kStages, kConsumerWarps = 4 * Tile::kGroups;
   extern __shared__ char raw[];
   const uint32_t base = (ptx::shared_address(raw) + 1023) & ~1023u;
@@ -70,21 +69,21 @@ __global__ void __launch_bounds__(Sm90Tile<kD>::kThreads, 1)
     ptx::registers_give<Tile::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
     if (warp == 0)
-      load_queries_and_keys<kD>(p, &q_map, &k_map, barriers, q_tile, k_tiles);
+      load_queries_and_keys(p, &q_map, &k_map, barriers, q_tile, k_tiles);
     else if (warp == 1)
       deal_work(p, barriers, total);
     else if (warp == 2)
-      load_values<kD>(p, &v_map, barriers, v_tiles);
+      load_values(p, &v_map, barriers, v_tiles);
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
-    Consumer<T, kD, kModify> consumer{p, barriers, q_tile, k_tiles, v_tiles, warpgroup - 1};
+    Consumer<T, Tile, kModify> consumer{p, barriers, q_tile, k_tiles, v_tiles, warpgroup - 1};
     consumer.run(packed_out);
   }
 }
 
-template <class T, int kD, bool kModify>
+template <class T, int kD, bool kModify, int kGroups = 2>
 int launch_sm90(const FlashAttentionParams& call, void* stream) {
-  using Tile = Sm90Tile<kD>;
+  using Tile = Sm90Tile<kD, kGroups>;
   FlashAttentionParams p = call;
   p.box_rows = p.table ? box_rows(p.page_size, Tile::kKeys) : Tile::kKeys;
   CUtensorMap q, k, v;
@@ -105,7 +104,7 @@ int launch_sm90(const FlashAttentionParams& call, void* stream) {
   const int64_t total = tiles * p.heads_q;
   if (total > kMaxTiles) return cudaErrorInvalidConfiguration;
   const int64_t ctas = total < device_facts().sms ? total : device_facts().sms;
-  return launch(flash_sm90_kernel<T, kD, kModify>, dim3(static_cast<unsigned>(ctas)),
+  return launch(flash_sm90_kernel<T, Tile, kModify>, dim3(static_cast<unsigned>(ctas)),
                 dim3(Tile::kThreads), Tile::kSharedBytes, stream, p, q, k, v, total,
                 aligned16(p.out, {p.out_batch, p.out_token, p.out_head}));
 }
