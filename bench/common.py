@@ -67,6 +67,9 @@ class Bench:
             help="only cases whose description contains this, or one of these (a,b,c)",
         )
         parser.add_argument("--seconds", type=float, default=0.5, help="time spent per row")
+        parser.add_argument(
+            "--rest", type=float, default=0.0, help="seconds of rest in front of a row, on a GPU"
+        )
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
         parser.add_argument("--json", type=Path, help="also write the rows to this file")
         if add_flags:
@@ -158,12 +161,14 @@ class Bench:
         if self.device == "cuda":
             for peer, make in peers.items():
                 calls = [make() for _ in range(sets)]
+                torch.cuda.synchronize()
+                time.sleep(self.args.rest)  # a hot GPU is a slower one
                 # At least four launches per graph replay: its own start costs microseconds.
                 yield peer, self._time_graph(calls * -(-4 // sets))
             return
-        calls = {peer: [make() for _ in range(sets)] for peer, make in peers.items()}
+        calls_of = {peer: [make() for _ in range(sets)] for peer, make in peers.items()}
         for peer in peers:
-            for call in calls[peer][:2]:
+            for call in calls_of[peer][:2]:
                 call()
         # The peers take short turns: load from elsewhere then falls on all alike.
         samples: dict[str, list[float]] = {peer: [] for peer in peers}
@@ -174,7 +179,7 @@ class Bench:
             for peer, times in samples.items():
                 turn_end = time.perf_counter() + TURN_SECONDS
                 while True:
-                    call = calls[peer][len(times) % sets]
+                    call = calls_of[peer][len(times) % sets]
                     start = time.perf_counter()
                     call()
                     end = time.perf_counter()

@@ -24,7 +24,9 @@ constexpr int sm90_keys(int dim) { return dim <= 128 ? 128 : dim <= 192 ? 96 : 8
 constexpr int box_rows(int page_size, int keys) {
   return page_size == 0 ? keys : box_rows(keys % page_size, page_size);
 }
-constexpr bool page_suits_tma(int page_size, int keys) { return box_rows(page_size, keys) % 8 == 0; }
+constexpr bool page_suits_tma(int page_size, int keys) {
+  return box_rows(page_size, keys) % 8 == 0;
+}
 
 // Strides TMA can step along: positive multiples of 16 bytes below 2^40, or never used.
 inline bool stride_suits_tma(int64_t stride, int64_t size) {
@@ -48,6 +50,13 @@ inline Kernel choose_kernel(const FlashAttentionParams& p, int compute_capabilit
             stride_suits_tma(t->page, outer);
   if (p.table) suits = suits && page_suits_tma(p.page_size, sm90_keys(sm90_dim(p.head_dim)));
   return suits ? Kernel::sm90 : Kernel::portable;
+}
+
+// Consumer groups of 64 rows at D 64: three for long sequences, where a tile of 192 rows wastes
+// little. Which rows share a tile does not show in their bits, so lengths may decide.
+constexpr int sm90_groups(int64_t batch, int64_t tokens) { return tokens >= 1024 * batch ? 3 : 2; }
+inline int sm90_groups(const FlashAttentionParams& p) {
+  return sm90_groups(p.batch, p.cu_q ? p.tokens_q : int64_t{p.len_q} * p.batch);
 }
 
 // Query heads of a dense batch whose tiles are dealt out together: as many as have keys and values

@@ -93,8 +93,8 @@ __device__ __forceinline__ uint4 load_codes(const uint8_t* from, bool integers) 
 }
 
 // Rows [first, first + kRows) to `to`; rows outside `some` and columns past head_dim are zero.
-// row_offset(row): element offset of a row. kAny: any alignment, codes if bits == 8. stride: of rows
-// that are evenly spaced, else 0.
+// row_offset(row): element offset of a row. kAny: any alignment, codes if bits == 8. stride: of
+// rows that are evenly spaced, else 0.
 template <class T, int kD, int kRows, bool kAny, class F>
 __device__ __forceinline__ void load_tile(uint32_t to, const void* data, int32_t first, Range some,
                                           int32_t head_dim, DType type, int64_t stride,
@@ -216,7 +216,8 @@ __global__ void __launch_bounds__(kPortableThreads)
                        float* scales) {
     const int32_t* const pages = at.pages;
     load_tile<T, kD, kKeys, kAny>(to, t.data, first, at.keys, p.head_dim, p.kv_dtype,
-                                  pages ? 0 : t.token, [&](int32_t key) { return base + key_row(p, t, pages, key); });
+                                  pages ? 0 : t.token,
+                                  [&](int32_t key) { return base + key_row(p, t, pages, key); });
     if (kAny && threadIdx.x < kKeys) {
       const int32_t key = first + threadIdx.x;
       float scale = 0.0f;
@@ -306,7 +307,8 @@ __global__ void __launch_bounds__(kPortableThreads)
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
         const Range low = row_limits(p, at.w, row_of(m)), high = row_limits(p, at.w, row_of(m) + 8);
-        mask_scores(s[m], column, low.begin, low.end, high.begin, high.end);
+        if (first + kKeys > least.end) mask_right(s[m], column, low.end, high.end);
+        if (first < most.begin) mask_left(s[m], column, low.begin, high.begin);
       }
     }
     // V is there, and nobody reads this K any more; where V comes with scales, these come first.

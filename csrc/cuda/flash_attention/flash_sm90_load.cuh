@@ -39,9 +39,8 @@ __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
 // One K or V tile. Dense and packed: a box per slab. Paged: a box per slab and p.box_rows keys of a
 // page; lane j looks after keys [j, j + 1) * box_rows of the tile, and boxes no row sees are not
 // loaded.
-template <int kD>
+template <class Tile>
 struct TileLoader {
-  using Tile = Sm90Tile<kD>;
   const FlashAttentionParams& p;
   uint64_t policy;
 
@@ -68,7 +67,7 @@ struct TileLoader {
     }
     const int32_t rows = p.box_rows;
     const unsigned here = __ballot_sync(kAllLanes, page >= 0);
-    if (lane == 0) ptx::mbarrier_arrive_expect(full, __popc(here) * rows * kD * 2);
+    if (lane == 0) ptx::mbarrier_arrive_expect(full, __popc(here) * rows * Tile::kDim * 2);
     __syncwarp();
     if (page < 0) return;
     const int32_t slot_row = (key + lane * rows) % p.page_size;
@@ -81,12 +80,11 @@ struct TileLoader {
 
 // Key tiles of one unit of work, from the last to the first, into a ring; behind_first() runs
 // once, behind the first tile. Block ids are fetched one tile ahead of the boxes that need them.
-template <int kD, int kStages, class F>
-__device__ __forceinline__ void stream_tiles(const TileLoader<kD>& loader, const CUtensorMap* map,
+template <class Tile, int kStages, class F>
+__device__ __forceinline__ void stream_tiles(const TileLoader<Tile>& loader, const CUtensorMap* map,
                                              uint32_t tiles, uint64_t* full, uint64_t* empty,
                                              Ring<kStages>& ring, const Slot& slot,
                                              F behind_first) {
-  using Tile = Sm90Tile<kD>;
   const int32_t first = slot.keys.begin / Tile::kKeys;
   const int32_t last = (slot.keys.end - 1) / Tile::kKeys;
   const int32_t kv_head = slot.w.head / loader.p.group;
@@ -105,14 +103,13 @@ __device__ __forceinline__ void stream_tiles(const TileLoader<kD>& loader, const
 }
 
 // The loading warps: one for Q and K, one for V, so that each has half of the boxes to issue.
-template <int kD>
+template <class Tile>
 __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams& p,
                                                       const CUtensorMap* q_map,
                                                       const CUtensorMap* k_map,
-                                                      Sm90Barriers<Sm90Tile<kD>>& barriers,
-                                                      uint32_t q_tile, uint32_t k_tiles) {
-  using Tile = Sm90Tile<kD>;
-  const TileLoader<kD> loader{p, ptx::policy_evict_last()};
+                                                      Sm90Barriers<Tile>& barriers, uint32_t q_tile,
+                                                      uint32_t k_tiles) {
+  const TileLoader<Tile> loader{p, ptx::policy_evict_last()};
   const uint64_t q_policy = ptx::policy_evict_first();
   Ring<kSlots> work;
   Ring<Tile::kStages> ring;
@@ -140,28 +137,28 @@ __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams
       // With two buffers the rows come while the tile before is worked on. With one they have to
       // wait for the end of that; the first keys do not.
       if constexpr (Tile::kStagesQ > 1) load_queries();
-      stream_tiles<kD>(loader, k_map, k_tiles, barriers.k_full, barriers.k_empty, ring, slot, [&] {
+      stream_tiles(loader, k_map, k_tiles, barriers.k_full, barriers.k_empty, ring, slot, [&] {
         if constexpr (Tile::kStagesQ == 1) load_queries();
       });
     }
-    return_work(barriers, work);
+    return_slot(barriers, work.index);
+    work.next();
   }
 }
 
-template <int kD>
+template <class Tile>
 __device__ __forceinline__ void load_values(const FlashAttentionParams& p, const CUtensorMap* v_map,
-                                            Sm90Barriers<Sm90Tile<kD>>& barriers,
-                                            uint32_t v_tiles) {
-  const TileLoader<kD> loader{p, ptx::policy_evict_last()};
+                                            Sm90Barriers<Tile>& barriers, uint32_t v_tiles) {
+  const TileLoader<Tile> loader{p, ptx::policy_evict_last()};
   Ring<kSlots> work;
-  Ring<Sm90Tile<kD>::kStagesV> ring;
+  Ring<Tile::kStagesV> ring;
   while (true) {
     const Slot& slot = take_work(barriers, work);
     if (!slot.valid) return;
     if (slot.keys.begin < slot.keys.end)
-      stream_tiles<kD>(loader, v_map, v_tiles, barriers.v_full, barriers.v_empty, ring, slot,
-                       [] {});
-    return_work(barriers, work);
+      stream_tiles(loader, v_map, v_tiles, barriers.v_full, barriers.v_empty, ring, slot, [] {});
+    return_slot(barriers, work.index);
+    work.next();
   }
 }
 
