@@ -94,7 +94,7 @@ inline SkinnyPlan plan_skinny(const SkinnyInstance& instance, int64_t n, int64_t
     for (int i = 0; i < 4; ++i) most[i] = instance.bits == 16 && i > 0 ? 0 : facts.sms >> i;
   }
   if (instance.warps == 8) most[0] *= 2, most[1] = most[2] = most[3] = 0;
-  const SkinnyShared rest = skinny_shared(tokens, 0, -4, instance.warps, instance.stages,
+  const SkinnyShared rest = skinny_shared(tokens, 0, instance.warps, instance.stages,
                                           slot_bytes, instance.rows(), instance.tiles, 0);
   const int64_t strips = (n + 15) / 16, steps = (k + 63) / 64;
   SkinnyPlan plan{};
@@ -123,7 +123,7 @@ inline int launch_skinny(SkinnyParams p, int tokens, const SkinnyInstance& insta
   p.clustered = plan.clustered;
   p.x_pitch = p.slice * 64 + instance.x_pad();
   const SkinnyShared at = skinny_shared(
-      p.m, p.x_pitch, p.slice, instance.warps, instance.stages, p.slot_bytes, instance.rows(),
+      p.m, p.x_pitch, instance.warps, instance.stages, p.slot_bytes, instance.rows(),
       instance.tiles, p.ranks > 1 ? instance.rows() << p.row_shift : 0);
   cudaError_t error = cudaFuncSetAttribute(
       instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, skinny_room(instance));
@@ -138,7 +138,8 @@ inline int launch_skinny(SkinnyParams p, int tokens, const SkinnyInstance& insta
     attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attribute[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(p.ranks), 1, 1};
   }
-  if (programmatic_launch() && device_facts().compute_capability >= 90) {
+  p.weights_first = programmatic_launch();
+  if (p.weights_first && device_facts().compute_capability >= 90) {
     attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
