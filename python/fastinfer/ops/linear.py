@@ -122,8 +122,8 @@ def int4_linear(
             `pack_weight`.
         batch_invariant: one tile and one order of summation for every M (always so on the CPU).
         out: [..., N], x's dtype, to write to.
-        workspace: scratch of the CUDA kernels, zeroed once by the caller and left zeroed; needed only
-            by GPUs older than sm_90, which otherwise allocate it per call. Unused on the CPU.
+        workspace: scratch of the CUDA kernels, zeroed once by the caller and left zeroed; needed
+            only by GPUs older than sm_90, which otherwise allocate it per call. Unused on the CPU.
 
     Returns:
         [..., N], x's dtype.
