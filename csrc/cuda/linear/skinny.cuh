@@ -104,6 +104,22 @@ __device__ __forceinline__ float2 two_floats(const uint2& raw, DType type) {
   return __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
 }
 
+// v[0] + v[stride] + .. of n values, as a binary tree: halves of n may be added elsewhere.
+template <int kN>
+__device__ __forceinline__ float tree_sum(const float* v, int stride) {
+  if constexpr (kN == 1) {
+    return *v;
+  } else {
+    return tree_sum<kN / 2>(v, stride) + tree_sum<kN / 2>(v + kN / 2 * stride, stride);
+  }
+}
+__device__ __forceinline__ float tree_sum(const float* v, int stride, int n) {
+  if (n == 1) return *v;
+  if (n == 2) return tree_sum<2>(v, stride);
+  if (n == 4) return tree_sum<4>(v, stride);
+  return n == 8 ? tree_sum<8>(v, stride) : tree_sum<16>(v, stride);
+}
+
 // X of this rank's columns to shared memory, [m][x_pitch], zero beyond K: one group of cp.async, or
 // where that is not possible element by element.
 template <int kThreads, class E>
@@ -144,7 +160,10 @@ __device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_
 
 #ifdef FI_SKINNY_CLOCK
 __device__ long long skinny_clock[132 * 2 * 16];
-#define FI_MARK(i) do { if (threadIdx.x == 0) skinny_clock[blockIdx.x * 16 + (i)] = clock64(); } while (0)
+#define FI_MARK(i)                                                         \
+  do {                                                                     \
+    if (threadIdx.x == 0) skinny_clock[blockIdx.x * 16 + (i)] = clock64(); \
+  } while (0)
 #else
 #define FI_MARK(i)
 #endif
@@ -154,9 +173,11 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   FI_MARK(0);
   using E = std::conditional_t<kBf16, __nv_bfloat16, __half>;
   using Shape = SkinnyShape<kBits, kStrips>;
-  constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows, kLogRows = kRows == 16 ? 4 : kRows == 32 ? 5 : 6;
+  constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows,
+                kLogRows = kRows == 16   ? 4
+                           : kRows == 32 ? 5
+                                         : 6;
   constexpr int kPitch = kRows + 4, kThreads = 32 * kWarps;
-  constexpr int kBuffers = kTiles == 1 ? 2 : 1;
   constexpr int kBlockBytes = 512 * kBits;  // of 64 x 64 packed weights
   static_assert(kBits != 16 || !kGeneric, "groups are for packed weights");
   extern __shared__ __align__(128) unsigned char shared[];
@@ -165,8 +186,8 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   const int row_part = warp & ((1 << p.row_shift) - 1), column_part = warp >> p.row_shift;
   const int column_parts = kWarps >> p.row_shift, tile_rows = kRows << p.row_shift;
   const int first = rank * p.slice, length = max(0, min(p.slice, p.steps - first));
-  const SkinnyShared at =
-      skinny_shared(p.m, p.x_pitch, kWarps, kStages, p.slot_bytes, kRows, kTiles, p.ranks > 1 ? tile_rows : 0);
+  const SkinnyShared at = skinny_shared(p.m, p.x_pitch, kWarps, kStages, p.slot_bytes, kRows,
+                                        p.ranks > 1 ? tile_rows : 0);
   const uint32_t base = shared_address(shared);
   // Slots of this warp; addresses are those of this lane's first 16 bytes.
   const uint32_t ring = base + at.ring + warp * p.slot_bytes + lane * 16;
@@ -244,7 +265,8 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
         if (meta_mine && (kGeneric || kOdd == 0 || !p.pair)) {
           const int unit = (first + load_rel + kOdd) * (kGeneric ? 8 : 1);
           const uint32_t g = group_of(unit, p.group_magic);
-          const char* values = meta_from + static_cast<uint64_t>(g) * static_cast<uint32_t>(meta_group);
+          const char* values =
+              meta_from + static_cast<uint64_t>(g) * static_cast<uint32_t>(meta_group);
           cp_async_zero(to + kPieces * 512, values, 16);
           if constexpr (kGeneric) {
             const int more = min(group_of(unit + 7, p.group_magic), p.groups - 1) - g;
@@ -269,8 +291,8 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   };
   constexpr std::integral_constant<int, 0> kEven{};
   constexpr std::integral_constant<int, 1> kOdd{};
-  // x first: its loads would wait behind those of the weights. Under programmatic launch the weights
-  // first, as they may be read while the kernel in front still writes x.
+  // x first: its loads would wait behind those of the weights. Under programmatic launch the
+  // weights first, as they may be read while the kernel in front still writes x.
   const auto stage = [&] {
     grid_wait();
     stage_x<kThreads>(p, reinterpret_cast<E*>(shared + at.x), first * 64, (length + 1) / 2 * 128);
@@ -299,8 +321,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   for (int i = 0; i < kTiles; ++i) {
     const int token = 8 * i + (kBits == 16 ? g8 : lane % 8), piece = kBits == 16 ? t : lane / 8;
     const bool there = token < p.m;
-    x_base[i] = base + piece * 16 +
-                (there ? at.x + token * p.x_pitch * 2 + column_part * 256 : 0);
+    x_base[i] = base + piece * 16 + (there ? at.x + token * p.x_pitch * 2 + column_part * 256 : 0);
     x_step[i] = there ? column_parts * 256 : 0;
     keep(x_base[i]), keep(x_step[i]);
   }
@@ -321,7 +342,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   [[maybe_unused]] const bool swap = lane / 4 % 2;
   [[maybe_unused]] int half_at[2] = {lane * 16 + (swap ? 16 : 0), lane * 16 + (swap ? 0 : 16)};
   keep(half_at[0]), keep(half_at[1]);
-  int buffer = 0, waiting = -1, waiting_rows = 0;  // tile whose ranks' sums are under way
+  int turn = 0, buffer = 0, waiting = -1, waiting_rows = 0;  // tile whose ranks' sums are under way
 
   const auto store = [&](int token, int row, float v) {
     if (row >= p.n) return;
@@ -365,8 +386,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
         uint32_t w[kPieces][4];
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-          const uint32_t piece =
-              kBits == 8 ? slot + i / 2 * 1024 + half_at[i % 2] : slot + i * 512;
+          const uint32_t piece = kBits == 8 ? slot + i / 2 * 1024 + half_at[i % 2] : slot + i * 512;
           const uint4 v = load_shared(piece);
           w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
         }
@@ -511,8 +531,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
               for (int i = 0; i < kTiles; ++i)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                  total[s][i][e] =
-                      fmaf(acc[s][i][e], e < 2 ? f.x : f.y, total[s][i][e]);
+                  total[s][i][e] = fmaf(acc[s][i][e], e < 2 ? f.x : f.y, total[s][i][e]);
                   acc[s][i][e] = 0.0f;
                 }
             }
@@ -523,16 +542,19 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       for (int i = 0; i < kTiles; ++i) x_at[i] += x_step[i];
     }
 
-    if (round == 0) FI_MARK(4); else FI_MARK(6);
+    if (round == 0)
+      FI_MARK(4);
+    else
+      FI_MARK(6);
     // ---- the end of a tile: column parts are added in order, 8 tokens at a time
     const int rows = tile.count * 16;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const int tokens = min(p.m - 8 * i, 8), pitch = min(p.m, 8) * kPitch;  // of a warp
       if (i > 0 && tokens <= 0) break;
-      if constexpr (kBuffers == 1) __syncthreads();  // the last ones are read
-      float* partial = reinterpret_cast<float*>(shared + at.partial) +
-                       (kBuffers == 2 ? buffer : 0) * kWarps * pitch;
+      // Two buffers in turn: who writes one has passed the barrier behind which the other was read.
+      float* partial = reinterpret_cast<float*>(shared + at.partial) + turn * kWarps * pitch;
+      turn ^= 1;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (2 * t + e < tokens) {
@@ -550,12 +572,20 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
         finish(buffer ^ 1);
       }
       const int log_rows = kLogRows + p.row_shift;
-      for (int e = threadIdx.x; e < tokens << log_rows; e += kThreads) {
-        const int token = e >> log_rows, row = e & (tile_rows - 1);
-        const float* values = partial + row / kRows * pitch + token * kPitch + row % kRows;
-        float v = values[0];
-#pragma unroll 8
-        for (int c = 1; c < column_parts; ++c) v += values[(c << p.row_shift) * pitch];
+      // As many neighbouring lanes per output as there are; the tree is the same for any number.
+      const int outputs = tokens << log_rows;
+      int lanes = 1;
+      while (2 * lanes * outputs <= kThreads && lanes < column_parts) lanes *= 2;
+      const int each = column_parts / lanes;
+      for (int e = threadIdx.x / lanes; e < outputs; e += kThreads / lanes) {
+        const int token = e >> log_rows, row = e & (tile_rows - 1),
+                  mine = threadIdx.x & (lanes - 1);
+        const int step = pitch << p.row_shift;
+        float v = tree_sum(
+            partial + row / kRows * pitch + token * kPitch + row % kRows + mine * each * step, step,
+            each);
+        for (int other = 1; other < lanes; other *= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, other);
+        if (mine != 0) continue;
         if (p.ranks == 1) {
           if (row < rows) store(8 * i + token, tile.strip * 16 + row, v);
         } else if (p.clustered) {
@@ -593,7 +623,10 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       __syncthreads();
     }
     buffer ^= 1;
-    if (round == 0) FI_MARK(5); else FI_MARK(7);
+    if (round == 0)
+      FI_MARK(5);
+    else
+      FI_MARK(7);
   }
   if (p.clustered) {
     if (waiting >= 0) {
