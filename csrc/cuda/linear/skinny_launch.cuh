@@ -22,7 +22,11 @@ struct SkinnyInstance {
 template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages, int kWarps>
 SkinnyInstance skinny_instance() {
   return {skinny_kernel<kBf16, kBits, kTiles, kStrips, kGeneric, kStages, kWarps>,
-          kBits, kTiles, kStrips, kStages, kWarps};
+          kBits,
+          kTiles,
+          kStrips,
+          kStages,
+          kWarps};
 }
 
 // The instance for m tokens. Generic: slots hold up to 8 groups' scales and zeros.
@@ -77,16 +81,16 @@ struct SkinnyPlan {
 };
 
 inline int skinny_room(const SkinnyInstance& instance) {
-  const int most = device_facts().shared_bytes < kMaxShared ? device_facts().shared_bytes
-                                                            : kMaxShared;
+  const int most =
+      device_facts().shared_bytes < kMaxShared ? device_facts().shared_bytes : kMaxShared;
   return instance.warps == 16 ? most : (most - 1024) / 2;
 }
 
 inline SkinnyPlan plan_skinny(const SkinnyInstance& instance, int64_t n, int64_t k, int tokens,
                               int slot_bytes) {
   const DeviceFacts& facts = device_facts();
-  const bool clusters = facts.compute_capability >= 90 && facts.compute_capability < 100 &&
-                        !force_portable();
+  const bool clusters =
+      facts.compute_capability >= 90 && facts.compute_capability < 100 && !force_portable();
   int most[4];
   if (clusters) {
     skinny_teams(most, instance);
@@ -94,8 +98,8 @@ inline SkinnyPlan plan_skinny(const SkinnyInstance& instance, int64_t n, int64_t
     for (int i = 0; i < 4; ++i) most[i] = instance.bits == 16 && i > 0 ? 0 : facts.sms >> i;
   }
   if (instance.warps == 8) most[0] *= 2, most[1] = most[2] = most[3] = 0;
-  const SkinnyShared rest = skinny_shared(tokens, 0, -4, instance.warps, instance.stages,
-                                          slot_bytes, instance.rows(), instance.tiles, 0);
+  const SkinnyShared rest =
+      skinny_shared(tokens, 0, instance.warps, instance.stages, slot_bytes, instance.rows(), 0);
   const int64_t strips = (n + 15) / 16, steps = (k + 63) / 64;
   SkinnyPlan plan{};
   plan.split = choose_skinny_split(strips, steps, 8 * instance.bits * 16, instance.rows(), tokens,
@@ -122,9 +126,9 @@ inline int launch_skinny(SkinnyParams p, int tokens, const SkinnyInstance& insta
   p.deal = skinny_deal(strips, p.teams, instance.strips << p.row_shift);
   p.clustered = plan.clustered;
   p.x_pitch = p.slice * 64 + instance.x_pad();
-  const SkinnyShared at = skinny_shared(
-      p.m, p.x_pitch, p.slice, instance.warps, instance.stages, p.slot_bytes, instance.rows(),
-      instance.tiles, p.ranks > 1 ? instance.rows() << p.row_shift : 0);
+  const SkinnyShared at =
+      skinny_shared(p.m, p.x_pitch, instance.warps, instance.stages, p.slot_bytes, instance.rows(),
+                    p.ranks > 1 ? instance.rows() << p.row_shift : 0);
   cudaError_t error = cudaFuncSetAttribute(
       instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, skinny_room(instance));
   if (error != cudaSuccess) return error;
@@ -138,7 +142,8 @@ inline int launch_skinny(SkinnyParams p, int tokens, const SkinnyInstance& insta
     attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attribute[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(p.ranks), 1, 1};
   }
-  if (programmatic_launch() && device_facts().compute_capability >= 90) {
+  p.weights_first = programmatic_launch();
+  if (p.weights_first && device_facts().compute_capability >= 90) {
     attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -173,8 +178,9 @@ SkinnyParams skinny_params(const PackedLinear& p) {
   s.pair = p.groups <= 1 || p.group_columns % 128 == 0;
   // Groups that start inside a block of 64 columns, and one that started before it.
   const int64_t touched = 8 % units == 0 ? 8 / units : 8 / units + 2;
-  s.slot_bytes = static_cast<int>((kBits / 2) * 512 +
-                                  256 * (kGeneric ? touched : 1));
+  s.slot_bytes = static_cast<int>((kBits / 2) * 512 + (kGeneric  ? 256 * touched
+                                                       : p.zeros ? 256
+                                                                 : 128));
   return s;
 }
 
@@ -234,8 +240,7 @@ int64_t skinny_workspace_of(const PackedLinear& p) {
   const int64_t tail = p.m % step;
   for (int64_t tokens : {step, p.batch_invariant || tail == 0 ? step : tail}) {
     const SkinnyInstance instance = skinny_instance_for<true, kBits, kGeneric>(tokens);
-    const SkinnyPlan plan =
-        plan_skinny(instance, p.n, p.k, static_cast<int>(tokens), s.slot_bytes);
+    const SkinnyPlan plan = plan_skinny(instance, p.n, p.k, static_cast<int>(tokens), s.slot_bytes);
     if (plan.split.ranks <= 1 || plan.clustered) continue;
     const int64_t bytes =
         kTicketBytes + (p.n + 15) / 16 * plan.split.ranks * tokens * instance.rows() * 4;

@@ -34,8 +34,9 @@ FI_BOTH constexpr SkinnyTile skinny_tile(const SkinnyDeal& deal, int teams, int 
   if (round < deal.full) return {(round * teams + team) * deal.per_tile, deal.per_tile};
   if (round > deal.full) return {0, 0};
   const int first = team * deal.each, left = deal.rest - first;
-  return {deal.full * deal.per_tile * teams + first,
-          left < 0 ? 0 : left < deal.each ? left : deal.each};
+  return {deal.full * deal.per_tile * teams + first, left < 0           ? 0
+                                                     : left < deal.each ? left
+                                                                        : deal.each};
 }
 static_assert(skinny_tile(skinny_deal(384, 132, 2), 132, 131, 0).strip == 262, "6144 rows");
 static_assert(skinny_tile(skinny_deal(384, 132, 2), 132, 119, 1).strip == 383, "single ones");
@@ -54,12 +55,12 @@ struct SkinnyParams {
   int64_t out_stride;
   const void* bias;
   int m, n, k;
-  int steps, tiles;  // blocks of 64 columns, of 64 rows
-  int slice;         // column blocks per rank, even
+  int steps, tiles;              // blocks of 64 columns, of 64 rows
+  int slice;                     // column blocks per rank, even
   int ranks, rank_shift, teams;  // CTAs that share a tile, a power of two; teams take turns
   int row_shift;                 // warps split a tile in 1 << row_shift parts of rows
-  bool clustered;    // a team is a cluster; else partial sums go through `partial`
-  bool x_packs;
+  bool clustered;                // a team is a cluster; else partial sums go through `partial`
+  bool x_packs, weights_first;
   bool pair;        // one scale for two neighbouring column blocks
   int group_units;  // group size in units: 64 columns, or 8 in the generic kernel
   uint32_t group_magic;
@@ -80,20 +81,18 @@ FI_BOTH constexpr int group_of(uint32_t unit, uint32_t magic) {
 static_assert(group_of(5, group_magic(1)) == 5 && group_of(8191, group_magic(3)) == 2730, "");
 
 struct SkinnyShared {
-  int x, block_sums, ring, partial, sums, bytes;  // offsets
+  int x, ring, partial, sums, bytes;  // offsets
 };
 
-// rows: of a tile; token_tiles: of 8.
-FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int slice, int warps, int stages,
-                                             int slot_bytes, int rows, int token_tiles,
-                                             int exchanged_rows) {
+// rows: of a warp's part of a tile.
+FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int warps, int stages,
+                                             int slot_bytes, int rows, int exchanged_rows) {
   SkinnyShared s{};
   const int tokens = m < 8 ? m : 8;  // summed at a time
   s.x = kSkinnyZeroBytes;
-  s.block_sums = s.x + m * x_pitch * 2;
-  s.ring = (s.block_sums + m * (slice + 4) * 4 + 127) / 128 * 128;
+  s.ring = s.x + (m * x_pitch * 2 + 127) / 128 * 128;
   s.partial = s.ring + stages * warps * slot_bytes;
-  s.sums = s.partial + (token_tiles == 1 ? 2 : 1) * warps * tokens * (rows + 4) * 4;
+  s.sums = s.partial + 2 * warps * tokens * (rows + 4) * 4;
   s.bytes = s.sums + 2 * m * exchanged_rows * 4;
   return s;
 }
@@ -103,17 +102,17 @@ FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int slice, int 
 struct SkinnySplit {
   int ranks, teams, slice;  // ranks = 0: x does not fit
 };
-constexpr SkinnySplit choose_skinny_split(int64_t strips, int64_t steps, int strip_bytes,
-                                          int rows, int tokens, int64_t x_room, const int (&most_teams)[4]) {
+constexpr SkinnySplit choose_skinny_split(int64_t strips, int64_t steps, int strip_bytes, int rows,
+                                          int tokens, int64_t x_room, const int (&most_teams)[4]) {
   SkinnySplit best{};
   int64_t least = INT64_MAX;
   for (int i = 0; i < 4; ++i) {
     const int64_t ranks = int64_t{1} << i, most = most_teams[i];
     if (most == 0) continue;
     const int64_t slice = ((steps + ranks - 1) / ranks + 1) / 2 * 2;
-    // x, its sums, and where ranks exchange theirs (a tile has up to 4 * rows rows)
-    const int64_t room = x_room - (ranks > 1 ? 2 * tokens * rows * 16 : 0);
-    if (tokens * ((slice * 64 + 32) * 2 + (slice + 4) * 4) > room) continue;
+    // x, and where ranks exchange their sums; a tile of few columns has up to 4 * rows rows.
+    const int64_t room = x_room - (ranks > 1 ? 2 * tokens * rows * (slice < 64 ? 16 : 4) : 0);
+    if (tokens * (slice * 64 + 32) * 2 > room) continue;
     const int64_t teams = strips < most ? strips : most;
     const int64_t rounds = (strips + teams - 1) / teams;
     // Bytes of weights in the time of the busiest CTA; warps take 2 blocks in turn, so that a
