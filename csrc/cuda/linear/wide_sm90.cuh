@@ -344,7 +344,7 @@ struct Consumer {
           if (unit == 1 && step > job.begin) release(last);
           dequantise(a[unit % 2], b, i);
           ptx::wgmma_fence();
-          const int keep = Tile::kScratch ? !starts : i > 0 || step > job.begin;
+          const int keep = Tile::kScratch ? !starts : 1;
           ptx::wgmma_rk<T, Tile::kTokens>(target(b), a[unit % 2],
                                           uint64_t{x_high} << 32 | (x_low + (i * 32 >> 4)), keep);
           ptx::wgmma_commit();
