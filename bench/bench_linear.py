@@ -44,7 +44,7 @@ def packed_weight(bits: int, n: int, k: int, device: str) -> fastinfer.PackedWei
 
 
 def random_packed(bits: int, n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Words and 16-bit scales as `pack_weight` lays them out for a GPU."""
+    """Words and scales as `pack_weight` lays them out for a GPU."""
     blocks, steps = -(-n // 64), -(-k // 64)
     words = torch.randint(
         -(2**31), 2**31, (blocks, steps, 128 * bits), dtype=torch.int32, device="cuda"
@@ -53,10 +53,19 @@ def random_packed(bits: int, n: int, k: int, dtype: torch.dtype) -> list[torch.T
     return [words, scales.to(dtype)]
 
 
-def packed_call(bits: int, m: int, n: int, k: int, dtype: torch.dtype, device: str) -> Call:
+def packed_call(
+    bits: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: str,
+    scale_dtype: torch.dtype | None = None,
+) -> Call:
+    """Scales of x's dtype on a GPU unless said, as other engines keep them; fp32 on the CPU."""
     x = randn(m, k, dtype=dtype, device=device)
     if device == "cuda":
-        weight = random_packed(bits, n, k, dtype)
+        weight = random_packed(bits, n, k, scale_dtype or dtype)
     else:
         qweight, scales, _ = packed_weight(bits, n, k, device)
         weight = [qweight.clone(), scales.clone()]
@@ -225,7 +234,10 @@ def dense(m: int, n: int, k: int, dtype: torch.dtype, device: str, *, ours: bool
 
 
 def many_tokens(bench: Bench) -> None:
-    """Packed weights against cuBLAS in 16 bits, from 64 tokens to prefill (CUDA)."""
+    """Packed weights against cuBLAS in 16 bits, from 64 tokens to prefill (CUDA). Scales are of x's
+    type, as other engines keep them; once more in fp32.
+    """
+    cublas = "cublas_bf16" if bench.dtype == torch.bfloat16 else "cublas_fp16"
     for label, n, k in (*LAYERS, *LARGE_LAYERS):
         for m in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
             shape = (m, n, k, bench.dtype, bench.device)
@@ -233,50 +245,47 @@ def many_tokens(bench: Bench) -> None:
                 {"op": "gemm", "layer": label, "n": n, "k": k, "m": m},
                 {
                     f"{OURS}_int4": lambda s=shape: packed_call(4, *s),
+                    f"{OURS}_int4_fp32_scales": lambda s=shape: packed_call(4, *s, torch.float32),
                     f"{OURS}_int8": lambda s=shape: packed_call(8, *s),
-                    "cublas_bf16" if bench.dtype == torch.bfloat16 else "cublas": lambda s=shape: (
-                        dense(*s, ours=False)
-                    ),
+                    cublas: lambda s=shape: dense(*s, ours=False),
                 },
                 moved_bytes=n * k // 2,
                 flops=2 * m * n * k,
             )
 
 
+def on_cpu(bench: Bench) -> None:
+    """The first layer: exact, with int8 activations, and what torch has for the same weights."""
+    dtype, (label, n, k) = bench.dtype, LAYERS[0]
+    for m in (1, 4, 16):
+        keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
+        shape = (m, n, k, dtype, "cpu")
+        int4 = {f"{OURS}_int4": lambda s=shape: packed_call(4, *s)}
+        int8 = {f"{OURS}_int8": lambda s=shape: packed_call(8, *s)}
+        for bits, peers in ((4, int4), (8, int8)):
+            peers[f"{OURS}_int{bits}_x8"] = lambda s=shape, bits=bits: with_int8_activations(
+                packed_call(bits, *s)
+            )
+        int4["dequantise + matmul"] = lambda s=shape: dequantise_and_matmul(*s)
+        if dtype == torch.bfloat16:
+            int4["torch int4pack"] = lambda s=shape: int4pack_for_cpu(*s[:3])
+        both = {
+            OURS: lambda s=shape: dense(*s, ours=True),
+            "torch": lambda s=shape: dense(*s, ours=False),
+        }
+        for peers, size in ((int4, n * k // 2), (int8, n * k), (both, n * k * dtype.itemsize)):
+            bench.case(keys, peers, moved_bytes=size, flops=2 * m * n * k)
+
+
 def main() -> None:
     bench = Bench("linear", __doc__)
-    dtype, device = bench.dtype, bench.device
-    layers = LAYERS if device == "cuda" else LAYERS[:1]
-    if device == "cuda":
+    if bench.device == "cuda":
         few_tokens(bench)
         many_tokens(bench)
-    for label, n, k in layers if device == "cpu" else ():
-        for m in (1, 4, 16):
-            keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
-            shape = (m, n, k, dtype, device)
-            int4 = {f"{OURS}_int4": lambda s=shape: packed_call(4, *s)}
-            int8 = {f"{OURS}_int8": lambda s=shape: packed_call(8, *s)}
-            if device == "cpu":
-                for bits, peers in ((4, int4), (8, int8)):
-                    peers[f"{OURS}_int{bits}_x8"] = lambda s=shape, bits=bits: (
-                        with_int8_activations(packed_call(bits, *s))
-                    )
-            int4["dequantise + matmul"] = lambda s=shape: dequantise_and_matmul(*s)
-            if device == "cpu" and dtype == torch.bfloat16:
-                int4["torch int4pack"] = lambda s=shape: int4pack_for_cpu(*s[:3])
-            flops = 2 * m * n * k
-            bench.case(keys, int4, moved_bytes=n * k // 2, flops=flops)
-            bench.case(keys, int8, moved_bytes=n * k, flops=flops)
-            bench.case(
-                keys,
-                {
-                    OURS: lambda s=shape: dense(*s, ours=True),
-                    "torch": lambda s=shape: dense(*s, ours=False),
-                },
-                moved_bytes=n * k * dtype.itemsize,
-                flops=flops,
-            )
-    w8a8_cases(bench, layers)
+        w8a8_cases(bench, LAYERS)
+    else:
+        on_cpu(bench)
+        w8a8_cases(bench, LAYERS[:1])
     bench.finish()
 
 

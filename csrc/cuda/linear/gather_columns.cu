@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t w[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) w[i] = from[source[i]];
-  *reinterpret_cast<uint4*>(row + first) = make_uint4(w[0] | w[1] << 16, w[2] | w[3] << 16,
-                                                      w[4] | w[5] << 16, w[6] | w[7] << 16);
+  *reinterpret_cast<uint4*>(row + first) =
+      make_uint4(w[0] | w[1] << 16, w[2] | w[3] << 16, w[4] | w[5] << 16, w[6] | w[7] << 16);
 }
 
 }  // namespace
