@@ -24,10 +24,10 @@ int encode(CUtensorMap& map, CUtensorMapDataType type, const void* data,
   static const Encode entry = find_encode();
   if (!entry) return cudaErrorNotSupported;
   const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const CUresult result = entry(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps,
-                                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      entry(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps,
+            CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -39,22 +39,29 @@ int activation_map(CUtensorMap& map, const void* data, DType dtype, int64_t rows
                    int64_t row_stride, int64_t box_rows) {
   // A single row is never stepped from; its stride may be anything.
   const cuuint64_t stride = 2 * size(rows > 1 ? row_stride : (columns + 7) / 8 * 8);
-  return encode(map,
-                dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                data, {size(columns), size(rows), 1, 1}, {stride, stride, stride},
-                {64, static_cast<cuuint32_t>(box_rows), 1, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+  return encode(
+      map, dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      data, {size(columns), size(rows), 1, 1}, {stride, stride, stride},
+      {64, static_cast<cuuint32_t>(box_rows), 1, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 int packed_map(CUtensorMap& map, const void* data, int64_t pieces, int64_t blocks,
                int64_t box_pieces, int64_t box_blocks) {
   constexpr cuuint64_t kPiece = 2048;
   const cuuint64_t row = kPiece * size(pieces);
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_INT64, data,
-                {kPiece / 8, size(pieces), size(blocks), 1}, {kPiece, row, row},
-                {kPiece / 8, static_cast<cuuint32_t>(box_pieces),
-                 static_cast<cuuint32_t>(box_blocks), 1},
-                CU_TENSOR_MAP_SWIZZLE_NONE);
+  return encode(
+      map, CU_TENSOR_MAP_DATA_TYPE_INT64, data, {kPiece / 8, size(pieces), size(blocks), 1},
+      {kPiece, row, row},
+      {kPiece / 8, static_cast<cuuint32_t>(box_pieces), static_cast<cuuint32_t>(box_blocks), 1},
+      CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
+int code_map(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t row_stride,
+             int64_t box_rows) {
+  const cuuint64_t stride = size(rows > 1 ? row_stride : (columns + 15) / 16 * 16);
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, data, {size(columns), size(rows), 1, 1},
+                {stride, stride, stride}, {128, static_cast<cuuint32_t>(box_rows), 1, 1},
+                CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace fastinfer::cuda
