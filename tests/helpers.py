@@ -44,6 +44,7 @@ CUDA_OPS: frozenset[str] = frozenset(
         "silu_and_mul_quant",
         "sample",
         "verify_draft",
+        "w8a8_linear",
     }
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,6 +7,7 @@
 #endif
 #ifdef FASTINFER_WITH_CUDA
 #include "../cuda/linear/skinny.h"
+#include "../cuda/linear/w8a8.h"
 #include "cuda_shim.h"
 #endif
 
@@ -180,8 +181,7 @@ void w8a8_linear(Tensor x_q, Tensor x_scale, Tensor weight, Tensor weight_scale,
   FI_CHECK(k <= limit, op, ": x_q must have at most ", limit, " columns",
            x_zeros ? " with x_zeros" : "", " for exact int32 sums, got ", k);
   if (m == 0 || n == 0) return;
-  if (!x_q.is_cpu()) no_cuda_kernel(op);
-  const cpu::Int8Params p{
+  cpu::Int8Params p{
       static_cast<const int8_t*>(x_q.const_data_ptr()),
       static_cast<const int8_t*>(weight.const_data_ptr()),
       row_stride(x_q),
@@ -195,6 +195,17 @@ void w8a8_linear(Tensor x_q, Tensor x_scale, Tensor weight, Tensor weight_scale,
       k,
       {out.mutable_data_ptr(), row_stride(out), dtype_of(out), data(bias)},
   };
+  if (!x_q.is_cpu()) {
+    OptTensor sums;  // kept until the launches below are queued
+    if (x_zeros && !weight_sum) {
+      sums = torch::stable::new_empty(weight_scale, {n}, ScalarType::Int);
+      int32_t* to = static_cast<int32_t*>(sums->mutable_data_ptr());
+      FI_CUDA(op, x_q, cuda::row_sums(p.weight, p.weight_stride, n, k, to, stream));
+      p.weight_sum = to;
+    }
+    FI_CUDA(op, x_q, cuda::w8a8_linear(p, stream));
+    return;
+  }
   torch::stable::parallel_for(
       0, div_up(n, cpu::kDenseBlock), grain(m * k * cpu::kDenseBlock / 16),
       [&](int64_t begin, int64_t end) { FI_PICK_VNNI(linear_int8)(p, begin, end); });

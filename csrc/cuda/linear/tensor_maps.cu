@@ -56,4 +56,12 @@ int packed_map(CUtensorMap& map, const void* data, int64_t pieces, int64_t block
       CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
+int code_map(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t row_stride,
+             int64_t box_rows) {
+  const cuuint64_t stride = size(rows > 1 ? row_stride : (columns + 15) / 16 * 16);
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, data, {size(columns), size(rows), 1, 1},
+                {stride, stride, stride}, {128, static_cast<cuuint32_t>(box_rows), 1, 1},
+                CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
 }  // namespace fastinfer::cuda

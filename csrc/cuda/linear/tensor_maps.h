@@ -19,4 +19,9 @@ int activation_map(CUtensorMap& map, const void* data, DType dtype, int64_t rows
 int packed_map(CUtensorMap& map, const void* data, int64_t pieces, int64_t blocks,
                int64_t box_pieces, int64_t box_blocks);
 
+// Codes [rows][columns], int8 (row stride in bytes, a multiple of 16), for boxes of `box_rows` rows
+// x 128 columns, 128-byte swizzled. What lies outside arrives as zeros.
+int code_map(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t row_stride,
+             int64_t box_rows);
+
 }  // namespace fastinfer::cuda
