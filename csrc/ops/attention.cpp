@@ -102,6 +102,7 @@ void setup(Call& call, const Tensor& q, const Tensor& k, const Tensor& v, const 
   check_last_dim(op, k_name, k);
   check_last_dim(op, v_name, v);
   check_written(op, "out", out);
+  check_apart(op, "out", out, {{"q", &q}, {k_name, &k}, {v_name, &v}});
   check_device(op, q,
                {{k_name, &k},
                 {v_name, &v},

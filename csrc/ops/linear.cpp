@@ -5,6 +5,10 @@
 #ifdef FI_X86
 #include <cpuid.h>
 #endif
+#ifdef FASTINFER_WITH_CUDA
+#include "../cuda/linear/skinny.h"
+#include "cuda_shim.h"
+#endif
 
 namespace fastinfer {
 namespace {
@@ -62,6 +66,40 @@ void torch_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, 
   torch::stable::detail::to<Tensor>(stack[0]);  // the alias of out it returns is ours to release
 }
 
+// Few tokens on CUDA: the kernel that streams the weights once, where it is not slower than cuBLAS.
+constexpr bool choose_skinny_linear(int64_t m, bool batch_invariant) {
+  return batch_invariant || m <= 16;
+}
+
+void linear_cuda(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                 bool batch_invariant, const Tensor& out) {
+#ifdef FASTINFER_WITH_CUDA
+  const cuda::DenseLinear p{
+      x.const_data_ptr(),
+      row_stride(x),
+      dtype_of(x),
+      x.size(0),
+      weight.size(0),
+      x.size(1),
+      weight.const_data_ptr(),
+      row_stride(weight),
+      out.mutable_data_ptr(),
+      row_stride(out),
+      data(bias),
+      batch_invariant,
+  };
+  const bool wanted = choose_skinny_linear(p.m, batch_invariant);
+  const CudaLaunch launch(x);
+  const bool fits = wanted && cuda::skinny_dense_fits(p);
+  if (fits) return check_launch(op, cuda::skinny_dense(p, launch.stream()));
+#endif
+  FI_CHECK(!batch_invariant, op,
+           ": batch_invariant on CUDA needs 16-bit x and weight rows at multiples of 16 bytes "
+           "(in_features a multiple of 8), got weight ",
+           describe(weight), "; torch's matrix product may sum in another order for other rows");
+  torch_linear(x, weight, bias, out);
+}
+
 void linear(Tensor x, Tensor weight, OptTensor bias, bool batch_invariant, Tensor out) {
   const char* op = "linear";
   check_dtype(op, "x", x, {DType::f32, DType::f16, DType::bf16});
@@ -78,12 +116,7 @@ void linear(Tensor x, Tensor weight, OptTensor bias, bool batch_invariant, Tenso
   check_device(op, x, {{"weight", &weight}, {"bias", ptr(bias)}, {"out", &out}});
   check_apart(op, "out", out, {{"x", &x}, {"weight", &weight}, {"bias", ptr(bias)}});
   if (m == 0 || n == 0) return;
-  if (!x.is_cpu()) {
-    FI_CHECK(!batch_invariant, op,
-             ": batch_invariant must be False on CUDA, got True: torch's matrix product may sum in "
-             "another order for another number of rows; call it on the CPU, or without the flag");
-    return torch_linear(x, weight, bias, out);
-  }
+  if (!x.is_cpu()) return linear_cuda(op, x, weight, bias, batch_invariant, out);
   const DType dtype = dtype_of(x);
   if (k > 0 &&
       choose_linear_cpu(dtype, m, has_native_gemm(dtype), batch_invariant) == LinearPath::gemm)

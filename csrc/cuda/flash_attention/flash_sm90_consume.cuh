@@ -1,0 +1,375 @@
+// The consumer warpgroups of the sm_90a kernel: products, softmax, output.
+#pragma once
+
+#include "flash_sm90_tile.cuh"
+
+namespace fastinfer::cuda::flash {
+
+template <class T, class Tile, bool kModify>
+struct Consumer {
+  static constexpr int kD = Tile::kDim;
+  static constexpr int kKeys = Tile::kKeys, kStages = Tile::kStages;
+
+  const FlashAttentionParams& p;
+  Sm90Barriers<Tile>& barriers;
+  const uint32_t q_tile, k_tiles, v_tiles;
+  const int group;  // which consumer group this is
+
+  float out[kD / 2];
+  uint32_t probabilities[kKeys / 4];
+  RowState state;
+  Ring<kStages> k_ring;
+  Ring<Tile::kStagesV> v_ring;
+  Ring<Tile::kStagesQ> q_ring;
+
+  static __device__ __forceinline__ void release(uint64_t* barrier) {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+  }
+
+  // The buffers that a product has been read from.
+  __device__ __forceinline__ void scores_done(bool last_of_unit) {
+    release(&barriers.k_empty[k_ring.index]);
+    k_ring.next();
+    if (!last_of_unit) return;
+    release(&barriers.q_empty[q_ring.index][group]);
+    q_ring.next();
+  }
+  __device__ __forceinline__ void output_done() {
+    release(&barriers.v_empty[v_ring.index]);
+    v_ring.next();
+  }
+
+  // S = Q K^T, not waited for.
+  __device__ __forceinline__ void start_scores(float (&s)[kKeys / 2]) {
+    const uint64_t q = ptx::slab_descriptor(
+        ptx::uniform(q_tile + q_ring.index * Tile::kQBytes + group * 64 * 128), 16);
+    const uint64_t k =
+        ptx::slab_descriptor(ptx::uniform(k_tiles + k_ring.index * Tile::kTileBytes), 16);
+#pragma unroll
+    for (int i = 0; i < kD / 16; ++i) {
+      const int slab = i / 4, inside = i % 4 * 32;
+      ptx::wgmma_ss<T, kKeys>(s, q + ((slab * Tile::kRows * 128 + inside) >> 4),
+                              k + ((slab * kKeys * 128 + inside) >> 4), i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // The current V tile; to be asked for well ahead of its use.
+  __device__ __forceinline__ uint32_t v_tile() const {
+    return ptx::uniform(v_tiles + v_ring.index * Tile::kTileBytes);
+  }
+  // O += P V, not waited for.
+  __device__ __forceinline__ void start_output(uint32_t at, bool fresh) {
+    const uint64_t v = ptx::slab_descriptor(at, kKeys * 128);
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i)
+      ptx::wgmma_rs<T, kD>(out, probabilities + 4 * i, v + (i * 2048 >> 4), i > 0 || !fresh);
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void pack(const float (&s)[kKeys / 2]) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) probabilities[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // Softcap, ALiBi and masks on the scores of tile `tile`; `row`: this thread's first row.
+  template <bool kMask>
+  __device__ __forceinline__ void treat(float (&s)[kKeys / 2], const Work& w, int32_t tile,
+                                        int32_t row) {
+    const int32_t column = tile * kKeys + 2 * (threadIdx.x % 4);
+    if constexpr (kModify) {
+      const int32_t shift = w.len_k - w.len_q;
+      modify_scores(p, s, alibi_slope(p, w), column, row + shift, row + 8 + shift);
+    }
+    if constexpr (kMask) {
+      const int32_t top = w.row + 64 * group;
+      const Range low = row_limits(p, w, row), high = row_limits(p, w, row + 8);
+      if (row_limits(p, w, top).end < (tile + 1) * kKeys) mask_right(s, column, low.end, high.end);
+      if (row_limits(p, w, top + 63).begin > tile * kKeys)
+        mask_left(s, column, low.begin, high.begin);
+    }
+  }
+  // Tiles all of whose keys are seen by all rows of the group of 64 that starts at `top`.
+  __device__ __forceinline__ Range open_tiles(const Work& w, int32_t top) const {
+    return {(max(row_limits(p, w, top + 63).begin, 0) + kKeys - 1) / kKeys,
+            max(row_limits(p, w, top).end, 0) / kKeys};
+  }
+
+  // Zeros in the rows of the current V tile that no row of the work sees. All consumers.
+  __device__ __forceinline__ void clean_values(Range keys, int32_t tile) {
+    const int32_t first = tile * kKeys;
+    if (first >= keys.begin && first + kKeys <= keys.end) return;
+    ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
+    const uint32_t v = v_tiles + v_ring.index * Tile::kTileBytes;
+    const int thread = threadIdx.x - 128;
+    for (int i = thread; i < kKeys * kD / 8; i += 128 * Tile::kGroups) {
+      const int32_t key = first + i / 8 % kKeys;
+      if (key < keys.begin || key >= keys.end)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + i * 16), "r"(0)
+                     : "memory");
+    }
+    ptx::proxy_fence_shared();
+    ptx::named_sync(kCleanBarrier, 128 * Tile::kGroups);
+  }
+  static constexpr uint32_t kTurnBarrier = 1, kCleanBarrier = 1 + Tile::kGroups;
+
+  __device__ __forceinline__ void wait_turn() { ptx::named_sync(kTurnBarrier + group, 256); }
+  __device__ __forceinline__ void pass_turn() {
+    ptx::named_arrive(kTurnBarrier + (group + 1) % Tile::kGroups, 256);
+  }
+
+  // The assembler would wait for O before it looks for the maximum. It does not move the wait over
+  // a store, so one that needs the maximum is put in between.
+  __device__ __forceinline__ void pin(float x) {
+    asm volatile(
+        "{\n.reg .pred first;\nsetp.eq.u32 first, %1, 0;\n@first st.shared.f32 [%0], %2;\n}" ::"r"(
+            ptx::shared_address(&barriers.pinned[threadIdx.x / 32])),
+        "r"(threadIdx.x % 32), "f"(x)
+        : "memory");
+  }
+
+  // S of `tile` and O += P V of the tile before it (in order of work), then P of `tile`.
+  template <bool kMask>
+  __device__ __forceinline__ void step(float (&s)[kKeys / 2], const Work& w, int32_t tile,
+                                       int32_t first, bool fresh, int32_t row, float factor) {
+    const uint32_t v = v_tile();
+    ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
+    wait_turn();
+    ptx::wgmma_fence();
+    start_scores(s);
+    ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
+    ptx::wgmma_fence();
+    start_output(v, fresh);
+    pass_turn();
+    ptx::wgmma_wait<1>();
+    ptx::hold(s);
+    scores_done(tile == first);
+    treat<kMask>(s, w, tile, row);
+    float origin[2], keep[2];
+    state.template raise<2>(s, factor, origin, keep);
+    pin(keep[0] + keep[1]);
+    // The products are done by now: exponentials, whose unit is the slowest, and everything else
+    // that is left share the time.
+    ptx::wgmma_wait<0>();
+    ptx::hold(out);
+    ptx::hold(probabilities);
+    output_done();
+    state.template exponents<2>(s, factor, origin, keep);
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) out[i] *= keep[i % 4 / 2];
+    pack(s);
+  }
+
+  // One tile from its scores to its product, for three groups: registers do not hold the scores of
+  // one tile and the probabilities of another, but the other two groups have products to run
+  // meanwhile. Rows go through the same operations as in step().
+  template <bool kMask>
+  __device__ __forceinline__ void whole_step(float (&s)[kKeys / 2], const Slot& slot, int32_t tile,
+                                             float factor) {
+    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
+    const uint32_t v = v_tile();
+    ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
+    ptx::wgmma_fence();
+    start_scores(s);
+    ptx::wgmma_wait<0>();
+    ptx::hold(s);
+    scores_done(tile == first);
+    treat<kMask>(s, slot.w, tile, first_row(slot.w));
+    float origin[2], keep[2];
+    state.template raise<2>(s, factor, origin, keep);
+    state.template exponents<2>(s, factor, origin, keep);
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) out[i] *= keep[i % 4 / 2];
+    pack(s);
+    if (tile == last || tile == first) clean_values(slot.keys, tile);
+    ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
+    ptx::wgmma_fence();
+    start_output(v, tile == last);
+    ptx::wgmma_wait<0>();
+    ptx::hold(out);
+    ptx::hold(probabilities);
+    output_done();
+  }
+  __device__ __forceinline__ void whole_tiles(float (&s)[kKeys / 2], const Slot& slot,
+                                              float factor) {
+    const int32_t first = slot.keys.begin / kKeys;
+    int32_t tile = (slot.keys.end - 1) / kKeys;
+    ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
+    const Range open = open_tiles(slot.w, slot.w.row + 64 * group);
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      for (const int32_t stop = side ? first : max(first, open.end); tile >= stop; --tile)
+        whole_step<true>(s, slot, tile, factor);
+      for (const int32_t stop = max(first, open.begin); tile >= stop; --tile)
+        whole_step<false>(s, slot, tile, factor);
+    }
+  }
+
+  // The tiles in front of the first one of a unit of work.
+  __device__ __forceinline__ void remaining_tiles(float (&s)[kKeys / 2], const Slot& slot,
+                                                  float factor) {
+    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
+    const int32_t top = slot.w.row + 64 * group, row = first_row(slot.w);
+    int32_t tile = last - 1;
+    if constexpr (kD > 192) {
+      // One body, masked: registers are short, and the products long enough to hide the mask.
+      for (; tile >= first; --tile)
+        step<true>(s, slot.w, tile, first, tile == last - 1, row, factor);
+    } else {
+      // Masked tiles at the right, open tiles, masked tiles at the left. Two bodies: with a branch
+      // around the mask in a single one, the assembler waits for O before the softmax.
+      const Range open = open_tiles(slot.w, top);
+#pragma unroll 1
+      for (int side = 0; side < 2; ++side) {
+        for (const int32_t stop = side ? first : max(first, open.end); tile >= stop; --tile)
+          step<true>(s, slot.w, tile, first, tile == last - 1, row, factor);
+        for (const int32_t stop = max(first, open.begin); tile >= stop; --tile)
+          step<false>(s, slot.w, tile, first, tile == last - 1, row, factor);
+      }
+    }
+  }
+
+  // This thread's first row of a unit of work; the second is 8 further.
+  __device__ __forceinline__ int32_t first_row(const Work& w) const {
+    return w.row + 64 * group + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  }
+  __device__ __forceinline__ void store(const Work& w, float factor, bool packed_out) {
+    const int64_t batch = p.cu_q ? 0 : w.batch, start = w.start_q, head = w.head;
+    const int32_t row = first_row(w);
+    const float sink = sink_logit(p, w.head);
+    float weight[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float lse;
+      weight[r] = state.finish(r, factor, p, sink, lse);
+      if (p.lse && threadIdx.x % 4 == 0 && row + 8 * r < w.len_q)
+        p.lse[batch * p.lse_batch + head * p.lse_head + (start + row + 8 * r) * p.lse_token] = lse;
+    }
+    T* const to =
+        static_cast<T*>(p.out) + batch * p.out_batch + head * p.out_head + start * p.out_token;
+    store_rows<T, kD>(to, p.out_token, p.head_dim, packed_out, out, row, row + 8, w.len_q,
+                      weight[0], weight[1]);
+  }
+
+  // O += P V of the first tile of keys, on its own.
+  __device__ __forceinline__ void last_output(bool fresh) {
+    ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
+    ptx::wgmma_fence();
+    start_output(v_tile(), fresh);
+    ptx::wgmma_wait<0>();
+    ptx::hold(out);
+    ptx::hold(probabilities);
+    output_done();
+  }
+
+  // S of the last tile of keys and its maxima, on its own.
+  __device__ __forceinline__ void first_scores(float (&s)[kKeys / 2], const Slot& slot,
+                                               RowState& rows, float factor, float (&origin)[2],
+                                               float (&keep)[2]) {
+    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
+    ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
+    ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
+    ptx::wgmma_fence();
+    start_scores(s);
+    ptx::wgmma_wait<0>();
+    ptx::hold(s);
+    scores_done(last == first);
+    treat<true>(s, slot.w, last, first_row(slot.w));
+    rows.template raise<2>(s, factor, origin, keep);
+  }
+  // The same together with the last product of the unit of work before.
+  __device__ __forceinline__ void joined_scores(float (&s)[kKeys / 2], const Slot& slot, bool fresh,
+                                                RowState& rows, float factor, float (&origin)[2],
+                                                float (&keep)[2]) {
+    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
+    const uint32_t v = v_tile();
+    ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
+    ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
+    wait_turn();
+    ptx::wgmma_fence();
+    start_scores(s);
+    ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
+    ptx::wgmma_fence();
+    start_output(v, fresh);
+    pass_turn();
+    ptx::wgmma_wait<1>();
+    ptx::hold(s);
+    scores_done(last == first);
+    treat<true>(s, slot.w, last, first_row(slot.w));
+    rows.template raise<2>(s, factor, origin, keep);
+    pin(origin[0] + origin[1]);
+    ptx::wgmma_wait<0>();
+    ptx::hold(out);
+    ptx::hold(probabilities);
+    output_done();
+  }
+  // From the first scores of a unit to all but its last product.
+  __device__ __forceinline__ void attend(float (&s)[kKeys / 2], const Slot& slot, float factor,
+                                         const float (&origin)[2], const float (&keep)[2]) {
+    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
+    state.template exponents<2>(s, factor, origin, keep);
+    pack(s);
+    clean_values(slot.keys, last);
+    remaining_tiles(s, slot, factor);
+    if (first < last) clean_values(slot.keys, first);
+  }
+
+  // One unit of work after the other. The last product of a unit runs together with the first
+  // scores of the next, so that the tensor cores have no gap in between.
+  __device__ __forceinline__ void run(bool packed_out) {
+    const float factor = kModify ? 1.0f : p.scale * kLog2e;
+    Ring<kSlots> work;
+    float s[kKeys / 2], origin[2], keep[2];
+    if (Tile::kGroups == 2 && group == 1) pass_turn();  // the first group goes first
+    if constexpr (Tile::kGroups > 2 || Tile::kStagesQ == 1) {
+      // Not with one buffer for Q, where the next rows come too late, or with three groups.
+      while (true) {
+        const Slot& slot = take_work(barriers, work);
+        if (!slot.valid) return;
+        state = RowState{};  // without keys: weight 0, and `out` is not looked at
+        if (slot.keys.begin < slot.keys.end) {
+          if constexpr (Tile::kGroups > 2) {
+            whole_tiles(s, slot, factor);
+          } else {
+            first_scores(s, slot, state, factor, origin, keep);
+            attend(s, slot, factor, origin, keep);
+            last_output(slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys);
+          }
+        }
+        const Work w = slot.w;
+        return_slot(barriers, work.index);  // now: it would wait for the stores
+        work.next();
+        store(w, factor, packed_out);
+      }
+    } else {
+      int old = -1;                        // slot of the unit that is still to be stored
+      bool product = false, fresh = true;  // it has keys; no product is in its O yet
+      while (true) {
+        const Slot& slot = take_work(barriers, work);
+        if (old < 0 && !slot.valid) return;
+        const bool some = slot.valid && slot.keys.begin < slot.keys.end;
+        RowState next;
+        if (some && product)
+          joined_scores(s, slot, fresh, next, factor, origin, keep);
+        else if (some)
+          first_scores(s, slot, next, factor, origin, keep);
+        else if (product)
+          last_output(fresh);
+        if (old >= 0) {
+          const Work w = barriers.slots[old].w;
+          return_slot(barriers, old);  // now: it would wait for the stores
+          store(w, factor, packed_out);
+        }
+        state = next;
+        old = -1;
+        product = some;
+        if (!slot.valid) continue;
+        old = work.index;
+        work.next();
+        if (!some) continue;
+        attend(s, slot, factor, origin, keep);
+        fresh = slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys;
+      }
+    }
+  }
+};
+
+}  // namespace fastinfer::cuda::flash
