@@ -48,9 +48,13 @@ class Oracle:
 
     def __init__(self) -> None:
         self._llm = LLM(MODEL, device="cpu", dtype="float32", num_blocks=400)
+        self._known: dict[tuple[int, ...], float] = {}  # most modes give the same tokens
 
     def gap(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
         """How much less likely than the likeliest token the worst of these is."""
+        key = (len(prompt), *prompt, *tokens)
+        if key in self._known:
+            return self._known[key]
         contexts = [[*prompt, *tokens[:i]] for i in range(len(tokens))]
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=64, ignore_eos=True)
         worst = 0.0
@@ -58,6 +62,7 @@ class Oracle:
             scores = output.outputs[0].logprobs[0]
             best = max(entry.logprob for entry in scores.values())
             worst = max(worst, best - scores[token].logprob if token in scores else 99.0)
+        self._known[key] = worst
         return worst
 
 

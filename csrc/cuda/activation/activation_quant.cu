@@ -42,6 +42,7 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
   const int64_t r = blockIdx.x;
   const int inner = static_cast<int>(p.inner), packs = (inner + kSize - 1) / kSize;
   RowGroup group(blockDim.x);
+  grid_launch_dependents();
   grid_wait();
   const E* gate = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
   const E* up = gate + inner;
@@ -67,7 +68,6 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
       }
     }
   }
-  grid_launch_dependents();
   const RowCodes codes =
       row_codes(reduce_range(group, range, !a.p.zeros, scratch), a.p.zeros != nullptr);
   if (threadIdx.x == 0) {
@@ -116,13 +116,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const bool symmetric = !a.zeros;
   uint32_t outer = 0, inner = r;
   if (a.inner_rows) outer = r / a.inner_rows, inner = r % a.inner_rows;
+  grid_launch_dependents();
   grid_wait();
   const uint4* gate = reinterpret_cast<const uint4*>(static_cast<const E*>(a.x) +
                                                      outer * a.stride[0] + inner * a.stride[1]);
   const uint4* up = gate + packs;
   uint4 g{}, u{};
   if (at < packs) g = gate[at], u = up[at];
-  grid_launch_dependents();
   float y[kSize];
   product<E>(y, g, u);
   RowRange range;

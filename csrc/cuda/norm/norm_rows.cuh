@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 #pragma unroll
   for (int k = 0; k < kPacks; ++k)
     if (holds(k)) weight[k] = weights[k * group.threads];
+  grid_launch_dependents();
   grid_wait();
   const uint4* row = row_at(a.x, a.x_stride);
 #pragma unroll
@@ -46,7 +47,6 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       if (holds(k)) residual[k * group.threads] = x[k];
     }
   }
-  grid_launch_dependents();
   const bool symmetric = !kQuant || !a.zeros;
   float squares[kPacks];
   RowRange range;

@@ -114,14 +114,13 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
   const int at_first = a.interleaved ? 2 * lane * kSize : lane * kSize;
   const int at_second = a.interleaved ? at_first + kSize : at_first + dim / 2;
   const bool live = t < a.tokens && group < a.groups;
+  grid_launch_dependents();
   grid_wait();
   int64_t position = t, slot = -1;
   if (a.positions && live)
     position = index_of(a.positions, a.wide_positions, t * a.position_stride);
   if constexpr (A::kCached) {
     if (live) slot = index_of(a.slots, a.wide_slots, t * a.slot_stride);
-  } else {
-    grid_launch_dependents();
   }
 
   uint4 first[kRotaryHeads] = {}, second[kRotaryHeads] = {};
