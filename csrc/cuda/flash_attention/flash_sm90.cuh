@@ -81,9 +81,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 }
 
-template <class T, int kD, bool kModify, int kGroups = 2>
+template <class T, int kD, bool kModify>
 int launch_sm90(const FlashAttentionParams& call, void* stream) {
-  using Tile = Sm90Tile<kD, kGroups>;
+  using Tile = Sm90Tile<kD>;
   FlashAttentionParams p = call;
   p.box_rows = p.table ? box_rows(p.page_size, Tile::kKeys) : Tile::kKeys;
   CUtensorMap q, k, v;

@@ -158,51 +158,6 @@ struct Consumer {
     pack(s);
   }
 
-  // One tile from its scores to its product, for three groups: registers do not hold the scores of
-  // one tile and the probabilities of another, but the other two groups have products to run
-  // meanwhile. Rows go through the same operations as in step().
-  template <bool kMask>
-  __device__ __forceinline__ void whole_step(float (&s)[kKeys / 2], const Slot& slot, int32_t tile,
-                                             float factor) {
-    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
-    const uint32_t v = v_tile();
-    ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
-    ptx::wgmma_fence();
-    start_scores(s);
-    ptx::wgmma_wait<0>();
-    ptx::hold(s);
-    scores_done(tile == first);
-    treat<kMask>(s, slot.w, tile, first_row(slot.w));
-    float origin[2], keep[2];
-    state.template raise<2>(s, factor, origin, keep);
-    state.template exponents<2>(s, factor, origin, keep);
-#pragma unroll
-    for (int i = 0; i < kD / 2; ++i) out[i] *= keep[i % 4 / 2];
-    pack(s);
-    if (tile == last || tile == first) clean_values(slot.keys, tile);
-    ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
-    ptx::wgmma_fence();
-    start_output(v, tile == last);
-    ptx::wgmma_wait<0>();
-    ptx::hold(out);
-    ptx::hold(probabilities);
-    output_done();
-  }
-  __device__ __forceinline__ void whole_tiles(float (&s)[kKeys / 2], const Slot& slot,
-                                              float factor) {
-    const int32_t first = slot.keys.begin / kKeys;
-    int32_t tile = (slot.keys.end - 1) / kKeys;
-    ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
-    const Range open = open_tiles(slot.w, slot.w.row + 64 * group);
-#pragma unroll 1
-    for (int side = 0; side < 2; ++side) {
-      for (const int32_t stop = side ? first : max(first, open.end); tile >= stop; --tile)
-        whole_step<true>(s, slot, tile, factor);
-      for (const int32_t stop = max(first, open.begin); tile >= stop; --tile)
-        whole_step<false>(s, slot, tile, factor);
-    }
-  }
-
   // The tiles in front of the first one of a unit of work.
   __device__ __forceinline__ void remaining_tiles(float (&s)[kKeys / 2], const Slot& slot,
                                                   float factor) {
@@ -318,21 +273,17 @@ struct Consumer {
     const float factor = kModify ? 1.0f : p.scale * kLog2e;
     Ring<kSlots> work;
     float s[kKeys / 2], origin[2], keep[2];
-    if (Tile::kGroups == 2 && group == 1) pass_turn();  // the first group goes first
-    if constexpr (Tile::kGroups > 2 || Tile::kStagesQ == 1) {
-      // Not with one buffer for Q, where the next rows come too late, or with three groups.
+    if (group == 1) pass_turn();  // the first group goes first
+    if constexpr (Tile::kStagesQ == 1) {
+      // Not with one buffer for Q: the next rows come too late.
       while (true) {
         const Slot& slot = take_work(barriers, work);
         if (!slot.valid) return;
         state = RowState{};  // without keys: weight 0, and `out` is not looked at
         if (slot.keys.begin < slot.keys.end) {
-          if constexpr (Tile::kGroups > 2) {
-            whole_tiles(s, slot, factor);
-          } else {
-            first_scores(s, slot, state, factor, origin, keep);
-            attend(s, slot, factor, origin, keep);
-            last_output(slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys);
-          }
+          first_scores(s, slot, state, factor, origin, keep);
+          attend(s, slot, factor, origin, keep);
+          last_output(slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys);
         }
         const Work w = slot.w;
         return_slot(barriers, work.index);  // now: it would wait for the stores

@@ -36,45 +36,55 @@ __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
   }
 }
 
+// Where one box of a tile lies in a paged cache; page -1: no row sees it.
+struct Box {
+  int32_t page, row;
+};
+
 // One K or V tile. Dense and packed: a box per slab. Paged: a box per slab and p.box_rows keys of a
-// page; lane j looks after keys [j, j + 1) * box_rows of the tile, and boxes no row sees are not
-// loaded.
+// page; lane j looks up keys [j, j + 1) * box_rows of the tile, lane 0 loads them all: operands
+// that a whole warp shares take a fraction of the instructions.
 template <class Tile>
 struct TileLoader {
   const FlashAttentionParams& p;
   uint64_t policy;
 
-  // Lane j: id of the page that holds box j of the tile, or -1.
-  __device__ __forceinline__ int32_t page_id(const Slot& slot, int32_t tile) const {
+  __device__ __forceinline__ Box find_box(const Slot& slot, int32_t tile) const {
     const int32_t rows = p.box_rows, j = threadIdx.x % 32;
     const int32_t key = tile * Tile::kKeys + j * rows;
-    if (j * rows >= Tile::kKeys || key >= slot.keys.end || key + rows <= slot.keys.begin) return -1;
-    return p.table[slot.w.batch * p.table_stride + key / p.page_size];
+    if (j * rows >= Tile::kKeys || key >= slot.keys.end || key + rows <= slot.keys.begin)
+      return {-1, 0};
+    const int32_t entry = p.page_shift >= 0 ? key >> p.page_shift : key / p.page_size;
+    return {p.table[slot.w.batch * p.table_stride + entry], key - entry * p.page_size};
   }
   __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint64_t* full,
                                        const Slot& slot, int32_t tile, int32_t kv_head,
-                                       int32_t page) const {
-    const int lane = threadIdx.x % 32;
-    const int32_t key = tile * Tile::kKeys;
+                                       Box box) const {
+    const bool leader = threadIdx.x % 32 == 0;
     if (!p.table) {
-      if (lane != 0) return;
+      if (!leader) return;
       ptx::mbarrier_arrive_expect(full, Tile::kTileBytes);
 #pragma unroll
       for (int s = 0; s < Tile::kSlabs; ++s)
-        ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s, slot.w.start_k + key, kv_head,
-                      p.cu_q ? 0 : slot.w.batch, policy);
+        ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s,
+                      slot.w.start_k + tile * Tile::kKeys, kv_head, p.cu_q ? 0 : slot.w.batch,
+                      policy);
       return;
     }
     const int32_t rows = p.box_rows;
-    const unsigned here = __ballot_sync(kAllLanes, page >= 0);
-    if (lane == 0) ptx::mbarrier_arrive_expect(full, __popc(here) * rows * Tile::kDim * 2);
-    __syncwarp();
-    if (page < 0) return;
-    const int32_t slot_row = (key + lane * rows) % p.page_size;
+    const unsigned here = __ballot_sync(kAllLanes, box.page >= 0);
+    if (leader) ptx::mbarrier_arrive_expect(full, __popc(here) * rows * Tile::kDim * 2);
+#pragma unroll 2
+    for (int j = 0; j < Tile::kKeys / 8; ++j) {
+      if (here >> j == 0) break;
+      const int32_t page = __shfl_sync(kAllLanes, box.page, j);
+      const int32_t row = __shfl_sync(kAllLanes, box.row, j);
+      if (!leader || page < 0) continue;
 #pragma unroll
-    for (int s = 0; s < Tile::kSlabs; ++s)
-      ptx::tma_load(to + s * Tile::kKeys * 128 + lane * rows * 128, map, full, 64 * s, slot_row,
-                    kv_head, page, policy);
+      for (int s = 0; s < Tile::kSlabs; ++s)
+        ptx::tma_load(to + s * Tile::kKeys * 128 + j * rows * 128, map, full, 64 * s, row, kv_head,
+                      page, policy);
+    }
   }
 };
 
@@ -89,15 +99,15 @@ __device__ __forceinline__ void stream_tiles(const TileLoader<Tile>& loader, con
   const int32_t last = (slot.keys.end - 1) / Tile::kKeys;
   const int32_t kv_head = slot.w.head / loader.p.group;
   const bool paged = loader.p.table != nullptr;
-  int32_t page = paged ? loader.page_id(slot, last) : -1;
+  Box box = paged ? loader.find_box(slot, last) : Box{-1, 0};
   for (int32_t tile = last; tile >= first; --tile) {
-    const int32_t next = paged && tile > first ? loader.page_id(slot, tile - 1) : -1;
+    const Box next = paged && tile > first ? loader.find_box(slot, tile - 1) : Box{-1, 0};
     ptx::mbarrier_wait(&empty[ring.index], ring.phase ^ 1);
     loader.load(map, tiles + ring.index * Tile::kTileBytes, &full[ring.index], slot, tile, kv_head,
-                page);
+                box);
     ring.next();
     if (tile == last) behind_first();
-    page = next;
+    box = next;
     __syncwarp();  // lanes without a box must not run ahead to the next wait
   }
 }
