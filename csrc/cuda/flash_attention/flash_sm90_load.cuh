@@ -36,30 +36,24 @@ __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
   }
 }
 
-// Where one box of a tile lies in a paged cache; page -1: no row sees it.
-struct Box {
-  int32_t page, row;
-};
-
 // One K or V tile. Dense and packed: a box per slab. Paged: a box per slab and p.box_rows keys of a
-// page; lane j looks up keys [j, j + 1) * box_rows of the tile, lane 0 loads them all: operands
-// that a whole warp shares take a fraction of the instructions.
+// page; lane j looks up the page of keys [j, j + 1) * box_rows of the tile, lane 0 loads them all:
+// operands of one lane take a fraction of the instructions.
 template <class Tile>
 struct TileLoader {
   const FlashAttentionParams& p;
   uint64_t policy;
 
-  __device__ __forceinline__ Box find_box(const Slot& slot, int32_t tile) const {
+  // Block id, or -1 where no row sees the keys.
+  __device__ __forceinline__ int32_t find_page(const Slot& slot, int32_t tile) const {
     const int32_t rows = p.box_rows, j = threadIdx.x % 32;
     const int32_t key = tile * Tile::kKeys + j * rows;
-    if (j * rows >= Tile::kKeys || key >= slot.keys.end || key + rows <= slot.keys.begin)
-      return {-1, 0};
-    const int32_t entry = p.page_shift >= 0 ? key >> p.page_shift : key / p.page_size;
-    return {p.table[slot.w.batch * p.table_stride + entry], key - entry * p.page_size};
+    if (j * rows >= Tile::kKeys || key >= slot.keys.end || key + rows <= slot.keys.begin) return -1;
+    return p.table[slot.w.batch * p.table_stride + key / p.page_size];
   }
   __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint64_t* full,
                                        const Slot& slot, int32_t tile, int32_t kv_head,
-                                       Box box) const {
+                                       int32_t page) const {
     const bool leader = threadIdx.x % 32 == 0;
     if (!p.table) {
       if (!leader) return;
@@ -72,18 +66,20 @@ struct TileLoader {
       return;
     }
     const int32_t rows = p.box_rows;
-    const unsigned here = __ballot_sync(kAllLanes, box.page >= 0);
+    const unsigned here = __ballot_sync(kAllLanes, page >= 0);
     if (leader) ptx::mbarrier_arrive_expect(full, __popc(here) * rows * Tile::kDim * 2);
-#pragma unroll 2
-    for (int j = 0; j < Tile::kKeys / 8; ++j) {
-      if (here >> j == 0) break;
-      const int32_t page = __shfl_sync(kAllLanes, box.page, j);
-      const int32_t row = __shfl_sync(kAllLanes, box.row, j);
-      if (!leader || page < 0) continue;
+    int32_t row = tile * Tile::kKeys % p.page_size;
+#pragma unroll 1
+    for (int j = 0; here >> j; ++j) {
+      const int32_t id = __shfl_sync(kAllLanes, page, j);
+      if (leader && id >= 0) {
 #pragma unroll
-      for (int s = 0; s < Tile::kSlabs; ++s)
-        ptx::tma_load(to + s * Tile::kKeys * 128 + j * rows * 128, map, full, 64 * s, row, kv_head,
-                      page, policy);
+        for (int s = 0; s < Tile::kSlabs; ++s)
+          ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s, row, kv_head, id, policy);
+      }
+      to += rows * 128;
+      row += rows;
+      if (row == p.page_size) row = 0;
     }
   }
 };
@@ -99,15 +95,15 @@ __device__ __forceinline__ void stream_tiles(const TileLoader<Tile>& loader, con
   const int32_t last = (slot.keys.end - 1) / Tile::kKeys;
   const int32_t kv_head = slot.w.head / loader.p.group;
   const bool paged = loader.p.table != nullptr;
-  Box box = paged ? loader.find_box(slot, last) : Box{-1, 0};
+  int32_t page = paged ? loader.find_page(slot, last) : -1;
   for (int32_t tile = last; tile >= first; --tile) {
-    const Box next = paged && tile > first ? loader.find_box(slot, tile - 1) : Box{-1, 0};
+    const int32_t next = paged && tile > first ? loader.find_page(slot, tile - 1) : -1;
     ptx::mbarrier_wait(&empty[ring.index], ring.phase ^ 1);
     loader.load(map, tiles + ring.index * Tile::kTileBytes, &full[ring.index], slot, tile, kv_head,
-                box);
+                page);
     ring.next();
     if (tile == last) behind_first();
-    box = next;
+    page = next;
     __syncwarp();  // lanes without a box must not run ahead to the next wait
   }
 }
