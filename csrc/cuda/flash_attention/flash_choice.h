@@ -52,13 +52,6 @@ inline Kernel choose_kernel(const FlashAttentionParams& p, int compute_capabilit
   return suits ? Kernel::sm90 : Kernel::portable;
 }
 
-// Consumer groups of 64 rows at D 64: three for long sequences, where a tile of 192 rows wastes
-// little. Which rows share a tile does not show in their bits, so lengths may decide.
-constexpr int sm90_groups(int64_t batch, int64_t tokens) { return tokens >= 1024 * batch ? 3 : 2; }
-inline int sm90_groups(const FlashAttentionParams& p) {
-  return sm90_groups(p.batch, p.cu_q ? p.tokens_q : int64_t{p.len_q} * p.batch);
-}
-
 // Query heads of a dense batch whose tiles are dealt out together: as many as have keys and values
 // that fit 70 % of the L2 cache, in sections of nearly the same size. The order of the work only.
 constexpr int64_t section_heads(int64_t batch, int64_t heads_kv, int64_t group, int64_t len_k,

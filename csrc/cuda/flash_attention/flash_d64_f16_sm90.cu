@@ -4,9 +4,8 @@
 namespace fastinfer::cuda::flash {
 
 int sm90_d64_f16(const FlashAttentionParams& p, bool modify, void* stream) {
-  if (modify) return launch_sm90<__half, 64, true>(p, stream);
-  return sm90_groups(p) == 3 ? launch_sm90<__half, 64, false, 3>(p, stream)
-                             : launch_sm90<__half, 64, false>(p, stream);
+  return modify ? launch_sm90<__half, 64, true>(p, stream)
+                : launch_sm90<__half, 64, false>(p, stream);
 }
 
 }  // namespace fastinfer::cuda::flash

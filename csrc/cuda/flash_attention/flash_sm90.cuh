@@ -26,8 +26,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     flash_sm90_kernel(const __grid_constant__ FlashAttentionParams p,
                       const __grid_constant__ CUtensorMap q_map,
                       const __grid_constant__ CUtensorMap k_map,
-                      const __grid_constant__ CUtensorMap v_map, const int64_t total,
-                      const bool packed_out) {
+                      const __grid_constant__ CUtensorMap v_map,
+                      const __grid_constant__ CUtensorMap out_map, const int64_t total,
+                      const bool packed_out, const bool tma_out) {
   constexpr int kStages = Tile::kStages, kConsumerWarps = 4 * Tile::kGroups;
   extern __shared__ char raw[];
   const uint32_t base = (ptx::shared_address(raw) + 1023) & ~1023u;
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     for (int i = 0; i < Tile::kStagesQ; ++i)
       for (int g = 0; g < Tile::kGroups; ++g) {
         ptx::mbarrier_init(&barriers.q_full[i][g], 1);
-        ptx::mbarrier_init(&barriers.q_empty[i][g], 4);
+        ptx::mbarrier_init(&barriers.q_empty[i][g], Tile::kStagesQ == 1 ? 4 : 1);
       }
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&barriers.k_full[i], 1);
@@ -76,17 +77,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       load_values(p, &v_map, barriers, v_tiles);
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
-    Consumer<T, Tile, kModify> consumer{p, barriers, q_tile, k_tiles, v_tiles, warpgroup - 1};
-    consumer.run(packed_out);
+    Consumer<T, Tile, kModify> consumer{p,      barriers, out_map, packed_out,   tma_out,
+                                        q_tile, k_tiles,  v_tiles, warpgroup - 1};
+    consumer.run();
   }
 }
 
-template <class T, int kD, bool kModify, int kGroups = 2>
+template <class T, int kD, bool kModify>
 int launch_sm90(const FlashAttentionParams& call, void* stream) {
-  using Tile = Sm90Tile<kD, kGroups>;
+  using Tile = Sm90Tile<kD>;
   FlashAttentionParams p = call;
   p.box_rows = p.table ? box_rows(p.page_size, Tile::kKeys) : Tile::kKeys;
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, out;
   const int64_t rows_q = p.cu_q ? p.tokens_q : p.len_q;
   const int64_t rows_k = p.table ? p.page_size : p.cu_q ? p.tokens_k : p.len_k;
   const int64_t outer = p.table ? p.num_pages : p.cu_q ? 1 : p.batch;
@@ -98,6 +100,14 @@ int launch_sm90(const FlashAttentionParams& call, void* stream) {
   if (!error)
     error = tensor_map(v, p.v.data, p.dtype, p.head_dim, rows_k, p.heads_kv, outer, p.v.token,
                        p.v.head, p.v.page, p.box_rows);
+  const bool packed_out = aligned16(p.out, {p.out_batch, p.out_token, p.out_head});
+  // The output leaves through a buffer of Q where there are two.
+  const bool tma_out = Tile::kStagesQ > 1 && packed_out && stride_suits_tma(p.out_token, 2) &&
+                       stride_suits_tma(p.out_head, p.heads_q) &&
+                       stride_suits_tma(p.out_batch, p.cu_q ? 1 : p.batch);
+  if (!error && tma_out)
+    error = tensor_map(out, p.out, p.dtype, p.head_dim, rows_q, p.heads_q, p.cu_q ? 1 : p.batch,
+                       p.out_token, p.out_head, p.out_batch, 64);
   if (error) return error;
   const int64_t tiles = p.cu_q ? p.tokens_q / Tile::kRows + p.batch
                                : ceil_div(p.len_q, Tile::kRows) * int64_t{p.batch};
@@ -105,8 +115,8 @@ int launch_sm90(const FlashAttentionParams& call, void* stream) {
   if (total > kMaxTiles) return cudaErrorInvalidConfiguration;
   const int64_t ctas = total < device_facts().sms ? total : device_facts().sms;
   return launch(flash_sm90_kernel<T, Tile, kModify>, dim3(static_cast<unsigned>(ctas)),
-                dim3(Tile::kThreads), Tile::kSharedBytes, stream, p, q, k, v, total,
-                aligned16(p.out, {p.out_batch, p.out_token, p.out_head}));
+                dim3(Tile::kThreads), Tile::kSharedBytes, stream, p, q, k, v, tma_out ? out : q,
+                total, packed_out, tma_out);
 }
 
 }  // namespace fastinfer::cuda::flash

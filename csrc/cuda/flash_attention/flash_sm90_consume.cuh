@@ -7,11 +7,13 @@ namespace fastinfer::cuda::flash {
 
 template <class T, class Tile, bool kModify>
 struct Consumer {
-  static constexpr int kD = Tile::kDim;
+  static constexpr int kD = Tile::kDim, kBuffersQ = Tile::kStagesQ;
   static constexpr int kKeys = Tile::kKeys, kStages = Tile::kStages;
 
   const FlashAttentionParams& p;
   Sm90Barriers<Tile>& barriers;
+  const CUtensorMap& out_map;
+  const bool packed_out, tma_out;  // `out` suits 16-byte stores, suits TMA
   const uint32_t q_tile, k_tiles, v_tiles;
   const int group;  // which consumer group this is
 
@@ -31,7 +33,8 @@ struct Consumer {
     release(&barriers.k_empty[k_ring.index]);
     k_ring.next();
     if (!last_of_unit) return;
-    release(&barriers.q_empty[q_ring.index][group]);
+    // With two buffers the output leaves through this one, before it goes back.
+    if (kBuffersQ == 1) release(&barriers.q_empty[0][group]);
     q_ring.next();
   }
   __device__ __forceinline__ void output_done() {
@@ -109,7 +112,8 @@ struct Consumer {
     ptx::proxy_fence_shared();
     ptx::named_sync(kCleanBarrier, 128 * Tile::kGroups);
   }
-  static constexpr uint32_t kTurnBarrier = 1, kCleanBarrier = 1 + Tile::kGroups;
+  static constexpr uint32_t kTurnBarrier = 1, kCleanBarrier = 1 + Tile::kGroups,
+                            kStoreBarrier = 2 + Tile::kGroups;
 
   __device__ __forceinline__ void wait_turn() { ptx::named_sync(kTurnBarrier + group, 256); }
   __device__ __forceinline__ void pass_turn() {
@@ -158,51 +162,6 @@ struct Consumer {
     pack(s);
   }
 
-  // One tile from its scores to its product, for three groups: registers do not hold the scores of
-  // one tile and the probabilities of another, but the other two groups have products to run
-  // meanwhile. Rows go through the same operations as in step().
-  template <bool kMask>
-  __device__ __forceinline__ void whole_step(float (&s)[kKeys / 2], const Slot& slot, int32_t tile,
-                                             float factor) {
-    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
-    const uint32_t v = v_tile();
-    ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
-    ptx::wgmma_fence();
-    start_scores(s);
-    ptx::wgmma_wait<0>();
-    ptx::hold(s);
-    scores_done(tile == first);
-    treat<kMask>(s, slot.w, tile, first_row(slot.w));
-    float origin[2], keep[2];
-    state.template raise<2>(s, factor, origin, keep);
-    state.template exponents<2>(s, factor, origin, keep);
-#pragma unroll
-    for (int i = 0; i < kD / 2; ++i) out[i] *= keep[i % 4 / 2];
-    pack(s);
-    if (tile == last || tile == first) clean_values(slot.keys, tile);
-    ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
-    ptx::wgmma_fence();
-    start_output(v, tile == last);
-    ptx::wgmma_wait<0>();
-    ptx::hold(out);
-    ptx::hold(probabilities);
-    output_done();
-  }
-  __device__ __forceinline__ void whole_tiles(float (&s)[kKeys / 2], const Slot& slot,
-                                              float factor) {
-    const int32_t first = slot.keys.begin / kKeys;
-    int32_t tile = (slot.keys.end - 1) / kKeys;
-    ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
-    const Range open = open_tiles(slot.w, slot.w.row + 64 * group);
-#pragma unroll 1
-    for (int side = 0; side < 2; ++side) {
-      for (const int32_t stop = side ? first : max(first, open.end); tile >= stop; --tile)
-        whole_step<true>(s, slot, tile, factor);
-      for (const int32_t stop = max(first, open.begin); tile >= stop; --tile)
-        whole_step<false>(s, slot, tile, factor);
-    }
-  }
-
   // The tiles in front of the first one of a unit of work.
   __device__ __forceinline__ void remaining_tiles(float (&s)[kKeys / 2], const Slot& slot,
                                                   float factor) {
@@ -227,11 +186,34 @@ struct Consumer {
     }
   }
 
+  // The group's 64 rows of output to shared memory, in slabs as TMA wants them.
+  __device__ __forceinline__ void stage_rows(uint32_t to, float weight0, float weight1) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    const uint32_t at = to + row * 128 + ((lane / 16 ^ lane % 8) << 4);
+    const auto word = [&](int i, float weight) {
+      return weight == 0.0f ? 0u : pack2<T>(out[i] * weight, out[i + 1] * weight);
+    };
+#pragma unroll
+    for (int j = 0; j < kD / 8; j += 2)
+      ptx::store_matrices((at ^ j % 8 << 4) + j / 8 * Tile::kRows * 128, word(4 * j, weight0),
+                          word(4 * j + 2, weight1), word(4 * j + 4, weight0),
+                          word(4 * j + 6, weight1));
+  }
+  // The Q buffer `rows` back to the loader, once the output has left it.
+  __device__ __forceinline__ void return_rows(int& rows) {
+    if (rows >= 0 && threadIdx.x % 128 == 0) {
+      ptx::tma_store_wait_read();
+      ptx::mbarrier_arrive(&barriers.q_empty[rows][group]);
+    }
+    rows = -1;
+  }
+
   // This thread's first row of a unit of work; the second is 8 further.
   __device__ __forceinline__ int32_t first_row(const Work& w) const {
     return w.row + 64 * group + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
   }
-  __device__ __forceinline__ void store(const Work& w, float factor, bool packed_out) {
+  // `rows`: the Q buffer of the unit, -1 where the output cannot leave through it.
+  __device__ __forceinline__ void store(const Work& w, float factor, int rows) {
     const int64_t batch = p.cu_q ? 0 : w.batch, start = w.start_q, head = w.head;
     const int32_t row = first_row(w);
     const float sink = sink_logit(p, w.head);
@@ -243,6 +225,22 @@ struct Consumer {
       if (p.lse && threadIdx.x % 4 == 0 && row + 8 * r < w.len_q)
         p.lse[batch * p.lse_batch + head * p.lse_head + (start + row + 8 * r) * p.lse_token] = lse;
     }
+    const int32_t top = w.row + 64 * group;
+    if (rows >= 0 && tma_out && (!p.cu_q || top + 64 <= w.len_q)) {
+      stage_rows(q_tile + rows * Tile::kQBytes + group * 64 * 128, weight[0], weight[1]);
+      ptx::proxy_fence_shared();
+      ptx::named_sync(kStoreBarrier + group, 128);
+      if (threadIdx.x % 128 == 0) {
+#pragma unroll
+        for (int i = 0; i < Tile::kSlabs; ++i)
+          ptx::tma_store(&out_map,
+                         q_tile + rows * Tile::kQBytes + (i * Tile::kRows + group * 64) * 128,
+                         64 * i, w.start_q + top, w.head, p.cu_q ? 0 : w.batch);
+        ptx::tma_store_commit();
+      }
+      return;
+    }
+    if (rows >= 0) ptx::named_sync(kStoreBarrier + group, 128);  // nobody reads Q any more
     T* const to =
         static_cast<T*>(p.out) + batch * p.out_batch + head * p.out_head + start * p.out_token;
     store_rows<T, kD>(to, p.out_token, p.head_dim, packed_out, out, row, row + 8, w.len_q,
@@ -258,6 +256,8 @@ struct Consumer {
     ptx::hold(out);
     ptx::hold(probabilities);
     output_done();
+    // All warps are done with Q, too: the output may take its place.
+    if (kBuffersQ > 1) ptx::named_sync(kStoreBarrier + group, 128);
   }
 
   // S of the last tile of keys and its maxima, on its own.
@@ -301,12 +301,9 @@ struct Consumer {
     ptx::hold(probabilities);
     output_done();
   }
-  // From the first scores of a unit to all but its last product.
-  __device__ __forceinline__ void attend(float (&s)[kKeys / 2], const Slot& slot, float factor,
-                                         const float (&origin)[2], const float (&keep)[2]) {
+  // From the first probabilities of a unit to all but its last product.
+  __device__ __forceinline__ void attend(float (&s)[kKeys / 2], const Slot& slot, float factor) {
     const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
-    state.template exponents<2>(s, factor, origin, keep);
-    pack(s);
     clean_values(slot.keys, last);
     remaining_tiles(s, slot, factor);
     if (first < last) clean_values(slot.keys, first);
@@ -314,38 +311,38 @@ struct Consumer {
 
   // One unit of work after the other. The last product of a unit runs together with the first
   // scores of the next, so that the tensor cores have no gap in between.
-  __device__ __forceinline__ void run(bool packed_out) {
+  __device__ __forceinline__ void run() {
     const float factor = kModify ? 1.0f : p.scale * kLog2e;
     Ring<kSlots> work;
     float s[kKeys / 2], origin[2], keep[2];
-    if (Tile::kGroups == 2 && group == 1) pass_turn();  // the first group goes first
-    if constexpr (Tile::kGroups > 2 || Tile::kStagesQ == 1) {
-      // Not with one buffer for Q, where the next rows come too late, or with three groups.
+    if (group == 1) pass_turn();  // the first group goes first
+    if constexpr (Tile::kStagesQ == 1) {
+      // Not with one buffer for Q: the next rows come too late.
       while (true) {
         const Slot& slot = take_work(barriers, work);
         if (!slot.valid) return;
         state = RowState{};  // without keys: weight 0, and `out` is not looked at
         if (slot.keys.begin < slot.keys.end) {
-          if constexpr (Tile::kGroups > 2) {
-            whole_tiles(s, slot, factor);
-          } else {
-            first_scores(s, slot, state, factor, origin, keep);
-            attend(s, slot, factor, origin, keep);
-            last_output(slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys);
-          }
+          first_scores(s, slot, state, factor, origin, keep);
+          state.template exponents<2>(s, factor, origin, keep);
+          pack(s);
+          attend(s, slot, factor);
+          last_output(slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys);
         }
         const Work w = slot.w;
         return_slot(barriers, work.index);  // now: it would wait for the stores
         work.next();
-        store(w, factor, packed_out);
+        store(w, factor, -1);
       }
     } else {
       int old = -1;                        // slot of the unit that is still to be stored
+      int rows = -1, stored = -1;          // its Q buffer; the one that the last store went through
       bool product = false, fresh = true;  // it has keys; no product is in its O yet
       while (true) {
         const Slot& slot = take_work(barriers, work);
-        if (old < 0 && !slot.valid) return;
+        if (old < 0 && !slot.valid) break;
         const bool some = slot.valid && slot.keys.begin < slot.keys.end;
+        const int rows_of_unit = q_ring.index;
         RowState next;
         if (some && product)
           joined_scores(s, slot, fresh, next, factor, origin, keep);
@@ -356,7 +353,9 @@ struct Consumer {
         if (old >= 0) {
           const Work w = barriers.slots[old].w;
           return_slot(barriers, old);  // now: it would wait for the stores
-          store(w, factor, packed_out);
+          store(w, factor, rows);
+          stored = rows;
+          rows = -1;
         }
         state = next;
         old = -1;
@@ -364,10 +363,18 @@ struct Consumer {
         if (!slot.valid) continue;
         old = work.index;
         work.next();
-        if (!some) continue;
-        attend(s, slot, factor, origin, keep);
+        if (!some) {
+          return_rows(stored);
+          continue;
+        }
+        rows = rows_of_unit;
+        state.template exponents<2>(s, factor, origin, keep);
+        pack(s);
+        return_rows(stored);
+        attend(s, slot, factor);
         fresh = slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys;
       }
+      ptx::tma_store_wait();  // the last output has left shared memory before the CTA ends
     }
   }
 };

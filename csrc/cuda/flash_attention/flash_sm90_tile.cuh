@@ -9,11 +9,11 @@
 namespace fastinfer::cuda::flash {
 
 // Tile shape of a head dimension; the same for every call, so that bits never depend on lengths.
-template <int kD, int kConsumers = 2>
+template <int kD>
 struct Sm90Tile {
   static_assert(kD % 64 == 0 && kD <= 256, "whole slabs of 64 columns");
   static constexpr int kDim = kD;
-  static constexpr int kGroups = kConsumers;
+  static constexpr int kGroups = 2;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kKeys = sm90_keys(kD);
   static constexpr int kStages = kD <= 64 ? 4 : kD <= 128 ? 3 : 2;  // of K
@@ -22,7 +22,7 @@ struct Sm90Tile {
   static constexpr int kSlabs = kD / 64;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 152;
+  static constexpr int kConsumerRegisters = 232;
   static constexpr uint32_t kQBytes = kRows * kD * 2, kTileBytes = kKeys * kD * 2;
   static constexpr size_t kSharedBytes =
       kStagesQ * kQBytes + (kStages + kStagesV) * kTileBytes + 1024 + 512;

@@ -239,7 +239,7 @@ struct RowState {
       top = higher;
     }
     if (p.lse) lse = top * kLn2 + logf(total);
-    return weight / total;
+    return __fdividef(weight, total);
   }
 };
 
