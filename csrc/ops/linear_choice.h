@@ -34,7 +34,9 @@ constexpr LinearKernel choose_packed_kernel(const PackedCall& c) {
   if (c.batch_invariant || c.k == 0) return LinearKernel::skinny;
   const bool wide =
       c.arch == 90 && groups_suit_wide(c.group_columns, c.k) && c.zeros != ZeroKind::floating;
-  if (c.m <= (wide ? 32 : 256)) return LinearKernel::skinny;
+  // Passes of 16 tokens; two of them read large weights twice.
+  const int64_t few = !wide ? 256 : c.n >= 16384 ? 16 : 32;
+  if (c.m <= few) return LinearKernel::skinny;
   return wide && c.m <= 4096 ? LinearKernel::wide : LinearKernel::dequantise;
 }
 
@@ -52,15 +54,14 @@ constexpr WideChoice choose_wide(int bits, int64_t m, int64_t n, int64_t k, int 
   const int64_t steps = div_up(k, 64);
   for (const WideChoice& t : kTiles) {
     const int64_t tiles = div_up(n, 128 * t.blocks) * div_up(m, t.tokens);
-    const int64_t products = t.blocks * t.tokens * 5;                          // clocks
-    const int64_t loads = (t.tokens * 128 + t.blocks * 1024 * bits) / 20;      // clocks
+    const int64_t products = t.blocks * t.tokens * 5;                      // clocks
+    const int64_t loads = (t.tokens * 128 + t.blocks * 1024 * bits) / 20;  // clocks
     const int64_t step = products > loads ? products : loads;
     for (int split = 1; split <= 8 && split <= steps; ++split) {
       if (split > 1 && tiles * split > sms) break;
       const int64_t rounds = split > 1 ? 1 : div_up(tiles, sms);
-      const int64_t cost =
-          rounds * (div_up(steps, split) * step + 1500 + 8 * t.blocks * t.tokens) +
-          (split > 1 ? 2000 + 4 * t.blocks * t.tokens : 0);
+      const int64_t cost = rounds * (div_up(steps, split) * step + 1500 + 8 * t.blocks * t.tokens) +
+                           (split > 1 ? 2000 + 4 * t.blocks * t.tokens : 0);
       if (cost < least) {
         least = cost;
         best = {t.tokens, t.blocks, split, 1};

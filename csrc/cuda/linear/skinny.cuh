@@ -104,22 +104,6 @@ __device__ __forceinline__ float2 two_floats(const uint2& raw, DType type) {
   return __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
 }
 
-// v[0] + v[stride] + .. of n values, as a binary tree: halves of n may be added elsewhere.
-template <int kN>
-__device__ __forceinline__ float tree_sum(const float* v, int stride) {
-  if constexpr (kN == 1) {
-    return *v;
-  } else {
-    return tree_sum<kN / 2>(v, stride) + tree_sum<kN / 2>(v + kN / 2 * stride, stride);
-  }
-}
-__device__ __forceinline__ float tree_sum(const float* v, int stride, int n) {
-  if (n == 1) return *v;
-  if (n == 2) return tree_sum<2>(v, stride);
-  if (n == 4) return tree_sum<4>(v, stride);
-  return n == 8 ? tree_sum<8>(v, stride) : tree_sum<16>(v, stride);
-}
-
 // X of this rank's columns to shared memory, [m][x_pitch], zero beyond K: one group of cp.async, or
 // where that is not possible element by element.
 template <int kThreads, class E>
@@ -158,19 +142,9 @@ __device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_
   }
 }
 
-#ifdef FI_SKINNY_CLOCK
-__device__ long long skinny_clock[132 * 2 * 16];
-#define FI_MARK(i)                                                         \
-  do {                                                                     \
-    if (threadIdx.x == 0) skinny_clock[blockIdx.x * 16 + (i)] = clock64(); \
-  } while (0)
-#else
-#define FI_MARK(i)
-#endif
 template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     skinny_kernel(const __grid_constant__ SkinnyParams p) {
-  FI_MARK(0);
   using E = std::conditional_t<kBf16, __nv_bfloat16, __half>;
   using Shape = SkinnyShape<kBits, kStrips>;
   constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows,
@@ -178,6 +152,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
                            : kRows == 32 ? 5
                                          : 6;
   constexpr int kPitch = kRows + 4, kThreads = 32 * kWarps;
+  constexpr int kBuffers = kTiles == 1 ? 2 : 1;
   constexpr int kBlockBytes = 512 * kBits;  // of 64 x 64 packed weights
   static_assert(kBits != 16 || !kGeneric, "groups are for packed weights");
   extern __shared__ __align__(128) unsigned char shared[];
@@ -187,7 +162,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   const int column_parts = kWarps >> p.row_shift, tile_rows = kRows << p.row_shift;
   const int first = rank * p.slice, length = max(0, min(p.slice, p.steps - first));
   const SkinnyShared at = skinny_shared(p.m, p.x_pitch, kWarps, kStages, p.slot_bytes, kRows,
-                                        p.ranks > 1 ? tile_rows : 0);
+                                        kTiles, p.ranks > 1 ? tile_rows : 0);
   const uint32_t base = shared_address(shared);
   // Slots of this warp; addresses are those of this lane's first 16 bytes.
   const uint32_t ring = base + at.ring + warp * p.slot_bytes + lane * 16;
@@ -299,12 +274,10 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     cp_async_commit();
   };
   if (!p.weights_first) stage();
-  FI_MARK(1);
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) load(i & 1, ring + i * slot_step);
   if (threadIdx.x < kSkinnyZeroBytes / 16)
     reinterpret_cast<uint4*>(shared)[threadIdx.x] = make_uint4(0, 0, 0, 0);
-  FI_MARK(2);
   if (p.weights_first) {
     stage();
     cp_async_wait<0>();
@@ -313,7 +286,6 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   }
   __syncthreads();
 
-  FI_MARK(3);
   // Where this lane reads fragments of x: a row of ldmatrix, or its own 16 bytes. Absent tokens
   // read zeros.
   uint32_t x_base[kTiles], x_step[kTiles];  // step: from a pair of this warp to its next
@@ -342,7 +314,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   [[maybe_unused]] const bool swap = lane / 4 % 2;
   [[maybe_unused]] int half_at[2] = {lane * 16 + (swap ? 16 : 0), lane * 16 + (swap ? 0 : 16)};
   keep(half_at[0]), keep(half_at[1]);
-  int turn = 0, buffer = 0, waiting = -1, waiting_rows = 0;  // tile whose ranks' sums are under way
+  int buffer = 0, waiting = -1, waiting_rows = 0;  // tile whose ranks' sums are under way
 
   const auto store = [&](int token, int row, float v) {
     if (row >= p.n) return;
@@ -406,7 +378,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
         if (slot == ring_end) slot = ring;
         // Of a strip: 16-bit values lie in fours of strips, fp32 ones in twos, u8 ones in fours.
         const auto at_strip = [&](uint32_t from_meta, int s, bool wide) {
-          return from_meta + (wide ? ((strip0 + s) & 1) * 8 : (strip0 + s) * 4);
+          return from_meta + (wide ? ((strip0 + s) & 1) * 8 : ((strip0 + s) & 3) * 4);
         };
         if constexpr (!kGeneric && kBits != 16) {
           if (odd == 0 || (!p.pair && rel + 1 < length)) {
@@ -416,7 +388,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
             if (kBits == 4 && p.zeros) {
 #pragma unroll
               for (int s = 0; s < kStrips; ++s) {
-                const uint32_t z = load_shared_2(meta + 128 - g8 * 8 + (strip0 + s) * 2);
+                const uint32_t z = load_shared_2(meta + 128 - g8 * 8 + ((strip0 + s) & 3) * 2);
                 zero[s].set(0, z & 0xFF);
                 zero[s].set(1, z >> 8);
               }
@@ -492,7 +464,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
                           two_floats(load_two(at_strip(values + 128, s, wide), wide), p.zero_dtype);
                       z[0] = v.x, z[1] = v.y;
                     } else if (sums) {
-                      const int v = load_shared_2(values + 128 - g8 * 8 + (strip0 + s) * 2);
+                      const int v = load_shared_2(values + 128 - g8 * 8 + ((strip0 + s) & 3) * 2);
                       z[0] = static_cast<float>((v & 0xFF) - (1 << (kBits - 1)));
                       z[1] = static_cast<float>((v >> 8) - (1 << (kBits - 1)));
                     }
@@ -542,19 +514,15 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       for (int i = 0; i < kTiles; ++i) x_at[i] += x_step[i];
     }
 
-    if (round == 0)
-      FI_MARK(4);
-    else
-      FI_MARK(6);
     // ---- the end of a tile: column parts are added in order, 8 tokens at a time
     const int rows = tile.count * 16;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const int tokens = min(p.m - 8 * i, 8), pitch = min(p.m, 8) * kPitch;  // of a warp
       if (i > 0 && tokens <= 0) break;
-      // Two buffers in turn: who writes one has passed the barrier behind which the other was read.
-      float* partial = reinterpret_cast<float*>(shared + at.partial) + turn * kWarps * pitch;
-      turn ^= 1;
+      if constexpr (kBuffers == 1) __syncthreads();  // the last ones are read
+      float* partial = reinterpret_cast<float*>(shared + at.partial) +
+                       (kBuffers == 2 ? buffer : 0) * kWarps * pitch;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if (2 * t + e < tokens) {
@@ -572,20 +540,12 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
         finish(buffer ^ 1);
       }
       const int log_rows = kLogRows + p.row_shift;
-      // As many neighbouring lanes per output as there are; the tree is the same for any number.
-      const int outputs = tokens << log_rows;
-      int lanes = 1;
-      while (2 * lanes * outputs <= kThreads && lanes < column_parts) lanes *= 2;
-      const int each = column_parts / lanes;
-      for (int e = threadIdx.x / lanes; e < outputs; e += kThreads / lanes) {
-        const int token = e >> log_rows, row = e & (tile_rows - 1),
-                  mine = threadIdx.x & (lanes - 1);
-        const int step = pitch << p.row_shift;
-        float v = tree_sum(
-            partial + row / kRows * pitch + token * kPitch + row % kRows + mine * each * step, step,
-            each);
-        for (int other = 1; other < lanes; other *= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, other);
-        if (mine != 0) continue;
+      for (int e = threadIdx.x; e < tokens << log_rows; e += kThreads) {
+        const int token = e >> log_rows, row = e & (tile_rows - 1);
+        const float* values = partial + row / kRows * pitch + token * kPitch + row % kRows;
+        float v = values[0];
+#pragma unroll 8
+        for (int c = 1; c < column_parts; ++c) v += values[(c << p.row_shift) * pitch];
         if (p.ranks == 1) {
           if (row < rows) store(8 * i + token, tile.strip * 16 + row, v);
         } else if (p.clustered) {
@@ -623,10 +583,6 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       __syncthreads();
     }
     buffer ^= 1;
-    if (round == 0)
-      FI_MARK(5);
-    else
-      FI_MARK(7);
   }
   if (p.clustered) {
     if (waiting >= 0) {

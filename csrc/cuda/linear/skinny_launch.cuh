@@ -35,11 +35,11 @@ SkinnyInstance skinny_instance_for(int64_t m) {
   if constexpr (kGeneric) {
     return skinny_instance<kBf16, kBits, 2, 2, true, kBits == 4 ? 3 : 2, 16>();
   } else if constexpr (kBits == 4) {
-    return m <= 8 ? skinny_instance<kBf16, 4, 1, 2, false, 5, 16>()
+    return m <= 8 ? skinny_instance<kBf16, 4, 1, 2, false, 4, 16>()
                   : skinny_instance<kBf16, 4, 2, 2, false, 3, 16>();
   } else {
     constexpr int kStrips = kBits == 16 ? 1 : 2;
-    return m <= 8 ? skinny_instance<kBf16, kBits, 1, kStrips, false, 3, 16>()
+    return m <= 8 ? skinny_instance<kBf16, kBits, 1, kStrips, false, kBits == 16 ? 4 : 3, 16>()
                   : skinny_instance<kBf16, kBits, 2, kStrips, false, 3, 16>();
   }
 }
@@ -98,8 +98,8 @@ inline SkinnyPlan plan_skinny(const SkinnyInstance& instance, int64_t n, int64_t
     for (int i = 0; i < 4; ++i) most[i] = instance.bits == 16 && i > 0 ? 0 : facts.sms >> i;
   }
   if (instance.warps == 8) most[0] *= 2, most[1] = most[2] = most[3] = 0;
-  const SkinnyShared rest =
-      skinny_shared(tokens, 0, instance.warps, instance.stages, slot_bytes, instance.rows(), 0);
+  const SkinnyShared rest = skinny_shared(tokens, 0, instance.warps, instance.stages, slot_bytes,
+                                          instance.rows(), instance.tiles, 0);
   const int64_t strips = (n + 15) / 16, steps = (k + 63) / 64;
   SkinnyPlan plan{};
   plan.split = choose_skinny_split(strips, steps, 8 * instance.bits * 16, instance.rows(), tokens,
@@ -128,7 +128,7 @@ inline int launch_skinny(SkinnyParams p, int tokens, const SkinnyInstance& insta
   p.x_pitch = p.slice * 64 + instance.x_pad();
   const SkinnyShared at =
       skinny_shared(p.m, p.x_pitch, instance.warps, instance.stages, p.slot_bytes, instance.rows(),
-                    p.ranks > 1 ? instance.rows() << p.row_shift : 0);
+                    instance.tiles, p.ranks > 1 ? instance.rows() << p.row_shift : 0);
   cudaError_t error = cudaFuncSetAttribute(
       instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, skinny_room(instance));
   if (error != cudaSuccess) return error;

@@ -86,13 +86,14 @@ struct SkinnyShared {
 
 // rows: of a warp's part of a tile.
 FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int warps, int stages,
-                                             int slot_bytes, int rows, int exchanged_rows) {
+                                             int slot_bytes, int rows, int token_tiles,
+                                             int exchanged_rows) {
   SkinnyShared s{};
   const int tokens = m < 8 ? m : 8;  // summed at a time
   s.x = kSkinnyZeroBytes;
   s.ring = s.x + (m * x_pitch * 2 + 127) / 128 * 128;
   s.partial = s.ring + stages * warps * slot_bytes;
-  s.sums = s.partial + 2 * warps * tokens * (rows + 4) * 4;
+  s.sums = s.partial + (token_tiles == 1 ? 2 : 1) * warps * tokens * (rows + 4) * 4;
   s.bytes = s.sums + 2 * m * exchanged_rows * 4;
   return s;
 }
