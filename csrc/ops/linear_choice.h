@@ -34,7 +34,9 @@ constexpr LinearKernel choose_packed_kernel(const PackedCall& c) {
   if (c.batch_invariant || c.k == 0) return LinearKernel::skinny;
   const bool wide =
       c.arch == 90 && groups_suit_wide(c.group_columns, c.k) && c.zeros != ZeroKind::floating;
-  if (c.m <= (wide ? 32 : 256)) return LinearKernel::skinny;
+  // Passes of 16 tokens; two of them read large weights twice.
+  const int64_t few = !wide ? 256 : c.n >= 16384 ? 16 : 32;
+  if (c.m <= few) return LinearKernel::skinny;
   return wide && c.m <= 4096 ? LinearKernel::wide : LinearKernel::dequantise;
 }
 
