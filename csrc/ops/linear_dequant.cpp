@@ -58,9 +58,8 @@ void linear_wide(const PackedTensors& t) {
   const bool suits =
       !t.perm && reinterpret_cast<uintptr_t>(t.x.const_data_ptr()) % 16 == 0 && stride % 8 == 0;
   const Tensor x = suits ? t.x : gathered(t, device.stream());
-  WideChoice c = choose_wide(t.layout.bits, m, t.layout.n, t.layout.k, cuda::device_facts().sms);
-  if (const char* e = std::getenv("FASTINFER_WIDE"))
-    std::sscanf(e, "%d,%d,%d", &c.tokens, &c.blocks, &c.split);
+  const bool half = t.layout.bits == 4 && dtype_of(t.scales) == dtype_of(t.x);
+  const WideChoice c = choose_wide(half, m, t.layout.n, t.layout.k, cuda::device_facts().sms);
   const cuda::PackedLinear p{
       x.const_data_ptr(),
       row_stride(x),

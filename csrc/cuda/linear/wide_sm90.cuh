@@ -628,8 +628,6 @@ int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
     if (p.scale_dtype == p.dtype) {
       if (s.tokens == 64 && s.blocks == 1)
         return launch_wide<T, WideTile<4, 64, 1, true>>(p, s.split, stream);
-      if (s.tokens == 64 && s.blocks == 4)
-        return launch_wide<T, WideTile<4, 64, 4, true>>(p, s.split, stream);
       if (s.tokens == 64) return launch_wide<T, WideTile<4, 64, 2, true>>(p, s.split, stream);
       if (s.tokens == 128 && s.blocks == 1)
         return launch_wide<T, WideTile<4, 128, 1, true>>(p, s.split, stream);
