@@ -175,6 +175,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, help="default: llama3-8b on a GPU, else tiny")
     parser.add_argument("--iters", type=int, default=3)
     parser.add_argument("--weights", nargs="+", default=["16", "int4"], choices=["16", "int4"])
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out cases that contain this")
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -222,7 +223,7 @@ def main() -> None:
         )
         with llm:
             for case, measure in cases:
-                if args.filter not in f"{case} {peer}":
+                if args.filter not in f"{case} {peer}" or any(text in case for text in args.skip):
                     continue
                 row = {"op": "e2e", "case": case, "peer": peer, "shape": shape, **measure(llm)}
                 bench.rows.append(row)

@@ -22,10 +22,13 @@ GRID = {
     (64, 8, 128): [(1, 8192), (4, 4096), (1, 2048), (1, 32768), (32, 512), (1, 131072)],
     (32, 32, 128): [(1, 8192), (1, 2048), (1, 512), (1, 32768), (32, 512)],
     (32, 8, 64): [(1, 8192), (4, 4096), (1, 2048), (1, 512), (1, 32768), (32, 512)],
+    (16, 8, 256): [(1, 8192)],
     (32, 8, 256): [(1, 8192)],
 }  # fmt: skip
 VARLEN = [1301, 4131, 466, 3193, 913, 911, 7919, 1385, 1134, 2455, 3652, 1147, 2131, 447, 820, 763]
 CHUNKS = [(512, 8192), (2048, 8192), (2048, 32768), (512, 131072), (2048, 131072)]
+LONG = 32768
+MAX_PORTABLE_FLOPS = 10**13  # longer ones say nothing new
 BACKENDS = {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -53,8 +56,11 @@ class Cases:
         self, keys: dict, make: Callable[[], Call], peers: dict, flops: int, moved: int
     ) -> None:
         rows = {OURS: make}
-        if self.device == "cuda" and self.bench.args.portable:
+        if self.device == "cuda" and self.bench.args.portable and flops < MAX_PORTABLE_FLOPS:
             rows["fastinfer_portable"] = lambda: portable(make())
+        if self.device == "cuda":
+            wanted = self.bench.args.peers.split(",")
+            peers = {name: make for name, make in peers.items() if name in wanted}
         # moved_bytes only sets how many buffer sets are rotated through.
         self.bench.case(keys, rows | peers, flops=flops, moved_bytes=moved)
 
@@ -134,6 +140,7 @@ class Cases:
 def main() -> None:
     def flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--portable", action="store_true", help="also time the sm_80 kernels")
+        parser.add_argument("--peers", default=",".join(BACKENDS), help="of torch, on a GPU")
 
     bench = Bench("flash_attention", __doc__, flags)
     cases = Cases(bench)
@@ -143,14 +150,18 @@ def main() -> None:
                 cases.dense(1, length, 32, 8, 128, causal)
         bench.finish()
         return
-    for heads, shapes in GRID.items():
-        for batch, length in shapes:
-            for causal in (True, False):
-                cases.dense(batch, length, *heads, causal)
-    cases.varlen(32, 8, 128)
-    for q_len, context in CHUNKS:
-        for page in (16, 64):
-            cases.chunk(q_len, context, page, 32, 8, 128)
+    rows = [(*shape, *heads) for heads, shapes in GRID.items() for shape in shapes]
+    for length_at_most in (LONG, float("inf")):  # the long ones last: they heat the GPU up
+        for batch, length, *heads in rows:
+            if (length <= LONG) == (length_at_most == LONG):
+                for causal in (True, False):
+                    cases.dense(batch, length, *heads, causal)
+        for q_len, context in CHUNKS:
+            if (context <= LONG) == (length_at_most == LONG):
+                for page in (16, 64):
+                    cases.chunk(q_len, context, page, 32, 8, 128)
+        if length_at_most == LONG:
+            cases.varlen(32, 8, 128)
     bench.finish()
 
 

@@ -51,20 +51,41 @@ def main() -> None:
             OURS: lambda: fastinfer.silu_and_mul(gated, out=y),
             "torch, silu alone": lambda: torch.nn.functional.silu(x),
         },
-        "quantize_per_token": {OURS: lambda: fastinfer.quantize_per_token(x, out=codes)},
+        "quantize_per_token": {
+            OURS: lambda: fastinfer.quantize_per_token(x, out=codes),
+            "operator": lambda: ops.quantize_per_token(
+                x, static_scale=None, q=codes, scale=scale, zeros=None
+            ),
+        },
         "apply_rotary, in place": {
             OURS: lambda: fastinfer.apply_rotary(q, k, cos, sin, position, inplace=True)
         },
         "apply_rotary_and_cache": {
             OURS: lambda: fastinfer.apply_rotary_and_cache(
                 q, k, v, cos, sin, position, *caches, position
-            )
+            ),
+            "operator": lambda: ops.apply_rotary_and_cache(
+                q,
+                k,
+                v,
+                cos,
+                sin,
+                position,
+                *caches,
+                position,
+                interleaved=False,
+                k_scale=None,
+                v_scale=None,
+            ),
         },
         "reshape_and_cache": {
             OURS: lambda: fastinfer.reshape_and_cache(k, v, *caches, position),
         },
         "torch add_": {"torch": lambda: x.add_(1)},
+        "torch empty, 1 byte": {"torch": lambda: torch.empty(1, dtype=torch.int8, device=device)},
     }
+    if device == "cuda":
+        rows["a launch (torch.cuda._sleep)"] = {"torch": lambda: torch.cuda._sleep(1)}
     for case, peers in rows.items():
         if not bench.wanted(f"case={case}"):
             continue

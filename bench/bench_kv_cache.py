@@ -177,7 +177,7 @@ def swap(
             )
     for peer, call in peers.items():
         samples = []
-        calls = 20 if pinned and blocks < 2048 else 4
+        calls = 20 if pinned else 4
         for _ in range(8):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -67,6 +67,9 @@ class Bench:
             help="only cases whose description contains this, or one of these (a,b,c)",
         )
         parser.add_argument("--seconds", type=float, default=0.5, help="time spent per row")
+        parser.add_argument(
+            "--rest", type=float, default=0.0, help="seconds of rest in front of a row, on a GPU"
+        )
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
         parser.add_argument("--json", type=Path, help="also write the rows to this file")
         if add_flags:
@@ -154,16 +157,18 @@ class Bench:
         self, peers: dict[str, Callable[[], Call]], moved_bytes: int
     ) -> Iterator[tuple[str, tuple[float, float]]]:
         """Microseconds of one call, median and fastest, per peer."""
-        sets = max(1, min(32, -(-2 * self._cache_bytes() // max(moved_bytes, 1))))
+        sets = max(1, min(64, -(-2 * self._cache_bytes() // max(moved_bytes, 1))))
         if self.device == "cuda":
             for peer, make in peers.items():
                 calls = [make() for _ in range(sets)]
+                torch.cuda.synchronize()
+                time.sleep(self.args.rest)  # a hot GPU is a slower one
                 # At least four launches per graph replay: its own start costs microseconds.
                 yield peer, self._time_graph(calls * -(-4 // sets))
             return
-        calls = {peer: [make() for _ in range(sets)] for peer, make in peers.items()}
+        calls_of = {peer: [make() for _ in range(sets)] for peer, make in peers.items()}
         for peer in peers:
-            for call in calls[peer][:2]:
+            for call in calls_of[peer][:2]:
                 call()
         # The peers take short turns: load from elsewhere then falls on all alike.
         samples: dict[str, list[float]] = {peer: [] for peer in peers}
@@ -174,7 +179,7 @@ class Bench:
             for peer, times in samples.items():
                 turn_end = time.perf_counter() + TURN_SECONDS
                 while True:
-                    call = calls[peer][len(times) % sets]
+                    call = calls_of[peer][len(times) % sets]
                     start = time.perf_counter()
                     call()
                     end = time.perf_counter()
@@ -185,8 +190,14 @@ class Bench:
             yield peer, (statistics.median(times) * 1e6, min(times) * 1e6)
 
     def _time_graph(self, calls: list[Call]) -> tuple[float, float]:
-        for call in calls[:2]:
-            call()
+        calls[0]()
+        torch.cuda.synchronize()
+        once = time.perf_counter()
+        calls[-1]()
+        torch.cuda.synchronize()
+        long = time.perf_counter() - once > self.args.seconds
+        if long:  # one launch and two samples say enough
+            calls = calls[:1]
         rounds = 1
         while True:
             graph = torch.cuda.CUDAGraph()
@@ -194,6 +205,8 @@ class Bench:
                 for _ in range(rounds):
                     for call in calls:
                         call()
+            if long:
+                break
             self._replay(graph)
             us = min(self._replay(graph) for _ in range(2))
             if rounds > 1 or us > LEAST_GRAPH_US / 2:
@@ -201,7 +214,7 @@ class Bench:
             rounds = math.ceil(LEAST_GRAPH_US / us)  # the same buffers in turn, again
         samples: list[float] = []
         stop = time.perf_counter() + self.args.seconds
-        while len(samples) < 5 or time.perf_counter() < stop:
+        while len(samples) < (2 if long else 5) or time.perf_counter() < stop:
             samples.append(self._replay(graph) / (rounds * len(calls)))
         return statistics.median(samples), min(samples)
 

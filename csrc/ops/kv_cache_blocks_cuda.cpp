@@ -126,6 +126,7 @@ int64_t mean_stretch(int64_t block, const std::vector<int64_t>& a, const std::ve
 // The pairs by ascending id on the host.
 BlockMapping by_host_id(const BlockMapping& m, bool into_host) {
   const std::vector<int64_t>& key = into_host ? m.dst : m.src;
+  if (std::is_sorted(key.begin(), key.end())) return m;
   std::vector<size_t> order(key.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   std::sort(order.begin(), order.end(),

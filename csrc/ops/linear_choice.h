@@ -40,30 +40,29 @@ constexpr LinearKernel choose_packed_kernel(const PackedCall& c) {
 
 // Tile of the wgmma kernel: tokens x (128 * blocks) rows; `split` CTAs share a tile's K.
 struct WideChoice {
-  int tokens, blocks, split, share;
+  int tokens, blocks, split;
 };
 
 // The candidate whose last CTA is done first. A step of 64 columns costs the larger of its products
 // and of its loads, a tile a start and an end.
 constexpr WideChoice choose_wide(int bits, int64_t m, int64_t n, int64_t k, int sms) {
-  constexpr WideChoice kTiles[] = {{64, 1, 1, 1}, {64, 2, 1, 1}, {128, 1, 1, 1}, {256, 1, 1, 1}};
+  constexpr WideChoice kTiles[] = {{64, 2, 1}, {128, 1, 1}, {256, 1, 1}};
   WideChoice best{};
   int64_t least = INT64_MAX;
   const int64_t steps = div_up(k, 64);
   for (const WideChoice& t : kTiles) {
     const int64_t tiles = div_up(n, 128 * t.blocks) * div_up(m, t.tokens);
-    const int64_t products = t.blocks * t.tokens * 5;                          // clocks
-    const int64_t loads = (t.tokens * 128 + t.blocks * 1024 * bits) / 20;      // clocks
+    const int64_t products = t.blocks * t.tokens * 5;                      // clocks
+    const int64_t loads = (t.tokens * 128 + t.blocks * 1024 * bits) / 20;  // clocks
     const int64_t step = products > loads ? products : loads;
     for (int split = 1; split <= 8 && split <= steps; ++split) {
       if (split > 1 && tiles * split > sms) break;
       const int64_t rounds = split > 1 ? 1 : div_up(tiles, sms);
-      const int64_t cost =
-          rounds * (div_up(steps, split) * step + 1500 + 8 * t.blocks * t.tokens) +
-          (split > 1 ? 2000 + 4 * t.blocks * t.tokens : 0);
+      const int64_t cost = rounds * (div_up(steps, split) * step + 1500 + 8 * t.blocks * t.tokens) +
+                           (split > 1 ? 2000 + 4 * t.blocks * t.tokens : 0);
       if (cost < least) {
         least = cost;
-        best = {t.tokens, t.blocks, split, 1};
+        best = {t.tokens, t.blocks, split};
       }
     }
   }

@@ -60,7 +60,7 @@ void linear_wide(const PackedTensors& t) {
   const Tensor x = suits ? t.x : gathered(t, device.stream());
   WideChoice c = choose_wide(t.layout.bits, m, t.layout.n, t.layout.k, cuda::device_facts().sms);
   if (const char* e = std::getenv("FASTINFER_WIDE"))
-    std::sscanf(e, "%d,%d,%d,%d", &c.tokens, &c.blocks, &c.split, &c.share);
+    std::sscanf(e, "%d,%d,%d", &c.tokens, &c.blocks, &c.split);
   const cuda::PackedLinear p{
       x.const_data_ptr(),
       row_stride(x),
@@ -83,7 +83,7 @@ void linear_wide(const PackedTensors& t) {
       false,
       nullptr,
   };
-  check_launch(t.op, cuda::wide_linear(p, {c.tokens, c.blocks, c.split, c.share}, device.stream()));
+  check_launch(t.op, cuda::wide_linear(p, {c.tokens, c.blocks, c.split}, device.stream()));
 }
 
 }  // namespace fastinfer

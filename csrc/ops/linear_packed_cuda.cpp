@@ -45,6 +45,7 @@ void packed_linear_cuda(const char* op, const Tensor& x, const Tensor& qweight,
   check_aligned(op, "qweight", qweight);
   check_aligned(op, "scales", scales);
   if (zeros) check_aligned(op, "zeros", *zeros);
+  check_device(op, x, {{"workspace", ptr(workspace)}});
   const CudaLaunch launch(x);
   if (perm && validate_data()) {
     const HostCopy copy(op, "perm", *perm, launch.stream());

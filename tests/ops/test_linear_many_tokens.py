@@ -77,11 +77,16 @@ def test_one_hot_rows_give_the_dequantised_weight(
 ) -> None:
     rng = random.Random(f"{bits}{zeros}{group_size}{device}")
     n, k = rng.choice([1, 40, 65, 130, 200]), rng.choice([40, 72, 130, 264, 300])
-    layer = Layer(device, bits, n, k, group_size, zeros, act_order=rng.random() < 0.4, seed=3)
-    for dtype in HALF:
-        for m in (k, min(k, 35), min(k, 100)):
-            y = layer(torch.eye(k, dtype=dtype, device=device)[:m])
-            assert torch.equal(y.cpu(), layer.dense.t()[:m].to(dtype)), (n, k, m, dtype)
+    act_order = rng.random() < 0.4
+    for scales in (torch.float32, torch.float16, torch.bfloat16) if device == "cuda" else (None,):
+        layer = Layer(
+            device, bits, n, k, group_size, zeros, act_order, scales or torch.float32, seed=3
+        )
+        for dtype in HALF:
+            for m in (k, min(k, 35), min(k, 100)):
+                y = layer(torch.eye(k, dtype=dtype, device=device)[:m])
+                want = layer.dense.t()[:m].to(dtype)
+                assert torch.equal(y.cpu(), want), (n, k, m, dtype, scales)
 
 
 @pytest.mark.parametrize("device", DEVICES)

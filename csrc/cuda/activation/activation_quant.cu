@@ -8,8 +8,6 @@
 // memory (each thread reads back only what it wrote, so no barrier guards them) and finds their
 // range; the second turns them into codes. A row wider than shared memory is computed twice. Minima
 // and maxima do not depend on their order, so the number of threads may follow the number of rows.
-#include <cstdlib>
-
 #include "../common/quantize_row.cuh"
 #include "../ptx/cluster.cuh"
 #include "activation.h"
@@ -44,6 +42,7 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
   const int64_t r = blockIdx.x;
   const int inner = static_cast<int>(p.inner), packs = (inner + kSize - 1) / kSize;
   RowGroup group(blockDim.x);
+  grid_launch_dependents();
   grid_wait();
   const E* gate = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
   const E* up = gate + inner;
@@ -69,7 +68,6 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
       }
     }
   }
-  grid_launch_dependents();
   const RowCodes codes =
       row_codes(reduce_range(group, range, !a.p.zeros, scratch), a.p.zeros != nullptr);
   if (threadIdx.x == 0) {
@@ -118,13 +116,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const bool symmetric = !a.zeros;
   uint32_t outer = 0, inner = r;
   if (a.inner_rows) outer = r / a.inner_rows, inner = r % a.inner_rows;
+  grid_launch_dependents();
   grid_wait();
   const uint4* gate = reinterpret_cast<const uint4*>(static_cast<const E*>(a.x) +
                                                      outer * a.stride[0] + inner * a.stride[1]);
   const uint4* up = gate + packs;
   uint4 g{}, u{};
   if (at < packs) g = gate[at], u = up[at];
-  grid_launch_dependents();
   float y[kSize];
   product<E>(y, g, u);
   RowRange range;
@@ -169,12 +167,15 @@ bool clusters_work() {
 
 // CTAs that share a row, 0: a row is too long for this form.
 constexpr int held_ctas(int64_t rows, int64_t packs, int sms, bool clusters) {
-  constexpr int64_t kLeast = 64;  // packs of a CTA
+  constexpr int64_t kLeast = 128;  // packs of a CTA
   int ctas = 1;
   while (clusters && ctas < kMaxCtas && 2 * ctas * rows <= sms && packs >= 2 * ctas * kLeast)
     ctas *= 2;
   return packs <= int64_t{kMaxRowThreads} * ctas ? ctas : 0;
 }
+
+static_assert(held_ctas(1, 512, 132, true) == 4 && held_ctas(1, 1792, 132, true) == 8, "one row");
+static_assert(held_ctas(100, 512, 132, true) == 1 && held_ctas(100, 1792, 132, true) == 0, "many");
 
 template <class E>
 int launch_held(const cpu::GatedQuantParams& p, int64_t rows, int64_t packs, int ctas,
@@ -213,8 +214,7 @@ int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* strea
         const DeviceFacts& facts = device_facts();
         const bool clusters =
             facts.compute_capability >= 90 && !force_portable() && clusters_work<E>();
-        int ctas = held_ctas(rows, packs, facts.sms, clusters);
-        if (getenv("FI_X_CTAS")) ctas = atoi(getenv("FI_X_CTAS"));
+        const int ctas = held_ctas(rows, packs, facts.sms, clusters);
         if (ctas > 0) return launch_held<E>(p, rows, packs, ctas, stream);
       }
     }

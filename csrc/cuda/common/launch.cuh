@@ -3,12 +3,17 @@
 // PDL lets the next kernel of a stream start while this one still runs. The rules:
 //   * every CTA of every kernel calls grid_wait() on every path, before its first access to memory
 //     that an earlier kernel of the same graph launch may have written, and before its first write;
-//   * before the wait a kernel reads only what no kernel right in front of it writes: weights, old
-//     KV, lengths, tables, plans. They are written before this graph launch, or by a kernel with at
-//     least one other in between: that one's wait is over when this one starts. A kernel that no
-//     rule can place (lengths made up right in front of a decode) is launched without PDL;
-//   * a kernel that writes such things never calls grid_launch_dependents(): the next one then
-//     starts when it has ended. Nor may a cache be the `out` of an operator that does call it.
+//   * a kernel may call grid_launch_dependents() before its own wait: several kernels in a row are
+//     then on the GPU, each waiting for the one in front of it. After a wait everything in front is
+//     complete, because none of it ends without its own wait;
+//   * before the wait a kernel reads only weights, old KV, lengths, tables, plans: what was written
+//     before this graph launch, or in front of a kernel that is launched without PDL, as torch's
+//     are. A kernel that no rule can place (lengths made up right in front of a decode) is launched
+//     without PDL;
+//   * a kernel that writes such things does not call grid_launch_dependents(): the next one then
+//     starts when it has ended. The exception is rotary with a cache write, as the keys it writes
+//     are the newest ones, which the decode kernel behind it reads after its wait. Nor may a cache
+//     be the `out` of an operator that does call it.
 // Without the launch attribute both instructions do nothing.
 #pragma once
 

@@ -36,6 +36,7 @@ struct FlashAttentionParams {
   int64_t cu_q_stride, cu_k_stride, used_k_stride, table_stride;
   int32_t page_size;
   int32_t page_shift;  // log2(page_size), -1 when it is no power of two
+  int32_t box_rows;    // set by the sm_90a launcher: rows that are loaded together
   int64_t num_pages;
   int32_t window_left, window_right;  // -1: unlimited
   int32_t section;  // dense: query heads (of all batches) whose tiles are done together

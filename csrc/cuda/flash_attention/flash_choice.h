@@ -17,12 +17,15 @@ constexpr int sm90_dim(int head_dim) { return (head_dim + 63) / 64 * 64; }
 constexpr int portable_dim(int head_dim) {
   return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
 }
-// Keys per tile of the sm_90a kernel: what fits shared memory twice, and a multiple of usual pages.
-constexpr int sm90_keys(int dim) { return dim <= 128 ? 128 : 64; }
+// Keys per tile of the sm_90a kernel: what fits shared memory twice, in steps of 16.
+constexpr int sm90_keys(int dim) { return dim <= 128 ? 128 : dim <= 192 ? 96 : 80; }
 
-// A page is one TMA box or several tiles; 8 rows are the unit of the swizzle.
+// Rows of the TMA boxes that both tiles and pages consist of; 8 rows are the unit of the swizzle.
+constexpr int box_rows(int page_size, int keys) {
+  return page_size == 0 ? keys : box_rows(keys % page_size, page_size);
+}
 constexpr bool page_suits_tma(int page_size, int keys) {
-  return page_size >= 8 && (keys % page_size == 0 || page_size % keys == 0);
+  return box_rows(page_size, keys) % 8 == 0;
 }
 
 // Strides TMA can step along: positive multiples of 16 bytes below 2^40, or never used.
@@ -67,8 +70,9 @@ static_assert(section_heads(2, 4, 2, 0, 128, 50 << 20) == 16, "no keys at all");
 static_assert(sm90_dim(16) == 64 && sm90_dim(72) == 128 && sm90_dim(128) == 128 &&
                   sm90_dim(136) == 192 && sm90_dim(256) == 256,
               "the next multiple of 64");
-static_assert(page_suits_tma(16, 128) && page_suits_tma(64, 64) && page_suits_tma(256, 128) &&
-                  !page_suits_tma(4, 128) && !page_suits_tma(24, 128) && !page_suits_tma(96, 64),
-              "whole boxes per tile or whole tiles per page");
+static_assert(box_rows(16, 128) == 16 && box_rows(64, 128) == 64 && box_rows(256, 128) == 128 &&
+                  box_rows(64, 80) == 16 && box_rows(80, 80) == 80 && box_rows(24, 96) == 24 &&
+                  page_suits_tma(8, 80) && !page_suits_tma(4, 128) && !page_suits_tma(20, 80),
+              "whole boxes per tile and per page");
 
 }  // namespace fastinfer::cuda::flash

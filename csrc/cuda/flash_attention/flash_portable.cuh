@@ -93,14 +93,30 @@ __device__ __forceinline__ uint4 load_codes(const uint8_t* from, bool integers) 
 }
 
 // Rows [first, first + kRows) to `to`; rows outside `some` and columns past head_dim are zero.
-// row_offset(row): element offset of a row. kAny: any alignment, codes if bits == 8.
+// row_offset(row): element offset of a row. kAny: any alignment, codes if bits == 8. stride: of
+// rows that are evenly spaced, else 0.
 template <class T, int kD, int kRows, bool kAny, class F>
 __device__ __forceinline__ void load_tile(uint32_t to, const void* data, int32_t first, Range some,
-                                          int32_t head_dim, DType type, F row_offset) {
+                                          int32_t head_dim, DType type, int64_t stride,
+                                          F row_offset) {
   constexpr int kChunks = kD / 8, kStep = kPortableThreads / kChunks;
   static_assert(kPortableThreads % kChunks == 0 && kRows % kStep == 0, "whole passes");
   const int c = threadIdx.x % kChunks;
   const bool column = 8 * c < head_dim;
+  if constexpr (!kAny) {
+    // Most tiles: nothing to test, one addition per row.
+    if (stride && first >= some.begin && first + kRows <= some.end && head_dim == kD) {
+      const int r = threadIdx.x / kChunks;
+      const T* from = static_cast<const T*>(data) + row_offset(first + r) + 8 * c;
+      const uint32_t at = to + chunk_at<kD>(r, c);
+#pragma unroll
+      for (int i = 0; i < kRows / kStep; ++i) {
+        cp_async_16((at ^ (i * kStep & 7) << 4) + i * kStep * kD * 2, from, true);
+        from += kStep * stride;
+      }
+      return;
+    }
+  }
   // Partly unrolled: these addresses must not crowd the accumulators out of the registers.
   if constexpr (!kAny) {
 #pragma unroll 4
@@ -200,6 +216,7 @@ __global__ void __launch_bounds__(kPortableThreads)
                        float* scales) {
     const int32_t* const pages = at.pages;
     load_tile<T, kD, kKeys, kAny>(to, t.data, first, at.keys, p.head_dim, p.kv_dtype,
+                                  pages ? 0 : t.token,
                                   [&](int32_t key) { return base + key_row(p, t, pages, key); });
     if (kAny && threadIdx.x < kKeys) {
       const int32_t key = first + threadIdx.x;
@@ -214,7 +231,7 @@ __global__ void __launch_bounds__(kPortableThreads)
   const int32_t first_tile = at.keys.begin / kKeys;
   if (at.keys.begin < at.keys.end) {
     const int64_t base = at.q_base;
-    load_tile<T, kD, kRows, kAny>(q_tile, p.q, at.w.row, {0, at.w.len_q}, p.head_dim, p.dtype,
+    load_tile<T, kD, kRows, kAny>(q_tile, p.q, at.w.row, {0, at.w.len_q}, p.head_dim, p.dtype, 0,
                                   [&](int32_t row) { return base + row * p.q_token; });
     load_keys(p.k, at.k_base, k_tile, tile * kKeys, key_scales);
     cp_async_commit();
@@ -290,7 +307,8 @@ __global__ void __launch_bounds__(kPortableThreads)
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
         const Range low = row_limits(p, at.w, row_of(m)), high = row_limits(p, at.w, row_of(m) + 8);
-        mask_scores(s[m], column, low.begin, low.end, high.begin, high.end);
+        if (first + kKeys > least.end) mask_right(s[m], column, low.end, high.end);
+        if (first < most.begin) mask_left(s[m], column, low.begin, high.begin);
       }
     }
     // V is there, and nobody reads this K any more; where V comes with scales, these come first.
@@ -302,8 +320,10 @@ __global__ void __launch_bounds__(kPortableThreads)
     uint32_t probabilities[kBlocks][kScores / 2];
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      float keep[2];
-      state[m].template update<kBlocks == 1 ? 2 : 1>(s[m], factor, keep);
+      constexpr int kChains = kBlocks == 1 ? 2 : 1;
+      float origin[2], keep[2];
+      state[m].template raise<kChains>(s[m], factor, origin, keep);
+      state[m].template exponents<kChains>(s[m], factor, origin, keep);
       if constexpr (kAny) {
 #pragma unroll
         for (int i = 0; i < kScores; ++i)

@@ -1,4 +1,4 @@
-// The producer warpgroup of the sm_90a kernel: one warp deals out work, one loads Q, K and V.
+// The producer warpgroup of the sm_90a kernel: one warp deals out work, one loads Q and K, one V.
 #pragma once
 
 #include "flash_deal.cuh"
@@ -36,20 +36,17 @@ __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
   }
 }
 
-// One K or V tile. Dense and packed: a box per slab. Paged: a box per slab and page; lane j looks
-// after page j of the tile, and pages no row sees are not touched.
-template <int kD>
+// One K or V tile. Dense and packed: a box per slab. Paged: a box per slab and p.box_rows keys of a
+// page; lane j looks up the page of keys [j, j + 1) * box_rows of the tile, lane 0 loads them all:
+// operands of one lane take a fraction of the instructions.
+template <class Tile>
 struct TileLoader {
-  using Tile = Sm90Tile<kD>;
   const FlashAttentionParams& p;
   uint64_t policy;
 
-  __device__ __forceinline__ int32_t box_rows() const {
-    return p.table && p.page_size < Tile::kKeys ? p.page_size : Tile::kKeys;
-  }
-  // Lane j: id of page j of the tile, or -1.
-  __device__ __forceinline__ int32_t page_id(const Slot& slot, int32_t tile) const {
-    const int32_t rows = box_rows(), j = threadIdx.x % 32;
+  // Block id, or -1 where no row sees the keys.
+  __device__ __forceinline__ int32_t find_page(const Slot& slot, int32_t tile) const {
+    const int32_t rows = p.box_rows, j = threadIdx.x % 32;
     const int32_t key = tile * Tile::kKeys + j * rows;
     if (j * rows >= Tile::kKeys || key >= slot.keys.end || key + rows <= slot.keys.begin) return -1;
     return p.table[slot.w.batch * p.table_stride + key / p.page_size];
@@ -57,86 +54,117 @@ struct TileLoader {
   __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint64_t* full,
                                        const Slot& slot, int32_t tile, int32_t kv_head,
                                        int32_t page) const {
-    const int lane = threadIdx.x % 32;
-    const int32_t key = tile * Tile::kKeys;
+    const bool leader = threadIdx.x % 32 == 0;
     if (!p.table) {
-      if (lane != 0) return;
+      if (!leader) return;
       ptx::mbarrier_arrive_expect(full, Tile::kTileBytes);
 #pragma unroll
       for (int s = 0; s < Tile::kSlabs; ++s)
-        ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s, slot.w.start_k + key, kv_head,
-                      p.cu_q ? 0 : slot.w.batch, policy);
+        ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s,
+                      slot.w.start_k + tile * Tile::kKeys, kv_head, p.cu_q ? 0 : slot.w.batch,
+                      policy);
       return;
     }
-    const int32_t rows = box_rows();
+    const int32_t rows = p.box_rows;
     const unsigned here = __ballot_sync(kAllLanes, page >= 0);
-    if (lane == 0) ptx::mbarrier_arrive_expect(full, __popc(here) * rows * kD * 2);
-    __syncwarp();
-    if (page < 0) return;
-    const int32_t slot_row = (key + lane * rows) % p.page_size;
+    if (leader) ptx::mbarrier_arrive_expect(full, __popc(here) * rows * Tile::kDim * 2);
+    int32_t row = tile * Tile::kKeys % p.page_size;
+#pragma unroll 1
+    for (int j = 0; here >> j; ++j) {
+      const int32_t id = __shfl_sync(kAllLanes, page, j);
+      if (leader && id >= 0) {
 #pragma unroll
-    for (int s = 0; s < Tile::kSlabs; ++s)
-      ptx::tma_load(to + s * Tile::kKeys * 128 + lane * rows * 128, map, full, 64 * s, slot_row,
-                    kv_head, page, policy);
+        for (int s = 0; s < Tile::kSlabs; ++s)
+          ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s, row, kv_head, id, policy);
+      }
+      to += rows * 128;
+      row += rows;
+      if (row == p.page_size) row = 0;
+    }
   }
 };
 
-template <int kD>
-__device__ __forceinline__ void produce(const FlashAttentionParams& p, const CUtensorMap* q_map,
-                                        const CUtensorMap* k_map, const CUtensorMap* v_map,
-                                        Sm90Barriers<Sm90Tile<kD>>& barriers, uint32_t q_tile,
-                                        uint32_t k_tiles, uint32_t v_tiles) {
-  using Tile = Sm90Tile<kD>;
-  const TileLoader<kD> loader{p, ptx::policy_evict_last()};
+// Key tiles of one unit of work, from the last to the first, into a ring; behind_first() runs
+// once, behind the first tile. Block ids are fetched one tile ahead of the boxes that need them.
+template <class Tile, int kStages, class F>
+__device__ __forceinline__ void stream_tiles(const TileLoader<Tile>& loader, const CUtensorMap* map,
+                                             uint32_t tiles, uint64_t* full, uint64_t* empty,
+                                             Ring<kStages>& ring, const Slot& slot,
+                                             F behind_first) {
+  const int32_t first = slot.keys.begin / Tile::kKeys;
+  const int32_t last = (slot.keys.end - 1) / Tile::kKeys;
+  const int32_t kv_head = slot.w.head / loader.p.group;
+  const bool paged = loader.p.table != nullptr;
+  int32_t page = paged ? loader.find_page(slot, last) : -1;
+  for (int32_t tile = last; tile >= first; --tile) {
+    const int32_t next = paged && tile > first ? loader.find_page(slot, tile - 1) : -1;
+    ptx::mbarrier_wait(&empty[ring.index], ring.phase ^ 1);
+    loader.load(map, tiles + ring.index * Tile::kTileBytes, &full[ring.index], slot, tile, kv_head,
+                page);
+    ring.next();
+    if (tile == last) behind_first();
+    page = next;
+    __syncwarp();  // lanes without a box must not run ahead to the next wait
+  }
+}
+
+// The loading warps: one for Q and K, one for V, so that each has half of the boxes to issue.
+template <class Tile>
+__device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams& p,
+                                                      const CUtensorMap* q_map,
+                                                      const CUtensorMap* k_map,
+                                                      Sm90Barriers<Tile>& barriers, uint32_t q_tile,
+                                                      uint32_t k_tiles) {
+  const TileLoader<Tile> loader{p, ptx::policy_evict_last()};
   const uint64_t q_policy = ptx::policy_evict_first();
   Ring<kSlots> work;
-  Ring<Tile::kStages> k_ring, v_ring;
-  uint32_t q_phase = 0;
-  const int lane = threadIdx.x % 32;
+  Ring<Tile::kStages> ring;
+  Ring<Tile::kStagesQ> q_ring;
   while (true) {
     const Slot& slot = take_work(barriers, work);
     if (!slot.valid) return;
-    if (slot.keys.begin == slot.keys.end) {
-      return_work(barriers, work);
-      continue;
-    }
-    const int32_t first = slot.keys.begin / Tile::kKeys;
-    const int32_t last = (slot.keys.end - 1) / Tile::kKeys;
-    const int32_t kv_head = slot.w.head / p.group;
-    int32_t page = -1;  // of the tile whose V comes next
-    for (int32_t tile = last; tile >= first - 1; --tile) {
-      int32_t next_page = -1;
-      if (tile >= first) {
-        if (p.table) next_page = loader.page_id(slot, tile);
-        ptx::mbarrier_wait(&barriers.k_empty[k_ring.index], k_ring.phase ^ 1);
-        loader.load(k_map, k_tiles + k_ring.index * Tile::kTileBytes,
-                    &barriers.k_full[k_ring.index], slot, tile, kv_head, next_page);
-        k_ring.next();
-      }
-      if (tile == last) {
-        // Each group's rows for themselves: a group may be done with the tile before.
-        for (int g = 0; g < Tile::kGroups; ++g) {
-          ptx::mbarrier_wait(&barriers.q_empty[g], q_phase ^ 1);
-          if (lane != 0) continue;
-          ptx::mbarrier_arrive_expect(&barriers.q_full[g], Tile::kQBytes / Tile::kGroups);
+    // Each group's rows for themselves: a group may be done with the tile before.
+    auto load_queries = [&] {
+      for (int g = 0; g < Tile::kGroups; ++g) {
+        uint64_t* const full = &barriers.q_full[q_ring.index][g];
+        ptx::mbarrier_wait(&barriers.q_empty[q_ring.index][g], q_ring.phase ^ 1);
+        if (threadIdx.x % 32 != 0) continue;
+        ptx::mbarrier_arrive_expect(full, Tile::kQBytes / Tile::kGroups);
+        const uint32_t to = q_tile + q_ring.index * Tile::kQBytes + g * 64 * 128;
 #pragma unroll
-          for (int s = 0; s < Tile::kSlabs; ++s)
-            ptx::tma_load(q_tile + s * Tile::kRows * 128 + g * 64 * 128, q_map, &barriers.q_full[g],
-                          64 * s, slot.w.start_q + slot.w.row + 64 * g, slot.w.head,
-                          p.cu_q ? 0 : slot.w.batch, q_policy);
-        }
-        q_phase ^= 1;
-        __syncwarp();
-      } else {
-        ptx::mbarrier_wait(&barriers.v_empty[v_ring.index], v_ring.phase ^ 1);
-        loader.load(v_map, v_tiles + v_ring.index * Tile::kTileBytes,
-                    &barriers.v_full[v_ring.index], slot, tile + 1, kv_head, page);
-        v_ring.next();
+        for (int s = 0; s < Tile::kSlabs; ++s)
+          ptx::tma_load(to + s * Tile::kRows * 128, q_map, full, 64 * s,
+                        slot.w.start_q + slot.w.row + 64 * g, slot.w.head,
+                        p.cu_q ? 0 : slot.w.batch, q_policy);
       }
-      page = next_page;
-      __syncwarp();
+      q_ring.next();
+    };
+    if (slot.keys.begin < slot.keys.end) {
+      // With two buffers the rows come while the tile before is worked on. With one they have to
+      // wait for the end of that; the first keys do not.
+      if constexpr (Tile::kStagesQ > 1) load_queries();
+      stream_tiles(loader, k_map, k_tiles, barriers.k_full, barriers.k_empty, ring, slot, [&] {
+        if constexpr (Tile::kStagesQ == 1) load_queries();
+      });
     }
-    return_work(barriers, work);
+    return_slot(barriers, work.index);
+    work.next();
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void load_values(const FlashAttentionParams& p, const CUtensorMap* v_map,
+                                            Sm90Barriers<Tile>& barriers, uint32_t v_tiles) {
+  const TileLoader<Tile> loader{p, ptx::policy_evict_last()};
+  Ring<kSlots> work;
+  Ring<Tile::kStagesV> ring;
+  while (true) {
+    const Slot& slot = take_work(barriers, work);
+    if (!slot.valid) return;
+    if (slot.keys.begin < slot.keys.end)
+      stream_tiles(loader, v_map, v_tiles, barriers.v_full, barriers.v_empty, ring, slot, [] {});
+    return_slot(barriers, work.index);
+    work.next();
   }
 }
 

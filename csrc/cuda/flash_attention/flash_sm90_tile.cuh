@@ -12,16 +12,20 @@ namespace fastinfer::cuda::flash {
 template <int kD>
 struct Sm90Tile {
   static_assert(kD % 64 == 0 && kD <= 256, "whole slabs of 64 columns");
+  static constexpr int kDim = kD;
   static constexpr int kGroups = 2;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kKeys = sm90_keys(kD);
-  static constexpr int kStages = kD <= 64 ? 4 : kD <= 128 ? 3 : 2;
+  static constexpr int kStages = kD <= 64 ? 4 : kD <= 128 ? 3 : 2;  // of K
+  static constexpr int kStagesV = kD <= 64 ? 4 : 2;
+  static constexpr int kStagesQ = kD <= 128 ? 2 : 1;
   static constexpr int kSlabs = kD / 64;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
   static constexpr uint32_t kQBytes = kRows * kD * 2, kTileBytes = kKeys * kD * 2;
-  static constexpr size_t kSharedBytes = kQBytes + 2 * kStages * kTileBytes + 1024 + 512;
+  static constexpr size_t kSharedBytes =
+      kStagesQ * kQBytes + (kStages + kStagesV) * kTileBytes + 1024 + 512;
   static_assert(kSharedBytes <= 227 * 1024, "shared memory of an SM");
   // What the block got at launch (65536 / kThreads, in eights) is all that there is to share out.
   static_assert(kProducerRegisters + kGroups * kConsumerRegisters <=
@@ -35,13 +39,13 @@ struct Slot {
   Range keys;
   int32_t valid;
 };
-constexpr int kSlots = 2;
+constexpr int kSlots = 3;  // one to be stored, one to work on, one to load for
 
 template <class Tile>
 struct Sm90Barriers {
-  uint64_t q_full[Tile::kGroups], q_empty[Tile::kGroups];
+  uint64_t q_full[Tile::kStagesQ][Tile::kGroups], q_empty[Tile::kStagesQ][Tile::kGroups];
   uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
-  uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
+  uint64_t v_full[Tile::kStagesV], v_empty[Tile::kStagesV];
   uint64_t slot_full[kSlots], slot_empty[kSlots];
   Slot slots[kSlots];
   float pinned[Tile::kThreads / 32];  // written, never read; see Consumer::pin
@@ -69,10 +73,9 @@ __device__ __forceinline__ const Slot& take_work(Sm90Barriers<Tile>& barriers,
   return barriers.slots[ring.index];
 }
 template <class Tile>
-__device__ __forceinline__ void return_work(Sm90Barriers<Tile>& barriers, Ring<kSlots>& ring) {
+__device__ __forceinline__ void return_slot(Sm90Barriers<Tile>& barriers, int index) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&barriers.slot_empty[ring.index]);
-  ring.next();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&barriers.slot_empty[index]);
 }
 
 }  // namespace fastinfer::cuda::flash

@@ -123,14 +123,18 @@ template <int kN>
 __device__ __forceinline__ void modify_scores(const FlashAttentionParams& p, float (&s)[kN],
                                               float slope, int32_t first, int32_t at0,
                                               int32_t at1) {
-  const bool capped = p.softcap > 0.0f;
 #pragma unroll
-  for (int i = 0; i < kN; ++i) {
-    float x = s[i] * p.inner;
-    if (capped) x = p.outer * tanh_accurate(x);
-    const int32_t column = first + 8 * (i / 4) + i % 2;
-    if (p.alibi) x -= slope * static_cast<float>(abs((i % 4 / 2 ? at1 : at0) - column));
-    s[i] = x;
+  for (int i = 0; i < kN; ++i) s[i] *= p.inner;
+  if (p.softcap > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) s[i] = p.outer * tanh_accurate(s[i]);
+  }
+  if (p.alibi) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const int32_t column = first + 8 * (i / 4) + i % 2;
+      s[i] -= slope * static_cast<float>(abs((i % 4 / 2 ? at1 : at0) - column));
+    }
   }
 }
 
@@ -138,20 +142,23 @@ __device__ __forceinline__ float alibi_slope(const FlashAttentionParams& p, cons
   return p.alibi ? p.alibi[w.batch * p.alibi_batch + w.head * p.alibi_head] * kLog2e : 0.0f;
 }
 
-// -inf outside [left, right) of each row; columns as above.
+// -inf from column right0 (right1) on, or below left0 (left1); columns as above.
 template <int kN>
-__device__ __forceinline__ void mask_scores(float (&s)[kN], int32_t first, int32_t left0,
-                                            int32_t right0, int32_t left1, int32_t right1) {
+__device__ __forceinline__ void mask_right(float (&s)[kN], int32_t first, int32_t right0,
+                                           int32_t right1) {
 #pragma unroll
-  for (int i = 0; i < kN; ++i) {
-    const int32_t column = 8 * (i / 4) + i % 2;
-    const int32_t left = (i % 4 / 2 ? left1 : left0) - first;
-    const int32_t right = (i % 4 / 2 ? right1 : right0) - first;
-    if (column < left || column >= right) s[i] = -INFINITY;
-  }
+  for (int i = 0; i < kN; ++i)
+    if (8 * (i / 4) + i % 2 >= (i % 4 / 2 ? right1 : right0) - first) s[i] = -INFINITY;
+}
+template <int kN>
+__device__ __forceinline__ void mask_left(float (&s)[kN], int32_t first, int32_t left0,
+                                          int32_t left1) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i)
+    if (8 * (i / 4) + i % 2 < (i % 4 / 2 ? left1 : left0) - first) s[i] = -INFINITY;
 }
 
-// Limits of one row for mask_scores.
+// Keys that one row sees, for the masks.
 __device__ __forceinline__ Range row_limits(const FlashAttentionParams& p, const Work& w,
                                             int32_t row) {
   const int32_t at = row + w.len_k - w.len_q;
@@ -165,35 +172,52 @@ struct RowState {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
 
-  // Scores become probabilities; keep[r] is what earlier sums and outputs have to be multiplied by.
-  // kChains: independent chains per row for the maximum and the sum.
+  // Takes the scores of one more tile into the maximum: origin[r] is what to subtract in the
+  // exponent, keep[r] what earlier sums and outputs have to be multiplied by. kChains: independent
+  // chains per row. Nothing here or below is left to contraction: a row's bits must not depend on
+  // which copy of the code it runs through, and a tile without visible keys must leave them alone.
   template <int kChains, int kN>
-  __device__ __forceinline__ void update(float (&s)[kN], float factor, float (&keep)[2]) {
+  __device__ __forceinline__ void raise(const float (&s)[kN], float factor, float (&origin)[2],
+                                        float (&keep)[2]) {
     float high[2][2] = {{max[0], -INFINITY}, {max[1], -INFINITY}};
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       float& x = high[i % 4 / 2][i % kChains];
       x = fmaxf(x, s[i]);
     }
-    float origin[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float top = fmaxf(high[r][0], high[r][1]);
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
       // A row that has seen no key yet: exp2(-inf - 0) = 0 where -inf - -inf would be NaN.
-      origin[r] = top == -INFINITY ? 0.0f : top * factor;
-      keep[r] = exp2_approx(max[r] * factor - origin[r]);
+      origin[r] = top == -INFINITY ? 0.0f : __fmul_rn(top, factor);
+      keep[r] = exp2_approx(__fsub_rn(__fmul_rn(max[r], factor), origin[r]));  // 1 if top == max
       max[r] = top;
     }
-    float part[2][2] = {{sum[0] * keep[0], 0.0f}, {sum[1] * keep[1], 0.0f}};
+  }
+
+  // Scores become probabilities. Sums lag behind by kLag exponentials and start with the newest:
+  // a warp issues in order, and would wait for each exponential in turn.
+  template <int kChains, int kN>
+  __device__ __forceinline__ void exponents(float (&s)[kN], float factor, const float (&origin)[2],
+                                            const float (&keep)[2]) {
+    constexpr int kLag = 8;
+    static_assert(kN % kLag == 0, "whole groups");
+    float part[2][2] = {{__fmul_rn(sum[0], keep[0]), 0.0f}, {__fmul_rn(sum[1], keep[1]), 0.0f}};
 #pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      s[i] = exp2_approx(s[i] * factor - origin[i % 4 / 2]);
-      part[i % 4 / 2][i % kChains] += s[i];
+    for (int first = 0; first <= kN; first += kLag) {
+#pragma unroll
+      for (int i = first; i < first + kLag && i < kN; ++i)
+        s[i] = exp2_approx(__fmaf_rn(s[i], factor, -origin[i % 4 / 2]));
+#pragma unroll
+      for (int i = first - 1; i >= first - kLag && i >= 0; --i) {
+        float& x = part[i % 4 / 2][i % kChains];
+        x = __fadd_rn(x, s[i]);
+      }
     }
-    sum[0] = part[0][0] + part[0][1];
-    sum[1] = part[1][0] + part[1][1];
+    sum[0] = __fadd_rn(part[0][0], part[0][1]);
+    sum[1] = __fadd_rn(part[1][0], part[1][1]);
   }
 
   // Total of row r over the quad; the sink's term; returns what the output has to be multiplied by
@@ -214,8 +238,8 @@ struct RowState {
       total = total * weight + exp2_approx(sink - higher);
       top = higher;
     }
-    lse = top * kLn2 + logf(total);
-    return weight / total;
+    if (p.lse) lse = top * kLn2 + logf(total);
+    return __fdividef(weight, total);
   }
 };
 
@@ -237,7 +261,7 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 
 // Word i of lane t of a quad goes to word t of lane i: four column blocks of 16 bytes, spread over
 // the quad in 4-byte pieces, become one whole block per lane.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
+__device__ __forceinline__ void transpose_quad(uint32_t* w) {
   const int lane = threadIdx.x;
   const bool odd = lane & 1, upper = lane & 2;
 #pragma unroll
@@ -252,6 +276,15 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
+// 16 bytes to global memory where `really`; no branch, so that many can be under way.
+__device__ __forceinline__ void store_16(void* to, const uint32_t* w, bool really) {
+  asm volatile(
+      "{\n.reg .pred really;\nsetp.ne.u32 really, %5, 0;\n"
+      "@really st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+      "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(static_cast<uint32_t>(really))
+      : "memory");
+}
+
 // Rows row0 and row1 of a warp tile of 16 rows (o as for modify_scores, kD columns), each times its
 // factor (0: zeros, whatever o holds), to `out` (row 0 of the sequence and head). `packs`: 16-byte
 // stores are possible.
@@ -264,23 +297,26 @@ __device__ __forceinline__ void store_rows(T* out, int64_t stride, int32_t head_
   for (int half = 0; half < 2; ++half) {
     const int32_t row = half ? row1 : row0;
     const float factor = half ? factor1 : factor0;
-    T* const to = out + row * stride;
+    T* const to = out + row * stride + 8 * t;
+    uint32_t w[kD / 8];
 #pragma unroll
-    for (int j = 0; j < kD / 8; j += 4) {
-      uint32_t w[4];
+    for (int i = 0; i < kD / 8; ++i) {
+      const float* x = o + 4 * i + 2 * half;
+      w[i] = factor == 0.0f ? 0u : pack2<T>(x[0] * factor, x[1] * factor);
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* x = o + 4 * (j + i) + 2 * half;
-        w[i] = factor == 0.0f ? 0u : pack2<T>(x[0] * factor, x[1] * factor);
-      }
-      transpose_quad(w);
-      const int column = 8 * (j + t);
-      if (row >= end || column >= head_dim) continue;
-      if (packs) {
-        *reinterpret_cast<uint4*>(to + column) = make_uint4(w[0], w[1], w[2], w[3]);
-      } else {
+    for (int j = 0; j < kD / 8; j += 4) transpose_quad(w + j);
+    if (packs) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) to[column + i] = reinterpret_cast<const T*>(w)[i];
+      for (int j = 0; j < kD / 8; j += 4)
+        store_16(to + 8 * j, w + j, row < end && 8 * (j + t) < head_dim);
+    } else if (row < end) {
+#pragma unroll
+      for (int j = 0; j < kD / 8; j += 4) {
+        if (8 * (j + t) >= head_dim) continue;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          to[8 * j + i] = reinterpret_cast<const T*>(w + j + i / 2)[i % 2];
       }
     }
   }

@@ -103,4 +103,33 @@ inline Region region_of(const CopyShape& shape, int64_t bits) {
   return r;
 }
 
+inline int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
+
+constexpr int64_t kMaxItems = (int64_t{1} << 31) - 1;
+
+// f(part, src offset, dst offset) for parts of fewer than 2^31 bytes: almost always the whole
+// shape.
+template <class F>
+int for_each_part(const CopyShape& shape, int64_t src, int64_t dst, const F& f) {
+  int64_t bytes = shape.run_bytes;
+  for (int d = 0; d < shape.dims; ++d) bytes *= shape.size[d];
+  if (bytes <= kMaxItems) return f(shape, src, dst);
+  CopyShape head = shape, tail = shape;
+  int64_t src_step, dst_step;
+  const int last = shape.dims - 1;
+  if (last >= 0 && shape.size[last] == 1) {
+    --head.dims;
+    return for_each_part(head, src, dst, f);
+  } else if (last >= 0) {
+    head.size[last] = shape.size[last] / 2, tail.size[last] -= head.size[last];
+    src_step = head.size[last] * shape.src_stride[last];
+    dst_step = head.size[last] * shape.dst_stride[last];
+  } else {
+    head.run_bytes = src_step = dst_step = shape.run_bytes / 32 * 16;
+    tail.run_bytes -= head.run_bytes;
+  }
+  const int error = for_each_part(head, src, dst, f);
+  return error ? error : for_each_part(tail, src + src_step, dst + dst_step, f);
+}
+
 }  // namespace fastinfer::cuda

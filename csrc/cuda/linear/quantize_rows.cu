@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const int64_t r = group.global_row();
   const bool active = r < a.rows, symmetric = !a.zeros;
   const int packs = active ? a.k / kSize : 0;
+  grid_launch_dependents();
   grid_wait();
   const uint4* x = reinterpret_cast<const uint4*>(static_cast<const E*>(a.x) + r * a.x_stride);
   uint4 held[kPacks] = {};
@@ -104,7 +105,6 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 #pragma unroll
     for (int n = 0; n < kPacks; ++n) range.add(held[n], symmetric);
   }
-  grid_launch_dependents();
   const RowCodes codes =
       codes_of_row<E>(a, group, range.all(), r, active && group.thread == 0, scratch);
   int8_t* q = a.q + r * a.q_stride;
@@ -131,12 +131,12 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   r = active ? r : 0;
   const int step = a.row_threads * kSize;
   const int first = active ? group.thread * kSize : a.k;  // no work without a row
+  grid_launch_dependents();
   grid_wait();
   const E* x = static_cast<const E*>(a.x) + r * a.x_stride;
   PackRange<E> range;
   if (!a.static_scale)
     for (int i = first; i < a.k; i += step) range.add(load_pack(x, i, a.k, a.packs), symmetric);
-  grid_launch_dependents();
   const RowCodes codes =
       codes_of_row<E>(a, group, range.all(), r, active && group.thread == 0, scratch);
   int8_t* q = a.q + r * a.q_stride;

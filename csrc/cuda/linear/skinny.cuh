@@ -23,6 +23,7 @@
 #include <type_traits>
 
 #include "../common/launch.cuh"
+#include "../common/vec.cuh"
 #include "../ptx/async_copy.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/mma.cuh"
@@ -103,63 +104,110 @@ __device__ __forceinline__ float2 two_floats(const uint2& raw, DType type) {
   return __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
 }
 
-// X of this rank's columns to shared memory, [m][x_pitch], zero beyond K.
-template <class E>
+// v[0] + v[stride] + .. of n values, as a binary tree: halves of n may be added elsewhere.
+template <int kN>
+__device__ __forceinline__ float tree_sum(const float* v, int stride) {
+  if constexpr (kN == 1) {
+    return *v;
+  } else {
+    return tree_sum<kN / 2>(v, stride) + tree_sum<kN / 2>(v + kN / 2 * stride, stride);
+  }
+}
+__device__ __forceinline__ float tree_sum(const float* v, int stride, int n) {
+  if (n == 1) return *v;
+  if (n == 2) return tree_sum<2>(v, stride);
+  if (n == 4) return tree_sum<4>(v, stride);
+  return n == 8 ? tree_sum<8>(v, stride) : tree_sum<16>(v, stride);
+}
+
+// X of this rank's columns to shared memory, [m][x_pitch], zero beyond K: one group of cp.async, or
+// where that is not possible element by element.
+template <int kThreads, class E>
 __device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_column,
                                         int columns) {
-  const E* x = static_cast<const E*>(p.x);
-  const int packs = columns / 8, total = p.m * packs;
-  for (int i = threadIdx.x; i < total; i += kSkinnyThreads) {
-    const int token = i / packs, c = (i - token * packs) * 8, column = first_column + c;
-    const E* row = x + token * p.x_stride;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (p.x_packs && column + 8 <= p.k) {
-      v = *reinterpret_cast<const uint4*>(row + column);
-    } else {
-      uint16_t e[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        e[j] = 0;
-        if (column + j < p.k) {
-          const int from = p.perm ? p.perm[column + j] : column + j;
-          e[j] = reinterpret_cast<const uint16_t*>(row)[from];
-        }
-      }
-      v = make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
+  const int packs = columns / 8;
+  if (packs == 0) return;
+  int token = 0, pack = threadIdx.x;
+  const E* row = static_cast<const E*>(p.x);
+#pragma unroll 1
+  for (;; pack += kThreads) {
+    while (pack >= packs) {
+      pack -= packs;
+      row += p.x_stride;
+      if (++token >= p.m) return;
     }
-    *reinterpret_cast<uint4*>(to + token * p.x_pitch + c) = v;
+    const int c = pack * 8, column = first_column + c;
+    E* here = to + token * p.x_pitch + c;
+    if (p.x_packs) {
+      const int left = max(0, min(p.k - column, 8));
+      cp_async_zero(shared_address(here), row + (left > 0 ? column : 0), 2 * left);
+    } else {
+      uint32_t word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t e[2] = {};
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int k = column + 2 * j + h;
+          if (k < p.k) e[h] = reinterpret_cast<const uint16_t*>(row)[p.perm ? p.perm[k] : k];
+        }
+        word[j] = e[0] | e[1] << 16;
+      }
+      *reinterpret_cast<uint4*>(here) = make_uint4(word[0], word[1], word[2], word[3]);
+    }
   }
 }
 
-template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages,
-          int kMinBlocks>
-__global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
+#ifdef FI_SKINNY_CLOCK
+__device__ long long skinny_clock[132 * 2 * 16];
+#define FI_MARK(i)                                                         \
+  do {                                                                     \
+    if (threadIdx.x == 0) skinny_clock[blockIdx.x * 16 + (i)] = clock64(); \
+  } while (0)
+#else
+#define FI_MARK(i)
+#endif
+template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     skinny_kernel(const __grid_constant__ SkinnyParams p) {
+  FI_MARK(0);
   using E = std::conditional_t<kBf16, __nv_bfloat16, __half>;
   using Shape = SkinnyShape<kBits, kStrips>;
-  constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows;
-  constexpr int kPitch = kRows + 4, kWarps = kSkinnyWarps;
-  constexpr int kBuffers = kTiles == 1 ? 2 : 1, kRounds = kTiles == 4 ? 2 : 1;
+  constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows,
+                kLogRows = kRows == 16   ? 4
+                           : kRows == 32 ? 5
+                                         : 6;
+  constexpr int kPitch = kRows + 4, kThreads = 32 * kWarps;
   constexpr int kBlockBytes = 512 * kBits;  // of 64 x 64 packed weights
   static_assert(kBits != 16 || !kGeneric, "groups are for packed weights");
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g8 = lane / 4, t = lane % 4;
-  const int team = blockIdx.x / p.ranks, rank = blockIdx.x - team * p.ranks;
+  const int team = blockIdx.x >> p.rank_shift, rank = blockIdx.x & (p.ranks - 1);
+  const int row_part = warp & ((1 << p.row_shift) - 1), column_part = warp >> p.row_shift;
+  const int column_parts = kWarps >> p.row_shift, tile_rows = kRows << p.row_shift;
   const int first = rank * p.slice, length = max(0, min(p.slice, p.steps - first));
-  const SkinnyShared at =
-      skinny_shared(p.m, p.x_pitch, kStages, p.slot_bytes, kRows, kTiles, p.ranks > 1);
+  const SkinnyShared at = skinny_shared(p.m, p.x_pitch, kWarps, kStages, p.slot_bytes, kRows,
+                                        p.ranks > 1 ? tile_rows : 0);
   const uint32_t base = shared_address(shared);
-  const uint32_t ring = base + at.ring + warp * p.slot_bytes, slot_step = kWarps * p.slot_bytes;
+  // Slots of this warp; addresses are those of this lane's first 16 bytes.
+  const uint32_t ring = base + at.ring + warp * p.slot_bytes + lane * 16;
+  const uint32_t slot_step = kWarps * p.slot_bytes;
   const uint32_t ring_end = ring + kStages * slot_step;
 
   grid_launch_dependents();
 
   // ---- the stream of weights: pairs of blocks of this warp, tile after tile
-  SkinnyTile load_tile = skinny_tile<kStrips>(p.deal, p.teams, team, 0);
-  int load_round = 0, load_rel = 2 * warp, lane16 = lane * 16;
+  // This warp's part of a tile; parts are missing in the last round only.
+  const auto part_of_tile = [&](int round) {
+    SkinnyTile tile = skinny_tile(p.deal, p.teams, team, round);
+    tile.strip += row_part * kStrips;
+    tile.count = max(0, min(tile.count - row_part * kStrips, kStrips));
+    return tile;
+  };
+  SkinnyTile load_tile = part_of_tile(0);
+  int load_round = 0, load_rel = 2 * column_part;
   constexpr int kRowPointers = kBits == 16 ? 2 * kStrips : 1;
   const char* from[kRowPointers];
-  uint32_t load_to = ring;
   // Lane i < 8 copies scales of row g8 = i, lanes from 8 on zeros: 16 bytes each.
   [[maybe_unused]] const char *meta_values = nullptr, *meta_from = nullptr;
   [[maybe_unused]] int meta_row = 0, meta_half = 0, meta_group = 0;
@@ -174,7 +222,6 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
     meta_group = p.tiles * meta_row;
     keep(meta_row), keep(meta_half), keep(meta_group), keep(meta_values);
   }
-  keep(lane16);
   const auto start_tile = [&] {
     if constexpr (kBits == 16) {
 #pragma unroll
@@ -187,7 +234,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
       const uint32_t strip = load_tile.strip;
       from[0] = static_cast<const char*>(p.w) +
                 (static_cast<int64_t>(strip / 4) * p.steps + first + load_rel) * kBlockBytes +
-                strip % 4 * (kBlockBytes / 4) + lane16;
+                strip % 4 * (kBlockBytes / 4) + lane * 16;
       meta_from = meta_values + static_cast<int64_t>(strip / 4) * meta_row +
                   static_cast<int>(strip % 4 / 2) * meta_half;
     }
@@ -196,10 +243,9 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
   if (load_tile.count > 0) start_tile();
   // Issues block `odd` of the pair; the odd one moves on. Of packed weights absent strips and
   // blocks are left as they are: any codes are finite, and meet zeros in x or rows nobody stores.
-  const auto load = [&](auto odd_constant) {
-    constexpr int kOdd = decltype(odd_constant)::value;
+  const auto load = [&](auto odd, uint32_t to) {
+    const int kOdd = odd;
     if (load_tile.count > 0) {
-      const uint32_t to = load_to + lane16;
       if constexpr (kBits == 16) {
         const int left = p.k - (first + load_rel + kOdd) * 64 - 8 * t;
 #pragma unroll
@@ -218,59 +264,66 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
         }
         if (meta_mine && (kGeneric || kOdd == 0 || !p.pair)) {
           const int unit = (first + load_rel + kOdd) * (kGeneric ? 8 : 1);
-          const int g = group_of(unit, p.group_magic);
-          const char* values = meta_from + static_cast<int64_t>(g) * meta_group;
+          const uint32_t g = group_of(unit, p.group_magic);
+          const char* values =
+              meta_from + static_cast<uint64_t>(g) * static_cast<uint32_t>(meta_group);
           cp_async_zero(to + kPieces * 512, values, 16);
           if constexpr (kGeneric) {
-            const int last = min(group_of(unit + 7, p.group_magic), p.groups - 1);
-            for (int i = 1; i <= last - g; ++i)
+            const int more = min(group_of(unit + 7, p.group_magic), p.groups - 1) - g;
+            for (int i = 1; i <= more; ++i)
               cp_async_zero(to + kPieces * 512 + i * 256,
                             values + static_cast<int64_t>(i) * meta_group, 16);
           }
         }
       }
-      if constexpr (kOdd == 1) {
-        load_rel += 2 * kWarps;
+      if (kOdd == 1) {
+        load_rel += 2 * column_parts;
 #pragma unroll
-        for (auto& f : from) f += 2 * kWarps * (kBits == 16 ? 128 : kBlockBytes);
+        for (auto& f : from) f += 2 * column_parts * (kBits == 16 ? 128 : kBlockBytes);
         if (load_rel >= length) {
-          load_rel = 2 * warp;
-          load_tile = skinny_tile<kStrips>(p.deal, p.teams, team, ++load_round);
+          load_rel = 2 * column_part;
+          load_tile = part_of_tile(++load_round);
           if (load_tile.count > 0) start_tile();
         }
       }
     }
     cp_async_commit();
-    load_to = load_to + slot_step == ring_end ? ring : load_to + slot_step;
   };
   constexpr std::integral_constant<int, 0> kEven{};
   constexpr std::integral_constant<int, 1> kOdd{};
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i % 2 == 0) {
-      load(kEven);
-    } else {
-      load(kOdd);
-    }
-  }
-
-  // ---- x
+  // x first: its loads would wait behind those of the weights. Under programmatic launch the
+  // weights first, as they may be read while the kernel in front still writes x.
+  const auto stage = [&] {
+    grid_wait();
+    stage_x<kThreads>(p, reinterpret_cast<E*>(shared + at.x), first * 64, (length + 1) / 2 * 128);
+    cp_async_commit();
+  };
+  if (!p.weights_first) stage();
+  FI_MARK(1);
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) load(i & 1, ring + i * slot_step);
   if (threadIdx.x < kSkinnyZeroBytes / 16)
     reinterpret_cast<uint4*>(shared)[threadIdx.x] = make_uint4(0, 0, 0, 0);
-  grid_wait();
-  stage_x(p, reinterpret_cast<E*>(shared + at.x), first * 64, (length + 1) / 2 * 128);
+  FI_MARK(2);
+  if (p.weights_first) {
+    stage();
+    cp_async_wait<0>();
+  } else {
+    cp_async_wait<kStages - 1>();
+  }
   __syncthreads();
 
+  FI_MARK(3);
   // Where this lane reads fragments of x: a row of ldmatrix, or its own 16 bytes. Absent tokens
   // read zeros.
-  uint32_t x_base[kTiles], x_mask[kTiles];
+  uint32_t x_base[kTiles], x_step[kTiles];  // step: from a pair of this warp to its next
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    const int token = 8 * i + (kBits == 16 ? g8 : lane % 8);
+    const int token = 8 * i + (kBits == 16 ? g8 : lane % 8), piece = kBits == 16 ? t : lane / 8;
     const bool there = token < p.m;
-    x_base[i] = there ? base + at.x + token * p.x_pitch * 2 + (kBits == 16 ? t : lane / 8) * 16
-                      : base + (kBits == 16 ? t * 16 : 0);
-    x_mask[i] = there ? ~0u : 0u;
+    x_base[i] = base + piece * 16 + (there ? at.x + token * p.x_pitch * 2 + column_part * 256 : 0);
+    x_step[i] = there ? column_parts * 256 : 0;
+    keep(x_base[i]), keep(x_step[i]);
   }
 
   [[maybe_unused]] const bool wide_scale = p.scale_dtype == DType::f32;
@@ -281,10 +334,15 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) zero[s].set(0, 8), zero[s].set(1, 8);
   }
-  uint32_t slot = ring;
-  int meta_at = g8 * 16;
+  uint32_t slot = ring, previous = ring_end - slot_step;
+  int meta_at = kPieces * 512 + g8 * 16 - lane * 16;
   keep(meta_at);
-  int buffer = 0, waiting = -1, waiting_rows = 0;  // tile whose ranks' sums are under way
+  // 8 bit: a lane owns 32 bytes; neighbours in fours read their halves in opposite order, for the
+  // banks.
+  [[maybe_unused]] const bool swap = lane / 4 % 2;
+  [[maybe_unused]] int half_at[2] = {lane * 16 + (swap ? 16 : 0), lane * 16 + (swap ? 0 : 16)};
+  keep(half_at[0]), keep(half_at[1]);
+  int turn = 0, buffer = 0, waiting = -1, waiting_rows = 0;  // tile whose ranks' sums are under way
 
   const auto store = [&](int token, int row, float v) {
     if (row >= p.n) return;
@@ -293,51 +351,46 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
   };
   // Adds the ranks' sums of tile `waiting` and writes this rank's share of it.
   const auto finish = [&](int which) {
-    const float* mine = reinterpret_cast<const float*>(shared + at.sums) + which * p.m * kRows;
-    for (int e = rank * kSkinnyThreads + threadIdx.x; e < p.m * kRows;
-         e += p.ranks * kSkinnyThreads) {
-      if (e % kRows >= waiting_rows) continue;
+    const float* mine = reinterpret_cast<const float*>(shared + at.sums) + which * p.m * tile_rows;
+    const int log_rows = kLogRows + p.row_shift;
+    for (int e = rank * kThreads + threadIdx.x; e < p.m << log_rows; e += p.ranks * kThreads) {
+      const int row = e & (tile_rows - 1);
+      if (row >= waiting_rows) continue;
       float v = cluster_load(mine + e, 0);
       for (int r = 1; r < p.ranks; ++r) v += cluster_load(mine + e, r);
-      store(e / kRows, waiting * 16 + e % kRows, v);
+      store(e >> log_rows, waiting * 16 + row, v);
     }
   };
 
   for (int round = 0;; ++round) {
-    const SkinnyTile tile = skinny_tile<kStrips>(p.deal, p.teams, team, round);
+    const SkinnyTile tile = skinny_tile(p.deal, p.teams, team, round);
     if (tile.count == 0) break;
+    const int columns_end = tile.count > row_part * kStrips ? length : 0;
     float total[kStrips][kTiles][4] = {};
-    [[maybe_unused]] const int strip0 = tile.strip % 4;
-    for (int rel = 2 * warp; rel < length; rel += 2 * kWarps) {
+    uint32_t x_at[kTiles];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) x_at[i] = x_base[i];
+    [[maybe_unused]] const int strip0 = (tile.strip + row_part * kStrips) % 4;
+    for (int rel = 2 * column_part; rel < columns_end; rel += 2 * column_parts) {
       float acc[kStrips][kTiles][4] = {}, sum[kTiles][4] = {};
       uint2 scale[kStrips];
-      uint32_t x_at[kTiles];
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) x_at[i] = x_base[i] + ((rel * 128) & x_mask[i]);
-
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         cp_async_wait<kStages - 2>();
         __syncwarp();
         if ((kStages - 1 + odd) % 2 == 0) {
-          load(kEven);
+          load(kEven, previous);
         } else {
-          load(kOdd);
+          load(kOdd, previous);
         }
         uint32_t w[kPieces][4];
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-          // 8 bit: 32 bytes per lane; neighbours in fours take their halves in opposite order, for
-          // the banks.
-          const int swap = lane / 4 % 2;
-          const uint32_t piece = kBits == 8
-                                     ? slot + i / 2 * 1024 + lane16 * 2 + ((i % 2) ^ swap) * 16
-                                     : slot + i * 512 + lane16;
+          const uint32_t piece = kBits == 8 ? slot + i / 2 * 1024 + half_at[i % 2] : slot + i * 512;
           const uint4 v = load_shared(piece);
           w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w;
         }
         if constexpr (kBits == 8) {
-          const bool swap = lane / 4 % 2;
 #pragma unroll
           for (int i = 0; i < kPieces; i += 2)
 #pragma unroll
@@ -347,11 +400,13 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
               w[i][j] = low;
             }
         }
-        [[maybe_unused]] const uint32_t meta = slot + kPieces * 512;
-        slot = slot + slot_step == ring_end ? ring : slot + slot_step;
+        [[maybe_unused]] const uint32_t meta = slot + meta_at;  // of row g8
+        previous = slot;
+        slot += slot_step;
+        if (slot == ring_end) slot = ring;
         // Of a strip: 16-bit values lie in fours of strips, fp32 ones in twos, u8 ones in fours.
         const auto at_strip = [&](uint32_t from_meta, int s, bool wide) {
-          return from_meta + meta_at + (wide ? ((strip0 + s) & 1) * 8 : (strip0 + s) * 4);
+          return from_meta + (wide ? ((strip0 + s) & 1) * 8 : (strip0 + s) * 4);
         };
         if constexpr (!kGeneric && kBits != 16) {
           if (odd == 0 || (!p.pair && rel + 1 < length)) {
@@ -361,7 +416,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
             if (kBits == 4 && p.zeros) {
 #pragma unroll
               for (int s = 0; s < kStrips; ++s) {
-                const uint32_t z = load_shared_2(meta + 128 + g8 * 8 + (strip0 + s) * 2);
+                const uint32_t z = load_shared_2(meta + 128 - g8 * 8 + (strip0 + s) * 2);
                 zero[s].set(0, z & 0xFF);
                 zero[s].set(1, z >> 8);
               }
@@ -437,7 +492,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
                           two_floats(load_two(at_strip(values + 128, s, wide), wide), p.zero_dtype);
                       z[0] = v.x, z[1] = v.y;
                     } else if (sums) {
-                      const int v = load_shared_2(values + 128 + g8 * 8 + (strip0 + s) * 2);
+                      const int v = load_shared_2(values + 128 - g8 * 8 + (strip0 + s) * 2);
                       z[0] = static_cast<float>((v & 0xFF) - (1 << (kBits - 1)));
                       z[1] = static_cast<float>((v >> 8) - (1 << (kBits - 1)));
                     }
@@ -483,53 +538,63 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
           }
         }
       }
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) x_at[i] += x_step[i];
     }
 
-    // ---- the end of a tile: warps are added in order, 8 * kTiles / kRounds tokens at a time
+    if (round == 0)
+      FI_MARK(4);
+    else
+      FI_MARK(6);
+    // ---- the end of a tile: column parts are added in order, 8 tokens at a time
     const int rows = tile.count * 16;
 #pragma unroll
-    for (int turn = 0; turn < kRounds; ++turn) {
-      constexpr int kTurnTiles = kTiles / kRounds, kTurnTokens = 8 * kTurnTiles;
-      const int token0 = turn * kTurnTokens, tokens = min(p.m - token0, kTurnTokens);
-      const int pitch = min(p.m, kTurnTokens) * kPitch;  // of a warp
-      if (kRounds > 1 && tokens <= 0) break;
-      if constexpr (kBuffers == 1) __syncthreads();  // the last ones are read
-      float* partial = reinterpret_cast<float*>(shared + at.partial) +
-                       (kBuffers == 2 ? buffer : 0) * kWarps * pitch;
+    for (int i = 0; i < kTiles; ++i) {
+      const int tokens = min(p.m - 8 * i, 8), pitch = min(p.m, 8) * kPitch;  // of a warp
+      if (i > 0 && tokens <= 0) break;
+      // Two buffers in turn: who writes one has passed the barrier behind which the other was read.
+      float* partial = reinterpret_cast<float*>(shared + at.partial) + turn * kWarps * pitch;
+      turn ^= 1;
 #pragma unroll
-      for (int i = 0; i < kTurnTiles; ++i)
+      for (int e = 0; e < 2; ++e) {
+        if (2 * t + e < tokens) {
+          float* to = partial + warp * pitch + (2 * t + e) * kPitch + g8;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int token = 8 * i + 2 * t + e;
-          if (token < tokens) {
-            float* to = partial + warp * pitch + token * kPitch + g8;
-#pragma unroll
-            for (int s = 0; s < kStrips; ++s) {
-              to[16 * s] = total[s][turn * kTurnTiles + i][e];
-              to[16 * s + 8] = total[s][turn * kTurnTiles + i][e + 2];
-            }
+          for (int s = 0; s < kStrips; ++s) {
+            to[16 * s] = total[s][i][e];
+            to[16 * s + 8] = total[s][i][e + 2];
           }
         }
+      }
       __syncthreads();
-      if (turn == 0 && p.clustered && waiting >= 0) {
+      if (i == 0 && p.clustered && waiting >= 0) {
         cluster_wait_shared();
         finish(buffer ^ 1);
       }
-      for (int e = threadIdx.x; e < tokens * kRows; e += kSkinnyThreads) {
-        const int token = e / kRows, row = e % kRows;
-        const float* values = partial + token * kPitch + row;
-        float v = values[0];
-#pragma unroll
-        for (int c = 1; c < kWarps; ++c) v += values[c * pitch];
+      const int log_rows = kLogRows + p.row_shift;
+      // As many neighbouring lanes per output as there are; the tree is the same for any number.
+      const int outputs = tokens << log_rows;
+      int lanes = 1;
+      while (2 * lanes * outputs <= kThreads && lanes < column_parts) lanes *= 2;
+      const int each = column_parts / lanes;
+      for (int e = threadIdx.x / lanes; e < outputs; e += kThreads / lanes) {
+        const int token = e >> log_rows, row = e & (tile_rows - 1),
+                  mine = threadIdx.x & (lanes - 1);
+        const int step = pitch << p.row_shift;
+        float v = tree_sum(
+            partial + row / kRows * pitch + token * kPitch + row % kRows + mine * each * step, step,
+            each);
+        for (int other = 1; other < lanes; other *= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, other);
+        if (mine != 0) continue;
         if (p.ranks == 1) {
-          if (row < rows) store(token0 + token, tile.strip * 16 + row, v);
+          if (row < rows) store(8 * i + token, tile.strip * 16 + row, v);
         } else if (p.clustered) {
           reinterpret_cast<float*>(shared +
-                                   at.sums)[(buffer * p.m + token0 + token) * kRows + row] = v;
+                                   at.sums)[((buffer * p.m + 8 * i + token) << log_rows) + row] = v;
         } else {
-          p.partial[((static_cast<int64_t>(tile.strip) * p.ranks + rank) * p.m + token0 + token) *
-                        kRows +
-                    row] = v;
+          const int64_t first_token =
+              (static_cast<int64_t>(tile.strip) * p.ranks + rank) * p.m + 8 * i;
+          p.partial[(first_token + token) * kRows + row] = v;
         }
       }
     }
@@ -549,7 +614,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
       if (*last) {
         __threadfence();
         const float* all = p.partial + static_cast<int64_t>(tile.strip) * p.ranks * p.m * kRows;
-        for (int e = threadIdx.x; e < p.m * kRows; e += kSkinnyThreads) {
+        for (int e = threadIdx.x; e < p.m * kRows; e += kThreads) {
           float v = __ldcg(all + e);
           for (int r = 1; r < p.ranks; ++r) v += __ldcg(all + r * p.m * kRows + e);
           if (e % kRows < rows) store(e / kRows, tile.strip * 16 + e % kRows, v);
@@ -558,6 +623,10 @@ __global__ void __launch_bounds__(kSkinnyThreads, kMinBlocks)
       __syncthreads();
     }
     buffer ^= 1;
+    if (round == 0)
+      FI_MARK(5);
+    else
+      FI_MARK(7);
   }
   if (p.clustered) {
     if (waiting >= 0) {

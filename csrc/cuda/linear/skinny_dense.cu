@@ -4,16 +4,14 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kSlot = SkinnyShape<16, skinny_strips<16>()>::kPieces * 512;
+constexpr int kSlot = 4 * 512;
 
 template <bool kBf16>
 int plan_tokens(const DenseLinear& p) {
-  const int tokens = p.batch_invariant ? 16 : static_cast<int>(p.m < 16 ? p.m : 16);
-  const auto kernel = skinny_kernel_for<kBf16, 16, false>(tokens);
-  return plan_skinny<16, false>(p.n, p.k, tokens, kSlot, reinterpret_cast<const void*>(kernel))
-                     .split.ranks > 0
-             ? tokens
-             : 0;
+  const int most = kSkinnyTokens;
+  const int tokens = p.batch_invariant || p.m > most ? most : static_cast<int>(p.m);
+  const SkinnyInstance instance = skinny_instance_for<kBf16, 16, false>(tokens);
+  return plan_skinny(instance, p.n, p.k, tokens, kSlot).split.ranks > 0 ? tokens : 0;
 }
 
 template <bool kBf16>
@@ -33,7 +31,7 @@ int run(const DenseLinear& p, void* stream) {
     s.x_packs = packs_fit(s.x, 0, 2, {p.x_stride});
     const int planned = p.batch_invariant ? tokens : s.m;
     const int error =
-        launch_skinny<16, false>(s, planned, skinny_kernel_for<kBf16, 16, false>(planned), stream);
+        launch_skinny(s, planned, skinny_instance_for<kBf16, 16, false>(planned), stream);
     if (error) return error;
   }
   return 0;

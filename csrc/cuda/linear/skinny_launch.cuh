@@ -10,48 +10,53 @@ namespace fastinfer::cuda {
 constexpr int kMaxShared = 227 * 1024;
 constexpr int64_t kTicketBytes = 64 * 1024;  // one counter per 16 rows of W
 
-template <int kBits>
-constexpr int skinny_strips() {
-  return kBits == 16 ? 1 : 2;
-}
-// Generic: slots hold up to 8 groups' scales and zeros.
-template <int kBits, bool kGeneric>
-constexpr int skinny_stages() {
-  return kBits == 4 ? (kGeneric ? 3 : 5) : (kGeneric ? 2 : 3);
+// An instance: strips per tile and warp, stages of the ring, warps of a CTA (8: two CTAs share a
+// multiprocessor).
+struct SkinnyInstance {
+  void (*kernel)(SkinnyParams);
+  int bits, tiles, strips, stages, warps;
+
+  int rows() const { return 16 * strips; }
+  int x_pad() const { return bits == 16 ? 32 : 8; }
+};
+template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages, int kWarps>
+SkinnyInstance skinny_instance() {
+  return {skinny_kernel<kBf16, kBits, kTiles, kStrips, kGeneric, kStages, kWarps>,
+          kBits,
+          kTiles,
+          kStrips,
+          kStages,
+          kWarps};
 }
 
-using SkinnyKernel = void (*)(SkinnyParams);
-
-// The kernel for m tokens.
+// The instance for m tokens. Generic: slots hold up to 8 groups' scales and zeros.
 template <bool kBf16, int kBits, bool kGeneric>
-SkinnyKernel skinny_kernel_for(int64_t m) {
-  constexpr int kStages = skinny_stages<kBits, kGeneric>(), kStrips = skinny_strips<kBits>();
+SkinnyInstance skinny_instance_for(int64_t m) {
   if constexpr (kGeneric) {
-    return skinny_kernel<kBf16, kBits, 2, kStrips, true, kStages, 1>;
+    return skinny_instance<kBf16, kBits, 2, 2, true, kBits == 4 ? 3 : 2, 16>();
+  } else if constexpr (kBits == 4) {
+    return m <= 8 ? skinny_instance<kBf16, 4, 1, 2, false, 5, 16>()
+                  : skinny_instance<kBf16, 4, 2, 2, false, 3, 16>();
   } else {
-    if (m <= 8) return skinny_kernel<kBf16, kBits, 1, kStrips, false, kStages, 1>;
-    if constexpr (kBits == 16) {
-      return skinny_kernel<kBf16, kBits, 2, kStrips, false, kStages, 1>;
-    } else {
-      if (m <= 16) return skinny_kernel<kBf16, kBits, 2, kStrips, false, kStages, 1>;
-      return skinny_kernel<kBf16, kBits, 4, kStrips, false, kStages, 1>;
-    }
+    constexpr int kStrips = kBits == 16 ? 1 : 2;
+    return m <= 8 ? skinny_instance<kBf16, kBits, 1, kStrips, false, 3, 16>()
+                  : skinny_instance<kBf16, kBits, 2, kStrips, false, 3, 16>();
   }
 }
 
 // Clusters of 1, 2, 4, 8 CTAs of one CTA per multiprocessor that run at the same time.
-inline void skinny_teams(int (&most)[4], const void* kernel) {
+inline void skinny_teams(int (&most)[4], const SkinnyInstance& instance) {
   static int known[64][4];
   int device = 0;
   cudaGetDevice(&device);
   int(&k)[4] = known[device < 64 ? device : 63];
   const DeviceFacts& facts = device_facts();
   if (k[0] == 0) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+    cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
     for (int i = 1; i < 4; ++i) {
       cudaLaunchConfig_t config = {};
       config.gridDim = dim3(facts.sms >> i << i);
-      config.blockDim = dim3(kSkinnyThreads);
+      config.blockDim = dim3(512);
       config.dynamicSmemBytes = kMaxShared;
       cudaLaunchAttribute attribute[1];
       attribute[0].id = cudaLaunchAttributeClusterDimension;
@@ -59,8 +64,9 @@ inline void skinny_teams(int (&most)[4], const void* kernel) {
       config.attrs = attribute;
       config.numAttrs = 1;
       int clusters = 0;
-      k[i] =
-          cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess ? clusters : 0;
+      k[i] = cudaOccupancyMaxActiveClusters(&clusters, instance.kernel, &config) == cudaSuccess
+                 ? clusters
+                 : 0;
     }
     cudaGetLastError();  // a size this GPU does not have is no error of ours
     k[0] = facts.sms;
@@ -71,52 +77,64 @@ inline void skinny_teams(int (&most)[4], const void* kernel) {
 struct SkinnyPlan {
   SkinnySplit split;
   bool clustered;
+  int row_shift;
 };
 
-template <int kBits, bool kGeneric>
-SkinnyPlan plan_skinny(int64_t n, int64_t k, int tokens, int slot_bytes, const void* kernel) {
-  using Shape = SkinnyShape<kBits, skinny_strips<kBits>()>;
+inline int skinny_room(const SkinnyInstance& instance) {
+  const int most =
+      device_facts().shared_bytes < kMaxShared ? device_facts().shared_bytes : kMaxShared;
+  return instance.warps == 16 ? most : (most - 1024) / 2;
+}
+
+inline SkinnyPlan plan_skinny(const SkinnyInstance& instance, int64_t n, int64_t k, int tokens,
+                              int slot_bytes) {
   const DeviceFacts& facts = device_facts();
   const bool clusters =
       facts.compute_capability >= 90 && facts.compute_capability < 100 && !force_portable();
   int most[4];
   if (clusters) {
-    skinny_teams(most, kernel);
+    skinny_teams(most, instance);
   } else {
-    for (int i = 0; i < 4; ++i) most[i] = kBits == 16 && i > 0 ? 0 : facts.sms >> i;
+    for (int i = 0; i < 4; ++i) most[i] = instance.bits == 16 && i > 0 ? 0 : facts.sms >> i;
   }
-  const int room = facts.shared_bytes < kMaxShared ? facts.shared_bytes : kMaxShared;
-  const SkinnyShared rest = skinny_shared(tokens, 0, skinny_stages<kBits, kGeneric>(), slot_bytes,
-                                          Shape::kRows, tokens <= 8 && !kGeneric ? 1 : 2, true);
-  const int64_t x_room = room - rest.bytes - 128;
-  const SkinnySplit split =
-      choose_skinny_split((n + 15) / 16, (k + 63) / 64, 128 * kBits, tokens, x_room, most);
-  return {split, clusters && split.ranks > 1};
+  if (instance.warps == 8) most[0] *= 2, most[1] = most[2] = most[3] = 0;
+  const SkinnyShared rest =
+      skinny_shared(tokens, 0, instance.warps, instance.stages, slot_bytes, instance.rows(), 0);
+  const int64_t strips = (n + 15) / 16, steps = (k + 63) / 64;
+  SkinnyPlan plan{};
+  plan.split = choose_skinny_split(strips, steps, 8 * instance.bits * 16, instance.rows(), tokens,
+                                   skinny_room(instance) - rest.bytes - 128, most);
+  plan.clustered = clusters && plan.split.ranks > 1;
+  // Few columns: warps split rows instead, so that each has two pairs of blocks of a tile.
+  const bool may = plan.split.ranks == 1 || plan.clustered;
+  while (may && plan.row_shift < 2 &&
+         plan.split.slice / 2 < 2 * (instance.warps >> plan.row_shift) &&
+         strips >= 2 * (int64_t{plan.split.teams} * instance.strips << plan.row_shift))
+    ++plan.row_shift;
+  return plan;
 }
 
-template <int kBits, bool kGeneric>
-int launch_skinny(SkinnyParams p, int tokens, SkinnyKernel kernel, void* stream) {
-  using Shape = SkinnyShape<kBits, skinny_strips<kBits>()>;
-  const int token_tiles = tokens <= 8 && !kGeneric ? 1 : 2;  // 2 stands for 4 as well
-  const SkinnyPlan plan = plan_skinny<kBits, kGeneric>(p.n, p.k, tokens, p.slot_bytes,
-                                                       reinterpret_cast<const void*>(kernel));
+inline int launch_skinny(SkinnyParams p, int tokens, const SkinnyInstance& instance, void* stream) {
+  const SkinnyPlan plan = plan_skinny(instance, p.n, p.k, tokens, p.slot_bytes);
   if (plan.split.ranks == 0) return cudaErrorInvalidConfiguration;
   p.steps = static_cast<int>((p.k + 63) / 64);
   p.tiles = static_cast<int>((p.n + 63) / 64);
   const int strips = static_cast<int>((p.n + 15) / 16);
   p.slice = plan.split.slice, p.ranks = plan.split.ranks, p.teams = plan.split.teams;
-  p.deal = skinny_deal(strips, p.teams, skinny_strips<kBits>());
+  while (1 << p.rank_shift < p.ranks) ++p.rank_shift;
+  p.row_shift = plan.row_shift;
+  p.deal = skinny_deal(strips, p.teams, instance.strips << p.row_shift);
   p.clustered = plan.clustered;
-  p.x_pitch = p.slice * 64 + Shape::kXPad;
-  const SkinnyShared at = skinny_shared(p.m, p.x_pitch, skinny_stages<kBits, kGeneric>(),
-                                        p.slot_bytes, Shape::kRows, token_tiles, p.ranks > 1);
-  const int room = device_facts().shared_bytes;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           room < kMaxShared ? room : kMaxShared);
+  p.x_pitch = p.slice * 64 + instance.x_pad();
+  const SkinnyShared at =
+      skinny_shared(p.m, p.x_pitch, instance.warps, instance.stages, p.slot_bytes, instance.rows(),
+                    p.ranks > 1 ? instance.rows() << p.row_shift : 0);
+  cudaError_t error = cudaFuncSetAttribute(
+      instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, skinny_room(instance));
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(p.ranks * p.teams));
-  config.blockDim = dim3(kSkinnyThreads);
+  config.blockDim = dim3(static_cast<unsigned>(32 * instance.warps));
   config.dynamicSmemBytes = at.bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute[2];
@@ -124,12 +142,13 @@ int launch_skinny(SkinnyParams p, int tokens, SkinnyKernel kernel, void* stream)
     attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attribute[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(p.ranks), 1, 1};
   }
-  if (programmatic_launch() && device_facts().compute_capability >= 90) {
+  p.weights_first = programmatic_launch();
+  if (p.weights_first && device_facts().compute_capability >= 90) {
     attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
   config.attrs = attribute;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  return cudaLaunchKernelEx(&config, instance.kernel, p);
 }
 
 // ---- packed weights
@@ -159,21 +178,20 @@ SkinnyParams skinny_params(const PackedLinear& p) {
   s.pair = p.groups <= 1 || p.group_columns % 128 == 0;
   // Groups that start inside a block of 64 columns, and one that started before it.
   const int64_t touched = 8 % units == 0 ? 8 / units : 8 / units + 2;
-  s.slot_bytes = static_cast<int>(SkinnyShape<kBits, skinny_strips<kBits>()>::kPieces * 512 +
-                                  256 * (kGeneric ? touched : 1));
+  s.slot_bytes = static_cast<int>((kBits / 2) * 512 + (kGeneric  ? 256 * touched
+                                                       : p.zeros ? 256
+                                                                 : 128));
   return s;
 }
 
-// Tokens per launch: 32, or fewer where x would not fit; 0: not even 8.
+// Tokens per launch: 16, or fewer where x would not fit; 0: not even one.
 template <bool kBf16, int kBits, bool kGeneric>
-int64_t skinny_token_step(const SkinnyParams& s, int64_t n, int64_t k, int64_t m) {
-  for (int64_t step = kGeneric ? 16 : m <= 8 ? m : m <= 16 ? 16 : 32; step > 0; step /= 2) {
-    const auto kernel = skinny_kernel_for<kBf16, kBits, kGeneric>(step);
-    if (plan_skinny<kBits, kGeneric>(n, k, static_cast<int>(step), s.slot_bytes,
-                                     reinterpret_cast<const void*>(kernel))
+int64_t skinny_token_step(const SkinnyParams& s, int64_t m) {
+  for (int64_t step = m < kSkinnyTokens ? m : kSkinnyTokens; step > 0; step /= 2)
+    if (plan_skinny(skinny_instance_for<kBf16, kBits, kGeneric>(step), s.n, s.k,
+                    static_cast<int>(step), s.slot_bytes)
             .split.ranks > 0)
       return step;
-  }
   return 0;
 }
 
@@ -182,20 +200,20 @@ int run_skinny(const PackedLinear& p, void* stream) {
   SkinnyParams s = skinny_params<kBits, kGeneric>(p);
   // Batch invariant: the split for 16 tokens whatever M is.
   const int64_t step =
-      skinny_token_step<kBf16, kBits, kGeneric>(s, p.n, p.k, p.batch_invariant ? 16 : p.m);
+      skinny_token_step<kBf16, kBits, kGeneric>(s, p.batch_invariant ? kSkinnyTokens : p.m);
   if (step == 0) return cudaErrorInvalidConfiguration;
+  if (p.workspace) {
+    s.tickets = static_cast<uint32_t*>(p.workspace);
+    s.partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kTicketBytes);
+  }
   for (int64_t m0 = 0; m0 < p.m; m0 += step) {
     s.x = static_cast<const char*>(p.x) + m0 * p.x_stride * 2;
     s.out = static_cast<char*>(p.out) + m0 * p.out_stride * 2;
     s.m = static_cast<int>(p.m - m0 < step ? p.m - m0 : step);
     s.x_packs = !p.perm && packs_fit(s.x, 0, 2, {p.x_stride});
     const int planned = p.batch_invariant ? static_cast<int>(step) : s.m;
-    if (p.workspace) {
-      s.tickets = static_cast<uint32_t*>(p.workspace);
-      s.partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kTicketBytes);
-    }
-    const int error = launch_skinny<kBits, kGeneric>(
-        s, planned, skinny_kernel_for<kBf16, kBits, kGeneric>(planned), stream);
+    const int error =
+        launch_skinny(s, planned, skinny_instance_for<kBf16, kBits, kGeneric>(planned), stream);
     if (error) return error;
   }
   return 0;
@@ -215,18 +233,17 @@ int run_skinny(const PackedLinear& p, void* stream) {
 template <int kBits, bool kGeneric>
 int64_t skinny_workspace_of(const PackedLinear& p) {
   const SkinnyParams s = skinny_params<kBits, kGeneric>(p);
-  const int64_t m = p.batch_invariant ? 16 : p.m;
-  const int64_t step = skinny_token_step<true, kBits, kGeneric>(s, p.n, p.k, m);
+  const int64_t step =
+      skinny_token_step<true, kBits, kGeneric>(s, p.batch_invariant ? kSkinnyTokens : p.m);
   if (step == 0) return 0;
   int64_t most = 0;
   const int64_t tail = p.m % step;
   for (int64_t tokens : {step, p.batch_invariant || tail == 0 ? step : tail}) {
-    const auto kernel = skinny_kernel_for<true, kBits, kGeneric>(tokens);
-    const SkinnyPlan plan = plan_skinny<kBits, kGeneric>(
-        p.n, p.k, static_cast<int>(tokens), s.slot_bytes, reinterpret_cast<const void*>(kernel));
+    const SkinnyInstance instance = skinny_instance_for<true, kBits, kGeneric>(tokens);
+    const SkinnyPlan plan = plan_skinny(instance, p.n, p.k, static_cast<int>(tokens), s.slot_bytes);
     if (plan.split.ranks <= 1 || plan.clustered) continue;
-    const int64_t bytes = kTicketBytes + (p.n + 15) / 16 * plan.split.ranks * tokens *
-                                             SkinnyShape<kBits, skinny_strips<kBits>()>::kRows * 4;
+    const int64_t bytes =
+        kTicketBytes + (p.n + 15) / 16 * plan.split.ranks * tokens * instance.rows() * 4;
     most = bytes > most ? bytes : most;
   }
   return most;

@@ -13,34 +13,35 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kSkinnyThreads = 512, kSkinnyWarps = kSkinnyThreads / 32;
-constexpr int kSkinnyTokens = 32;      // at most per launch
+constexpr int kSkinnyTokens = 16;      // at most per launch
 constexpr int kSkinnyZeroBytes = 256;  // what absent tokens read
 
 // Rows of W in strips of 16: full rounds of kStrips strips per team, neighbours to neighbours, and
 // what is left as evenly as 1, 2 or kStrips strips to a team allow.
 struct SkinnyDeal {
-  int full, rest, each;
+  int full, rest, each, per_tile;
 };
 constexpr SkinnyDeal skinny_deal(int strips, int teams, int per_tile) {
   const int full = strips / (per_tile * teams), rest = strips - full * per_tile * teams;
-  const int each = rest <= teams ? 1 : rest <= 2 * teams ? 2 : per_tile;
-  return {full, rest, each};
+  int each = 1;
+  while (each * teams < rest) each *= 2;
+  return {full, rest, each, per_tile};
 }
 struct SkinnyTile {
   int strip, count;  // count = 0: no tile in this round
 };
-template <int kStrips>
 FI_BOTH constexpr SkinnyTile skinny_tile(const SkinnyDeal& deal, int teams, int team, int round) {
-  if (round < deal.full) return {(round * teams + team) * kStrips, kStrips};
+  if (round < deal.full) return {(round * teams + team) * deal.per_tile, deal.per_tile};
   if (round > deal.full) return {0, 0};
   const int first = team * deal.each, left = deal.rest - first;
-  return {deal.full * kStrips * teams + first, left < 0 ? 0 : left < deal.each ? left : deal.each};
+  return {deal.full * deal.per_tile * teams + first, left < 0           ? 0
+                                                     : left < deal.each ? left
+                                                                        : deal.each};
 }
-static_assert(skinny_tile<2>(skinny_deal(384, 132, 2), 132, 131, 0).strip == 262, "6144 rows");
-static_assert(skinny_tile<2>(skinny_deal(384, 132, 2), 132, 119, 1).strip == 383, "single ones");
-static_assert(skinny_tile<2>(skinny_deal(384, 132, 2), 132, 120, 1).count == 0, "for some");
-static_assert(skinny_tile<2>(skinny_deal(3, 2, 2), 2, 1, 0).count == 1, "");
+static_assert(skinny_tile(skinny_deal(384, 132, 2), 132, 131, 0).strip == 262, "6144 rows");
+static_assert(skinny_tile(skinny_deal(384, 132, 2), 132, 119, 1).strip == 383, "single ones");
+static_assert(skinny_tile(skinny_deal(384, 132, 2), 132, 120, 1).count == 0, "for some");
+static_assert(skinny_tile(skinny_deal(3, 2, 2), 2, 1, 0).count == 1, "");
 
 struct SkinnyParams {
   const void* x;
@@ -54,11 +55,12 @@ struct SkinnyParams {
   int64_t out_stride;
   const void* bias;
   int m, n, k;
-  int steps, tiles;  // blocks of 64 columns, of 64 rows
-  int slice;         // column blocks per rank, even
-  int ranks, teams;  // CTAs that share a tile; teams take tiles in turn
-  bool clustered;    // a team is a cluster; else partial sums go through `partial`
-  bool x_packs;
+  int steps, tiles;              // blocks of 64 columns, of 64 rows
+  int slice;                     // column blocks per rank, even
+  int ranks, rank_shift, teams;  // CTAs that share a tile, a power of two; teams take turns
+  int row_shift;                 // warps split a tile in 1 << row_shift parts of rows
+  bool clustered;                // a team is a cluster; else partial sums go through `partial`
+  bool x_packs, weights_first;
   bool pair;        // one scale for two neighbouring column blocks
   int group_units;  // group size in units: 64 columns, or 8 in the generic kernel
   uint32_t group_magic;
@@ -82,16 +84,16 @@ struct SkinnyShared {
   int x, ring, partial, sums, bytes;  // offsets
 };
 
-// rows: of a tile; token_tiles: of 8.
-FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int stages, int slot_bytes,
-                                             int rows, int token_tiles, bool exchange) {
+// rows: of a warp's part of a tile.
+FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int warps, int stages,
+                                             int slot_bytes, int rows, int exchanged_rows) {
   SkinnyShared s{};
-  const int tokens = m < 16 ? m : 16;  // summed at a time
+  const int tokens = m < 8 ? m : 8;  // summed at a time
   s.x = kSkinnyZeroBytes;
   s.ring = s.x + (m * x_pitch * 2 + 127) / 128 * 128;
-  s.partial = s.ring + stages * kSkinnyWarps * slot_bytes;
-  s.sums = s.partial + (token_tiles == 1 ? 2 : 1) * kSkinnyWarps * tokens * (rows + 4) * 4;
-  s.bytes = s.sums + (exchange ? 2 * m * rows * 4 : 0);
+  s.partial = s.ring + stages * warps * slot_bytes;
+  s.sums = s.partial + 2 * warps * tokens * (rows + 4) * 4;
+  s.bytes = s.sums + 2 * m * exchanged_rows * 4;
   return s;
 }
 
@@ -100,7 +102,7 @@ FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int stages, int
 struct SkinnySplit {
   int ranks, teams, slice;  // ranks = 0: x does not fit
 };
-constexpr SkinnySplit choose_skinny_split(int64_t strips, int64_t steps, int strip_bytes,
+constexpr SkinnySplit choose_skinny_split(int64_t strips, int64_t steps, int strip_bytes, int rows,
                                           int tokens, int64_t x_room, const int (&most_teams)[4]) {
   SkinnySplit best{};
   int64_t least = INT64_MAX;
@@ -108,7 +110,9 @@ constexpr SkinnySplit choose_skinny_split(int64_t strips, int64_t steps, int str
     const int64_t ranks = int64_t{1} << i, most = most_teams[i];
     if (most == 0) continue;
     const int64_t slice = ((steps + ranks - 1) / ranks + 1) / 2 * 2;
-    if (tokens * (slice * 64 + 32) * 2 > x_room) continue;
+    // x, and where ranks exchange their sums; a tile of few columns has up to 4 * rows rows.
+    const int64_t room = x_room - (ranks > 1 ? 2 * tokens * rows * (slice < 64 ? 16 : 4) : 0);
+    if (tokens * (slice * 64 + 32) * 2 > room) continue;
     const int64_t teams = strips < most ? strips : most;
     const int64_t rounds = (strips + teams - 1) / teams;
     // Bytes of weights in the time of the busiest CTA; warps take 2 blocks in turn, so that a

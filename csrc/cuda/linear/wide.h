@@ -7,10 +7,9 @@ namespace fastinfer::cuda {
 
 // Tile of the kernel: `tokens` x (2 * 64 * blocks) weight rows per CTA. With split > 1 the tiles
 // beyond whole rounds over the multiprocessors (all of them, if they are few) are given to clusters
-// of `split` CTAs that cut K. With share > 1 clusters of `share` CTAs take neighbouring row tiles
-// and load X together. At most one of them exceeds 1.
+// of `split` CTAs that cut K.
 struct WideShape {
-  int tokens, blocks, split, share;
+  int tokens, blocks, split;
 };
 
 // p.perm must be null and x 16-byte aligned with a row stride that is a multiple of 8: see

@@ -1,23 +1,21 @@
 // Packed weights times many tokens on Hopper (sm_90a): Y^T = W X^T with TMA and wgmma.
 //
-// W is the A operand: its codes come to shared memory as they lie in the layout (a 64 x 64 block is
-// one contiguous bulk copy), a thread turns its codes into its own operand registers, nothing is
-// shuffled. X is B: tiles [tokens][64 k], 128-byte swizzled by TMA, which also fills what lies past
-// M and K with zeros. One CTA per SM: a producer warp and two consumer warpgroups, each kBlocks
-// blocks of 64 weight rows x kTokens tokens. While one product runs, the next 16 columns are
-// dequantised.
+// W is the A operand: its codes come to shared memory as they lie in the layout, a thread turns its
+// codes into its own operand registers, nothing is shuffled. X is B: tiles [tokens][64 k], 128-byte
+// swizzled by TMA, which also fills what lies past M and K with zeros. One CTA per SM: two producer
+// threads (X; weights) and two consumer warpgroups, each kBlocks blocks of 64 weight rows x kTokens
+// tokens. A unit of work is one wgmma of 16 columns; while one runs, the next is dequantised.
 //
-// Scales, always in fp32:
-//   kScratch (few tokens)   products of (q - z), exact, of one group add up in a scratch
-//                           accumulator, which is scaled and added to the result at the group's end
-//   else (256 tokens)       no registers for that: w = (q - z) s is rounded to 16 bits, as
-//                           dequantize_weight would
+// Scales:
+//   kHalf        scales have x's type: w = (q - z) s is one 16-bit multiplication of exact (q - z)
+//   kScratch     any other type, few tokens: the products of exact (q - z) of one group add up in a
+//                scratch accumulator, scaled in fp32 and added to the result at the group's end
+//   neither      any other type, 256 tokens: (q - z) s in fp32, rounded to 16 bits
+// The weights of the first and the last kind are those of dequantize_weight, bit for bit.
 //
-// Work: tiles in persistent order, or (few tiles) a cluster per tile whose CTAs take a part of K
-// each and add their results through distributed shared memory, in the order of their ranks.
+// Work: tiles in persistent order; tiles beyond whole rounds may be given to clusters whose CTAs
+// take a part of K each and add their results through distributed shared memory, rank by rank.
 #pragma once
-
-#include <atomic>
 
 #include "../common/launch.cuh"
 #include "../ptx/bulk.cuh"
@@ -39,25 +37,24 @@ struct WideParams {
   int64_t out_stride;
   const void* bias;
   int32_t m, n;
-  int32_t steps;          // of 64 columns
-  int32_t blocks;         // of 64 weight rows
-  int32_t group_steps;    // of a group; 1 with two groups to a step
+  int32_t steps;        // of 64 columns
+  int32_t blocks;       // of 64 weight rows
+  int32_t group_steps;  // of a group; 1 with two groups to a step
   int32_t row_tiles, token_tiles, section;
   int32_t first_tile, end_tile;  // of this launch
-  bool split;       // the CTAs of a cluster cut K
-  bool half_steps;  // groups of 32 columns
-  bool share;       // they take neighbouring row tiles, and X is multicast
-  bool packed_out;  // 16-byte stores fit
+  bool split;                    // the CTAs of a cluster cut K
+  bool half_steps;               // groups of 32 columns
+  bool packed_out;               // 16-byte stores fit
 };
 
-template <int kBits_, int kTokens_, int kBlocks_, bool kWhole_ = false>
+template <int kBits_, int kTokens_, int kBlocks_, bool kHalf_>
 struct WideTile {
-  static constexpr bool kWhole = kWhole_;
+  static constexpr bool kHalf = kHalf_;
   static constexpr int kBits = kBits_, kTokens = kTokens_, kBlocks = kBlocks_;
   static constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1);
   static constexpr int kAllBlocks = kGroups * kBlocks;
   static constexpr int kAccumulators = kTokens / 2;  // of a thread and block
-  static constexpr bool kScratch = kBlocks * kAccumulators <= 64;
+  static constexpr bool kScratch = !kHalf && kBlocks * kAccumulators <= 64;
   static constexpr uint32_t kXBytes = kTokens * 128, kBlockBytes = 512 * kBits;
   static constexpr uint32_t kWBytes = kAllBlocks * kBlockBytes;
   // Two groups (of 32 columns) per step, 64 rows per block.
@@ -69,7 +66,8 @@ struct WideTile {
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr size_t kSharedBytes = kStages * kStageBytes + kFixedBytes;
   // Partial results of a K split lie where the tiles of X and W were.
-  static_assert(kStages * (kXBytes + kWBytes) >= kBlocks * kAccumulators * 4 * 128 * kGroups, "partial sums");
+  static_assert(kStages * (kXBytes + kWBytes) >= kBlocks * kAccumulators * 4 * 128 * kGroups,
+                "partial sums");
   static_assert(kTokens % 64 == 0 && kTokens <= 256, "whole chunks of 64 tokens");
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 };
@@ -113,7 +111,6 @@ __device__ __forceinline__ Job job_of(const WideParams& p, int32_t tile, int32_t
   const int32_t section = tile / (p.section * p.row_tiles), first = section * p.section;
   const int32_t inside = tile - first * p.row_tiles, width = min(p.section, p.token_tiles - first);
   Job job{inside / width * Tile::kAllBlocks, (first + inside % width) * Tile::kTokens, 0, p.steps};
-  if (p.share) job.block = job.block * ranks + rank * Tile::kAllBlocks;
   if (p.split) {
     job.begin = static_cast<int32_t>(int64_t{p.steps} * rank / ranks);
     job.end = static_cast<int32_t>(int64_t{p.steps} * (rank + 1) / ranks);
@@ -144,24 +141,17 @@ __device__ __forceinline__ void produce_x(const WideParams& p, const CUtensorMap
                                           const WideShared<Tile>& shared, int32_t rank,
                                           int32_t ranks) {
   const uint64_t policy = ptx::policy_evict_last();
-  const uint32_t mask = (1u << ranks) - 1;
-  const int32_t part = p.share ? Tile::kTokens / ranks * rank : 0;  // tokens before this CTA's
-  const uint32_t to = shared.x + part * 128;
   Ring<Tile::kStages> ring;
   for (int32_t tile = p.first_tile + blockIdx.x / ranks; tile < p.end_tile;
-         tile += gridDim.x / ranks) {
+       tile += gridDim.x / ranks) {
     const Job job = job_of<Tile>(p, tile, rank, ranks);
-    const int32_t token = job.token + part;
 #pragma unroll 1
     for (int32_t step = job.begin; step < job.end; ++step, ring.next()) {
       uint64_t* const full = &shared.full[ring.index];
       ptx::mbarrier_wait(&shared.empty[ring.index], ring.phase ^ 1);
       ptx::mbarrier_arrive_expect(full, Tile::kXBytes);
-      if (p.share)
-        ptx::tma_load_multicast(to + ring.index * Tile::kXBytes, map, full, step * 64, token, mask,
-                                policy);
-      else
-        ptx::tma_load(to + ring.index * Tile::kXBytes, map, full, step * 64, token, 0, 0, policy);
+      ptx::tma_load(shared.x + ring.index * Tile::kXBytes, map, full, step * 64, job.token, 0, 0,
+                    policy);
     }
   }
 }
@@ -171,24 +161,23 @@ template <class Tile>
 __device__ __forceinline__ void produce_weights(const WideParams& p, const CUtensorMap* map,
                                                 int32_t k, const WideShared<Tile>& shared,
                                                 int32_t rank, int32_t ranks) {
-  const uint64_t policy =
-      p.token_tiles > 1 ? ptx::policy_evict_last() : ptx::policy_evict_first();
+  const uint64_t policy = p.token_tiles > 1 ? ptx::policy_evict_last() : ptx::policy_evict_first();
   const uint32_t scale_size = p.scale_dtype == DType::f32 ? 4 : 2;
   Ring<Tile::kStages> ring;
   for (int32_t tile = p.first_tile + blockIdx.x / ranks; tile < p.end_tile;
-         tile += gridDim.x / ranks) {
+       tile += gridDim.x / ranks) {
     const Job job = job_of<Tile>(p, tile, rank, ranks);
-    const int32_t valid = max(0, min(Tile::kAllBlocks, p.blocks - job.block));
+    const int32_t valid = min(Tile::kAllBlocks, p.blocks - job.block);
     const uint32_t scale_bytes = valid * 64 * scale_size, zero_bytes = p.zeros ? valid * 64 : 0;
     GroupWalk walk;
-    int64_t entry = (static_cast<int64_t>(p.half_steps ? 2 * job.begin : job.begin / p.group_steps) *
-                         p.blocks +
-                     job.block) *
-                    64;
+    int64_t entry =
+        (static_cast<int64_t>(p.half_steps ? 2 * job.begin : job.begin / p.group_steps) * p.blocks +
+         job.block) *
+        64;
 #pragma unroll 1
     for (int32_t step = job.begin; step < job.end; ++step, ring.next()) {
       uint64_t* const full = &shared.full[ring.index];
-      const int groups = walk.starts(p, job, step) && valid > 0 ? 1 + two_groups(p, step, k) : 0;
+      const int groups = walk.starts(p, job, step) ? 1 + two_groups(p, step, k) : 0;
       ptx::mbarrier_wait(&shared.empty[ring.index], ring.phase ^ 1);
       ptx::mbarrier_arrive_expect(full, Tile::kWBytes + groups * (scale_bytes + zero_bytes));
       ptx::tma_load(shared.w + ring.index * Tile::kWBytes, map, full, 0, step * (Tile::kBits / 4),
@@ -219,11 +208,11 @@ struct Consumer {
 
   float acc[kBlocks][kAcc];
   float scratch[Tile::kScratch ? kBlocks : 1][Tile::kScratch ? kAcc : 1];
-  float scale[kBlocks][2];
+  float scale[kBlocks][2];          // not kHalf
+  uint32_t scale_pair[kBlocks][2];  // kHalf: twice the scale of a row
   uint32_t offset[kBlocks][2];
   uint32_t words[kBlocks][kWords];
   uint32_t a[2][4];
-  uint32_t whole[2][Tile::kWhole ? 4 * kBlocks : 1][4];
   Ring<Tile::kStages> ring;
 
   // The accumulators of the products.
@@ -256,7 +245,12 @@ struct Consumer {
   __device__ __forceinline__ void load_scales(int b, int which) {
     const uint32_t entry = (group * kBlocks + b) * 64 + lane / 4 * 8 + 2 * warp;
     const uint32_t at = shared.scales + (2 * ring.index + which) * Tile::kScaleGroup;
-    if (p.scale_dtype == DType::f32) {
+    if constexpr (Tile::kHalf) {
+      uint32_t both;
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(both) : "r"(at + 2 * entry) : "memory");
+      scale_pair[b][0] = __byte_perm(both, both, 0x1010);
+      scale_pair[b][1] = __byte_perm(both, both, 0x3232);
+    } else if (p.scale_dtype == DType::f32) {
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                    : "=f"(scale[b][0]), "=f"(scale[b][1])
                    : "r"(at + 4 * entry)
@@ -287,7 +281,9 @@ struct Consumer {
     const uint32_t* w = words[b] + i * (Tile::kBits / 4);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if constexpr (Tile::kScratch) {
+      if constexpr (Tile::kHalf) {
+        to[j] = multiply2<T>(Code::pair(w, j, offset[b][j % 2]), scale_pair[b][j % 2]);
+      } else if constexpr (Tile::kScratch) {
         to[j] = Code::pair(w, j, offset[b][j % 2]);
       } else {
         float low, high;
@@ -310,13 +306,8 @@ struct Consumer {
       }
     }
   }
-  // The stage is free; with a shared X tile every CTA of the cluster has to know.
   __device__ __forceinline__ void release(int index) {
-    if (p.share) {
-      if (lane < ranks) ptx::mbarrier_arrive_at(&shared.empty[index], lane);
-    } else if (lane == 0) {
-      ptx::mbarrier_arrive(&shared.empty[index]);
-    }
+    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[index]);
   }
 
   // acc = this CTA's part of the tile.
@@ -353,9 +344,9 @@ struct Consumer {
           if (unit == 1 && step > job.begin) release(last);
           dequantise(a[unit % 2], b, i);
           ptx::wgmma_fence();
-          const int keep = Tile::kScratch ? !starts : i > 0 || step > job.begin;
-          ptx::wgmma_rk<T, Tile::kTokens>(target(b), a[unit % 2], 
-                                           uint64_t{x_high} << 32 | (x_low + (i * 32 >> 4)), keep);
+          const int keep = Tile::kScratch ? !starts : 1;
+          ptx::wgmma_rk<T, Tile::kTokens>(target(b), a[unit % 2],
+                                          uint64_t{x_high} << 32 | (x_low + (i * 32 >> 4)), keep);
           ptx::wgmma_commit();
         }
       }
@@ -369,109 +360,6 @@ struct Consumer {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) ptx::hold(acc[b]);
     }
-    if (job.end > job.begin) {
-      release(last);
-      close_group();
-    }
-  }
-
-  template <int kBuffer>
-  __device__ __forceinline__ void whole_step(const Job& job, int32_t k, int32_t step,
-                                             GroupWalk& walk, int& last, int& before) {
-    const bool first = walk.starts(p, job, step), two = two_groups(p, step, k);
-    float old[kBlocks][2];
-    ptx::mbarrier_wait(&shared.full[ring.index], ring.phase);
-    load_words();
-    if (first) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) old[b][0] = scale[b][0], old[b][1] = scale[b][1];
-      load_scales(0);
-    }
-    const uint64_t x = ptx::slab_descriptor(shared.x + ring.index * Tile::kXBytes, 16);
-    const uint32_t x_low = static_cast<uint32_t>(x), x_high = static_cast<uint32_t>(x >> 32);
-    ptx::wgmma_wait<2>();
-#pragma unroll
-    for (int u = 0; u < 4 * kBlocks; ++u) ptx::hold(whole[kBuffer][u]);
-    if (step > job.begin + 1) release(before);
-    before = last;
-    last = ring.index;
-    const auto fill = [&](int i) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) dequantise(whole[kBuffer][i * kBlocks + b], b, i);
-    };
-    const auto issue = [&](int i, int keep) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
-        ptx::wgmma_rk<T, Tile::kTokens>(target(b), whole[kBuffer][i * kBlocks + b],
-                                        uint64_t{x_high} << 32 | (x_low + (i * 32 >> 4)), keep);
-    };
-    fill(0);
-    fill(1);
-    if (!two) {
-      fill(2);
-      fill(3);
-    }
-    if constexpr (Tile::kScratch) {
-      if (first && step > job.begin) {
-        ptx::wgmma_wait<0>();
-        close_with(old);
-      }
-    }
-    ptx::wgmma_fence();
-    issue(0, Tile::kScratch ? !first : step > job.begin);
-    issue(1, 1);
-    ptx::wgmma_commit();
-    if (two) {
-      if constexpr (Tile::kScratch) {
-        ptx::wgmma_wait<0>();
-        close_with(scale);
-      }
-      load_scales(1);
-      fill(2);
-      fill(3);
-    }
-    ptx::wgmma_fence();
-    issue(2, Tile::kScratch ? !two : 1);
-    issue(3, 1);
-    ptx::wgmma_commit();
-    ring.next();
-  }
-  __device__ __forceinline__ void close_with(const float (&factor)[kBlocks][2]) {
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      ptx::hold(scratch[b]);
-#pragma unroll
-      for (int i = 0; i < kAcc; ++i)
-        acc[b][i] = fmaf(scratch[b][i], factor[b][i % 4 / 2], acc[b][i]);
-    }
-  }
-  __device__ __forceinline__ void multiply_whole(const Job& job, int32_t k) {
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      offset[b][0] = offset[b][1] = Code::offset(1u << (Tile::kBits - 1));
-#pragma unroll
-      for (int i = 0; i < kAcc; ++i) acc[b][i] = 0.0f;
-    }
-    int last = 0, before = 0;
-    GroupWalk walk;
-#pragma unroll 1
-    for (int32_t step = job.begin;;) {
-      whole_step<0>(job, k, step, walk, last, before);
-      if (++step >= job.end) break;
-      whole_step<1>(job, k, step, walk, last, before);
-      if (++step >= job.end) break;
-    }
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int u = 0; u < 4 * kBlocks; ++u) {
-      ptx::hold(whole[0][u]);
-      ptx::hold(whole[1][u]);
-    }
-    if constexpr (!Tile::kScratch) {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) ptx::hold(acc[b]);
-    }
-    if (job.end > job.begin + 1) release(before);
     if (job.end > job.begin) {
       release(last);
       close_group();
@@ -554,42 +442,47 @@ struct Consumer {
                      : "memory");
   }
   __device__ __forceinline__ void write_split(const Job& job) {
-    constexpr int kUnits = Tile::kTokens / 16;
+    constexpr int kUnits = Tile::kTokens / 16, kSlots = 4;
 #pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
       const int32_t block = job.block + group * kBlocks + b;
       if (block >= p.blocks) continue;
       float bias[2];
       load_bias(block, bias);
-      int slot = 0;
-      int32_t start = rank;
 #pragma unroll 1
-      for (int unit = rank; unit < kUnits; unit += ranks) {
-        float v[8] = {};
+      for (int first = rank; first < kUnits; first += kSlots * ranks) {
+        // Loads from another CTA take long: those of all slots are under way together.
+        float v[kSlots][8] = {};
+#pragma unroll 2
         for (int32_t from = 0; from < ranks; ++from) {
+          float w[kSlots][8];
 #pragma unroll
-          for (int i = 0; i < 8; i += 4) {
-            uint32_t remote;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;"
-                : "=r"(remote)
-                : "r"(partial(b, unit * 8 + i)), "r"(from));
-            float w[4];
-            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(w[0]), "=f"(w[1]), "=f"(w[2]), "=f"(w[3])
-                         : "r"(remote)
-                         : "memory");
-#pragma unroll
-            for (int e = 0; e < 4; ++e) v[i + e] += w[e];
+          for (int slot = 0; slot < kSlots; ++slot) {
+            const int unit = min(first + slot * ranks, kUnits - 1);
+            remote_load(w[slot], partial(b, unit * 8), from);
+            remote_load(w[slot] + 4, partial(b, unit * 8 + 4), from);
           }
+#pragma unroll
+          for (int slot = 0; slot < kSlots; ++slot)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[slot][i] += w[slot][i];
         }
-        stage(v, slot, bias);
-        if (++slot == 4 || unit + ranks >= kUnits) {
-          store(slot, job.token + 16 * start, ranks, block);
-          slot = 0;
-          start = unit + ranks;
-        }
+        const int slots = min(kSlots, (kUnits - first + ranks - 1) / ranks);
+#pragma unroll
+        for (int slot = 0; slot < kSlots; ++slot)
+          if (slot < slots) stage(v[slot], slot, bias);
+        store(slots, job.token + 16 * first, ranks, block);
       }
     }
+  }
+  // Four neighbouring values at `local` in CTA `from`.
+  static __device__ __forceinline__ void remote_load(float* to, uint32_t local, int32_t from) {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(from));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(remote)
+                 : "memory");
   }
 
   __device__ __forceinline__ void run(int32_t k) {
@@ -597,10 +490,7 @@ struct Consumer {
     for (int32_t tile = p.first_tile + blockIdx.x / ranks; tile < p.end_tile;
          tile += gridDim.x / ranks) {
       const Job job = job_of<Tile>(p, tile, rank, ranks);
-      if constexpr (Tile::kWhole)
-        multiply_whole(job, k);
-      else
-        multiply(job, k);
+      multiply(job, k);
       if (p.split) {  // the only tile of this cluster
         // Both warpgroups are done with the tiles before sums are written over them.
         ptx::named_sync(1 + Tile::kGroups, 128 * Tile::kGroups);
@@ -611,7 +501,7 @@ struct Consumer {
         write(job);
       }
     }
-    if (p.split || p.share) cluster_sync_shared();
+    if (p.split) cluster_sync_shared();  // nobody leaves while its sums are read
   }
 };
 
@@ -621,19 +511,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                 const __grid_constant__ CUtensorMap w_map, const int32_t k) {
   extern __shared__ char raw[];
   const WideShared<Tile> shared(raw);
-  const bool clustered = p.split || p.share;
-  const int32_t ranks = clustered ? cluster_size() : 1, rank = clustered ? cluster_rank() : 0;
+  const int32_t ranks = p.split ? cluster_size() : 1, rank = p.split ? cluster_rank() : 0;
   if (threadIdx.x == 0) {
     ptx::tma_prefetch(&x_map);
     ptx::tma_prefetch(&w_map);
     for (int i = 0; i < Tile::kStages; ++i) {
       ptx::mbarrier_init(&shared.full[i], 2);
-      ptx::mbarrier_init(&shared.empty[i], 4 * Tile::kGroups * (p.share ? ranks : 1));
+      ptx::mbarrier_init(&shared.empty[i], 4 * Tile::kGroups);
     }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
-  if (p.share) cluster_sync_shared();  // all barriers exist
   grid_launch_dependents();
   if (threadIdx.x < 128) {
     ptx::registers_give<Tile::kProducerRegisters>();
@@ -644,51 +532,36 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       produce_weights<Tile>(p, &w_map, k, shared, rank, ranks);
     }
     __syncwarp();
-    if (clustered) cluster_sync_shared();
-    if (p.split) cluster_sync_shared();
+    if (p.split) {
+      cluster_sync_shared();
+      cluster_sync_shared();
+    }
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
     grid_wait();
     const int warp = threadIdx.x / 32;
-    Consumer<T, Tile> consumer{p,        shared, warp / 4 - 1, warp % 4,
-                               static_cast<int>(threadIdx.x % 32), rank, ranks};
+    Consumer<T, Tile> consumer{
+        p, shared, warp / 4 - 1, warp % 4, static_cast<int>(threadIdx.x % 32), rank, ranks};
     consumer.run(k);
   }
 }
 
-// Clusters of `size` CTAs that run at the same time, asked for once per device.
 template <class T, class Tile>
-int clusters_at_once(const cudaLaunchConfig_t& config, int size) {
-  constexpr int kDevices = 64, kSizes = 9;
-  static std::atomic<int> known[kDevices][kSizes];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices || size >= kSizes) return 0;
-  int count = known[device][size].load(std::memory_order_relaxed);
-  if (count == 0) {
-    if (cudaOccupancyMaxActiveClusters(&count, wide_kernel<T, Tile>, &config) != cudaSuccess)
-      return 0;
-    known[device][size].store(count, std::memory_order_relaxed);
-  }
-  return count;
-}
-
-template <class T, int kBits, int kTokens, int kBlocks, bool kWhole = false>
-int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
-  using Tile = WideTile<kBits, kTokens, kBlocks, kWhole>;
-  const int64_t steps = ceil_div(p.k, 64), blocks = ceil_div(p.n, 64);
-  const int split = shape.split < steps ? shape.split : static_cast<int>(steps);
-  const int share = split > 1 ? 1 : shape.share;
-  CUtensorMap x_map, w_map;
-  int error = activation_map(x_map, p.x, p.dtype, p.m, p.k, p.x_stride, kTokens / share);
-  if (!error)
-    error = packed_map(w_map, p.qweight, steps * (kBits / 4), blocks, kBits / 4, Tile::kAllBlocks);
-  if (error) return error;
-  const int64_t row_tiles = ceil_div(blocks, Tile::kAllBlocks * share);
-  const int64_t token_tiles = ceil_div(p.m, kTokens), tiles = row_tiles * token_tiles;
+int launch_wide(const PackedLinear& p, int split, void* stream) {
+  const int64_t steps = ceil_div(p.k, 64), blocks = ceil_div(p.n, 64), sms = device_facts().sms;
+  const int64_t row_tiles = ceil_div(blocks, Tile::kAllBlocks);
+  const int64_t token_tiles = ceil_div(p.m, Tile::kTokens), tiles = row_tiles * token_tiles;
+  if (split > steps) split = static_cast<int>(steps);
   if (tiles > INT32_MAX / 8 || p.k > INT32_MAX - 64 || p.n > INT32_MAX - 64)
     return cudaErrorInvalidConfiguration;
+  CUtensorMap x_map, w_map;
+  int error = activation_map(x_map, p.x, p.dtype, p.m, p.k, p.x_stride, Tile::kTokens);
+  if (!error)
+    error = packed_map(w_map, p.qweight, steps * (Tile::kBits / 4), blocks, Tile::kBits / 4,
+                       Tile::kAllBlocks);
+  if (error) return error;
   // Token tiles walked before the next row tile: their X stays in the second-level cache.
-  int64_t section = device_facts().l2_bytes / 3 / (2 * p.k * kTokens);
+  int64_t section = device_facts().l2_bytes / 3 / (2 * p.k * Tile::kTokens);
   section = section < 1 ? 1 : section < token_tiles ? section : token_tiles;
   WideParams params{
       p.qweight,
@@ -710,32 +583,26 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
       0,
       false,
       p.groups > 1 && p.group_columns == 32,
-      share > 1,
       reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (p.m == 1 || p.out_stride % 8 == 0),
   };
-  cudaError_t status = cudaFuncSetAttribute(wide_kernel<T, Tile>,
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(Tile::kSharedBytes));
+  const cudaError_t status =
+      cudaFuncSetAttribute(wide_kernel<T, Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(Tile::kSharedBytes));
   if (status != cudaSuccess) return status;
-  // Tiles [first, end) by `ctas` in clusters of `cluster`.
-  const auto start = [&](int64_t first, int64_t end, int cluster, bool cut) -> int {
+  // Tiles [first, end): in rounds, or one per cluster of `ranks` CTAs.
+  const auto start = [&](int64_t first, int64_t end, int ranks) -> int {
+    const int64_t count = end - first, ctas = ranks > 1 ? count * ranks : count < sms ? count : sms;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>((end - first) * cluster));
+    config.gridDim = dim3(static_cast<unsigned>(ctas));
     config.blockDim = dim3(Tile::kThreads);
     config.dynamicSmemBytes = Tile::kSharedBytes;
     config.stream = static_cast<cudaStream_t>(stream);
     cudaLaunchAttribute attributes[2];
     config.attrs = attributes;
-    if (cluster > 1) {
+    if (ranks > 1) {
       attributes[0].id = cudaLaunchAttributeClusterDimension;
-      attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+      attributes[0].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
       config.numAttrs = 1;
-    }
-    if (!cut) {
-      const int64_t most =
-          cluster > 1 ? clusters_at_once<T, Tile>(config, cluster) : device_facts().sms;
-      if (most < 1) return cudaErrorInvalidConfiguration;
-      if (end - first > most) config.gridDim.x = static_cast<unsigned>(most * cluster);
     }
     if (programmatic_launch()) {
       attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -743,28 +610,36 @@ int launch_wide(const PackedLinear& p, WideShape shape, void* stream) {
     }
     params.first_tile = static_cast<int32_t>(first);
     params.end_tile = static_cast<int32_t>(end);
-    params.split = cut;
+    params.split = ranks > 1;
     return cudaLaunchKernelEx(&config, wide_kernel<T, Tile>, params, x_map, w_map,
                               static_cast<int32_t>(p.k));
   };
-  const int64_t whole = split > 1 ? tiles / device_facts().sms * device_facts().sms : tiles;
-  if (whole > 0) error = start(0, whole, share, false);
-  if (!error && whole < tiles) error = start(whole, tiles, split, true);
+  const int64_t whole = split > 1 ? tiles / sms * sms : tiles;
+  if (whole > 0) error = start(0, whole, 1);
+  if (!error && whole < tiles) error = start(whole, tiles, split);
   return error;
 }
 
+// The instance for a shape; linear_choice.h knows which exist. 8-bit codes have no kHalf instances:
+// their way to bf16 leads through fp32 anyway.
 template <class T, int kBits>
 int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
-  if (s.blocks > 10) {
-    if (s.tokens == 64 && s.blocks == 12) return launch_wide<T, kBits, 64, 2, true>(p, s, stream);
-    if (s.tokens == 64) return launch_wide<T, kBits, 64, 1, true>(p, s, stream);
-    if (s.tokens == 128) return launch_wide<T, kBits, 128, 1, true>(p, s, stream);
-    return launch_wide<T, kBits, 256, 1, true>(p, s, stream);
+  if constexpr (kBits == 4) {
+    if (p.scale_dtype == p.dtype) {
+      if (s.tokens == 64 && s.blocks == 1)
+        return launch_wide<T, WideTile<4, 64, 1, true>>(p, s.split, stream);
+      if (s.tokens == 64 && s.blocks == 4)
+        return launch_wide<T, WideTile<4, 64, 4, true>>(p, s.split, stream);
+      if (s.tokens == 64) return launch_wide<T, WideTile<4, 64, 2, true>>(p, s.split, stream);
+      if (s.tokens == 128 && s.blocks == 1)
+        return launch_wide<T, WideTile<4, 128, 1, true>>(p, s.split, stream);
+      if (s.tokens == 128) return launch_wide<T, WideTile<4, 128, 2, true>>(p, s.split, stream);
+      return launch_wide<T, WideTile<4, 256, 1, true>>(p, s.split, stream);
+    }
   }
-  if (s.tokens == 64 && s.blocks == 1) return launch_wide<T, kBits, 64, 1>(p, s, stream);
-  if (s.tokens == 64) return launch_wide<T, kBits, 64, 2>(p, s, stream);
-  if (s.tokens == 128) return launch_wide<T, kBits, 128, 1>(p, s, stream);
-  return launch_wide<T, kBits, 256, 1>(p, s, stream);
+  if (s.tokens == 64) return launch_wide<T, WideTile<kBits, 64, 2, false>>(p, s.split, stream);
+  if (s.tokens == 128) return launch_wide<T, WideTile<kBits, 128, 1, false>>(p, s.split, stream);
+  return launch_wide<T, WideTile<kBits, 256, 1, false>>(p, s.split, stream);
 }
 
 }  // namespace fastinfer::cuda::wide

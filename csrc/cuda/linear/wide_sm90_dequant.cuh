@@ -24,6 +24,16 @@ __device__ __forceinline__ uint32_t subtract2(uint32_t a, uint32_t b) {
   return r;
 }
 
+template <class T>
+__device__ __forceinline__ uint32_t multiply2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  else
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
 // Two fp32 values to one register; exact here: their low 16 bits are zero.
 __device__ __forceinline__ uint32_t high_halves(float low, float high) {
   return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);

@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const bool active = r < a.rows, symmetric = !a.p.zeros;
   const int first = active ? group.thread * kSize : dim;  // no work without a row
   r = active ? r : 0;
+  grid_launch_dependents();
   grid_wait();
   const E* x = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
   E* residual = static_cast<E*>(p.residual.data);
@@ -52,7 +53,6 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
   }
   if (residual) x = residual;
-  grid_launch_dependents();
   const SumAndRange all = reduce_row<2, true>(group, squares, range, symmetric, scratch);
   const float inv = rsqrtf(all.sum * a.inverse_dim + p.eps);
   if (a.p.q) {

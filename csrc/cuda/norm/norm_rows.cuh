@@ -1,7 +1,5 @@
 // The kernel of norm.cuh for rows of 16-bit elements in registers, and the choice between it and
-// the one for any row. kPacks: 1 where rows are few and each is spread as widely as possible, which
-// also keeps the code short (a kernel of one row spends most of its time on instructions that are
-// fetched for the first time); 2 for float output and 4 for codes where there are many.
+// the one for any row. kPacks: 2, and 4 for codes where there are many rows.
 #pragma once
 
 #include "norm.cuh"
@@ -31,6 +29,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 #pragma unroll
   for (int k = 0; k < kPacks; ++k)
     if (holds(k)) weight[k] = weights[k * group.threads];
+  grid_launch_dependents();
   grid_wait();
   const uint4* row = row_at(a.x, a.x_stride);
 #pragma unroll
@@ -48,7 +47,6 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       if (holds(k)) residual[k * group.threads] = x[k];
     }
   }
-  grid_launch_dependents();
   const bool symmetric = !kQuant || !a.zeros;
   float squares[kPacks];
   RowRange range;
@@ -112,7 +110,7 @@ int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
   const cpu::RmsNormParams& n = p.norm;
   return with_float(n.dtype, [&](auto element) {
     using E = decltype(element);
-    constexpr int kSize = Pack<E>::kSize, kMany = kQuant ? 4 : 2;
+    constexpr int kSize = Pack<E>::kSize;
     const int64_t packs = ceil_div(n.dim, kSize);
     const float inverse_dim = 1.0f / static_cast<float>(n.dim);
     NormAnyLaunch any{p, rows, 0, inverse_dim, true, true, true};
@@ -140,9 +138,9 @@ int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
       a.rows = static_cast<uint32_t>(rows);
       a.inner = two ? static_cast<uint32_t>(n.shape.size[1]) : 0;
       a.packs = static_cast<int32_t>(packs), a.eps = n.eps, a.inverse_dim = inverse_dim;
-      if (packs <= kMaxRowThreads && rows * packs <= int64_t{512} * device_facts().sms)
-        return launch_norm_rows<E, kQuant, 1>(a, stream);
-      return launch_norm_rows<E, kQuant, kMany>(a, stream);
+      if (kQuant && rows * packs > int64_t{2048} * device_facts().sms)
+        return launch_norm_rows<E, kQuant, kQuant ? 4 : 2>(a, stream);
+      return launch_norm_rows<E, kQuant, 2>(a, stream);
     }
     return 0;
   });

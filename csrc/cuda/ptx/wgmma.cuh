@@ -40,6 +40,11 @@ __device__ __forceinline__ void hold(uint32_t (&r)[kN]) {
   for (int i = 0; i < kN; ++i) asm volatile("" : "+r"(r[i])::"memory");
 }
 
+// A value that all lanes of the warp share, in a form from which the compiler sees it: descriptors
+// made of it are computed in uniform registers (one instruction between two wgmma instead of seven,
+// and none of the registers that accumulators need).
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // Descriptor of a slab at shared address `at`; `slab_bytes`: distance of slabs, N-major only.
 // Offsets of a multiple of 16 bytes are added as offset >> 4.
 __device__ __forceinline__ uint64_t slab_descriptor(uint32_t at, uint32_t slab_bytes) {
@@ -52,12 +57,14 @@ __device__ __forceinline__ uint64_t slab_descriptor(uint32_t at, uint32_t slab_b
 #define FI_ACC8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FI_ACC32(i) FI_ACC8(i), FI_ACC8(i + 8), FI_ACC8(i + 16), FI_ACC8(i + 24)
 #define FI_D32 FI_ACC32(0)
+#define FI_D40 FI_ACC32(0), FI_ACC8(32)
 #define FI_D48 FI_ACC32(0), FI_ACC8(32), FI_ACC8(40)
 #define FI_D64 FI_ACC32(0), FI_ACC32(32)
 #define FI_D96 FI_ACC32(0), FI_ACC32(32), FI_ACC32(64)
 #define FI_D128 FI_ACC32(0), FI_ACC32(32), FI_ACC32(64), FI_ACC32(96)
 #define FI_R0_31 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FI_R32_39 "%32, %33, %34, %35, %36, %37, %38, %39"
 #define FI_R32_47 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FI_R32_63 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -87,6 +94,18 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_
       FI_WGMMA_SS("64", "f16", FI_R0_31, FI_D32, "32", "33", "34");
     else
       FI_WGMMA_SS("64", "bf16", FI_R0_31, FI_D32, "32", "33", "34");
+  }
+  else if constexpr (kN == 80) {
+    if constexpr (kHalf)
+      FI_WGMMA_SS("80", "f16", FI_R0_31 ", " FI_R32_39, FI_D40, "40", "41", "42");
+    else
+      FI_WGMMA_SS("80", "bf16", FI_R0_31 ", " FI_R32_39, FI_D40, "40", "41", "42");
+  }
+  else if constexpr (kN == 96) {
+    if constexpr (kHalf)
+      FI_WGMMA_SS("96", "f16", FI_R0_31 ", " FI_R32_47, FI_D48, "48", "49", "50");
+    else
+      FI_WGMMA_SS("96", "bf16", FI_R0_31 ", " FI_R32_47, FI_D48, "48", "49", "50");
   }
   else if constexpr (kN == 128) {
     if constexpr (kHalf)
@@ -142,11 +161,13 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
 #undef FI_ACC8
 #undef FI_ACC32
 #undef FI_R0_31
+#undef FI_R32_39
 #undef FI_R32_47
 #undef FI_R32_63
 #undef FI_R64_95
 #undef FI_R96_127
 #undef FI_D32
+#undef FI_D40
 #undef FI_D48
 #undef FI_D64
 #undef FI_D96

@@ -81,12 +81,12 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
   const int64_t t = live ? token : 0;
   int64_t b = 0, s = t;
   if (t >= p.seq) b = divide(t, p.seq), s = t - b * p.seq;
+  grid_launch_dependents();
   grid_wait();
   int64_t position = s, slot = -1;
   if (p.positions)
     position = index_at(p.positions, p.position_dtype, b * p.position_batch + s * p.position_token);
   if (a.cached && live) slot = index_at(a.slots, a.slot_dtype, t * a.slot_stride);
-  if (!a.cached) grid_launch_dependents();
 
   const E* in[kRotaryHeads];
   E* out[kRotaryHeads];

@@ -1,7 +1,7 @@
 // The form of rotary.cu for the tensors that models have: 16-bit elements, whole heads rotated,
 // heads next to each other, everything aligned, a power of two of packs per head, tokens in one
-// stride, and caches of one layout. Less to decide per thread, and parameters of a third of the
-// size, which a launch pays for.
+// stride, and caches of one layout. There is less to decide per thread, and less code in front of
+// its first load.
 //
 // As in rotary.cu a head belongs to `lanes` neighbouring lanes with two packs of 16 bytes each, and
 // heads are numbered q, k, v within a token; each thread has one head, or (much work) two, which
@@ -51,9 +51,6 @@ struct DenseRotaryCache {
            t * (which == 0 ? q_token : k_token);
   }
 };
-static_assert(sizeof(DenseRotary) <= 128 && sizeof(DenseRotaryCache) <= 192,
-              "small parameters: see docs/kernels/norm.md");
-
 __device__ __forceinline__ int64_t index_of(const void* p, bool wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
 }
@@ -107,7 +104,7 @@ __device__ __forceinline__ void cache_head(const A& a, int which, int64_t slot, 
 }
 
 template <class E, class A>
-__global__ void __launch_bounds__(kRotaryThreads, 3)
+__global__ void __launch_bounds__(kRotaryThreads, 4)
     rotary_dense_kernel(const __grid_constant__ A a) {
   constexpr int kSize = Pack<E>::kSize;
   const int lanes = 1 << a.lane_bits, lane = threadIdx.x & (lanes - 1);
@@ -117,14 +114,13 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
   const int at_first = a.interleaved ? 2 * lane * kSize : lane * kSize;
   const int at_second = a.interleaved ? at_first + kSize : at_first + dim / 2;
   const bool live = t < a.tokens && group < a.groups;
+  grid_launch_dependents();
   grid_wait();
   int64_t position = t, slot = -1;
   if (a.positions && live)
     position = index_of(a.positions, a.wide_positions, t * a.position_stride);
   if constexpr (A::kCached) {
     if (live) slot = index_of(a.slots, a.wide_slots, t * a.slot_stride);
-  } else {
-    grid_launch_dependents();
   }
 
   uint4 first[kRotaryHeads] = {}, second[kRotaryHeads] = {};
@@ -166,13 +162,9 @@ __global__ void __launch_bounds__(kRotaryThreads, 3)
     }
   }
   if constexpr (A::kCached) {
-    // A loop, not two copies: a kernel of one token mostly waits for its instructions.
-#pragma unroll 1
-    for (int j = 0; j < kRotaryHeads; ++j) {
-      if (j * a.groups >= heads) break;
-      cache_head<E>(a, j ? which[1] : which[0], slot, j ? head[1] : head[0],
-                    j ? first[1] : first[0], j ? second[1] : second[0], at_first, at_second, lane);
-    }
+#pragma unroll
+    for (int j = 0; j < kRotaryHeads; ++j)
+      cache_head<E>(a, which[j], slot, head[j], first[j], second[j], at_first, at_second, lane);
   }
 }
 

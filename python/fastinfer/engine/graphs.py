@@ -86,6 +86,7 @@ class _Staging:
         self.columns["cu_seqlens"][:] = np.arange(rows + 1)
         self.columns["source"][:] = self.own = own  # `source` of tokens that the host knows
         self.filled = 0  # rows that are not padding
+        self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def pad(self, count: int) -> None:
         """Make padding of the rows from `count` on."""
@@ -104,6 +105,7 @@ class _Bucket:
     begins: dict[str, int]  # bytes
     size: int  # bytes of the columns; the tables follow
     inputs: dict[str, Tensor]
+    drawn: Tensor  # the tokens of its rows
     staging: list[_Staging]
     replay: dict[bool, Callable[[], object]]  # greedy -> run the step
 
@@ -175,16 +177,23 @@ class DecodeGraphs:
         if staging.done is not None:
             staging.done.synchronize()  # of the step before the last one
         greedy, width = self._fill(staging, plan)
-        size = bucket.size + 4 * bucket.rows * width
-        self._buffer[:size].copy_(staging.memory[:size], non_blocking=True)
-        if width:
-            sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
-            self._tables[: bucket.rows, :width].copy_(sent)
+        for target, source in staging.moves.get(width) or self._moves(bucket, staging, width):
+            target.copy_(source, non_blocking=True)
         bucket.replay[greedy]()
-        staging.tokens[:count].copy_(self.drawn[:count], non_blocking=True)
+        staging.tokens.copy_(bucket.drawn, non_blocking=True)
         if staging.done is not None:
             staging.done.record(torch.cuda.current_stream(self._device))
         return DrawnTokens.in_buffer(staging.tokens[:count], staging.done)
+
+    def _moves(self, bucket: _Bucket, staging: _Staging, width: int) -> list[tuple[Tensor, Tensor]]:
+        """What to copy where for a step that sends the block tables up to this width."""
+        size = bucket.size + 4 * bucket.rows * width
+        moves = [(self._buffer[:size], staging.memory[:size])]
+        if width:
+            sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
+            moves.append((self._tables[: bucket.rows, :width], sent))
+        staging.moves[width] = moves
+        return moves
 
     def _fill(self, staging: _Staging, plan: SchedulePlan) -> tuple[bool, int]:
         """Write the inputs of a step: whether all requests are greedy, and how much of the block
@@ -235,7 +244,7 @@ class DecodeGraphs:
         on_cuda = self._device.type == "cuda"
         whole = size + 4 * rows * self._tables.shape[1]
         staging = [_Staging(rows, begins, whole, own, on_cuda) for _ in range(2)]
-        bucket = _Bucket(rows, begins, size, inputs, staging, {})
+        bucket = _Bucket(rows, begins, size, inputs, self.drawn[:rows], staging, {})
         for greedy in (True, False):
             bucket.replay[greedy] = self._capture(bucket, greedy)
         return bucket
@@ -277,7 +286,7 @@ class DecodeGraphs:
         logits = self._model.compute_logits(hidden)
         names = ("temperature",) if greedy else _SAMPLING
         columns = {name: inputs[name] for name in names}
-        ops.sample(logits, **columns, out=self.drawn[: bucket.rows])  # type: ignore[arg-type]
+        ops.sample(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
 
     def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
         config = self._model.config
