@@ -10,7 +10,7 @@
 //   split      where tiles are fewer than SMs: the CTAs of a cluster share the K of one tile, leave
 //              their sums in shared memory and each finishes a part of the channels. Exact in any
 //              order.
-// Tiles go in bands of kBand rows of tiles, so that those under way at one time share X and W.
+// Tiles go in bands of kBand rows, so that those under way at one time share X and W.
 #include "../common/launch_cluster.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/tma_cluster.cuh"
@@ -25,15 +25,23 @@ namespace {
 constexpr int kTokens = 128, kStepBytes = 128, kThreads = 384;
 constexpr int kBand = 8;
 
+// The end goes through shared memory in blocks of 32 channels: a warp's sums [16 tokens][32 + 8],
+// the padding keeps eight rows in different banks.
+constexpr int kBlock = 32, kPitch = kBlock + 8, kWarpSums = 16 * kPitch;
+constexpr int kBlockBytes = 8 * kWarpSums * 4;  // of all consumers
+
 template <int kWidth>
 struct Tile {
   static constexpr int kXBytes = kTokens * kStepBytes, kWBytes = kWidth * kStepBytes;
   static constexpr int kStageBytes = kXBytes + kWBytes;
   static constexpr int kStages = 200 * 1024 / kStageBytes;
+  static constexpr int kBlocks = kWidth / kBlock;
   // Scales, bias and weight sums of the tile's channels, once per consumer.
   static constexpr int kVectorBytes = 2 * 3 * kWidth * 4;
-  static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kVectorBytes + 2 * kStages * 8;
+  static constexpr int kSharedBytes =
+      1024 + kStages * kStageBytes + kBlockBytes + kVectorBytes + 2 * kStages * 8;
   static_assert(kSharedBytes <= 227 * 1024, "shared memory of one CTA");
+  static_assert(kBlocks * kBlockBytes <= kStages * kStageBytes, "sums of CTAs that share K");
 };
 
 struct Launch {
@@ -73,19 +81,24 @@ __device__ __forceinline__ void produce(const Launch& a, const Share& share, uin
                                         uint64_t* full, uint64_t* empty) {
   using T = Tile<kWidth>;
   constexpr int kHalf = kWidth / 2;
+  // What there is more of streams through the L2 cache, the rest (and the code) stays there.
+  const uint64_t keep = ptx::policy_evict_last(), once = ptx::policy_evict_first();
+  const bool x_stays = a.p.m < a.p.n;
+  const uint64_t x_policy = x_stays ? keep : once, w_policy = x_stays ? once : keep;
   const auto load_x = [&](int stage, const Unit& unit, int32_t k) {
     ptx::tma_load_2d(stages + stage * T::kStageBytes, &a.x_map, full + stage, k * kStepBytes,
-                     (unit.tokens * a.pair + share.half) * kTokens);
+                     (unit.tokens * a.pair + share.half) * kTokens, x_policy);
   };
   const auto load_w = [&](int stage, const Unit& unit, int32_t k) {
     const uint32_t to = stages + stage * T::kStageBytes + T::kXBytes;
     const int32_t n0 = unit.channels * kWidth, half = share.half;
     if (a.pair == 2) {
       ptx::tma_load_2d_multicast(to + half * kHalf * kStepBytes, &a.w_map, full + stage,
-                                 k * kStepBytes, n0 + half * kHalf, 3);
+                                 k * kStepBytes, n0 + half * kHalf, 3, w_policy);
     } else {
-      ptx::tma_load_2d(to, &a.w_map, full + stage, k * kStepBytes, n0);
-      ptx::tma_load_2d(to + kHalf * kStepBytes, &a.w_map, full + stage, k * kStepBytes, n0 + kHalf);
+      ptx::tma_load_2d(to, &a.w_map, full + stage, k * kStepBytes, n0, w_policy);
+      ptx::tma_load_2d(to + kHalf * kStepBytes, &a.w_map, full + stage, k * kStepBytes, n0 + kHalf,
+                       w_policy);
     }
   };
   // The ring is filled with weights before the wait: no kernel right in front writes those.
@@ -112,127 +125,111 @@ __device__ __forceinline__ void produce(const Launch& a, const Share& share, uin
   }
 }
 
-// Words of four 8-column blocks, transposed among the four lanes of a quad: lane t ends up with the
-// four words of block t, which are neighbours in memory.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int t) {
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, t & 1 ? w[i] : w[i + 1], 1);
-    if (t & 1)
-      w[i] = got;
-    else
-      w[i + 1] = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, t & 2 ? w[i] : w[i + 2], 2);
-    if (t & 2)
-      w[i] = got;
-    else
-      w[i + 2] = got;
-  }
-}
+// Scale and zero point of the two tokens a lane finishes, 8 apart.
+struct Tokens {
+  float scale[2];
+  int32_t zero[2];
+};
 
-// Sums of 64 x kWidth outputs to memory, those of columns [32 begin, 32 end) of the tile. `scale`,
-// `bias`, `sums`: of the tile's channels.
-template <int kWidth, bool kZeros>
-__device__ __forceinline__ void finish(const Launch& a, const int32_t (&d)[kWidth / 2], int64_t m0,
-                                       int64_t n0, const float* scale, const float* bias,
-                                       const int32_t* sums, int begin, int end) {
+// 16 tokens from m0 on x 32 channels from n0 on: sums at `from` (as kPitch says) of every CTA that
+// shares K, to memory. `scale`, `bias`, `sums`: of these channels. Not repeated per block of
+// channels: this code runs once or a few times per launch, from a cold instruction cache.
+__device__ __forceinline__ void finish_block(const Launch& a, int64_t m0, int64_t n0, uint32_t from,
+                                             const float* scale, const float* bias,
+                                             const int32_t* sums, const Tokens& tokens) {
   const cpu::Int8Params& p = a.p;
-  const int lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
+  const int lane = static_cast<int>(threadIdx.x) % 32, column = lane % 4 * 8;
+  const int64_t n = n0 + column;
   const bool has_bias = p.out.bias != nullptr;
   const DType type = p.out.dtype;
-  const bool wide = type == DType::f32;
-  int64_t row[2];
-  bool inside[2];
-  float x_scale[2];
-  int32_t zero[2] = {};
-  char* out[2];
+  const uint32_t at = from + (lane / 4 * kPitch + column) * 4;
+  constexpr uint32_t kDown = 8 * kPitch * 4;  // to the lane's other token
+  uint32_t v[2][8];
+  ptx::load_shared(v[0], at);
+  ptx::load_shared(v[1], at + kDown);
+  for (int c = 1; c < a.split; ++c) {
+    const uint32_t other = ptx::address_at(at, (cluster_rank() + c) % a.split);
+    uint32_t more[2][8];
+    ptx::load_shared_cluster(more[0], other);
+    ptx::load_shared_cluster(more[1], other + kDown);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    row[h] = m0 + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4 + 8 * h;
-    inside[h] = row[h] < p.m;
-    x_scale[h] = inside[h] ? p.x_scale[row[h]] : 0.0f;
-    if constexpr (kZeros) zero[h] = inside[h] ? p.x_zeros[row[h]] : 0;
-    out[h] = static_cast<char*>(p.out.data) + row[h] * p.out.stride * (wide ? 4 : 2);
+    for (int i = 0; i < 8; ++i) v[0][i] += more[0][i], v[1][i] += more[1][i];
+  }
+  if (p.x_zeros) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const auto sum = static_cast<uint32_t>(sums[column + i]);
+      v[0][i] -= sum * static_cast<uint32_t>(tokens.zero[0]);
+      v[1][i] -= sum * static_cast<uint32_t>(tokens.zero[1]);
+    }
+  }
+  float y[2][8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float s = scale[column + i];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      y[h][i] = w8a8_value(static_cast<int32_t>(v[h][i]), 0, 0, tokens.scale[h], s, false, 0.0f);
+  }
+  if (has_bias) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float b = bias[column + i];
+      y[0][i] = __fadd_rn(y[0][i], b);
+      y[1][i] = __fadd_rn(y[1][i], b);
+    }
   }
 #pragma unroll
-  for (int j = 0; j < kWidth / 8; j += 4) {
-    if (j < 4 * begin || j >= 4 * end) continue;
-    uint32_t w[2][4];
+  for (int h = 0; h < 2; ++h) {
+    const int64_t m = m0 + lane / 4 + 8 * h, to = m * p.out.stride + n;
+    if (m >= p.m) continue;
+    if (!a.packs || n + 8 > p.n) {
+      // By way of the sums' own place, so that the code is a loop.
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int c = 8 * (j + i) + 2 * t;
-      const float2 s = *reinterpret_cast<const float2*>(scale + c);
-      const float2 b = *reinterpret_cast<const float2*>(bias + c);
-      int2 sum = make_int2(0, 0);
-      if constexpr (kZeros) sum = *reinterpret_cast<const int2*>(sums + c);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int at = 4 * (j + i) + 2 * h;
-        const float v0 = w8a8_value(d[at], zero[h], sum.x, x_scale[h], s.x, has_bias, b.x);
-        const float v1 = w8a8_value(d[at + 1], zero[h], sum.y, x_scale[h], s.y, has_bias, b.y);
-        if (!wide) {
-          w[h][i] = pack_pair(type, v0, v1);
-        } else if (inside[h]) {
-          float* to = reinterpret_cast<float*>(out[h]) + n0 + c;
-          if (a.packs && n0 + c + 2 <= p.n) {
-            *reinterpret_cast<float2*>(to) = make_float2(v0, v1);
-          } else {
-            if (n0 + c < p.n) to[0] = v0;
-            if (n0 + c + 1 < p.n) to[1] = v1;
-          }
-        }
-      }
-    }
-    if (wide) continue;
-    const int64_t n = n0 + 8 * (j + t);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      transpose_quad(w[h], t);
-      if (!inside[h]) continue;
-      uint16_t* to = reinterpret_cast<uint16_t*>(out[h]) + n;
-      if (a.packs && n + 8 <= p.n) {
-        *reinterpret_cast<uint4*>(to) = make_uint4(w[h][0], w[h][1], w[h][2], w[h][3]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (n + i < p.n) to[i] = static_cast<uint16_t>(w[h][i / 2] >> 16 * (i % 2));
-      }
+      for (int i = 0; i < 8; i += 2)
+        ptx::store_shared(at + h * kDown + 4 * i, __float_as_int(y[h][i]),
+                          __float_as_int(y[h][i + 1]));
+#pragma unroll 1
+      for (int i = 0; i < 8 && n + i < p.n; ++i)
+        store_float(type, p.out.data, to + i, ptx::load_shared_float(at + h * kDown + 4 * i));
+    } else if (type == DType::f32) {
+      auto* out = reinterpret_cast<float4*>(static_cast<float*>(p.out.data) + to);
+      out[0] = make_float4(y[h][0], y[h][1], y[h][2], y[h][3]);
+      out[1] = make_float4(y[h][4], y[h][5], y[h][6], y[h][7]);
+    } else {
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out.data) + to) =
+          make_uint4(pack_pair(type, y[h][0], y[h][1]), pack_pair(type, y[h][2], y[h][3]),
+                     pack_pair(type, y[h][4], y[h][5]), pack_pair(type, y[h][6], y[h][7]));
     }
   }
 }
 
-// Adds the sums of the other CTAs of the cluster, which share K, to those of the 32-column blocks
-// [begin, end). `room`: shared memory of the ring, which nobody needs any more.
+// Block `block` of a warp's sums to shared memory.
 template <int kWidth>
-__device__ __forceinline__ void add_other_sums(int32_t (&d)[kWidth / 2], uint32_t room, int split,
-                                               bool active, int begin, int end) {
-  const uint32_t rank = cluster_rank();
-  const uint32_t mine = room + (threadIdx.x - 128) * 4;
-  ptx::named_sync(3, 256);  // both groups have read the ring
-  if (active)
+__device__ __forceinline__ void stage_block(const int32_t (&d)[kWidth / 2], int block,
+                                            uint32_t warp_sums) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const uint32_t to = warp_sums + (lane / 4 * kPitch + lane % 4 * 2) * 4;
 #pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i)
-      asm volatile("st.shared.s32 [%0], %1;" ::"r"(mine + i * 1024), "r"(d[i]) : "memory");
-  cluster_sync_shared();
-  if (active)
+  for (int b = 0; b < kWidth / kBlock; ++b) {
+    if (b != block) continue;  // registers have no index
 #pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) {
-      if (i < 16 * begin || i >= 16 * end) continue;
-      for (int c = 1; c < split; ++c)
-        d[i] += ptx::load_from(mine + i * 1024, (rank + c) & (split - 1));
-    }
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        ptx::store_shared(to + (8 * h * kPitch + 8 * j) * 4, d[16 * b + 4 * j + 2 * h],
+                          d[16 * b + 4 * j + 2 * h + 1]);
+  }
 }
 
 template <int kWidth>
 __device__ __forceinline__ void consume(const Launch& a, const Share& share, uint32_t stages,
                                         float* vectors, uint64_t* full, uint64_t* empty) {
   using T = Tile<kWidth>;
-  constexpr int kPerThread = (kWidth + 127) / 128, kBlocks = kWidth / 32;
+  constexpr int kPerThread = (kWidth + 127) / 128;
   const int group = static_cast<int>(threadIdx.x) / 128 - 1;
   const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
+  const uint32_t warp = threadIdx.x / 32 - 4;
   float* scale = vectors + group * 3 * kWidth;
   float* bias = scale + kWidth;
   auto* sums = reinterpret_cast<int32_t*>(bias + kWidth);
@@ -263,6 +260,14 @@ __device__ __forceinline__ void consume(const Launch& a, const Share& share, uin
       my_bias[i] = inside && p.out.bias ? float_at(p.out.dtype, p.out.bias, n0 + c) : 0.0f;
       my_sum[i] = inside && p.x_zeros ? p.weight_sum[n0 + c] : 0;
     }
+    Tokens tokens;
+    const int64_t warp_m0 = m0 + thread / 32 * 16;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t m = warp_m0 + lane / 4 + 8 * h;
+      tokens.scale[h] = m < p.m ? p.x_scale[m] : 0.0f;
+      tokens.zero[h] = m < p.m && p.x_zeros ? p.x_zeros[m] : 0;
+    }
     int previous = -1;
     for (int32_t k = share.k_begin; k < share.k_end; ++k) {
       ptx::mbarrier_wait(full + stage, phase);
@@ -285,13 +290,6 @@ __device__ __forceinline__ void consume(const Launch& a, const Share& share, uin
     ptx::wgmma_wait<0>();
     ptx::hold(d);
     release(previous);
-    int begin = 0, end = kBlocks;
-    if (a.split > 1) {
-      const auto rank = static_cast<int>(cluster_rank());
-      begin = rank * kBlocks / a.split, end = (rank + 1) * kBlocks / a.split;
-      add_other_sums<kWidth>(d, stages, a.split, active, begin, end);
-    }
-    if (!active) continue;
     ptx::named_sync(1 + group, 128);  // the last tile's vectors are read
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -299,10 +297,31 @@ __device__ __forceinline__ void consume(const Launch& a, const Share& share, uin
       if (c < kWidth) scale[c] = my_scale[i], bias[c] = my_bias[i], sums[c] = my_sum[i];
     }
     ptx::named_sync(1 + group, 128);
-    if (p.x_zeros)
-      finish<kWidth, true>(a, d, m0, n0, scale, bias, sums, begin, end);
-    else
-      finish<kWidth, false>(a, d, m0, n0, scale, bias, sums, begin, end);
+    // CTAs that share K leave all blocks in the ring, which nobody needs any more; else one block
+    // after the other passes through the room behind it.
+    const bool shared = a.split > 1;
+    const uint32_t room = shared ? stages : stages + T::kStages * T::kStageBytes;
+    const uint32_t warp_sums = room + warp * (kWarpSums * 4);
+    int begin = 0, end = T::kBlocks;
+    if (shared) {
+      ptx::named_sync(3, 256);  // both groups have read the ring
+#pragma unroll 1
+      for (int b = 0; active && b < T::kBlocks; ++b)
+        stage_block<kWidth>(d, b, warp_sums + b * kBlockBytes);
+      cluster_sync_shared();
+      const auto rank = static_cast<int>(cluster_rank());
+      begin = rank * T::kBlocks / a.split, end = (rank + 1) * T::kBlocks / a.split;
+    }
+#pragma unroll 1
+    for (int b = begin; active && b < end; ++b) {
+      if (!shared) {
+        stage_block<kWidth>(d, b, warp_sums);
+        __syncwarp();
+      }
+      finish_block(a, warp_m0, n0 + b * kBlock, warp_sums + (shared ? b * kBlockBytes : 0),
+                   scale + b * kBlock, bias + b * kBlock, sums + b * kBlock, tokens);
+      __syncwarp();
+    }
   }
 }
 
@@ -313,8 +332,9 @@ __global__ void __launch_bounds__(kThreads, 1) w8a8_kernel(const __grid_constant
   // The same offset in every CTA of a cluster: the dynamic part starts at the same address.
   const uint32_t base = ptx::shared_address(raw), stages = (base + 1023) & ~1023u;
   uint8_t* aligned = raw + (stages - base);
-  auto* vectors = reinterpret_cast<float*>(aligned + T::kStages * T::kStageBytes);
-  auto* full = reinterpret_cast<uint64_t*>(aligned + T::kStages * T::kStageBytes + T::kVectorBytes);
+  uint8_t* behind = aligned + T::kStages * T::kStageBytes + kBlockBytes;
+  auto* vectors = reinterpret_cast<float*>(behind);
+  auto* full = reinterpret_cast<uint64_t*>(behind + T::kVectorBytes);
   uint64_t* empty = full + T::kStages;
   const bool cluster = a.pair * a.split > 1;
   if (threadIdx.x == 0) {
@@ -333,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 1) w8a8_kernel(const __grid_constant
   if (threadIdx.x < 128) {
     ptx::registers_give<40>();
     if (threadIdx.x == 0) produce<kWidth>(a, share, stages, full, empty);
-    if (a.split > 1) cluster_sync_shared();  // the one of add_other_sums
+    if (a.split > 1) cluster_sync_shared();  // the one before sums are added
   } else {
     ptx::registers_take<232>();
     grid_wait();

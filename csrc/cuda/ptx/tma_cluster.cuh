@@ -9,11 +9,11 @@ namespace fastinfer::cuda::ptx {
 // The box at column c, row r of a matrix (dimensions 3 and 4 of its map are 1) to `to`, in this
 // CTA.
 __device__ __forceinline__ void tma_load_2d(uint32_t to, const CUtensorMap* map, uint64_t* barrier,
-                                            int32_t c, int32_t r) {
+                                            int32_t c, int32_t r, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5, %5}], [%2];" ::"r"(to),
-      "l"(map), "r"(shared_address(barrier)), "r"(c), "r"(r), "r"(0)
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %5}], [%2], %6;" ::"r"(to),
+      "l"(map), "r"(shared_address(barrier)), "r"(c), "r"(r), "r"(0), "l"(policy)
       : "memory");
 }
 
@@ -21,11 +21,11 @@ __device__ __forceinline__ void tma_load_2d(uint32_t to, const CUtensorMap* map,
 // counted by the barrier at the same offset there.
 __device__ __forceinline__ void tma_load_2d_multicast(uint32_t to, const CUtensorMap* map,
                                                       uint64_t* barrier, int32_t c, int32_t r,
-                                                      uint16_t mask) {
+                                                      uint16_t mask, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %6, %6}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(shared_address(barrier)), "r"(c), "r"(r), "h"(mask), "r"(0)
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4, %6, %6}], [%2], %5, %7;" ::"r"(to),
+      "l"(map), "r"(shared_address(barrier)), "r"(c), "r"(r), "h"(mask), "r"(0), "l"(policy)
       : "memory");
 }
 
@@ -42,19 +42,37 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, uint32_t r
       : "memory");
 }
 
-// The word that lies in CTA `rank` where `local` lies in this one.
-__device__ __forceinline__ int32_t load_from(uint32_t local, uint32_t rank) {
-  int32_t v;
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.s32 %0, [remote];\n"
-      "}"
-      : "=r"(v)
-      : "r"(local), "r"(rank)
-      : "memory");
+// Address, in CTA `rank`, of what lies at `local` in this one.
+__device__ __forceinline__ uint32_t address_at(uint32_t local, uint32_t rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  return remote;
+}
+
+// 32 bytes, 16-byte aligned, of this CTA or of any in the cluster.
+__device__ __forceinline__ void load_shared(uint32_t (&v)[8], uint32_t at) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[i]), "=r"(v[i + 1]), "=r"(v[i + 2]), "=r"(v[i + 3])
+                 : "r"(at + 4 * i)
+                 : "memory");
+}
+__device__ __forceinline__ float load_shared_float(uint32_t at) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
   return v;
+}
+__device__ __forceinline__ void load_shared_cluster(uint32_t (&v)[8], uint32_t at) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4)
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[i]), "=r"(v[i + 1]), "=r"(v[i + 2]), "=r"(v[i + 3])
+                 : "r"(at + 4 * i)
+                 : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, int32_t a, int32_t b) {
+  asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b) : "memory");
 }
 
 }  // namespace fastinfer::cuda::ptx
