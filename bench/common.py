@@ -125,10 +125,15 @@ class Bench:
                 f"{share:>5.0%} {ratio}",
                 flush=True,
             )
+        if self.args.json:
+            self._write()  # after every case: a run that is cut short leaves what it has
 
     def finish(self) -> None:
-        if not self.args.json:
-            return
+        if self.args.json:
+            self._write()
+            print(f"wrote {self.args.json}")
+
+    def _write(self) -> None:
         document = {
             "device": self._device_name(),
             "torch": torch.__version__,
@@ -141,7 +146,6 @@ class Bench:
         }
         self.args.json.parent.mkdir(parents=True, exist_ok=True)
         self.args.json.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"wrote {self.args.json}")
 
     # ---- timing ----------------------------------------------------------------------------------
     def _times(
@@ -191,7 +195,7 @@ class Bench:
             calls = calls[:1]
         elif len(calls) < 4:  # the start of a graph costs microseconds
             calls = calls * (4 // len(calls))
-        least = 2 if once > self.args.seconds else 5
+        least = 1 if once > 0.2 else 2 if once > self.args.seconds else 5
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls:
