@@ -130,13 +130,18 @@ class Bench:
                 f"{share:>5.0%} {ratio}",
                 flush=True,
             )
+        if self.args.json:
+            self._write()  # after every case: a run that is cut short leaves what it has
 
     def wanted(self, label: str) -> bool:
         return any(part in label for part in self.args.filter.split(","))
 
     def finish(self) -> None:
-        if not self.args.json:
-            return
+        if self.args.json:
+            self._write()
+            print(f"wrote {self.args.json}")
+
+    def _write(self) -> None:
         document = {
             "device": self._device_name(),
             "torch": torch.__version__,
@@ -150,7 +155,6 @@ class Bench:
         }
         self.args.json.parent.mkdir(parents=True, exist_ok=True)
         self.args.json.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"wrote {self.args.json}")
 
     # ---- timing ----------------------------------------------------------------------------------
     def _times(
@@ -195,8 +199,9 @@ class Bench:
         once = time.perf_counter()
         calls[-1]()
         torch.cuda.synchronize()
-        long = time.perf_counter() - once > self.args.seconds
-        if long:  # one launch and two samples say enough
+        once = time.perf_counter() - once
+        long = once > self.args.seconds
+        if long:  # one launch and a sample or two say enough
             calls = calls[:1]
         rounds = 1
         while True:
@@ -214,7 +219,8 @@ class Bench:
             rounds = math.ceil(LEAST_GRAPH_US / us)  # the same buffers in turn, again
         samples: list[float] = []
         stop = time.perf_counter() + self.args.seconds
-        while len(samples) < (2 if long else 5) or time.perf_counter() < stop:
+        least = 1 if once > 0.2 else 2 if long else 5
+        while len(samples) < least or time.perf_counter() < stop:
             samples.append(self._replay(graph) / (rounds * len(calls)))
         return statistics.median(samples), min(samples)
 

@@ -7,8 +7,9 @@ namespace fastinfer::cuda {
 
 int launch_flash_attention(const FlashAttentionParams& call, void* stream) {
   FlashAttentionParams p = call;
-  p.section = static_cast<int32_t>(flash::section_heads(p.batch, p.heads_kv, p.group, p.len_k,
-                                                        p.head_dim, device_facts().l2_bytes));
+  p.section = static_cast<int32_t>(
+      flash::section_heads(p.batch, p.heads_kv, p.group, p.len_q, p.len_k, p.head_dim,
+                           device_facts().l2_bytes, device_facts().sms));
   constexpr float kLog2e = 1.44269504088896f;
   p.inner = p.softcap > 0.0f ? p.scale / p.softcap : p.scale * kLog2e;
   p.outer = p.softcap * kLog2e;

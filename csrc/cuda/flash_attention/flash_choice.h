@@ -53,19 +53,23 @@ inline Kernel choose_kernel(const FlashAttentionParams& p, int compute_capabilit
 }
 
 // Query heads of a dense batch whose tiles are dealt out together: as many as have keys and values
-// that fit 70 % of the L2 cache, in sections of nearly the same size. The order of the work only.
-constexpr int64_t section_heads(int64_t batch, int64_t heads_kv, int64_t group, int64_t len_k,
-                                int64_t head_dim, int64_t l2_bytes) {
+// that fit 35 % of the L2 cache, and where there are more than 8 tiles per SM no more than give
+// each SM 4, in sections of nearly the same size. The order of the work only.
+constexpr int64_t section_heads(int64_t batch, int64_t heads_kv, int64_t group, int64_t len_q,
+                                int64_t len_k, int64_t head_dim, int64_t l2_bytes, int64_t sms) {
   const int64_t all = batch * heads_kv, bytes = 4 * len_k * head_dim;
-  const int64_t fit = bytes > 0 ? l2_bytes * 7 / 10 / bytes : all;
+  const int64_t tiles = (len_q + 127) / 128 * group;  // of a key head
+  int64_t fit = bytes > 0 ? l2_bytes * 35 / 100 / bytes : all;
+  if (all * tiles > 8 * sms && fit > 4 * sms / tiles) fit = 4 * sms / tiles;
   const int64_t sections = fit >= all ? 1 : fit > 0 ? (all + fit - 1) / fit : all;
   return (all + sections - 1) / sections * group;
 }
-static_assert(section_heads(1, 8, 4, 8192, 128, 50 << 20) == 32, "32 MiB of keys: one section");
-static_assert(section_heads(1, 32, 1, 8192, 128, 50 << 20) == 8, "128 MiB: four sections");
-static_assert(section_heads(1, 8, 4, 131072, 128, 50 << 20) == 4, "no head fits: one at a time");
-static_assert(section_heads(32, 8, 4, 512, 128, 50 << 20) == 512, "64 MiB: two sections");
-static_assert(section_heads(2, 4, 2, 0, 128, 50 << 20) == 16, "no keys at all");
+static_assert(section_heads(1, 8, 4, 8192, 8192, 128, 50 << 20, 132) == 8, "512 tiles");
+static_assert(section_heads(1, 32, 1, 8192, 8192, 128, 50 << 20, 132) == 4, "16 MiB of keys");
+static_assert(section_heads(1, 8, 4, 131072, 131072, 128, 50 << 20, 132) == 4, "none fits");
+static_assert(section_heads(32, 8, 4, 512, 512, 128, 50 << 20, 132) == 128, "512 tiles");
+static_assert(section_heads(1, 8, 4, 2048, 2048, 128, 50 << 20, 132) == 32, "few: one section");
+static_assert(section_heads(2, 4, 2, 64, 0, 128, 50 << 20, 132) == 16, "no keys at all");
 
 static_assert(sm90_dim(16) == 64 && sm90_dim(72) == 128 && sm90_dim(128) == 128 &&
                   sm90_dim(136) == 192 && sm90_dim(256) == 256,

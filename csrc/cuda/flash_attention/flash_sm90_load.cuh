@@ -37,15 +37,15 @@ __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
 }
 
 // One K or V tile. Dense and packed: a box per slab. Paged: a box per slab and p.box_rows keys of a
-// page; lane j looks up the page of keys [j, j + 1) * box_rows of the tile, lane 0 loads them all:
-// operands of one lane take a fraction of the instructions.
+// page; lane j looks after keys [j, j + 1) * box_rows of the tile, and boxes no row sees are not
+// loaded.
 template <class Tile>
 struct TileLoader {
   const FlashAttentionParams& p;
   uint64_t policy;
 
-  // Block id, or -1 where no row sees the keys.
-  __device__ __forceinline__ int32_t find_page(const Slot& slot, int32_t tile) const {
+  // Lane j: id of the page that holds box j of the tile, or -1.
+  __device__ __forceinline__ int32_t page_id(const Slot& slot, int32_t tile) const {
     const int32_t rows = p.box_rows, j = threadIdx.x % 32;
     const int32_t key = tile * Tile::kKeys + j * rows;
     if (j * rows >= Tile::kKeys || key >= slot.keys.end || key + rows <= slot.keys.begin) return -1;
@@ -54,33 +54,27 @@ struct TileLoader {
   __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint64_t* full,
                                        const Slot& slot, int32_t tile, int32_t kv_head,
                                        int32_t page) const {
-    const bool leader = threadIdx.x % 32 == 0;
+    const int lane = threadIdx.x % 32;
+    const int32_t key = tile * Tile::kKeys;
     if (!p.table) {
-      if (!leader) return;
+      if (lane != 0) return;
       ptx::mbarrier_arrive_expect(full, Tile::kTileBytes);
 #pragma unroll
       for (int s = 0; s < Tile::kSlabs; ++s)
-        ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s,
-                      slot.w.start_k + tile * Tile::kKeys, kv_head, p.cu_q ? 0 : slot.w.batch,
-                      policy);
+        ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s, slot.w.start_k + key, kv_head,
+                      p.cu_q ? 0 : slot.w.batch, policy);
       return;
     }
     const int32_t rows = p.box_rows;
     const unsigned here = __ballot_sync(kAllLanes, page >= 0);
-    if (leader) ptx::mbarrier_arrive_expect(full, __popc(here) * rows * Tile::kDim * 2);
-    int32_t row = tile * Tile::kKeys % p.page_size;
-#pragma unroll 1
-    for (int j = 0; here >> j; ++j) {
-      const int32_t id = __shfl_sync(kAllLanes, page, j);
-      if (leader && id >= 0) {
+    if (lane == 0) ptx::mbarrier_arrive_expect(full, __popc(here) * rows * Tile::kDim * 2);
+    __syncwarp();
+    if (page < 0) return;
+    const int32_t slot_row = (key + lane * rows) % p.page_size;
 #pragma unroll
-        for (int s = 0; s < Tile::kSlabs; ++s)
-          ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s, row, kv_head, id, policy);
-      }
-      to += rows * 128;
-      row += rows;
-      if (row == p.page_size) row = 0;
-    }
+    for (int s = 0; s < Tile::kSlabs; ++s)
+      ptx::tma_load(to + s * Tile::kKeys * 128 + lane * rows * 128, map, full, 64 * s, slot_row,
+                    kv_head, page, policy);
   }
 };
 
@@ -95,9 +89,9 @@ __device__ __forceinline__ void stream_tiles(const TileLoader<Tile>& loader, con
   const int32_t last = (slot.keys.end - 1) / Tile::kKeys;
   const int32_t kv_head = slot.w.head / loader.p.group;
   const bool paged = loader.p.table != nullptr;
-  int32_t page = paged ? loader.find_page(slot, last) : -1;
+  int32_t page = paged ? loader.page_id(slot, last) : -1;
   for (int32_t tile = last; tile >= first; --tile) {
-    const int32_t next = paged && tile > first ? loader.find_page(slot, tile - 1) : -1;
+    const int32_t next = paged && tile > first ? loader.page_id(slot, tile - 1) : -1;
     ptx::mbarrier_wait(&empty[ring.index], ring.phase ^ 1);
     loader.load(map, tiles + ring.index * Tile::kTileBytes, &full[ring.index], slot, tile, kv_head,
                 page);
