@@ -1,5 +1,5 @@
 #include "wide_instances.h"
-#include "wide_sm90.cuh"
+#include "wide_sm90_launch.cuh"
 
 namespace fastinfer::cuda::wide {
 

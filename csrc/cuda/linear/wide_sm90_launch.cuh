@@ -1,0 +1,103 @@
+// Launches the wgmma kernel for packed weights: descriptors, order of the work, rounds and
+// clusters.
+#pragma once
+
+#include "wide_sm90.cuh"
+
+namespace fastinfer::cuda::wide {
+
+template <class T, class Tile>
+int launch_wide(const PackedLinear& p, int split, void* stream) {
+  const int64_t steps = ceil_div(p.k, 64), blocks = ceil_div(p.n, 64), sms = device_facts().sms;
+  const int64_t row_tiles = ceil_div(blocks, Tile::kAllBlocks);
+  const int64_t token_tiles = ceil_div(p.m, Tile::kTokens), tiles = row_tiles * token_tiles;
+  if (split > steps) split = static_cast<int>(steps);
+  if (tiles > INT32_MAX / 8 || p.k > INT32_MAX - 64 || p.n > INT32_MAX - 64)
+    return cudaErrorInvalidConfiguration;
+  CUtensorMap x_map, w_map;
+  int error = activation_map(x_map, p.x, p.dtype, p.m, p.k, p.x_stride, Tile::kTokens);
+  if (!error)
+    error = packed_map(w_map, p.qweight, steps * (Tile::kBits / 4), blocks, Tile::kBits / 4,
+                       Tile::kAllBlocks);
+  if (error) return error;
+  // Token tiles walked before the next row tile: their X stays in the second-level cache.
+  int64_t section = device_facts().l2_bytes / 3 / (2 * p.k * Tile::kTokens);
+  section = section < 1 ? 1 : section < token_tiles ? section : token_tiles;
+  WideParams params{
+      p.qweight,
+      p.scales,
+      static_cast<const uint8_t*>(p.zeros),
+      p.scale_dtype,
+      p.out,
+      p.out_stride,
+      p.bias,
+      static_cast<int32_t>(p.m),
+      static_cast<int32_t>(p.n),
+      static_cast<int32_t>(steps),
+      static_cast<int32_t>(blocks),
+      static_cast<int32_t>(p.groups == 1 ? steps : ceil_div(p.group_columns, 64)),
+      static_cast<int32_t>(row_tiles),
+      static_cast<int32_t>(token_tiles),
+      static_cast<int32_t>(section),
+      0,
+      0,
+      false,
+      p.groups > 1 && p.group_columns == 32,
+      reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (p.m == 1 || p.out_stride % 8 == 0),
+  };
+  const cudaError_t status =
+      cudaFuncSetAttribute(wide_kernel<T, Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(Tile::kSharedBytes));
+  if (status != cudaSuccess) return status;
+  // Tiles [first, end): in rounds, or one per cluster of `ranks` CTAs.
+  const auto start = [&](int64_t first, int64_t end, int ranks) -> int {
+    const int64_t count = end - first, ctas = ranks > 1 ? count * ranks : count < sms ? count : sms;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(ctas));
+    config.blockDim = dim3(Tile::kThreads);
+    config.dynamicSmemBytes = Tile::kSharedBytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attributes[2];
+    config.attrs = attributes;
+    if (ranks > 1) {
+      attributes[0].id = cudaLaunchAttributeClusterDimension;
+      attributes[0].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
+      config.numAttrs = 1;
+    }
+    if (programmatic_launch()) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    params.first_tile = static_cast<int32_t>(first);
+    params.end_tile = static_cast<int32_t>(end);
+    params.split = ranks > 1;
+    return cudaLaunchKernelEx(&config, wide_kernel<T, Tile>, params, x_map, w_map,
+                              static_cast<int32_t>(p.k));
+  };
+  const int64_t whole = split > 1 ? tiles / sms * sms : tiles;
+  if (whole > 0) error = start(0, whole, 1);
+  if (!error && whole < tiles) error = start(whole, tiles, split);
+  return error;
+}
+
+// The instance for a shape; linear_choice.h knows which exist. 8-bit codes have no kHalf instances:
+// their way to bf16 leads through fp32 anyway.
+template <class T, int kBits>
+int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
+  if constexpr (kBits == 4) {
+    if (p.scale_dtype == p.dtype) {
+      if (s.tokens == 64 && s.blocks == 1)
+        return launch_wide<T, WideTile<4, 64, 1, true>>(p, s.split, stream);
+      if (s.tokens == 64) return launch_wide<T, WideTile<4, 64, 2, true>>(p, s.split, stream);
+      if (s.tokens == 128 && s.blocks == 1)
+        return launch_wide<T, WideTile<4, 128, 1, true>>(p, s.split, stream);
+      if (s.tokens == 128) return launch_wide<T, WideTile<4, 128, 2, true>>(p, s.split, stream);
+      return launch_wide<T, WideTile<4, 256, 1, true>>(p, s.split, stream);
+    }
+  }
+  if (s.tokens == 64) return launch_wide<T, WideTile<kBits, 64, 2, false>>(p, s.split, stream);
+  if (s.tokens == 128) return launch_wide<T, WideTile<kBits, 128, 1, false>>(p, s.split, stream);
+  return launch_wide<T, WideTile<kBits, 256, 1, false>>(p, s.split, stream);
+}
+
+}  // namespace fastinfer::cuda::wide
