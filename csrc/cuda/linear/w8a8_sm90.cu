@@ -7,9 +7,8 @@
 //   pair       two CTAs of a cluster take neighbouring token tiles of the same channels, also
 //              persistent. Each loads half of the W stage for both (multicast), which halves the
 //              reads of W from L2; a stage is free when the consumers of both have read it;
-//   split      where tiles are fewer than SMs: the CTAs of a cluster share the K of one tile, leave
-//              their sums in shared memory and each finishes a part of the channels. Exact in any
-//              order.
+//   split      where tiles are few: the CTAs of a cluster share the K of one tile, leave their sums
+//              in shared memory and each finishes a part of the channels.
 // Tiles go in bands of kBand rows, so that those under way at one time share X and W.
 #include "../common/launch_cluster.cuh"
 #include "../ptx/cluster.cuh"
@@ -387,16 +386,11 @@ int launch_width(const cpu::Int8Params& p, const W8a8Choice& choice, void* strea
 }  // namespace
 
 int w8a8_sm90(const cpu::Int8Params& p, const W8a8Choice& choice, void* stream) {
-  switch (choice.width) {
-    case 64:
-      return launch_width<64>(p, choice, stream);
-    case 128:
-      return launch_width<128>(p, choice, stream);
-    case 192:
-      return launch_width<192>(p, choice, stream);
-    default:
-      return launch_width<256>(p, choice, stream);
-  }
+  const int width = choice.width;
+  return width == 64    ? launch_width<64>(p, choice, stream)
+         : width == 128 ? launch_width<128>(p, choice, stream)
+         : width == 192 ? launch_width<192>(p, choice, stream)
+                        : launch_width<256>(p, choice, stream);
 }
 
 }  // namespace fastinfer::cuda
