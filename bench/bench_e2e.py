@@ -3,7 +3,9 @@
 Greedy, fixed lengths, the prefix cache empty. `ttft_ms` of a batch is the time until all its first
 tokens are there (a run with one new token); `tpot_ms` is what the other tokens take on top, each.
 On a GPU the shape is Llama-3-8B unless told otherwise, on a CPU a tiny one. The int4 rows have the
-same shape with 4-bit weights in groups of 128.
+same shape with 4-bit weights in groups of 128. Steps of at most 8192 tokens and 256 requests, as
+the engines that the rows are compared with had them. `host_us` is what the CPU does per step, the
+time it waits for the GPU left out.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from common import Bench
 
-from fastinfer import LLM
+from fastinfer import LLM, SamplingParams
 from fastinfer.bench.drive import LoadResult, run_load
 from fastinfer.bench.workloads import make_workload
+from fastinfer.engine.sampler import DrawnTokens
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama3-8b": {
@@ -124,13 +128,58 @@ def load_row(llm: LLM, count: int, workload: str, lengths: tuple[int, int]) -> d
     }
 
 
+def host_row(llm: LLM, count: int, prompt: int, steps: int) -> dict[str, Any]:
+    """Steps of `count` decoding requests. On the CPU, where there is nothing to wait for, the model
+    does nothing.
+    """
+    core, graphs = llm.core, llm.core.runner._graphs
+    replays = {}
+    if graphs is not None and llm.device.type == "cpu":
+        for rows, bucket in graphs._buckets.items():
+            replays[rows] = bucket.replay
+            bucket.replay = dict.fromkeys((True, False), lambda: None)
+    core.scheduler.pool.clear_cache()
+    ids = list(range(1, prompt + 1))
+    params = SamplingParams(temperature=0.0, max_tokens=steps + 20, ignore_eos=True)
+    core.add([(None, [i + 1, *ids[1:]], params) for i in range(count)])
+    while core.scheduler.waiting or any(r.num_output < 2 for r in core.scheduler.running):
+        core.step()
+    waited = 0.0
+    original = DrawnTokens.wait
+
+    def wait(drawn: DrawnTokens) -> None:
+        nonlocal waited
+        start = time.perf_counter()
+        original(drawn)
+        waited += time.perf_counter() - start
+
+    DrawnTokens.wait = wait  # type: ignore[method-assign]
+    whole, host = [], []
+    for _ in range(steps):
+        waited, start = 0.0, time.perf_counter()
+        core.step()
+        whole.append(time.perf_counter() - start)
+        host.append(whole[-1] - waited)
+    DrawnTokens.wait = original  # type: ignore[method-assign]
+    core.abort_all()
+    for rows, replay in replays.items():
+        graphs._buckets[rows].replay = replay
+    return {
+        "step_us": round(statistics.median(whole) * 1e6, 1),
+        "host_us": round(statistics.median(host) * 1e6, 1),
+        "host_us_min": round(min(host) * 1e6, 1),
+    }
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, help="default: llama3-8b on a GPU, else tiny")
     parser.add_argument("--iters", type=int, default=3)
     parser.add_argument("--weights", nargs="+", default=["16", "int4"], choices=["16", "int4"])
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out cases that contain this")
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--no-cuda-graphs", action="store_true")
-    parser.add_argument("--mode", default="balanced")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--kv-cache-dtype", default="auto")
 
 
@@ -150,10 +199,12 @@ def main() -> None:
                 name,
                 device=bench.device,
                 load_format="dummy",
-                mode=args.mode,
+                max_num_seqs=args.max_num_seqs,
+                max_num_batched_tokens=args.max_num_batched_tokens,
+                enable_prefix_caching=False,
                 kv_cache_dtype=args.kv_cache_dtype,
                 batch_invariant=args.batch_invariant,
-                cuda_graphs=False if args.no_cuda_graphs else None,
+                cuda_graphs=not args.no_cuda_graphs,
             )
         cases: list[tuple[str, Any]] = [
             (
@@ -166,9 +217,13 @@ def main() -> None:
             (case, lambda llm, c=count, w=workload: load_row(llm, c, w, lengths))
             for case, count, workload in loads
         ]
+        running = min(256, args.max_num_seqs)
+        cases.append(
+            (f"host {running} running", lambda llm, n=running: host_row(llm, n, lengths[0], 64))
+        )
         with llm:
             for case, measure in cases:
-                if args.filter not in f"{case} {peer}":
+                if args.filter not in f"{case} {peer}" or any(text in case for text in args.skip):
                     continue
                 row = {"op": "e2e", "case": case, "peer": peer, "shape": shape, **measure(llm)}
                 bench.rows.append(row)
@@ -178,6 +233,7 @@ def main() -> None:
                         ("ttft_ms", "ms TTFT"),
                         ("tpot_ms", "ms TPOT"),
                         ("out_tok_s", "tok/s"),
+                        ("host_us", "us host"),
                     )
                 ]
                 print(f"{case:<24} {peer:<36} " + " ".join(figures), flush=True)

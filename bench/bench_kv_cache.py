@@ -153,7 +153,7 @@ def swap(
     """Random blocks of the device; on the host a row of blocks, or random ones (`scattered`)."""
     case = f"swap {'D2H' if into_host else 'H2D'} {blocks} blocks x 32KiB, one layer K"
     case += (", host scattered" if scattered else "") + ("" if pinned else ", pageable")
-    if bench.args.filter not in f"case={case}":
+    if not bench.wanted(f"case={case}"):
         return
     total = 2 * blocks + 64
     here = caches(bench, total)[0]
@@ -177,7 +177,7 @@ def swap(
             )
     for peer, call in peers.items():
         samples = []
-        calls = 20 if pinned and blocks < 2048 else 4
+        calls = 20 if pinned else 4
         for _ in range(8):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -12,6 +12,7 @@ import torch
 from common import OURS, Bench, Call, randn
 
 import fastinfer
+from fastinfer import _lib
 
 GROUP = 128
 # (label, N, K): layers of an 8B Llama; the CPU runs the square one only.
@@ -20,6 +21,12 @@ LAYERS = (
     ("8B qkv", 6144, 4096),
     ("8B gate_up", 28672, 4096),
     ("8B down", 4096, 14336),
+)
+# Of a 70B Llama.
+LARGE_LAYERS = (
+    ("70B qkv", 10240, 8192),
+    ("70B gate_up", 57344, 8192),
+    ("70B down", 8192, 28672),
 )
 
 
@@ -36,10 +43,32 @@ def packed_weight(bits: int, n: int, k: int, device: str) -> fastinfer.PackedWei
     return fastinfer.pack_weight(codes, scales, bits=bits, group_size=GROUP)
 
 
-def packed_call(bits: int, m: int, n: int, k: int, dtype: torch.dtype, device: str) -> Call:
+def random_packed(bits: int, n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Words and scales as `pack_weight` lays them out for a GPU."""
+    blocks, steps = -(-n // 64), -(-k // 64)
+    words = torch.randint(
+        -(2**31), 2**31, (blocks, steps, 128 * bits), dtype=torch.int32, device="cuda"
+    )
+    scales = torch.rand(-(-k // GROUP), blocks, 8, 8, device="cuda") * 0.02
+    return [words, scales.to(dtype)]
+
+
+def packed_call(
+    bits: int,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: str,
+    scale_dtype: torch.dtype | None = None,
+) -> Call:
+    """Scales of x's dtype on a GPU unless said, as other engines keep them; fp32 on the CPU."""
     x = randn(m, k, dtype=dtype, device=device)
-    qweight, scales, _ = packed_weight(bits, n, k, device)
-    weight = qweight.clone(), scales.clone()
+    if device == "cuda":
+        weight = random_packed(bits, n, k, scale_dtype or dtype)
+    else:
+        qweight, scales, _ = packed_weight(bits, n, k, device)
+        weight = [qweight.clone(), scales.clone()]
     op = fastinfer.int4_linear if bits == 4 else fastinfer.int8_linear
     return lambda: op(x, *weight, group_size=GROUP, out_features=n)
 
@@ -81,11 +110,120 @@ def int4pack_for_cpu(m: int, n: int, k: int) -> Call:
     return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales_and_zeros)
 
 
-def w8a8(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> Call:
-    q, scale, _ = fastinfer.quantize_per_token(randn(m, k, dtype=dtype, device=device))
-    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-    weight_scale = torch.rand(n, device=device)
-    return lambda: fastinfer.w8a8_linear(q, scale, weight, weight_scale, out_dtype=dtype)
+@functools.lru_cache(1)
+def tinygemm_weight(n: int, k: int) -> torch.Tensor:
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    return torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+
+
+def tinygemm(m: int, n: int, k: int) -> Call:
+    x = randn(m, k, dtype=torch.bfloat16, device="cuda")
+    packed = tinygemm_weight(n, k).clone()
+    scales_and_zeros = torch.rand(k // GROUP, n, 2, dtype=torch.bfloat16, device="cuda")
+    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, scales_and_zeros)
+
+
+def chain(bits: int, m: int, dtype: torch.dtype, *, programmatic: bool) -> Call:
+    """The four linears of a layer of an 8B Llama, each reading what the one before wrote."""
+    layers = [LAYERS[1], LAYERS[0], LAYERS[2], LAYERS[3]]
+    buffers = [randn(m, 28672, dtype=dtype, device="cuda") for _ in range(5)]
+    calls = []
+    for i, (_, n, k) in enumerate(layers):
+        x, out = buffers[i][:, :k], buffers[i + 1][:, :n]
+        if bits == 16:
+            weight = randn(n, k, dtype=dtype, device="cuda")
+            calls.append(lambda x=x, w=weight, out=out: fastinfer.linear(x, w, out=out))
+        else:
+            op = fastinfer.int4_linear if bits == 4 else fastinfer.int8_linear
+            packed = random_packed(bits, n, k, dtype)
+            calls.append(
+                lambda x=x, w=packed, out=out, n=n, op=op: op(
+                    x, *w, group_size=GROUP, out_features=n, out=out
+                )
+            )
+
+    def call() -> None:
+        with _lib.programmatic_launch(programmatic):
+            for linear in calls:
+                linear()
+
+    return call
+
+
+def few_tokens(bench: Bench) -> None:
+    """Decoding on a GPU: 4, 8 and 16-bit weights for up to 32 tokens, and a layer as a chain."""
+    dtype = bench.dtype
+    for label, n, k in (*LAYERS, *LARGE_LAYERS):
+        for m in (1, 2, 4, 8, 16, 32):
+            keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
+            shape = (m, n, k, dtype, "cuda")
+            flops, bits16 = 2 * m * n * k, n * k * dtype.itemsize
+            int4 = {f"{OURS}_int4": lambda s=shape: packed_call(4, *s)}
+            if dtype == torch.bfloat16:
+                int4["tinygemm_int4"] = lambda s=shape: tinygemm(*s[:3])
+            bench.case(keys, int4, moved_bytes=n * k * 33 // 64, flops=flops)
+            int8 = {f"{OURS}_int8": lambda s=shape: packed_call(8, *s)}
+            bench.case(keys, int8, moved_bytes=n * k * 65 // 64, flops=flops)
+            peers = {
+                OURS: lambda s=shape: dense(*s, ours=True),
+                f"cublas_{bench.args.dtype}": lambda s=shape: dense(*s, ours=False),
+            }
+            bench.case(keys, peers, moved_bytes=bits16, flops=flops)
+    elements = sum(n * k for _, n, k in LAYERS)
+    for bits in (4, 8, 16):
+        for m in (1, 8):
+            keys = {"op": "gemm", "layer": "8B chain", "bits": bits, "m": m}
+            peers = {
+                f"{OURS} pdl": lambda b=bits, m=m: chain(b, m, dtype, programmatic=True),
+                OURS: lambda b=bits, m=m: chain(b, m, dtype, programmatic=False),
+            }
+            bench.case(keys, peers, moved_bytes=elements * bits // 8)
+
+
+@functools.lru_cache(1)
+def int8_weight(n: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales, _ = fastinfer.quantize_per_token(torch.randn(n, k, device=device))
+    return codes, scales
+
+
+def w8a8(
+    m: int, n: int, k: int, dtype: torch.dtype, device: str, *, quantise: bool = False
+) -> Call:
+    """The product alone, or with the activations quantised in front of it."""
+    x = randn(m, k, dtype=dtype, device=device)
+    q, scale, _ = fastinfer.quantize_per_token(x)
+    weight, weight_scale = (t.clone() for t in int8_weight(n, k, device))
+
+    def call() -> torch.Tensor:
+        codes, s = fastinfer.quantize_per_token(x)[:2] if quantise else (q, scale)
+        return fastinfer.w8a8_linear(codes, s, weight, weight_scale, out_dtype=dtype)
+
+    return call
+
+
+def int_mm(m: int, n: int, k: int, device: str) -> Call:
+    """int32 sums only: no scales."""
+    x, weight = int8_weight(m, k, device)[0].clone(), int8_weight(n, k, device)[0].clone()
+    return lambda: torch._int_mm(x, weight.t())
+
+
+W8A8_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def w8a8_cases(bench: Bench, layers: tuple[tuple[str, int, int], ...]) -> None:
+    """On CUDA: against torch._int_mm, which starts at 17 tokens, and torch's GEMM at the dtype."""
+    dtype, device = bench.dtype, bench.device
+    for label, n, k in layers:
+        for m in W8A8_TOKENS if device == "cuda" else (1, 4, 16):
+            keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
+            shape = (m, n, k, dtype, device)
+            peers = {f"{OURS}_w8a8": lambda s=shape: w8a8(*s)}
+            if device == "cuda":
+                peers[f"{OURS}_w8a8, quantised here"] = lambda s=shape: w8a8(*s, quantise=True)
+                if m > 16:
+                    peers["torch int_mm"] = lambda s=(m, n, k, device): int_mm(*s)
+                peers["torch"] = lambda s=shape: dense(*s, ours=False)
+            bench.case(keys, peers, moved_bytes=n * k, flops=2 * m * n * k)
 
 
 def dense(m: int, n: int, k: int, dtype: torch.dtype, device: str, *, ours: bool) -> Call:
@@ -95,38 +233,59 @@ def dense(m: int, n: int, k: int, dtype: torch.dtype, device: str, *, ours: bool
     return lambda: torch.nn.functional.linear(x, weight)
 
 
+def many_tokens(bench: Bench) -> None:
+    """Packed weights against cuBLAS in 16 bits, from 64 tokens to prefill (CUDA). Scales are of x's
+    type, as other engines keep them; once more in fp32.
+    """
+    cublas = "cublas_bf16" if bench.dtype == torch.bfloat16 else "cublas_fp16"
+    for label, n, k in (*LAYERS, *LARGE_LAYERS):
+        for m in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+            shape = (m, n, k, bench.dtype, bench.device)
+            bench.case(
+                {"op": "gemm", "layer": label, "n": n, "k": k, "m": m},
+                {
+                    f"{OURS}_int4": lambda s=shape: packed_call(4, *s),
+                    f"{OURS}_int4_fp32_scales": lambda s=shape: packed_call(4, *s, torch.float32),
+                    f"{OURS}_int8": lambda s=shape: packed_call(8, *s),
+                    cublas: lambda s=shape: dense(*s, ours=False),
+                },
+                moved_bytes=n * k // 2,
+                flops=2 * m * n * k,
+            )
+
+
+def on_cpu(bench: Bench) -> None:
+    """The first layer: exact, with int8 activations, and what torch has for the same weights."""
+    dtype, (label, n, k) = bench.dtype, LAYERS[0]
+    for m in (1, 4, 16):
+        keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
+        shape = (m, n, k, dtype, "cpu")
+        int4 = {f"{OURS}_int4": lambda s=shape: packed_call(4, *s)}
+        int8 = {f"{OURS}_int8": lambda s=shape: packed_call(8, *s)}
+        for bits, peers in ((4, int4), (8, int8)):
+            peers[f"{OURS}_int{bits}_x8"] = lambda s=shape, bits=bits: with_int8_activations(
+                packed_call(bits, *s)
+            )
+        int4["dequantise + matmul"] = lambda s=shape: dequantise_and_matmul(*s)
+        if dtype == torch.bfloat16:
+            int4["torch int4pack"] = lambda s=shape: int4pack_for_cpu(*s[:3])
+        both = {
+            OURS: lambda s=shape: dense(*s, ours=True),
+            "torch": lambda s=shape: dense(*s, ours=False),
+        }
+        for peers, size in ((int4, n * k // 2), (int8, n * k), (both, n * k * dtype.itemsize)):
+            bench.case(keys, peers, moved_bytes=size, flops=2 * m * n * k)
+
+
 def main() -> None:
     bench = Bench("linear", __doc__)
-    dtype, device = bench.dtype, bench.device
-    for label, n, k in LAYERS if device == "cuda" else LAYERS[:1]:
-        for m in (1, 4, 16, 64, 256) if device == "cuda" else (1, 4, 16):
-            keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
-            shape = (m, n, k, dtype, device)
-            int4 = {f"{OURS}_int4": lambda s=shape: packed_call(4, *s)}
-            int8 = {f"{OURS}_int8": lambda s=shape: packed_call(8, *s)}
-            if device == "cpu":
-                for bits, peers in ((4, int4), (8, int8)):
-                    peers[f"{OURS}_int{bits}_x8"] = lambda s=shape, bits=bits: (
-                        with_int8_activations(packed_call(bits, *s))
-                    )
-            int4["dequantise + matmul"] = lambda s=shape: dequantise_and_matmul(*s)
-            if device == "cpu" and dtype == torch.bfloat16:
-                int4["torch int4pack"] = lambda s=shape: int4pack_for_cpu(*s[:3])
-            flops = 2 * m * n * k
-            bench.case(keys, int4, moved_bytes=n * k // 2, flops=flops)
-            bench.case(keys, int8, moved_bytes=n * k, flops=flops)
-            bench.case(
-                keys, {f"{OURS}_w8a8": lambda s=shape: w8a8(*s)}, moved_bytes=n * k, flops=flops
-            )
-            bench.case(
-                keys,
-                {
-                    OURS: lambda s=shape: dense(*s, ours=True),
-                    "torch": lambda s=shape: dense(*s, ours=False),
-                },
-                moved_bytes=n * k * dtype.itemsize,
-                flops=flops,
-            )
+    if bench.device == "cuda":
+        few_tokens(bench)
+        many_tokens(bench)
+        w8a8_cases(bench, LAYERS)
+    else:
+        on_cpu(bench)
+        w8a8_cases(bench, LAYERS[:1])
     bench.finish()
 
 

@@ -1,20 +1,29 @@
 """Decode attention over a paged cache. On CUDA: the anchor grid and beyond (several queries, skewed
 lengths, block sizes, head dimensions, 8-bit caches, the price of batch invariance, of a plan, of a
-missing workspace). On the CPU: three shapes, against torch's scaled_dot_product_attention on
-contiguous keys.
+missing workspace, shared prefixes), beside the best paged peer of each row on an H200
+(decode_peers_h200.json) and what this GPU reads. On the CPU: three shapes. torch's
+scaled_dot_product_attention runs on contiguous keys.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import json
+import math
+import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import OURS, Bench, Call, randn
 
 import fastinfer
+from fastinfer import _lib
+from fastinfer.ops.shared_prefix import flash_attn_with_shared_prefix
 
+PEERS = Path(__file__).with_name("decode_peers_h200.json")
 FORMATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # 128 lognormal lengths, 774198 keys in all.
 MIXED = [
@@ -52,7 +61,8 @@ class Row:
         return 2 * sum(self.all_lengths()) * self.hkv * self.d * size
 
     def keys(self) -> dict[str, Any]:
-        keys: dict[str, Any] = {"op": "decode", "batch": self.batch, "context": self.context}
+        op = "cascade" if "prefix" in self.options else "decode"
+        keys: dict[str, Any] = {"op": op, "batch": self.batch, "context": self.context}
         if self.lengths:
             keys["total_context"] = sum(self.lengths)
         keys |= {"hq": self.hq, "hkv": self.hkv, "d": self.d, "page": self.page, "kv": self.kv}
@@ -86,13 +96,15 @@ def anchor_rows() -> list[Row]:
 def further_rows() -> list[Row]:
     skewed = [65536] + [512] * 31
     invariant = {"batch_invariant": True}
+    overlapped = {"overlapped": True}
     return [
         Row(32, None, lengths=skewed),
         *(Row(32, 8192, page=page) for page in (8, 32, 128, 256)),
-        Row(32, 8192, options={"q_len": 4}),
+        *grid((8192, (1, 32)), (2048, (8,)), options={"q_len": 4}),
         Row(32, 2048, options={"q_len": 8}),
-        *grid((2048, (32, 128)), d=64),
-        *grid((2048, (32, 128)), d=256),
+        Row(32, 2048, hkv=1, options={"q_len": 4}),
+        *grid((8192, (1,)), (2048, (32, 128)), d=64),
+        *grid((8192, (1,)), (2048, (32, 128)), d=256),
         *grid((2048, (128,)), (8192, (1, 128)), kv="int8"),
         Row(128, 8192, kv="fp8", options={"scales": "token"}),
         *(Row(b, c, options=invariant) for b, c in ((1, 8192), (8, 2048), (32, 8192), (128, 2048))),
@@ -100,47 +112,80 @@ def further_rows() -> list[Row]:
         Row(128, None, lengths=MIXED, options={"plan": True}),
         Row(1, 512, options={"plan": True}),
         Row(1, 512, options={"workspace": False}),
+        # With programmatic launch, as the engine captures a step: starts while the launch before
+        # it ends.
+        *(Row(b, c, options=overlapped) for b, c in ((1, 512), (1, 8192), (8, 2048), (32, 2048))),
     ]
 
 
-def make_call(row: Row, device: str, dtype: torch.dtype) -> Call:
+def prefix_rows() -> list[Row]:
+    """Batches whose sequences share all but the last 256 keys."""
+    return [
+        Row(b, prefix + 256, options={"prefix": prefix})
+        for prefix in (512, 2048, 8192)
+        for b in (2, 4, 8, 32)
+    ]
+
+
+@functools.cache
+def shared_workspace(device: str) -> torch.Tensor:
+    return torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+
+
+def make_call(row: Row, device: str, dtype: torch.dtype, cascade: bool = False) -> Call:
     lengths, page = row.all_lengths(), row.page
-    counts = [-(-n // page) for n in lengths]
+    prefix = row.options.get("prefix", 0)
+    counts = torch.tensor([-(-n // page) for n in lengths])
+    total = int(counts.sum()) - (row.batch - 1) * (prefix // page)
     kv_dtype = dtype if row.kv == "bf16" else FORMATS[row.kv]
-    shape = (sum(counts), page, row.hkv, row.d)
+    shape = (total, page, row.hkv, row.d)
     caches, scales = [], []
     for _ in "kv":
         cache = torch.empty(shape, dtype=dtype, device=device).normal_()
         if kv_dtype != dtype:
-            cache = (cache * 40).to(kv_dtype)
+            cache = cache.mul_(40).to(kv_dtype)
         caches.append(cache)
         scale = None
         if kv_dtype != dtype:
             per_token = row.options.get("scales") == "token"
             scale = torch.full(shape[:3] if per_token else (), 0.025, device=device)
         scales.append(scale)
-    order = torch.randperm(sum(counts), device=device).int()
-    table = torch.full((row.batch, max(counts)), -1, dtype=torch.int32, device=device)
-    at = 0
-    for b, n in enumerate(counts):
-        table[b, :n] = order[at : at + n]
-        at += n
+    order = torch.randperm(total).int()
+    table = torch.full((row.batch, int(counts.max())), -1, dtype=torch.int32)
+    common = prefix // page
+    table[:, :common] = order[:common]
+    own = torch.arange(table.shape[1]) < counts[:, None]
+    own[:, :common] = False
+    table[own] = order[common:]
+    table = table.to(device)
     q_len = row.options.get("q_len", 1)
     q = randn(row.batch, q_len, row.hq, row.d, dtype=dtype, device=device)
     out = torch.empty_like(q)
     seqlens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    invariant = row.options.get("batch_invariant", False)
     plan = workspace = None
     if row.options.get("plan"):
         plan = fastinfer.plan_decode(seqlens, row.hq, row.hkv, row.d, q_len=q_len)
     if row.options.get("workspace", True) and device == "cuda":
-        workspace = torch.zeros(
-            256 << 20 if invariant else 64 << 20, dtype=torch.uint8, device=device
+        workspace = shared_workspace(device)
+    options: dict[str, Any] = {"k_scale": scales[0], "v_scale": scales[1], "out": out}
+    options["workspace"] = workspace
+    if cascade:
+        return lambda: flash_attn_with_shared_prefix(q, *caches, prefix, seqlens, table, **options)
+    options |= {"plan": plan, "batch_invariant": row.options.get("batch_invariant", False)}
+
+    def call() -> torch.Tensor:
+        return fastinfer.flash_attn_with_kvcache(
+            q, *caches, cache_seqlens=seqlens, block_table=table, causal=True, **options
         )
-    return lambda: fastinfer.flash_attn_with_kvcache(
-        q, *caches, cache_seqlens=seqlens, block_table=table, causal=True, k_scale=scales[0],
-        v_scale=scales[1], plan=plan, batch_invariant=invariant, out=out, workspace=workspace,
-    )  # fmt: skip
+
+    if not row.options.get("overlapped"):
+        return call
+
+    def overlapped() -> torch.Tensor:
+        with _lib.programmatic_launch():
+            return call()
+
+    return overlapped
 
 
 def sdpa_call(row: Row, device: str, dtype: torch.dtype) -> Call:
@@ -150,8 +195,58 @@ def sdpa_call(row: Row, device: str, dtype: torch.dtype) -> Call:
     return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
+def read_rate() -> float:
+    """GB/s of a sum over 2 GiB: what this GPU reads when it writes nothing."""
+    x = torch.empty(1 << 29, device="cuda").normal_()
+    best = 0.0
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        x.sum()
+        end.record()
+        end.synchronize()
+        best = max(best, x.nbytes / start.elapsed_time(end) / 1e6)
+    return best
+
+
+def compare(rows: list[dict[str, Any]], read: float) -> None:
+    """Adds to each row the share of the read rate and, where there is one, the H200's best paged
+    peer; prints the bars of issue-sized classes.
+    """
+    keys = ("batch", "context", "hq", "hkv", "d", "page", "kv")
+    peers = {tuple(r[k] for k in keys): r for r in json.loads(PEERS.read_text())["rows"]}
+    small = []
+    for row in rows:
+        if row["peer"] != OURS or row["op"] != "decode":
+            continue
+        row["of_read"] = round(row["gbs"] / read, 3)
+        peer = peers.get(tuple(row[k] for k in keys))
+        if peer and not set(row) & {
+            "q_len",
+            "batch_invariant",
+            "plan",
+            "workspace",
+            "overlapped",
+            "scales",
+        }:
+            row["h200_peer"], row["h200_peer_us"] = peer["peer"], peer["us"]
+            row["of_h200_peer"] = round(peer["us"] / row["us"], 3)
+            if row["gbs"] * row["us"] < 250e3:
+                small.append(row["of_h200_peer"])
+    print(f"read {read:.0f} GB/s")
+    shares = [r["of_h200_peer"] for r in rows if "of_h200_peer" in r]
+    if small:
+        mean = math.exp(statistics.fmean(map(math.log, small)))
+        print(
+            f"{len(shares)} rows against the H200's best paged peer: least {min(shares):.3f}; "
+            f"geometric mean of {len(small)} under 250 MB {mean:.3f}"
+        )
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", default="all", choices=["all", "anchors", "further"])
+    parser.add_argument(
+        "--rows", default="all", choices=["all", "anchors", "further", "prefix", "small"]
+    )
 
 
 def main() -> None:
@@ -160,20 +255,33 @@ def main() -> None:
     if device == "cpu":
         rows = [Row(b, c, kv=kv) for b, c in ((1, 512), (1, 8192), (8, 2048)) for kv in FORMATS]
     else:
-        rows = anchor_rows() if bench.args.rows != "further" else []
-        rows += further_rows() if bench.args.rows != "anchors" else []
+        sets = {"anchors": anchor_rows(), "further": further_rows(), "prefix": prefix_rows()}
+        sets["small"] = [r for r in sets["anchors"] if r.moved_bytes(dtype) < 600e6]
+        sets["all"] = sets["anchors"] + sets["further"] + sets["prefix"]
+        rows = sets[bench.args.rows]
+    compared = [Row(1, 8192), Row(8, 2048), Row(32, 2048), Row(1, 8192, hkv=1)]
     for row in rows:
 
         def ours(row: Row = row) -> Call:
             return make_call(row, device, dtype)
 
+        def shared(row: Row = row) -> Call:
+            return make_call(row, device, dtype, cascade=True)
+
         def sdpa(row: Row = row) -> Call:
             return sdpa_call(row, device, dtype)
 
         peers = {OURS: ours}
-        if device == "cpu" and row.kv == "bf16":
+        if "prefix" in row.options:
+            peers["shared prefix"] = shared
+        elif row.kv == "bf16" and (device == "cpu" or row in compared):
             peers["sdpa contiguous"] = sdpa
         bench.case(row.keys(), peers, moved_bytes=row.moved_bytes(dtype))
+        if device == "cuda" and row.moved_bytes(dtype) > 1 << 30:
+            torch.cuda.empty_cache()
+    if device == "cuda":
+        bench.read_gbs = read_rate()
+        compare(bench.rows, bench.read_gbs)
     bench.finish()
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 Call = Callable[[], Any]
 OURS = "fastinfer"
 TURN_SECONDS = 0.02
+LEAST_GRAPH_US = 400  # of a graph replay, whose own start costs some 4 us
 
 
 def randn(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -60,7 +62,9 @@ class Bench:
         parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         parser.add_argument("--dtype", default="bf16", choices=["fp32", "fp16", "bf16"])
         parser.add_argument(
-            "--filter", default="", help="only cases whose description contains this"
+            "--filter",
+            default="",
+            help="only cases whose description contains this, or one of these (a,b,c)",
         )
         parser.add_argument("--seconds", type=float, default=0.5, help="time spent per row")
         parser.add_argument(
@@ -80,6 +84,7 @@ class Bench:
         torch.manual_seed(0)
         self.rows: list[dict[str, Any]] = []
         self.gb_s, self.tflops = self._ceilings()
+        self.read_gbs = 0.0  # of a script that measures it
 
     @torch.inference_mode()
     def case(
@@ -97,7 +102,7 @@ class Bench:
         compared with that of the first peer, which is ours.
         """
         label = " ".join(f"{k}={v}" for k, v in keys.items() if k != "op")
-        if self.args.filter not in label:
+        if not self.wanted(label):
             return
         first, first_us = next(iter(peers)), 0.0
         for peer, (us, fastest) in self._times(peers, moved_bytes):
@@ -128,6 +133,9 @@ class Bench:
         if self.args.json:
             self._write()  # after every case: a run that is cut short leaves what it has
 
+    def wanted(self, label: str) -> bool:
+        return any(part in label for part in self.args.filter.split(","))
+
     def finish(self) -> None:
         if self.args.json:
             self._write()
@@ -141,7 +149,8 @@ class Bench:
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
             "command": " ".join(["python", *sys.argv]),
-            "ceilings": {"gbs": round(self.gb_s, 1), "tflops": round(self.tflops, 3)},
+            "ceilings": {"gbs": round(self.gb_s, 1), "tflops": round(self.tflops, 3)}
+            | ({"read_gbs": round(self.read_gbs, 1)} if self.read_gbs else {}),
             "rows": self.rows,
         }
         self.args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -152,14 +161,14 @@ class Bench:
         self, peers: dict[str, Callable[[], Call]], moved_bytes: int
     ) -> Iterator[tuple[str, tuple[float, float]]]:
         """Microseconds of one call, median and fastest, per peer."""
-        least = 2 if self.device == "cuda" else 1
-        sets = max(least, min(32, -(-2 * self._cache_bytes() // max(moved_bytes, 1))))
+        sets = max(1, min(64, -(-2 * self._cache_bytes() // max(moved_bytes, 1))))
         if self.device == "cuda":
             for peer, make in peers.items():
                 calls = [make() for _ in range(sets)]
                 torch.cuda.synchronize()
                 time.sleep(self.args.rest)  # a hot GPU is a slower one
-                yield peer, self._time_graph(calls)
+                # At least four launches per graph replay: its own start costs microseconds.
+                yield peer, self._time_graph(calls * -(-4 // sets))
             return
         calls_of = {peer: [make() for _ in range(sets)] for peer, make in peers.items()}
         for peer in peers:
@@ -190,26 +199,37 @@ class Bench:
         once = time.perf_counter()
         calls[-1]()
         torch.cuda.synchronize()
-        once = time.perf_counter() - once
-        if once > self.args.seconds:  # long: one launch and two samples say enough
+        long = time.perf_counter() - once > self.args.seconds
+        if long:  # one launch and two samples say enough
             calls = calls[:1]
-        elif len(calls) < 4:  # the start of a graph costs microseconds
-            calls = calls * (4 // len(calls))
-        least = 1 if once > 0.2 else 2 if once > self.args.seconds else 5
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
+        rounds = 1
+        while True:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(rounds):
+                    for call in calls:
+                        call()
+            if long:
+                break
+            self._replay(graph)
+            us = min(self._replay(graph) for _ in range(2))
+            if rounds > 1 or us > LEAST_GRAPH_US / 2:
+                break
+            rounds = math.ceil(LEAST_GRAPH_US / us)  # the same buffers in turn, again
         samples: list[float] = []
         stop = time.perf_counter() + self.args.seconds
-        while len(samples) < least or time.perf_counter() < stop:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e3 / len(calls))
+        while len(samples) < (2 if long else 5) or time.perf_counter() < stop:
+            samples.append(self._replay(graph) / (rounds * len(calls)))
         return statistics.median(samples), min(samples)
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
+        """Microseconds of one replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
 
     # ---- this machine ----------------------------------------------------------------------------
     def _cache_bytes(self) -> int:

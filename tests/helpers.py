@@ -30,14 +30,21 @@ CUDA_OPS: frozenset[str] = frozenset(
         "apply_rotary",
         "apply_rotary_and_cache",
         "gelu_and_mul",
+        "int4_linear",
+        "int8_linear",
+        "linear",
         "fused_add_rms_norm",
+        "dequantize_weight",
+        "pack_weight",
         "quantize_per_token",
+        "quantize_weight",
         "rms_norm",
         "rms_norm_quant",
         "silu_and_mul",
         "silu_and_mul_quant",
         "sample",
         "verify_draft",
+        "w8a8_linear",
     }
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -2,6 +2,7 @@
 //
 //   BlockPool, OutOfBlocks       block_pool.h
 //   extend_block_hashes          block_hash.h, appended to a request's own list
+//   DecodeLoop, DecodePacker     decode_loop.h
 //   propose_ngram                ngram.h
 //
 // Token lists stay Python lists and are read in place: a call touches only the tokens it needs, so
@@ -9,69 +10,21 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
-
-#include "block_hash.h"
 #include "block_pool.h"
+#include "decode_loop.h"
 #include "ngram.h"
+#include "python_lists.h"
 
 namespace py = pybind11;
 using fastinfer::host::BlockPool;
+using fastinfer::host::DecodeLoop;
+using fastinfer::host::DecodePacker;
+using fastinfer::host::from_hash;
 using fastinfer::host::Hash;
+using fastinfer::host::to_hash;
+using fastinfer::host::token_at;
 
 namespace {
-
-Hash to_hash(const char* call, py::handle value) {
-  char* data = nullptr;
-  Py_ssize_t size = 0;
-  if (!PyBytes_Check(value.ptr()) || PyBytes_AsStringAndSize(value.ptr(), &data, &size) != 0 ||
-      size != 32) {
-    PyErr_Clear();
-    throw py::value_error(std::string(call) + ": a hash must be bytes of length 32, got " +
-                          std::string(py::repr(value)));
-  }
-  Hash hash;
-  std::memcpy(hash.data(), data, hash.size());
-  return hash;
-}
-
-py::bytes from_hash(const Hash& hash) {
-  return py::bytes(reinterpret_cast<const char*>(hash.data()), hash.size());
-}
-
-int64_t token_at(const char* call, const py::list& tokens, int64_t i) {
-  const int64_t token = PyLong_AsLongLong(PyList_GET_ITEM(tokens.ptr(), i));
-  const bool failed = token == -1 && PyErr_Occurred();
-  if (failed) PyErr_Clear();
-  if (failed || token < 0 || token > std::numeric_limits<int32_t>::max()) {
-    throw py::value_error(std::string(call) + ": token ids must be integers in [0, 2^31), got " +
-                          std::string(py::repr(tokens[i])));
-  }
-  return token;
-}
-
-void extend_block_hashes(const py::list& tokens, int64_t block_size, py::list hashes,
-                         const py::bytes& salt) {
-  const char* call = "extend_block_hashes";
-  if (block_size < 1) {
-    throw py::value_error("extend_block_hashes: block_size must be at least 1, got " +
-                          std::to_string(block_size));
-  }
-  const auto full = static_cast<int64_t>(tokens.size()) / block_size;
-  auto block = static_cast<int64_t>(hashes.size());
-  if (block >= full) return;
-  Hash hash = block > 0 ? to_hash(call, hashes[block - 1]) : fastinfer::host::root_hash(salt);
-  std::vector<int32_t> ids(block_size);
-  std::vector<Hash> added;  // appended at the end, so that a bad token leaves the list alone
-  for (; block < full; ++block) {
-    for (int64_t i = 0; i < block_size; ++i) {
-      ids[i] = static_cast<int32_t>(token_at(call, tokens, block * block_size + i));
-    }
-    hash = fastinfer::host::block_hash(hash, ids.data(), ids.size());
-    added.push_back(hash);
-  }
-  for (const Hash& each : added) hashes.append(from_hash(each));
-}
 
 py::list propose_ngram(const py::list& tokens, int64_t max_n, int64_t min_n, int64_t k) {
   if (min_n < 1 || max_n < min_n || k < 0) {
@@ -91,7 +44,7 @@ py::list propose_ngram(const py::list& tokens, int64_t max_n, int64_t min_n, int
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Host side of the engine in C++: block pool, block hashes, n-gram search.";
+  m.doc() = "Host side of the engine in C++: block pool, block hashes, decode loop, n-gram search.";
   py::register_exception<fastinfer::host::OutOfBlocks>(m, "OutOfBlocks", PyExc_RuntimeError);
 
   py::class_<BlockPool>(m, "BlockPool")
@@ -133,8 +86,22 @@ PYBIND11_MODULE(_host, m) {
       .def("count_free", &BlockPool::count_free, py::arg("blocks"))
       .def("check_invariants", &BlockPool::check_invariants);
 
-  m.def("extend_block_hashes", &extend_block_hashes, py::arg("tokens"), py::arg("block_size"),
-        py::arg("hashes"), py::arg("salt") = py::bytes());
+  py::class_<DecodeLoop>(m, "DecodeLoop")
+      .def(py::init<py::type, py::type, py::type, py::object, py::object, int64_t>(),
+           py::arg("request"), py::arg("metrics"), py::arg("chunk"), py::arg("running"),
+           py::arg("pool"), py::arg("block_size"))
+      .def("plan", &DecodeLoop::plan, py::arg("running"), py::arg("begin"), py::arg("budget"),
+           py::arg("chunks"))
+      .def("commit", &DecodeLoop::commit, py::arg("chunks"), py::arg("sampled"), py::arg("begin"),
+           py::arg("now"), py::arg("caching"), py::arg("updated"));
+  py::class_<DecodePacker>(m, "DecodePacker")
+      .def(py::init<py::type, py::type>(), py::arg("request"), py::arg("chunk"))
+      .def("plain", &DecodePacker::plain, py::arg("chunks"))
+      .def("pack", &DecodePacker::pack, py::arg("chunks"), py::arg("rows").noconvert(),
+           py::arg("starts").noconvert(), py::arg("ids").noconvert(), py::arg("news"));
+
+  m.def("extend_block_hashes", &fastinfer::host::extend_block_hashes, py::arg("tokens"),
+        py::arg("block_size"), py::arg("hashes"), py::arg("salt") = py::bytes());
   m.def("propose_ngram", &propose_ngram, py::arg("tokens"), py::arg("max_n"), py::arg("min_n"),
         py::arg("k"));
 }

@@ -102,6 +102,9 @@ void setup(Call& call, const Tensor& q, const Tensor& k, const Tensor& v, const 
   check_last_dim(op, k_name, k);
   check_last_dim(op, v_name, v);
   check_written(op, "out", out);
+  // In place of q is fine: a row of q is read by whoever writes that row, and before.
+  const bool in_place = out.const_data_ptr() == q.const_data_ptr() && out.strides() == q.strides();
+  check_apart(op, "out", out, {{"q", in_place ? nullptr : &q}, {k_name, &k}, {v_name, &v}});
   check_device(op, q,
                {{k_name, &k},
                 {v_name, &v},

@@ -154,10 +154,17 @@ bool share_memory(const Tensor& a, const Tensor& b) {
   const auto [a_begin, a_end] = address_range(a);
   const auto [b_begin, b_end] = address_range(b);
   if (a_end <= b_begin || b_end <= a_begin) return false;
-  // Slices of the columns of one buffer: rows start at multiples of one distance in both.
-  const int64_t dims = a.dim(), a_size = static_cast<int64_t>(a.element_size()),
+  // Slices of the columns of one buffer: rows start at multiples of one distance in both. A row may
+  // take several dimensions, heads and their elements.
+  const int64_t a_size = static_cast<int64_t>(a.element_size()),
                 b_size = static_cast<int64_t>(b.element_size());
+  int64_t dims = a.dim();
   if (b.dim() != dims) return true;
+  int64_t a_row = a.size(dims - 1), b_row = b.size(dims - 1);
+  for (; dims > 1 && a.stride(dims - 2) == a_row && b.stride(dims - 2) == b_row; --dims) {
+    a_row *= a.size(dims - 2);
+    b_row *= b.size(dims - 2);
+  }
   int64_t row = 0;
   for (int64_t d = 0; d + 1 < dims; ++d) {
     if (a.size(d) != b.size(d)) return true;
@@ -170,7 +177,7 @@ bool share_memory(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d + 1 < dims; ++d)
     if (a.size(d) > 1 && a.stride(d) * a_size % row != 0) return true;
   const int64_t apart = ((b_begin - a_begin) % row + row) % row;
-  return apart < a.size(dims - 1) * a_size || apart + b.size(dims - 1) * b_size > row;
+  return apart < a_row * a_size || apart + b_row * b_size > row;
 }
 
 }  // namespace

@@ -65,6 +65,7 @@ BlockMapping read_mapping(const char* op, const Tensor& t, const void* values, i
              limit - 1, ", got ", v, " at row ", i);
     return v;
   };
+  m.src.reserve(static_cast<size_t>(n)), m.dst.reserve(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     m.src.push_back(id(i, 0, "source", src_blocks));
     m.dst.push_back(id(i, 1, "destination", dst_blocks));

@@ -111,7 +111,9 @@ void add(std::vector<Group>& groups, const Tensor& s, const Tensor& d, bool by_k
 }
 
 // Large copies pay off from these sizes on (pinned memory; pageable memory has no other way).
-constexpr int64_t kLongStretch = 512 << 10, kLeastStaged = 16 << 20, kStagingBytes = 64 << 20;
+// A kernel writes to the host faster than it reads from there.
+constexpr int64_t kLongStretch = 512 << 10, kStagingBytes = 64 << 20, kMostBlock = 1 << 30;
+constexpr int64_t least_staged(bool into_host) { return (into_host ? 16 : 6) << 20; }
 
 // Mean bytes of a stretch: consecutive ids in `a` and, where given, in `b`.
 int64_t mean_stretch(int64_t block, const std::vector<int64_t>& a, const std::vector<int64_t>* b) {
@@ -124,6 +126,7 @@ int64_t mean_stretch(int64_t block, const std::vector<int64_t>& a, const std::ve
 // The pairs by ascending id on the host.
 BlockMapping by_host_id(const BlockMapping& m, bool into_host) {
   const std::vector<int64_t>& key = into_host ? m.dst : m.src;
+  if (std::is_sorted(key.begin(), key.end())) return m;
   std::vector<size_t> order(key.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   std::sort(order.begin(), order.end(),
@@ -152,7 +155,7 @@ void copy_staged(const char* op, const Group& g, const BlockMapping& m, void* st
       for (int64_t first = 0; first < pairs; first += slab)
         check_launch(
             op, cuda::launch_staged_swap(shape, device_block, host_block, device, host, into_host,
-                                         (into_host ? m.src : m.dst).data() + first,
+                                         g.by_kernel, (into_host ? m.src : m.dst).data() + first,
                                          (into_host ? m.dst : m.src).data() + first,
                                          std::min(slab, pairs - first),
                                          static_cast<char*>(staging.mutable_data_ptr()), stream));
@@ -236,8 +239,8 @@ void swap_blocks_with_device(const std::vector<Tensor>& src, const std::vector<T
         g.layout.block().outer().size() <= cuda::CopyShape::kMaxDims) {
       sorted = by_host_id(m, into_host);
       const int64_t block = into_host ? g.layout.dst_block() : g.layout.src_block();
-      const int64_t least = by_kernel ? kLeastStaged : 0;
-      staged = block * static_cast<int64_t>(m.src.size()) >= least &&
+      const int64_t least = by_kernel ? least_staged(into_host) : 0;
+      staged = block < kMostBlock && block * static_cast<int64_t>(m.src.size()) >= least &&
                mean_stretch(block, into_host ? sorted.dst : sorted.src, nullptr) >= kLongStretch;
       if (g.layout.dense(into_host ? 1 : 2) &&
           mean_stretch(block, sorted.src, &sorted.dst) >= kLongStretch)

@@ -36,13 +36,23 @@ inline void check_out(const char* op, const Tensor& out, int64_t m, int64_t n) {
   check_written(op, "out", out);
 }
 
-// perm int32 [k]; values are looked at when `values` is true.
+// The values of perm int32 [k], on the host.
+void check_perm_values(const char* op, const void* host, int64_t k);
+// perm int32 [k]; on the CPU its values are looked at when `values` is true.
 void check_perm(const char* op, const OptTensor& perm, int64_t k, bool values);
 
 // qweight, scales, zeros as pack_weight makes them for [n, k]; returns their layout.
 PackedLayout check_packed(const char* op, const Tensor& qweight, const Tensor& scales,
                           const OptTensor& zeros, int bits, int64_t group_size, int64_t n,
                           int64_t k);
+
+// int4_linear and int8_linear on CUDA, arguments checked, nothing empty but K
+// (linear_packed_cuda.cpp).
+void packed_linear_cuda(const char* op, const Tensor& x, const Tensor& qweight,
+                        const Tensor& scales, const OptTensor& zeros, const OptTensor& bias,
+                        const PackedLayout& layout, int64_t columns, int64_t groups,
+                        const OptTensor& perm, bool batch_invariant, const Tensor& out,
+                        const OptTensor& workspace);
 
 inline int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : 0; }
 

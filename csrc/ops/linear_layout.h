@@ -27,17 +27,17 @@ struct PackedLayout {
   int bits;
   int64_t n, k;
 
-  int64_t per_word() const { return 32 / bits; }
-  int64_t rows_per_block() const { return cuda ? 64 : 16; }
-  int64_t blocks() const { return div_up(n, rows_per_block()); }
-  int64_t n_pad() const { return blocks() * rows_per_block(); }
+  constexpr int64_t per_word() const { return 32 / bits; }
+  constexpr int64_t rows_per_block() const { return cuda ? 64 : 16; }
+  constexpr int64_t blocks() const { return div_up(n, rows_per_block()); }
+  constexpr int64_t n_pad() const { return blocks() * rows_per_block(); }
   // The second and third dimension of qweight.
-  int64_t steps() const { return cuda ? div_up(k, 64) : div_up(k, per_word()); }
-  int64_t inner() const { return cuda ? 128 * bits : 16; }
-  int64_t k_pad() const { return steps() * (cuda ? 64 : per_word()); }
+  constexpr int64_t steps() const { return cuda ? div_up(k, 64) : div_up(k, per_word()); }
+  constexpr int64_t inner() const { return cuda ? 128 * bits : 16; }
+  constexpr int64_t k_pad() const { return steps() * (cuda ? 64 : per_word()); }
 
-  int64_t block_words() const { return steps() * inner(); }
-  int64_t scale(int64_t group, int64_t row) const {
+  constexpr int64_t block_words() const { return steps() * inner(); }
+  constexpr int64_t scale(int64_t group, int64_t row) const {
     if (!cuda) return group * n_pad() + row;
     const int64_t r = row % 64;
     return group * n_pad() + row / 64 * 64 + r % 8 * 8 + r / 16 * 2 + r % 16 / 8;

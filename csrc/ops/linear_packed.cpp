@@ -6,19 +6,23 @@
 #include <memory>
 
 #include "linear_checks.h"
+#include "linear_choice.h"
 
 namespace fastinfer {
+
+void check_perm_values(const char* op, const void* host, int64_t k) {
+  const int32_t* p = static_cast<const int32_t*>(host);
+  for (int64_t i = 0; i < k; ++i)
+    FI_CHECK(p[i] >= 0 && p[i] < k, op, ": perm must hold column numbers in [0, ", k, "), got ",
+             p[i], " at position ", i);
+}
 
 void check_perm(const char* op, const OptTensor& perm, int64_t k, bool values) {
   if (!perm) return;
   check_dtype(op, "perm", *perm, {DType::i32});
   check_shape(op, "perm", *perm, {k});
   check_contiguous(op, "perm", *perm);
-  if (!values || !perm->is_cpu()) return;
-  const int32_t* p = static_cast<const int32_t*>(perm->const_data_ptr());
-  for (int64_t i = 0; i < k; ++i)
-    FI_CHECK(p[i] >= 0 && p[i] < k, op, ": perm must hold column numbers in [0, ", k, "), got ",
-             p[i], " at position ", i);
+  if (values && perm->is_cpu()) check_perm_values(op, perm->const_data_ptr(), k);
 }
 
 PackedLayout check_packed(const char* op, const Tensor& qweight, const Tensor& scales,
@@ -171,7 +175,8 @@ void run_cpu_int8(const Call& c) {
 
 void packed_linear(const char* op, int bits, const Tensor& x, const Tensor& qweight,
                    const Tensor& scales, const OptTensor& zeros, const OptTensor& bias,
-                   int64_t group_size, const OptTensor& perm, const Tensor& out) {
+                   int64_t group_size, const OptTensor& perm, bool batch_invariant,
+                   const Tensor& out, const OptTensor& workspace) {
   check_dtype(op, "x", x, {DType::f32, DType::f16, DType::bf16});
   check_dim(op, "x", x, 2);
   check_last_dim(op, "x", x);
@@ -195,8 +200,10 @@ void packed_linear(const char* op, int bits, const Tensor& x, const Tensor& qwei
            layout.cuda ? "CUDA" : "the CPU", " but x is not there, got ", describe(qweight),
            "; repack it with pack_weight(layout=\"", x.is_cpu() ? "cpu" : "cuda", "\")");
   if (m == 0 || n == 0) return;
-  if (!x.is_cpu()) no_cuda_kernel(op);
   const int64_t columns = group_columns(group_size, k), groups = div_up(k, columns);
+  if (!x.is_cpu())
+    return packed_linear_cuda(op, x, qweight, scales, zeros, bias, layout, columns, groups, perm,
+                              batch_invariant, out, workspace);
   const Call call{x, qweight, scales, zeros, bias, perm, out, layout, columns, groups};
   if (int8_activations())
     run_cpu_int8(call);
@@ -205,15 +212,17 @@ void packed_linear(const char* op, int bits, const Tensor& x, const Tensor& qwei
 }
 
 void int4_linear(Tensor x, Tensor qweight, Tensor scales, OptTensor zeros, OptTensor bias,
-                 int64_t group_size, OptTensor perm, bool /*batch_invariant*/, Tensor out,
-                 OptTensor /*workspace*/) {
-  packed_linear("int4_linear", 4, x, qweight, scales, zeros, bias, group_size, perm, out);
+                 int64_t group_size, OptTensor perm, bool batch_invariant, Tensor out,
+                 OptTensor workspace) {
+  packed_linear("int4_linear", 4, x, qweight, scales, zeros, bias, group_size, perm,
+                batch_invariant, out, workspace);
 }
 
 void int8_linear(Tensor x, Tensor qweight, Tensor scales, OptTensor zeros, OptTensor bias,
-                 int64_t group_size, OptTensor perm, bool /*batch_invariant*/, Tensor out,
-                 OptTensor /*workspace*/) {
-  packed_linear("int8_linear", 8, x, qweight, scales, zeros, bias, group_size, perm, out);
+                 int64_t group_size, OptTensor perm, bool batch_invariant, Tensor out,
+                 OptTensor workspace) {
+  packed_linear("int8_linear", 8, x, qweight, scales, zeros, bias, group_size, perm,
+                batch_invariant, out, workspace);
 }
 
 }  // namespace

@@ -3,7 +3,10 @@
 #include "../cpu/quantize.h"
 #include "../cpu/simd.h"
 #ifdef FASTINFER_WITH_CUDA
+#include "../cuda/linear/dequantize.h"
+#include "../cuda/linear/pack.h"
 #include "../cuda/linear/quantize_rows.h"
+#include "../cuda/linear/quantize_weight.h"
 #include "cuda_shim.h"
 #endif
 #include "linear_checks.h"
@@ -35,7 +38,6 @@ void quantize_weight(Tensor weight, int64_t bits, int64_t group_size, Tensor cod
   }
   check_device(op, weight, {{"codes", &codes}, {"scales", &scales}, {"zeros", ptr(zeros)}});
   if (n == 0 || k == 0) return;
-  if (!weight.is_cpu()) no_cuda_kernel(op);
   const cpu::QuantizeWeightParams p{
       weight.const_data_ptr(),
       row_stride(weight),
@@ -49,6 +51,10 @@ void quantize_weight(Tensor weight, int64_t bits, int64_t group_size, Tensor cod
       dtype_of(scales),
       zeros ? static_cast<uint8_t*>(zeros->mutable_data_ptr()) : nullptr,
   };
+  if (!weight.is_cpu()) {
+    FI_CUDA(op, weight, cuda::quantize_weight(p, n, stream));
+    return;
+  }
   torch::stable::parallel_for(0, n, grain(k * 2), [&](int64_t begin, int64_t end) {
     FI_PICK(quantize_weight_rows)(p, begin, end);
   });
@@ -72,9 +78,9 @@ void pack_floats(const Tensor& from, const Tensor& to, const PackedLayout& layou
                 n < layout.n ? get_float(source, from.const_data_ptr(), n * groups + g) : 0.0f);
 }
 
-// Every 4-bit code is below 16.
-void check_codes(const char* op, const Tensor& codes) {
-  const uint8_t* p = static_cast<const uint8_t*>(codes.const_data_ptr());
+// Every 4-bit code is below 16; p: the codes on the host.
+void check_codes(const char* op, const Tensor& codes, const void* host) {
+  const uint8_t* p = static_cast<const uint8_t*>(host);
   for (int64_t r = 0; r < codes.size(0); ++r) {
     const uint8_t* row = p + r * row_stride(codes);
     uint8_t all = 0;
@@ -116,11 +122,36 @@ void pack_weight(Tensor codes, Tensor scales, OptTensor zeros, int64_t bits, int
                 {"packed_scales", &packed_scales},
                 {"packed_zeros", ptr(packed_zeros)}});
   if (qweight.numel() == 0) return;
-  if (!codes.is_cpu()) no_cuda_kernel(op);
+  if (!codes.is_cpu()) {
+#ifdef FASTINFER_WITH_CUDA
+    if (bits == 4 && validate_data()) {
+      const CudaLaunch device(codes);
+      check_codes(op, codes, HostCopy(op, "codes", codes, device.stream()).data());
+    }
+    const cuda::PackWeight p{
+        layout,
+        static_cast<const uint8_t*>(codes.const_data_ptr()),
+        row_stride(codes),
+        scales.const_data_ptr(),
+        data(zeros),
+        dtype_of(scales),
+        zeros ? dtype_of(*zeros) : DType::other,
+        columns,
+        groups,
+        static_cast<uint32_t*>(qweight.mutable_data_ptr()),
+        packed_scales.mutable_data_ptr(),
+        zeros ? packed_zeros->mutable_data_ptr() : nullptr,
+        dtype_of(packed_scales),
+        zeros ? dtype_of(*packed_zeros) : DType::other,
+    };
+#endif
+    FI_CUDA(op, codes, cuda::pack_weight(p, stream));
+    return;
+  }
   const uint8_t* source = static_cast<const uint8_t*>(codes.const_data_ptr());
   const uint8_t* zero = int_zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
   const uint8_t middle = static_cast<uint8_t>(1 << (bits - 1));
-  if (bits == 4) check_codes(op, codes);
+  if (bits == 4) check_codes(op, codes, codes.const_data_ptr());
   pack_floats(scales, packed_scales, layout, groups);
   if (int_zeros) {
     uint8_t* to = static_cast<uint8_t*>(packed_zeros->mutable_data_ptr());
@@ -173,19 +204,33 @@ void dequantize_weight(Tensor qweight, Tensor scales, OptTensor zeros, int64_t b
   const int64_t n = out.size(0), k = out.size(1);
   const PackedLayout layout =
       check_packed(op, qweight, scales, zeros, static_cast<int>(bits), group_size, n, k);
-  check_perm(op, perm, k, true);  // values too: it steers writes
+  check_perm(op, perm, k,
+             true);  // values too: it steers writes (on CUDA those out of range do not)
   check_device(op, qweight,
                {{"scales", &scales}, {"zeros", ptr(zeros)}, {"perm", ptr(perm)}, {"out", &out}});
   if (n == 0 || k == 0) return;
-  if (!qweight.is_cpu()) no_cuda_kernel(op);
   const int64_t columns = group_columns(group_size, k), stride = row_stride(out);
   const uint32_t* words = static_cast<const uint32_t*>(qweight.const_data_ptr());
   const int32_t* order = static_cast<const int32_t*>(data(perm));
   const DType scale_type = dtype_of(scales), out_type = dtype_of(out);
   const DType zero_type = zeros ? dtype_of(*zeros) : DType::other;
   const void *scale_data = scales.const_data_ptr(), *zero_data = data(zeros);
-  const int64_t rows = layout.rows_per_block(), k_pad = layout.k_pad();
   void* to = out.mutable_data_ptr();
+  if (!qweight.is_cpu()) {
+#ifdef FASTINFER_WITH_CUDA
+    if (perm && validate_data()) {
+      const CudaLaunch device(qweight);
+      check_perm_values(op, HostCopy(op, "perm", *perm, device.stream()).data(), k);
+    }
+    const cuda::DequantizePacked p{
+        layout,  words, scale_data, scale_type, zero_data, zero_type,
+        columns, order, to,         stride,     out_type,
+    };
+#endif
+    FI_CUDA(op, qweight, cuda::dequantize_packed(p, stream));
+    return;
+  }
+  const int64_t rows = layout.rows_per_block(), k_pad = layout.k_pad();
   torch::stable::parallel_for(0, layout.blocks(), 1, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> codes(rows * k_pad);
     std::vector<float> packed(k), original(order ? k : 0);

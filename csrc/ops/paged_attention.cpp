@@ -225,6 +225,9 @@ void flash_attn_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, OptTensor k, O
   if (len_new > 0) {
     check_written(op, "k_cache", k_cache);
     check_written(op, "v_cache", v_cache);
+    FI_CHECK(k_cache.const_data_ptr() != v_cache.const_data_ptr() || k_cache.numel() == 0, op,
+             ": v_cache must not be k_cache when k and v are appended: both are written; pass two "
+             "tensors");
   }
   if (!q.is_cpu() && !validate_data()) {
     paged_attention::run_cuda(call, tensors, capacity, batch_invariant);

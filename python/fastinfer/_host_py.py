@@ -1,7 +1,7 @@
 """Pure-Python twin of the compiled module `_host`: same names, same answers, same errors.
 
-The rules are written once, in csrc/host/block_pool.h, block_hash.h and ngram.h; the same tests
-run on both. Used where `_host` was not built, or with ``FASTINFER_HOST=python``.
+The rules are written once, in csrc/host/block_pool.h, block_hash.h, decode_loop.h and ngram.h; the
+same tests run on both. Used where `_host` was not built, or with ``FASTINFER_HOST=python``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from array import array
 from collections import OrderedDict
 from hashlib import sha256
 from sys import byteorder
+from typing import Any
 
 
 class OutOfBlocks(RuntimeError):
@@ -248,3 +249,73 @@ def propose_ngram(tokens: list[int], max_n: int, min_n: int, k: int) -> list[int
             if best == max_n:
                 break
     return tokens[after : after + k] if best >= min_n else []
+
+
+class DecodeLoop:
+    """The loops over plain decodes (csrc/host/decode_loop.h).
+
+    A call may stop at any request, which the scheduler then takes by itself; this one stops at the
+    first, so `plan` and `commit` do nothing.
+    """
+
+    def __init__(
+        self,
+        request: type,
+        metrics: type,
+        chunk: type,
+        running: object,
+        pool: BlockPool,
+        block_size: int,
+    ) -> None:
+        pass
+
+    def plan(
+        self, running: list[Any], begin: int, budget: int, chunks: list[Any]
+    ) -> tuple[int, int]:
+        """Plan a token each for `running[begin:]`: where it stopped, how many it planned."""
+        return begin, 0
+
+    def commit(
+        self,
+        chunks: list[Any],
+        sampled: list[list[int]],
+        begin: int,
+        now: float,
+        caching: bool,
+        updated: list[Any],
+    ) -> int:
+        """Take the tokens that `chunks[begin:]` drew: where it stopped."""
+        return begin
+
+
+class DecodePacker:
+    """What a decode step needs of its requests, as arrays (csrc/host/decode_loop.h)."""
+
+    def __init__(self, request: type, chunk: type) -> None:
+        pass
+
+    def plain(self, chunks: list[Any]) -> bool:
+        """Whether each is one token that is sampled from, of a request that wants only tokens."""
+        return all(
+            c.count == 1 and c.samples and not c.num_drafts and c.request.wants_only_tokens
+            for c in chunks
+        )
+
+    def pack(self, chunks: list[Any], rows: Any, starts: Any, ids: Any, news: list[Any]) -> int:
+        """Row, position and input token (-1: still on the device) of every chunk, each of one
+        token; requests whose block table has grown go to `news`.
+
+        Returns:
+            The length of the longest block table.
+        """
+        width = 0
+        for i, chunk in enumerate(chunks):
+            request = chunk.request
+            rows[i], starts[i] = request.row, chunk.start
+            # A second token in flight is this step's own; the first is on the device only.
+            ids[i] = -1 if request.in_flight > 1 else request.tokens[-1]
+            have = len(request.block_table)
+            width = max(width, have)
+            if have != request.blocks_sent:
+                news.append(request)
+        return width

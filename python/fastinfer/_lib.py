@@ -126,10 +126,12 @@ def refuse_grad(name: str, *tensors: torch.Tensor | None) -> None:
                 )
 
 
-def check(condition: bool, message: str) -> None:
-    """Raise RuntimeError, as the C++ checks do, for fake kernels and wrappers."""
+def check(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise RuntimeError, as the C++ checks do, for fake kernels and wrappers. A function for the
+    message where every call passes: describing a tensor takes microseconds.
+    """
     if not condition:
-        raise RuntimeError(message)
+        raise RuntimeError(message if isinstance(message, str) else message())
 
 
 def require_tensors(name: str, **tensors: Any) -> None:
@@ -177,8 +179,8 @@ def programmatic_launch(on: bool = True) -> Iterator[None]:
 
     Only for code that captures a whole step: a fastinfer kernel waits for the one before it, but
     reads weights, old KV, lengths, block tables and plans ahead of that wait. They must be written
-    before the graph launch, or with at least one other fastinfer kernel in between; so pass lengths
-    as tensors, not as an integer.
+    before the graph launch, or in front of a kernel of torch's (which waits for all before it); so
+    pass lengths as tensors, not as an integer.
     """
     before = ops.set_programmatic_launch(on)
     try:

@@ -395,7 +395,7 @@ def test_nobody_waits_behind_a_completion_whose_prompt_is_being_computed() -> No
     assert [[c.request for c in plan.chunks] for plan in plans] == [
         [first],
         [first],
-        [first, other],
+        [other, first],  # decodes come first
     ]
     scheduler.finish(first, "abort")  # the twin then computes the prompt, or finds it in the cache
     run_all(scheduler, model)

@@ -1,5 +1,5 @@
 """rms_norm, fused_add_rms_norm, rms_norm_quant: every instance on both of its paths (a row in
-registers, a row read again), rows that share a warp, a block, and that fill one.
+registers, a row read again), rows that share a warp, a block, and that fill one, few and many.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 import fastinfer
 
 _ops = torch.ops.fastinfer
-_SHAPES = ((3, 5, 128), (2, 4096), (3, 33), (1, 20000))
+_SHAPES = ((3, 5, 128), (2, 4096), (3, 33), (1, 20000), (1100, 512))
 
 
 def _inputs(device: str, seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

@@ -15,23 +15,24 @@ import fastinfer
 
 _ops = torch.ops.fastinfer
 _FP8 = torch.float8_e4m3fn
-_TOKENS, _POSITIONS = 7, 50
+_POSITIONS = 50
+_FEW, _MANY = 7, 2200
 
 
 def _inputs(
-    device: str, seed: int, dtype: torch.dtype, dim: int, half: int
+    device: str, seed: int, dtype: torch.dtype, tokens: int, dim: int, half: int
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     g = torch.Generator(device=device).manual_seed(seed)
-    qkv = [torch.randn(_TOKENS, h, dim, generator=g, device=device).to(dtype) for h in (6, 2, 2)]
+    qkv = [torch.randn(tokens, h, dim, generator=g, device=device).to(dtype) for h in (6, 2, 2)]
     tables = [torch.rand(_POSITIONS, half, generator=g, device=device) for _ in "cs"]
-    return qkv, tables, torch.randint(_POSITIONS, (_TOKENS,), generator=g, device=device)
+    return qkv, tables, torch.randint(_POSITIONS, (tokens,), generator=g, device=device)
 
 
 def _rotary(
-    dtype: torch.dtype, dim: int, half: int, interleaved: bool, inplace: bool
+    dtype: torch.dtype, tokens: int, dim: int, half: int, interleaved: bool, inplace: bool
 ) -> Callable[[str, int], Made]:
     def make(device: str, seed: int) -> Made:
-        (q, k, _), (cos, sin), positions = _inputs(device, seed, dtype, dim, half)
+        (q, k, _), (cos, sin), positions = _inputs(device, seed, dtype, tokens, dim, half)
         out = [torch.full_like(t, float("nan")) for t in (q, k)]
         style = {"interleaved": interleaved}
 
@@ -51,17 +52,20 @@ def _rotary(
 
 
 def _cached(
-    dtype: torch.dtype, dim: int, half: int, cache: torch.dtype, dynamic: bool
+    dtype: torch.dtype, tokens: int, dim: int, half: int, cache: torch.dtype, dynamic: bool
 ) -> Callable[[str, int], Made]:
     def make(device: str, seed: int) -> Made:
-        (q, k, v), (cos, sin), positions = _inputs(device, seed, dtype, dim, half)
+        (q, k, v), (cos, sin), positions = _inputs(device, seed, dtype, tokens, dim, half)
         work = [torch.full_like(t, float("nan")) for t in (q, k)]
         # Every slot of the cache is written; the last token is skipped.
-        slots = torch.tensor([3, 0, 5, 1, 2, 4, -1], device=device)
-        pair = [torch.zeros(2, 3, 2, dim, device=device).to(cache) for _ in "kv"]
+        g = torch.Generator(device=device).manual_seed(seed)
+        slots = torch.randperm(tokens - 1, generator=g, device=device)
+        slots = torch.cat((slots, slots.new_tensor([-1])))
+        blocks = (tokens - 1) // 3
+        pair = [torch.zeros(blocks, 3, 2, dim, device=device).to(cache) for _ in "kv"]
         scales: list[Tensor] = []
         if cache in (_FP8, torch.int8):
-            shape = (2, 3, 2) if dynamic else (2,)
+            shape = (blocks, 3, 2) if dynamic else (2,)
             scales = [torch.full(shape, 0.03, device=device) for _ in "kv"]
         kw: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=False))
 
@@ -77,21 +81,24 @@ def _cached(
 
 CASES: list[Case] = []
 for _dtype in (torch.bfloat16, torch.float16, torch.float32):
-    for _dim, _half, _style, _inplace in (
-        (128, 64, False, False),
-        (128, 64, True, True),
-        (80, 20, False, True),
-        (34, 17, True, False),
+    for _tokens, _dim, _half, _style, _inplace in (
+        (_FEW, 128, 64, False, False),
+        (_FEW, 128, 64, True, True),
+        (_MANY, 128, 64, False, False),
+        (_FEW, 80, 20, False, True),
+        (_FEW, 34, 17, True, False),
     ):
-        _tail = f"{str(_dtype)[6:]}-{_dim}-{_half}-{'pairs' if _style else 'halves'}"
-        CASES.append(Case(f"rotary-{_tail}", _rotary(_dtype, _dim, _half, _style, _inplace)))
-    for _dim, _half, _cache, _dynamic in (
-        (128, 64, _dtype, False),
-        (128, 64, _FP8, True),
-        (64, 16, torch.int8, False),
-        (80, 20, torch.int8, True),
+        _tail = f"{str(_dtype)[6:]}-{_tokens}x{_dim}-{_half}-{'pairs' if _style else 'halves'}"
+        _case = _rotary(_dtype, _tokens, _dim, _half, _style, _inplace)
+        CASES.append(Case(f"rotary-{_tail}", _case))
+    for _tokens, _dim, _half, _cache, _dynamic in (
+        (_FEW, 128, 64, _dtype, False),
+        (_FEW, 128, 64, _FP8, True),
+        (_MANY, 128, 64, _FP8, True),
+        (_FEW, 64, 32, torch.int8, False),
+        (_FEW, 64, 16, torch.int8, False),
+        (_FEW, 80, 20, torch.int8, True),
     ):
-        _tail = f"{str(_dtype)[6:]}-{_dim}-{str(_cache)[6:]}{'-dynamic' if _dynamic else ''}"
-        CASES.append(
-            Case(f"rotary_and_cache-{_tail}", _cached(_dtype, _dim, _half, _cache, _dynamic))
-        )
+        _tail = f"{str(_dtype)[6:]}-{_tokens}x{_dim}-{_half}-{str(_cache)[6:]}"
+        _case = _cached(_dtype, _tokens, _dim, _half, _cache, _dynamic)
+        CASES.append(Case(f"rotary_and_cache-{_tail}{'-dynamic' if _dynamic else ''}", _case))

@@ -1,4 +1,5 @@
-"""Runs every case once, for compute-sanitizer: python tests/gpu/sanitize.py [words in the name]."""
+"""Runs every case once, for compute-sanitizer: python tests/gpu/sanitize.py [words in the
+name; a,b: either]."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ from all_cases import all_cases  # noqa: E402
 
 def main() -> None:
     words = sys.argv[1:]
-    cases = [case for case in all_cases() if all(word in case.name for word in words)]
+    cases = [
+        case
+        for case in all_cases()
+        if all(any(part in case.name for part in word.split(",")) for word in words)
+    ]
     for case in cases:
         run, outputs = case.make("cuda", 3)
         run()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -31,13 +33,20 @@ def one_by_one(model, prompts: list[list[int]]) -> list[list[int]]:
     return tokens
 
 
+def continuous_config(**options) -> ContinuousBatchingConfig:
+    """The page size had another name before transformers 5.20 or so."""
+    if "page_size" not in inspect.signature(ContinuousBatchingConfig).parameters:
+        options["block_size"] = options.pop("page_size")
+    return ContinuousBatchingConfig(**options)
+
+
 def batch(model, prompts: list[list[int]], **options) -> list[list[int]]:
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     sizes = {"page_size": 16, "num_blocks": 48, "max_batch_tokens": 24} | options
     out = model.generate_batch(
         prompts,
         generation_config=config,
-        continuous_batching_config=ContinuousBatchingConfig(**sizes),
+        continuous_batching_config=continuous_config(**sizes),
         progress_bar=False,
     )
     assert all(o.error is None for o in out.values())
@@ -78,7 +87,7 @@ def test_the_manager() -> None:
     want = one_by_one(model, prompts)
     model.set_attn_implementation("fastinfer")
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    sizes = ContinuousBatchingConfig(page_size=16, num_blocks=48, max_batch_tokens=24)
+    sizes = continuous_config(page_size=16, num_blocks=48, max_batch_tokens=24)
     with model.continuous_batching_context_manager(
         generation_config=config, continuous_batching_config=sizes
     ) as manager:

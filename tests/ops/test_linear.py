@@ -83,14 +83,32 @@ def test_out_must_not_share_memory_with_inputs(m: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("m", [1, 5, 64])
+@pytest.mark.parametrize("m", [1, 5, 8, 13, 16, 64])
 def test_cuda_against_fp64(dtype: torch.dtype, m: int) -> None:
-    x, w, bias = (randn(*s, seed=m, dtype=dtype, device="cuda") for s in ((m, 96), (40, 96), (40,)))
-    wide = poisoned(m, 48, dtype=dtype, device="cuda")
-    y = linear(x, w, bias, out=wide[:, :40])
-    assert_linear_error(y, linear_reference(x.double(), w.double(), bias.double()), m)
-    assert wide[:, 40:].isnan().all()
-    refuses(lambda: linear(x, w, batch_invariant=True), "linear", "batch_invariant must be False")
+    for n, k in ((40, 96), (4096, 4096), (65, 14336), (1, 8), (3000, 1496), (40, 99)):
+        shapes = (m, k), (n, k), (n,)
+        x, w, bias = (randn(*s, seed=m, dtype=dtype, device="cuda") for s in shapes)
+        wide = poisoned(m, n + 8, dtype=dtype, device="cuda")
+        wide_w = poisoned(n, k + 8, dtype=dtype, device="cuda")
+        wide_w[:, :k] = w
+        y = linear(x, wide_w[:, :k], bias, out=wide[:, :n])
+        assert_linear_error(y, linear_reference(x.double(), w.double(), bias.double()), m, n, k)
+        assert wide[:, n:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_cuda_batch_invariant_rows_keep_their_bits(dtype: torch.dtype) -> None:
+    like = {"dtype": dtype, "device": "cuda"}
+    for n, k in ((70, 200), (4096, 4096), (300, 14336)):
+        x, w = randn(37, k, seed=3, **like), randn(n, k, seed=4, **like)
+        whole = linear(x, w, batch_invariant=True)
+        for m in (1, 2, 5, 8, 9, 16, 17):
+            assert torch.equal(linear(x[:m], w, batch_invariant=True), whole[:m]), m
+            assert torch.equal(linear(x[-m:], w, batch_invariant=True), whole[-m:]), m
+    x, w = randn(2, 9, seed=3, **like), randn(4, 9, seed=4, **like)
+    refuses(lambda: linear(x, w, batch_invariant=True), "linear", "batch_invariant on CUDA needs")
+    refuses(lambda: linear(x.float(), w.float(), batch_invariant=True), "16-bit x")
 
 
 def test_nan_stays_in_its_row(isa: str) -> None:

@@ -17,8 +17,11 @@ from fastinfer.ops._reference_linear import (
 from fastinfer.ops.linear import int4_linear, int8_linear
 from helpers import (
     FLOATS,
+    HALF,
     assert_linear_error,
+    available_isa_levels,
     compiles,
+    devices,
     generator,
     opcheck,
     poisoned,
@@ -27,7 +30,34 @@ from helpers import (
 )
 
 ZERO_MODES = ("none", "int", "float")
+# Where a case runs: the instruction-set levels of the CPU; the GPU, also with the code for sm_80.
+GPU_PLACES = ["cuda", "cuda sm_80"] if "cuda" in devices("int4_linear") else []
+PLACES = [*available_isa_levels(), *GPU_PLACES]
 M_VALUES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 96, 127, 129, 257)
+
+
+def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if not request.param.startswith("cuda"):
+        monkeypatch.setenv("FASTINFER_CPU_ISA", request.param)
+        return "cpu"
+    if request.param != "cuda":
+        monkeypatch.setenv("FASTINFER_FORCE_ARCH", "80")
+    return "cuda"
+
+
+@pytest.fixture(params=PLACES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test once per place; the value is the device of the tensors."""
+    return _device(request, monkeypatch)
+
+
+@pytest.fixture(params=GPU_PLACES)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return _device(request, monkeypatch)
+
+
+def dtypes(device: str) -> tuple[torch.dtype, ...]:
+    return FLOATS if device == "cpu" else HALF
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,6 +94,9 @@ def make(
     act_order: bool = False,
     seed: int = 0,
     exact_scales: bool = False,
+    scale: float | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Case:
     g = generator(seed)
     groups = -(-k // group_size) if group_size > 0 else min(k, 1)
@@ -75,6 +108,9 @@ def make(
         )
     else:
         scales = torch.rand(n, groups, generator=g) * 0.02 + 0.001
+    if scale is not None:
+        scales = torch.full_like(scales, scale)
+    packed_scales, scales = scales.to(scale_dtype), scales.to(scale_dtype).float()
     z = None
     if zeros == "int":
         z = torch.randint(0, 2**bits, (n, groups), generator=g, dtype=torch.uint8)
@@ -88,91 +124,127 @@ def make(
         dense[:, perm.long()] = dequantize_codes_reference(
             codes[:, perm.long()], scales, z, bits, group_size
         )
-    packed = Q.pack_weight(codes, scales, z, bits=bits, group_size=group_size, perm=perm)
-    return Case(bits, n, k, group_size, packed, perm, dense)
+    packed = Q.pack_weight(
+        codes, packed_scales, z, bits=bits, group_size=group_size, perm=perm, layout=device
+    )
+    packed = Q.PackedWeight(*(None if t is None else t.to(device) for t in packed))
+    perm = None if perm is None else perm.to(device)
+    return Case(bits, n, k, group_size, packed, perm, dense.to(device))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", ZERO_MODES)
-@pytest.mark.parametrize("group_size", [-1, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("group_size", [-1, 8, 16, 24, 32, 64, 96, 128, 192, 256])
 def test_one_hot_inputs_give_the_dequantised_weight_bit_for_bit(
-    isa: str, bits: int, zeros: str, group_size: int
+    device: str, bits: int, zeros: str, group_size: int
 ) -> None:
     rng = random.Random(f"{bits}{zeros}{group_size}")
     n, k = rng.choice([1, 8, 17, 40, 63, 66, 100]), rng.choice([8, 24, 77, 130, 257, 300])
-    case = make(bits, n, k, group_size, zeros, act_order=rng.random() < 0.5, seed=group_size + 2)
-    for dtype in FLOATS:
-        y = case(torch.eye(k, dtype=dtype))
-        assert torch.equal(y, case.dense.t().to(dtype)), (n, k, case.perm is not None, dtype)
+    act_order = rng.random() < 0.5
+    scale_dtype = rng.choice(FLOATS) if device == "cuda" else torch.float32
+    case = make(
+        bits,
+        n,
+        k,
+        group_size,
+        zeros,
+        act_order,
+        seed=group_size + 2,
+        scale_dtype=scale_dtype,
+        device=device,
+    )
+    for dtype in dtypes(device):
+        eye = torch.eye(k, dtype=dtype, device=device)
+        for batch_invariant in (False, True):
+            y = case(eye, batch_invariant=batch_invariant)
+            assert torch.equal(y, case.dense.t().to(dtype)), (n, k, act_order, dtype, scale_dtype)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", ["none", "int"])
-def test_integer_inputs_are_exact_for_every_m(isa: str, bits: int, zeros: str) -> None:
+@pytest.mark.parametrize("group_size", [40, 64])
+def test_integer_inputs_are_exact_for_every_m(
+    device: str, bits: int, zeros: str, group_size: int
+) -> None:
     n, k = 70, 200
-    case = make(bits, n, k, 40, zeros, exact_scales=False, seed=5)
-    scales = torch.full_like(case.packed.scales, 0.25)
-    case.packed = case.packed._replace(scales=scales)
-    dense = Q.dequantize_weight(
-        *case.packed, bits=bits, group_size=40, out_features=n, in_features=k
-    )
+    case = make(bits, n, k, group_size, zeros, seed=5, scale=0.25, device=device)
     for m in (1, 2, 3, 4, 6, 8, 11, 70):
-        x = torch.randint(-3, 4, (m, k), generator=generator(m)).float()
-        assert torch.equal(case(x).double(), x.double() @ dense.double().t()), m
+        x = torch.randint(-3, 4, (m, k), generator=generator(m)).to(device)
+        for dtype in dtypes(device):
+            expected = (x.double() @ case.dense.double().t()).to(dtype)
+            assert torch.equal(case(x.to(dtype)), expected), (m, dtype)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", ZERO_MODES)
-def test_error_stays_at_the_rounding_of_the_output(
-    isa: str, dtype: torch.dtype, bits: int, zeros: str
-) -> None:
+def test_error_stays_at_the_rounding_of_the_output(device: str, bits: int, zeros: str) -> None:
     k = 1100
-    case = make(bits, 96, k, 128, zeros, act_order=zeros == "int", seed=7)
-    x = randn(9, k, seed=1)
+    case = make(bits, 96, k, 128, zeros, act_order=zeros == "int", seed=7, device=device)
+    x = randn(9, k, seed=1, device=device)
     outlier = x.clone()
     outlier[:, 5] *= 100
-    for inputs in (x, x + 10, outlier):
-        inputs = inputs.to(dtype)
-        reference = inputs.double() @ case.dense.double().t()
-        assert_linear_error(case(inputs), reference)
+    for dtype in dtypes(device):
+        for inputs in (x, x + 10, outlier):
+            inputs = inputs.to(dtype)
+            reference = inputs.double() @ case.dense.double().t()
+            assert_linear_error(case(inputs), reference, dtype)
 
 
-def test_one_long_group_keeps_fp32_accuracy(isa: str) -> None:
-    case = make(4, 32, 14336, -1, seed=3)
-    x = randn(2, 14336, seed=4)
+def test_one_long_group_keeps_fp32_accuracy(device: str) -> None:
+    case = make(4, 32, 14336, -1, seed=3, device=device)
+    x = randn(2, 14336, seed=4, dtype=dtypes(device)[0], device=device)
     assert_linear_error(case(x), x.double() @ case.dense.double().t())
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_cases_against_the_reference(seed: int) -> None:
+@pytest.mark.parametrize("device", devices("int4_linear"))
+def test_random_cases_against_the_reference(device: str, seed: int) -> None:
     rng = random.Random(seed)
     bits, m = rng.choice([4, 8]), rng.choice(M_VALUES)
     n, k = rng.choice([1, 8, 31, 100, 152]), rng.choice([8, 33, 136, 264, 608])
-    case = make(
-        bits, n, k, rng.choice([-1, 16, 32, 128]), rng.choice(ZERO_MODES), rng.random() < 0.5, seed
-    )
-    dtype = rng.choice(FLOATS)
+    options = rng.choice([-1, 16, 32, 128]), rng.choice(ZERO_MODES), rng.random() < 0.5, seed
+    case, twin = (make(bits, n, k, *options, device=place) for place in (device, "cpu"))
+    dtype = rng.choice(dtypes(device))
     x, bias = randn(m, k, seed=seed, dtype=dtype), randn(n, seed=seed + 1, dtype=dtype)
     reference = (int4_linear_reference if bits == 4 else int8_linear_reference)(
         x.double(),
-        *case.packed,
+        *twin.packed,
         bias.double(),
-        group_size=case.group_size,
+        group_size=twin.group_size,
         out_features=n,
-        perm=case.perm,
+        perm=twin.perm,
     )
-    assert_linear_error(case(x, bias), reference, bits, m, n, k)
+    y = case(x.to(device), bias.to(device))
+    assert_linear_error(y.cpu(), reference, bits, m, n, k)
+
+
+# Real layers in one dimension, irregular in the other.
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(4096, 4096), (264, 14336), (1, 8960), (8, 10944), (151, 18944), (13824, 136), (200, 29568)],
+)
+def test_real_shapes(gpu: str, bits: int, n: int, k: int) -> None:
+    case = make(bits, n, k, 128, "int", seed=n, device=gpu)
+    for m in (1, 5, 8, 16, 24, 33):
+        x = randn(m, k, seed=m, dtype=torch.bfloat16, device=gpu)
+        assert_linear_error(case(x), x.double() @ case.dense.double().t(), m)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_rows_do_not_depend_on_each_other_nor_on_threads(isa: str, bits: int) -> None:
-    case = make(bits, 200, 136, 32, "int", seed=9)
-    x = randn(67, 136, seed=2, dtype=torch.bfloat16)
-    whole = case(x)
-    for m in (1, 2, 3, 5, 8, 13):
-        assert torch.equal(case(x[:m]), whole[:m])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_rows_do_not_depend_on_each_other_nor_on_threads(
+    device: str, bits: int, group_size: int
+) -> None:
+    case = make(bits, 200, 520, group_size, "int", seed=9, device=device)
+    x = randn(67, 520, seed=2, dtype=torch.bfloat16, device=device)
+    whole = case(x, batch_invariant=True)
+    for m in (1, 2, 3, 5, 8, 13, 16, 17, 40):
+        assert torch.equal(case(x[:m], batch_invariant=True), whole[:m])
         assert torch.equal(case(x[-m:], batch_invariant=True), whole[-m:])
+    if device == "cuda":
+        return
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -181,18 +253,27 @@ def test_rows_do_not_depend_on_each_other_nor_on_threads(isa: str, bits: int) ->
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", ZERO_MODES)
-def test_nan_in_padding_or_in_another_row_does_not_spread(isa: str, zeros: str) -> None:
-    case = make(4, 37, 45, 16, zeros, seed=11)
-    x = randn(6, 45, seed=3)
+def test_nan_in_padding_or_in_another_row_does_not_spread(
+    device: str, bits: int, zeros: str
+) -> None:
+    case = make(bits, 37, 45, 16, zeros, seed=11, device=device)
+    dtype = dtypes(device)[-1]
+    x = randn(6, 45, seed=3, dtype=dtype, device=device)
     expected = case(x)
-    case.packed.scales[:, 37:] = float("nan")
-    case.packed.qweight.view(torch.uint8)[-1].reshape(-1, 16, 4)[:, 37 % 16 :] = 0xFF
+    row = torch.arange(case.packed.scales[0].numel(), device=device)  # of entry i of the scales
+    if device == "cuda":
+        row = row // 64 * 64 + row % 8 // 2 * 16 + row % 2 * 8 + row // 8 % 8
+    case.packed.scales.view(case.packed.scales.shape[0], -1)[:, row >= 37] = float("nan")
     if zeros == "float":
-        case.packed.zeros[:, 37:] = float("nan")
-    storage = poisoned(6, 80)
+        case.packed.zeros.view(case.packed.zeros.shape[0], -1)[:, row >= 37] = float("nan")
+    if device == "cpu":
+        codes = case.packed.qweight.view(torch.uint8)[-1].reshape(-1, 16, 4)
+        codes[:, 37 % 16 :] = 0xFF
+    storage = poisoned(6, 80, dtype=dtype, device=device)
     storage[:, :45] = x
-    out = poisoned(6, 50)
+    out = poisoned(6, 50, dtype=dtype, device=device)
     assert torch.equal(case(storage[:, :45], out=out[:, :37]), expected)
     assert out[:, 37:].isnan().all()
     x[2] = float("nan")
@@ -203,29 +284,49 @@ def test_nan_in_padding_or_in_another_row_does_not_spread(isa: str, zeros: str) 
     assert torch.equal(y[rest], expected[rest])
 
 
-def test_leading_dimensions_strides_bias_and_out() -> None:
-    case = make(4, 24, 40, 8, seed=13)
-    x, bias = randn(2, 3, 40, seed=5), randn(24, seed=6)
+@pytest.mark.parametrize("device", devices("int4_linear"))
+def test_leading_dimensions_strides_bias_and_out(device: str) -> None:
+    case = make(4, 24, 40, 8, seed=13, device=device)
+    like = {"dtype": dtypes(device)[-1], "device": device}
+    x, bias = randn(2, 3, 40, seed=5, **like), randn(24, seed=6, **like)
     flat = case(x.view(6, 40), bias)
     assert torch.equal(case(x, bias), flat.view(2, 3, 24))
     assert torch.equal(case(x[0, 0], bias), flat[0])
-    wide = randn(6, 100, seed=7)
+    wide = randn(6, 100, seed=7, **like)
     wide[:, 3:43] = x.view(6, 40)
     assert torch.equal(case(wide[:, 3:43], bias), flat)
     assert torch.equal(case(x.view(6, 40)[::2], bias), flat[::2])
-    out = poisoned(2, 3, 24)
+    out = poisoned(2, 3, 24, **like)
     assert case(x, bias, out=out) is out
     assert torch.equal(out.view(6, 24), flat)
 
 
-def test_empty_cases() -> None:
-    case = make(4, 24, 40, 8)
-    assert case(torch.empty(0, 40)).shape == (0, 24)
-    assert case(torch.empty(3, 0, 40)).shape == (3, 0, 24)
-    none = make(8, 24, 0, -1)
-    bias = randn(24, seed=1)
-    assert torch.equal(none(torch.empty(2, 0), bias), bias.expand(2, 24))
-    assert make(4, 0, 16, 8)(torch.ones(2, 16)).shape == (2, 0)
+@pytest.mark.parametrize("device", devices("int4_linear"))
+def test_empty_cases(device: str) -> None:
+    case = make(4, 24, 40, 8, device=device)
+    like = {"dtype": dtypes(device)[-1], "device": device}
+    assert case(torch.empty(0, 40, **like)).shape == (0, 24)
+    assert case(torch.empty(3, 0, 40, **like)).shape == (3, 0, 24)
+    none = make(8, 24, 0, -1, device=device)
+    bias = randn(24, seed=1, **like)
+    assert torch.equal(none(torch.empty(2, 0, **like), bias), bias.expand(2, 24))
+    assert make(4, 0, 16, 8, device=device)(torch.ones(2, 16, **like)).shape == (2, 0)
+
+
+@pytest.mark.gpu
+def test_cuda_workspace_and_refusals(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make(4, 200, 4096, 128, seed=3, device=gpu)
+    x = randn(3, 4096, seed=1, dtype=torch.float16, device=gpu)
+    workspace = torch.zeros(1 << 20, dtype=torch.int32, device=gpu)
+    expected = case(x)
+    for _ in range(3):
+        assert torch.equal(case(x, workspace=workspace), expected)
+    assert not workspace[:16384].any()
+    refuses(lambda: case(x, workspace=workspace[:8].cpu()), "workspace")
+    refuses(lambda: case(x.cpu()), "int4_linear", "cpu")
+    case.perm = torch.full((4096,), 4096, dtype=torch.int32, device=gpu)
+    monkeypatch.setenv("FASTINFER_VALIDATE", "1")
+    refuses(lambda: case(x), "perm must hold column numbers in [0, 4096), got 4096")
 
 
 def _call(case: Case, name: str, value: object) -> None:

@@ -10,7 +10,17 @@ import torch
 from fastinfer.ops._reference_linear import w8a8_linear_reference
 from fastinfer.ops.linear import w8a8_linear
 from fastinfer.ops.quantization import quantize_per_token
-from helpers import FLOATS, compiles, generator, opcheck, poisoned, randn, refuses, relative_error
+from helpers import (
+    FLOATS,
+    compiles,
+    devices,
+    generator,
+    opcheck,
+    poisoned,
+    randn,
+    refuses,
+    relative_error,
+)
 
 
 def codes(*shape: int, seed: int) -> torch.Tensor:
@@ -39,6 +49,43 @@ def test_bit_equal_to_the_reference(
         y = w8a8_linear(x, sx, w, sw, bias, x_zeros=zx, weight_sum=total, out_dtype=dtype)
         reference = w8a8_linear_reference(x, sx, w, sw, bias, x_zeros=zx, out_dtype=dtype)
         assert torch.equal(y, reference), (m, n, k)
+
+
+@pytest.mark.parametrize("device", devices("w8a8_linear")[1:])
+@pytest.mark.parametrize("arch", ["", "80"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_cuda_has_the_bits_of_the_cpu(
+    device: str, arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every path: few tokens, mma.sync tiles, wgmma tiles of all widths, unaligned rows."""
+    monkeypatch.setenv("FASTINFER_FORCE_ARCH", arch)
+    rng = random.Random(f"{arch}{dtype}")
+    tokens = (1, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 128, 129, 257, 300, 1024, 2100)
+    for m in tokens:
+        n = rng.choice([1, 8, 50, 64, 130, 256, 264, 500, 1160])
+        k = rng.choice([1, 16, 64, 100, 128, 144, 512, 1111, 2064])
+        if m >= 1024:
+            n, k = rng.choice([1536, 2048, 4100]), rng.choice([256, 400])
+        pad = rng.choice([0, 0, 16 - k % 16, 3])  # row strides with and without TMA
+        wide_x, wide_w = codes(m, k + pad, seed=m), codes(n, k + pad, seed=m + 1)
+        x, w, bias = wide_x[:, :k], wide_w[:, :k], randn(n, seed=m, dtype=dtype)
+        sx, sw = scales(m, m), scales(n, m + 9)
+        zx = torch.randint(-128, 128, (m,), generator=generator(m), dtype=torch.int32)
+        total = w.sum(1, dtype=torch.int32)
+        on = [t.to(device) for t in (wide_x, wide_w, bias, sx, sw, zx, total)]
+        xd, wd, bd, sxd, swd, zxd, td = on
+        xd, wd = xd[:, :k], wd[:, :k]
+        with_bias, zero_mode = rng.random() < 0.5, rng.randrange(3)
+        kwargs = {"x_zeros": zx if zero_mode else None, "out_dtype": dtype}
+        y = w8a8_linear(x, sx, w, sw, bias if with_bias else None, **kwargs)
+        kwargs["x_zeros"] = zxd if zero_mode else None
+        kwargs["weight_sum"] = td if zero_mode == 2 else None
+        got = w8a8_linear(xd, sxd, wd, swd, bd if with_bias else None, **kwargs)
+        where = (m, n, k, pad, zero_mode)
+        assert torch.equal(got.cpu(), y), where
+        out = poisoned(m, n + 3, dtype=dtype, device=device)[:, :n]
+        w8a8_linear(xd, sxd, wd, swd, bd if with_bias else None, out=out, **kwargs)
+        assert torch.equal(out.cpu(), y), where
 
 
 def test_sums_at_the_edge_of_int32(isa: str) -> None:

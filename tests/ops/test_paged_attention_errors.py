@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastinfer.ops.flash_attention import flash_attn_func
 from fastinfer.ops.paged_attention import flash_attn_with_kvcache, merge_attn_states, plan_decode
 from helpers import randn, refuses
 
@@ -112,6 +113,30 @@ def test_paged_refuses():
     refuses(lambda: paged([[0, 1, -5, 7], GOOD[1]]), NAME, "block_table[0, 2]", "got -5")
     refuses(lambda: paged([r[:3] for r in GOOD]), NAME, "cache_seqlens[1]", "0 to 4", "got 6")
     refuses(lambda: paged(GOOD[:1]), NAME, "block_table", "[2, *]", "[1, 4]")
+
+
+def test_shared_memory_is_refused():
+    q, k, v = (randn(2, 2, h, 16, seed=h) for h in (4, 2, 2))
+    cache = randn(3, 8, 2, 16, seed=1)
+    refuses(lambda: dense(k_cache=cache, v_cache=cache), NAME, "v_cache must not be k_cache")
+    shifted = torch.empty(q.numel() + 16).as_strided(q.shape, q.stride(), 16)
+    base = shifted.as_strided(q.shape, q.stride(), 0).copy_(q)
+    refuses(lambda: dense(q=base, out=shifted), NAME, "out must not share memory with q")
+    refuses(lambda: flash_attn_func(base, k, v, out=shifted), "flash_attn_func", "memory with q")
+    # Written exactly over q, an output is fine.
+    expected = dense(q=q)
+    assert torch.equal(dense(q=base, out=base), expected)
+    assert flash_attn_with_kvcache(q, cache, cache).shape == q.shape  # only read
+    # Slices of one buffer that are apart.
+    buffer = randn(2, 2, 12, 16, seed=7)
+    parts = buffer[:, :, :4], buffer[:, :, 4:6], buffer[:, :, 6:8]
+    out = flash_attn_func(*parts, out=buffer[:, :, 8:])
+    assert torch.equal(out, flash_attn_func(*(t.clone() for t in parts)))
+    refuses(lambda: flash_attn_func(*parts, out=buffer[:, :, 7:11]), "flash_attn_func",
+            "share memory with v")  # fmt: skip
+    pages = randn(3, 2, 8, 2, 16, seed=1)  # keys and values of a block side by side
+    interleaved = dense(k_cache=pages[:, 0], v_cache=pages[:, 1])
+    assert interleaved.isfinite().all()
 
 
 def test_two_writers_of_one_slot(monkeypatch):

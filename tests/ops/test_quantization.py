@@ -187,6 +187,107 @@ def test_padding_stands_for_zero_weights() -> None:
         assert (w == 0).all() and (full[1][3:] == 0).all()
 
 
+# ---- CUDA: the bits of the CPU ------------------------------------------------------------------
+def same_bits(got: torch.Tensor | None, want: torch.Tensor | None) -> None:
+    assert (got is None) == (want is None)
+    if got is not None and want is not None:
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", devices("quantize_weight")[1:])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantize_weight_on_cuda_has_the_bits_of_the_cpu(
+    dtype: torch.dtype, bits: int, device: str
+) -> None:
+    rng = random.Random(f"{dtype}{bits}")
+    for n, k in ((1, 8), (70, 777), (512, 4096), (3, 14336), (130, 33)):
+        wide = randn(n, k + 5, seed=n)
+        wide *= torch.logspace(-36, 36, n)[:, None] if n == 512 else 1
+        wide[0] = 0
+        wide[n // 2, k // 2] = float("nan")
+        wide[n // 3, k // 3] = float("inf")
+        wide = wide.to(dtype)
+        w, w_cuda = wide[:, 2 : 2 + k], wide.to(device)[:, 2 : 2 + k]
+        for group_size in (-1, 8, 16, 128, rng.choice([24, 32, 64, 256])):
+            options = {
+                "symmetric": rng.random() < 0.5,
+                "scale_dtype": rng.choice(FLOATS),
+            }
+            got = Q.quantize_weight(w_cuda, bits, group_size, **options)
+            for a, b in zip(got, Q.quantize_weight(w, bits, group_size, **options), strict=True):
+                same_bits(a, b)
+
+
+@pytest.mark.parametrize("device", devices("pack_weight")[1:])
+@pytest.mark.parametrize("layout", ["cpu", "cuda"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", ["none", "int", "float"])
+def test_packing_on_cuda_has_the_bits_of_the_cpu(
+    layout: str, bits: int, zeros: str, device: str
+) -> None:
+    rng = random.Random(f"{layout}{bits}{zeros}")
+    for seed, (n, k) in enumerate(((1, 8), (64, 64), (70, 77), (130, 1111), (200, 520), (9, 130))):
+        g = generator(seed)
+        group_size = rng.choice([-1, 8, 16, 24, 128])
+        groups = -(-k // group_size) if group_size > 0 else 1
+        wide = torch.randint(0, 2**bits, (n, k + 3), generator=g, dtype=torch.uint8)
+        codes, codes_cuda = wide[:, 1 : 1 + k], wide.to(device)[:, 1 : 1 + k]
+        scales = (torch.rand(n, groups, generator=g) + 0.1).to(FLOATS[seed % 3])
+        z = None
+        if zeros == "int":
+            z = torch.randint(0, 2**bits, (n, groups), generator=g, dtype=torch.uint8)
+        elif zeros == "float":
+            z = torch.randn(n, groups, generator=g).to(FLOATS[(seed + 1) % 3])
+        perm = torch.randperm(k, generator=g).to(torch.int32) if seed % 2 else None
+
+        def on_cuda(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.to(device)
+
+        args = {"bits": bits, "group_size": group_size, "layout": layout}
+        packed = Q.pack_weight(codes, scales, z, perm=perm, **args)
+        packed_cuda = Q.pack_weight(
+            codes_cuda, on_cuda(scales), on_cuda(z), perm=on_cuda(perm), **args
+        )
+        for got, want in zip(packed_cuda, packed, strict=True):
+            same_bits(got, want)
+        shape = {"bits": bits, "group_size": group_size, "out_features": n, "in_features": k}
+        for dtype in FLOATS:
+            dense = Q.dequantize_weight(*packed_cuda, perm=on_cuda(perm), dtype=dtype, **shape)
+            same_bits(dense, Q.dequantize_weight(*packed, perm=perm, dtype=dtype, **shape))
+            out = poisoned(n, k + 8, dtype=dtype, device=device)
+            torch.ops.fastinfer.dequantize_weight(
+                *packed_cuda, bits=bits, group_size=group_size, perm=on_cuda(perm), out=out[:, :k]
+            )
+            same_bits(out[:, :k], dense.cpu())
+            assert out[:, k:].isnan().all()
+
+
+@pytest.mark.parametrize("device", devices("pack_weight")[1:])
+def test_codes_and_perm_on_cuda_are_looked_at_when_asked(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    codes = _codes().to(device)
+    codes[1, 3] = 0x2A
+    ones = torch.ones(4, 1, device=device)
+    masked = Q.pack_weight(codes, ones, group_size=-1)
+    codes[1, 3] = 0x0A
+    assert torch.equal(masked.qweight, Q.pack_weight(codes, ones, group_size=-1).qweight)
+    monkeypatch.setenv("FASTINFER_VALIDATE", "1")
+    codes[1, 3] = 0x2A
+    refuses(
+        lambda: Q.pack_weight(codes, ones, group_size=-1),
+        "codes must lie in [0, 15] for bits=4, got 42 at [1, 3]",
+    )
+    shape = {"bits": 4, "group_size": -1, "out_features": 4, "in_features": 16}
+    perm = torch.full((16,), 99, dtype=torch.int32, device=device)
+    refuses(
+        lambda: Q.dequantize_weight(*masked, perm=perm, **shape),
+        "perm must hold column numbers in [0, 16), got 99",
+    )
+
+
 # ---- quantize_per_token ------------------------------------------------------------------------
 PER_TOKEN = pytest.mark.parametrize("device", devices("quantize_per_token"))
 

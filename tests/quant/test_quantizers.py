@@ -323,6 +323,20 @@ def test_quantize_model_swaps_linears_in_place(activations: str | None) -> None:
         assert torch.equal(stored.codes, expected.codes)
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_quantize_model_scale_dtype(scale_dtype: torch.dtype, symmetric: bool) -> None:
+    model = Toy()
+    weight = model.layers[0].weight.clone()
+    quantize_model(model, 4, 16, symmetric, scale_dtype=scale_dtype)
+    stored = model.layers[0].canonical()
+    expected = rtn(weight, GridOptions(4, 16, symmetric, scale_dtype))
+    assert stored.scales.dtype == scale_dtype
+    assert torch.equal(stored.scales, expected.scales)
+    assert torch.equal(stored.codes, expected.codes)
+    assert symmetric or torch.equal(stored.zeros, expected.zeros)
+
+
 def test_quantize_model_skips_and_refuses() -> None:
     model = Toy()
     quantize_model(model, 4, 64, skip=("layers.1",))
@@ -335,6 +349,7 @@ def test_quantize_model_skips_and_refuses() -> None:
         ({"bits": 5}, "bits"),
         ({"group_size": 12}, "group_size"),
         ({"activations": "fp8"}, "activations"),
+        ({"scale_dtype": torch.float64}, "scale_dtype"),
         ({"activations": "int8_token"}, "bits=8"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -36,12 +36,12 @@ __global__ void __launch_bounds__(kThreads, 8) gated_kernel(const __grid_constan
   const int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int inner = static_cast<int>(p.inner);
   const int i = (blockIdx.y * blockDim.x + threadIdx.x) * Pack<E>::kSize;
+  grid_launch_dependents();
   grid_wait();
   if (r >= a.rows || i >= inner) return;
   const E* x = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
-  const uint4 gate = load_row_pack(x, i, inner, a.packs);
-  const uint4 up = load_row_pack(x + inner, i, inner, a.packs);
-  grid_launch_dependents();
+  const uint4 gate = load_pack(x, i, inner, a.packs);
+  const uint4 up = load_pack(x + inner, i, inner, a.packs);
   uint4 y;
   if (p.activation == cpu::Activation::silu) {
     y = gated_pack<cpu::Activation::silu, E>(gate, up);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 8) gated_kernel(const __grid_constan
     y = gated_pack<cpu::Activation::gelu_tanh, E>(gate, up);
   }
   E* out = static_cast<E*>(p.out.data) + row_offset_of(p.shape, p.out, r);
-  store_row_pack(out, i, inner, a.packs, y);
+  store_pack(out, i, inner, a.packs, y);
 }
 
 }  // namespace

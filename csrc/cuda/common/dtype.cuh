@@ -36,6 +36,27 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two elements of a 16-bit type in a word.
+template <class T>
+struct PairOf;
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <class T>
+__device__ __forceinline__ typename PairOf<T>::Type as_pair(uint32_t word) {
+  return reinterpret_cast<const typename PairOf<T>::Type&>(word);
+}
+template <class Pair>
+__device__ __forceinline__ uint32_t as_word(const Pair& pair) {
+  static_assert(sizeof(Pair) == 4, "two 16-bit elements");
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 // fp8 e4m3 (no infinities, 0x7F is NaN): saturating at 448, round to nearest even, NaN stays NaN.
 // `soft`: integer arithmetic as sm_80 needs it, also elsewhere (FASTINFER_FORCE_ARCH=80).
 __device__ __forceinline__ uint8_t soft_e4m3(float x) {

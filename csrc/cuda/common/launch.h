@@ -30,6 +30,9 @@ bool force_portable();
 bool set_programmatic_launch(bool on);
 bool programmatic_launch();
 
+// Raises a kernel's limit of dynamic shared memory on the current device, where it is lower.
+int allow_shared(const void* kernel, size_t bytes);
+
 // Copies to the host and waits for it: for FASTINFER_VALIDATE=1, never on a normal path.
 int copy_to_host(void* host, const void* device, size_t bytes, void* stream);
 // 1 while `stream` is being captured into a graph.

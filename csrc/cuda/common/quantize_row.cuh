@@ -5,70 +5,96 @@
 //                with min <= 0 <= max,       q = clamp(rne(y / s) + z, -128, 127)
 //   s == 0: s = 1, z = 0, q = 0. inf or NaN in the row: s = NaN, z = 0, q = 0.
 //
-// Minimum and maximum are taken on the bits of the floats: as signed integers positive floats order
-// as their values and beat every negative one, as unsigned ones negative floats order as their
-// magnitudes and beat every positive one; inf and NaN come out on top of either.
+// Ranges propagate NaN; reduced over threads as bits, which order as the magnitudes do, inf and NaN
+// on top.
 #pragma once
 
 #include "row_group.cuh"
 
 namespace fastinfer::cuda {
 
-struct RowRange {
-  int32_t top = 0;                // bits of the largest positive value
-  uint32_t bottom = 0x80000000u;  // bits of the smallest negative value
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+}
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+}
 
-  __device__ __forceinline__ void add(float y) {
-    top = max(top, __float_as_int(y));
-    bottom = max(bottom, __float_as_uint(y));
-  }
+// Largest and smallest value of a row and 0. Symmetric codes need the larger magnitude only, which
+// is then `top`.
+struct RowRange {
+  float top = 0.0f, bottom = 0.0f;
+
   // Zeros past the end of a row change nothing.
   template <int kSize>
-  __device__ __forceinline__ void add(const float (&y)[kSize]) {
+  __device__ __forceinline__ void add(const float (&y)[kSize], bool symmetric) {
+    if (symmetric) {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) add(y[j]);
+      for (int j = 0; j < kSize; ++j) top = max_or_nan(top, fabsf(y[j]));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) top = max_or_nan(top, y[j]);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) bottom = min_or_nan(bottom, y[j]);
+    }
   }
 };
 
-// Over the row; every thread of the block calls. Symmetric codes need the larger magnitude only,
-// which is returned as `top`.
-__device__ __forceinline__ RowRange reduce_range(RowGroup& group, RowRange range, bool symmetric,
-                                                 RowScratch<uint2>& scratch) {
-  uint32_t bottom = range.bottom & 0x7FFFFFFFu, top = static_cast<uint32_t>(range.top);
-  if (symmetric) top = max(top, bottom), bottom = 0;
-  const auto over_lanes = [&](int lanes) {
-    if (lanes == 32) {
-      top = __reduce_max_sync(kAllLanes, top);
-      if (!symmetric) bottom = __reduce_max_sync(kAllLanes, bottom);
-      return;
-    }
-    for (int lane = lanes / 2; lane > 0; lane >>= 1) {
-      top = max(top, __shfl_xor_sync(kAllLanes, top, lane));
-      bottom = max(bottom, __shfl_xor_sync(kAllLanes, bottom, lane));
-    }
-  };
-  over_lanes(min(group.threads, 32));
-  if (group.warps > 1) {
-    uint2* values = scratch.value[group.turn];
-    group.turn ^= 1;
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) values[threadIdx.x / 32] = make_uint2(top, bottom);
-    __syncthreads();
-    const uint2 mine = values[group.row * group.warps + min(lane, group.warps - 1)];
-    top = mine.x, bottom = mine.y;
-    over_lanes(32);
+// Bits of the magnitudes of a range.
+__device__ __forceinline__ uint2 range_bits(const RowRange& range) {
+  return make_uint2(__float_as_uint(range.top) & 0x7FFFFFFFu,
+                    __float_as_uint(range.bottom) & 0x7FFFFFFFu);
+}
+__device__ __forceinline__ RowRange range_of_bits(uint2 bits) {
+  return {__uint_as_float(bits.x), -__uint_as_float(bits.y)};
+}
+
+// Largest bits over `lanes` neighbours (a power of two); every lane of the warp calls.
+__device__ __forceinline__ uint2 max_over_lanes(uint2 bits, int lanes, bool symmetric) {
+  if (lanes == 32) {
+    bits.x = __reduce_max_sync(kAllLanes, bits.x);
+    if (!symmetric) bits.y = __reduce_max_sync(kAllLanes, bits.y);
+    return bits;
   }
-  RowRange all;
-  all.top = static_cast<int32_t>(top);
-  all.bottom = bottom | 0x80000000u;
-  return all;
+#pragma unroll 1
+  for (int lane = lanes / 2; lane > 0; lane >>= 1) {
+    bits.x = max(bits.x, __shfl_xor_sync(kAllLanes, bits.x, lane));
+    bits.y = max(bits.y, __shfl_xor_sync(kAllLanes, bits.y, lane));
+  }
+  return bits;
+}
+
+// Over the row; every thread of the block calls. Once per kernel.
+__device__ __forceinline__ RowRange reduce_range(const RowGroup& group, const RowRange& range,
+                                                 bool symmetric, uint2 (&scratch)[32]) {
+  uint2 bits = max_over_lanes(range_bits(range), min(group.threads, 32), symmetric);
+  if (group.warps > 1) {
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) scratch[threadIdx.x / 32] = bits;
+    __syncthreads();
+    bits = max_over_lanes(scratch[group.row * group.warps + min(lane, group.warps - 1)], 32,
+                          symmetric);
+  }
+  return range_of_bits(bits);
+}
+
+// x / kDivisor as IEEE rounds it, for the divisors used here: x times the rounded reciprocal is
+// next to the quotient, the remainder is exact, the sum rounds to the right one (every mantissa was
+// tried). Far from the middle of the range: the division of the library.
+template <int kDivisor>
+__device__ __forceinline__ float quotient_by(float x) {
+  static_assert(kDivisor == 127 || kDivisor == 255, "divisors that were tried");
+  constexpr float d = kDivisor, r = 1.0f / kDivisor;
+  if (!(fabsf(x) >= 0x1p-80f && fabsf(x) <= 0x1p120f)) return __fdiv_rn(x, d);
+  const float q = __fmul_rn(x, r);
+  return __fmaf_rn(__fmaf_rn(-q, d, x), r, q);
 }
 
 enum class CodeMode {
   plain,  // dynamic symmetric: |y / s| <= 127 holds without a clamp
-  full,   // zero point or static scale: clamp; a NaN element gives z
-  slow,   // the same for a scale at the ends of the range: the division of the hardware library
-  zeros,  // a row without codes
+  full,   // anything else: clamp; a NaN element gives z
 };
 
 template <CodeMode kMode>
@@ -78,44 +104,38 @@ struct ModeTag {
 
 struct RowCodes {
   float scale, inverse, rest, low, high;
+  float divisor, factor;  // of y: scale and 1, or both times a power of two
   int zero;
   CodeMode mode;
-  bool quick;
 
   // Quotients, as IEEE rounds them. With 1 / s = inverse + rest, y * inverse + y * rest is one of
   // the two neighbours of y / s, and adding remainder * inverse rounds to the right one (Markstein
-  // 1990). The remainder is exact where s is in the middle of the range and the quotient matters,
-  // i.e. is not far below 1/2; one beyond 1024 is clamped in any case.
-  __device__ __forceinline__ void prepare(float s) {
-    scale = s;
-    quick = s >= 0x1p-60f && s <= 0x1p60f;
-    inverse = quick ? __frcp_rn(s) : 0.0f;
-    rest = __fmul_rn(__fmaf_rn(-s, inverse, 1.0f), inverse);
+  // 1990). The remainder is exact where s is in the middle of the range, to where a power of two
+  // brings it and y, and the quotient matters, i.e. is not far below 1/2; one beyond 1024 is
+  // clamped in any case.
+  __device__ __forceinline__ void prepare(float s, CodeMode usual) {
+    scale = s, factor = 1.0f, mode = usual;
+    if (!(fabsf(s) >= 0x1p-60f && fabsf(s) <= 0x1p60f)) {
+      factor = fabsf(s) < 1.0f ? 0x1p64f : 0x1p-64f;
+      mode = CodeMode::full;
+    }
+    divisor = s * factor;
+    inverse = __frcp_rn(divisor);
+    rest = __fmul_rn(__fmaf_rn(-divisor, inverse, 1.0f), inverse);
   }
   __device__ __forceinline__ float quotient(float y) const {
     const float q = __fmaf_rn(y, inverse, __fmul_rn(y, rest));
-    return __fmaf_rn(__fmaf_rn(-q, scale, y), inverse, q);
+    return __fmaf_rn(__fmaf_rn(-q, divisor, y), inverse, q);
   }
 
   template <CodeMode kMode>
   __device__ __forceinline__ uint32_t code(float y) const {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the integer
-    if (kMode == CodeMode::zeros) return 0;
-    float t;
-    if (kMode == CodeMode::plain) {
-      t = quotient(y);
-    } else {
-      if (kMode == CodeMode::slow) {
-        t = __fdiv_rn(y, scale);
-      } else {
-        t = quotient(y);
-        t = fabsf(y) < 1024.0f * scale ? t : y * inverse;  // NaN: y * inverse
-      }
-      t = t == t ? t : 0.0f;
-      t = fminf(fmaxf(t, low), high);
-    }
-    const uint32_t bits = __float_as_uint(__fadd_rn(t, kMagic));
-    return kMode == CodeMode::plain ? bits : bits + zero;
+    if (kMode == CodeMode::plain) return __float_as_uint(__fadd_rn(quotient(y), kMagic));
+    y *= factor;
+    float t = fabsf(y) < 1024.0f * fabsf(divisor) ? quotient(y) : y * inverse;  // NaN: y * inverse
+    t = t == t ? t : 0.0f;
+    return __float_as_uint(__fadd_rn(fminf(fmaxf(t, low), high), kMagic)) + zero;
   }
 
   // n codes at q + i; whole packs when `packs`.
@@ -146,51 +166,37 @@ struct RowCodes {
   }
 };
 
-__device__ __forceinline__ RowCodes row_codes(RowRange range, bool asymmetric) {
-  const float top = __int_as_float(range.top);
-  const float bottom = -__uint_as_float(range.bottom & 0x7FFFFFFFu);
-  const bool bad = range.top >= 0x7F800000 || range.bottom >= 0xFF800000u;
-  float s = asymmetric ? __fsub_rn(__fdiv_rn(top, 255.0f), __fdiv_rn(bottom, 255.0f))
-                       : __fdiv_rn(fmaxf(top, -bottom), 127.0f);
+__device__ __forceinline__ RowCodes row_codes(const RowRange& range, bool asymmetric) {
+  const float top = range.top, bottom = range.bottom;
+  const float s = asymmetric ? __fsub_rn(quotient_by<255>(top), quotient_by<255>(bottom))
+                             : quotient_by<127>(top);
   RowCodes codes;
-  codes.zero = 0;
-  if (bad || s == 0.0f) {
-    codes.prepare(bad ? __uint_as_float(0x7FC00000u) : 1.0f);
-    codes.low = codes.high = 0.0f;
-    codes.mode = CodeMode::zeros;
+  codes.zero = 0, codes.low = codes.high = 0.0f;  // a row without codes is one that is clamped to 0
+  if (s == 0.0f || !(top < INFINITY && bottom > -INFINITY)) {
+    codes.prepare(s == 0.0f ? 1.0f : __uint_as_float(0x7FC00000u), CodeMode::full);
     return codes;
   }
-  codes.prepare(s);
+  codes.prepare(s, asymmetric ? CodeMode::full : CodeMode::plain);
   float z = 0.0f;
   if (asymmetric) z = fminf(fmaxf(rintf(-128.0f - __fdiv_rn(bottom, s)), -128.0f), 127.0f);
   codes.zero = static_cast<int>(z);
   codes.low = (asymmetric ? -128.0f : -127.0f) - z;
   codes.high = 127.0f - z;
-  codes.mode = !codes.quick ? CodeMode::slow : asymmetric ? CodeMode::full : CodeMode::plain;
   return codes;
 }
 
 __device__ __forceinline__ RowCodes static_codes(float s) {
   RowCodes codes;
-  codes.prepare(s);
   codes.zero = 0, codes.low = -127.0f, codes.high = 127.0f;
-  codes.mode = codes.quick ? CodeMode::full : CodeMode::slow;
+  codes.prepare(s, CodeMode::full);
   return codes;
 }
 
-// f(ModeTag): the loops over a row are compiled once per mode, each free of the others' work.
+// f(ModeTag): the loops over a row are compiled once per mode, each free of the other's work.
 template <class F>
 __device__ __forceinline__ void with_mode(CodeMode mode, F&& f) {
-  switch (mode) {
-    case CodeMode::plain:
-      return f(ModeTag<CodeMode::plain>{});
-    case CodeMode::full:
-      return f(ModeTag<CodeMode::full>{});
-    case CodeMode::slow:
-      return f(ModeTag<CodeMode::slow>{});
-    case CodeMode::zeros:
-      return f(ModeTag<CodeMode::zeros>{});
-  }
+  if (mode == CodeMode::plain) return f(ModeTag<CodeMode::plain>{});
+  return f(ModeTag<CodeMode::full>{});
 }
 
 }  // namespace fastinfer::cuda

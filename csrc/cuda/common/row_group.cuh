@@ -25,10 +25,17 @@ struct RowGroup {
   // Rows that share a block have a power of two of threads.
   __device__ __forceinline__ explicit RowGroup(int row_threads) {
     threads = row_threads;
-    row = threads < static_cast<int>(blockDim.x) ? threadIdx.x >> (31 - __clz(threads)) : 0;
+    row = shares() ? threadIdx.x >> (31 - __clz(threads)) : 0;
     thread = threadIdx.x - row * threads;
     warps = threads / 32;
     turn = 0;
+  }
+
+  __device__ __forceinline__ bool shares() const { return threads < static_cast<int>(blockDim.x); }
+  // Index of the row among those of all blocks.
+  __device__ __forceinline__ int64_t global_row() const {
+    if (!shares()) return blockIdx.x;
+    return static_cast<int64_t>(blockIdx.x) * (blockDim.x >> (31 - __clz(threads))) + row;
   }
 
   // Every thread of the block calls, also those without a row.
@@ -86,43 +93,6 @@ inline bool row_packs(const cpu::RowShape& shape, const cpu::Rows& t, int64_t n,
   return fit;
 }
 
-// A pack of a row that ends at n (0 beyond), i < n, with a small element path: a rolled loop that
-// shifts elements in and out of the pack, where the unrolled one costs a kernel with several packs
-// half its registers.
-template <class E>
-__device__ __forceinline__ uint4 load_row_pack(const E* row, int i, int n, bool packs) {
-  if (packs) return *reinterpret_cast<const uint4*>(row + i);
-  constexpr int kBits = 8 * sizeof(E);
-  using Raw = std::conditional_t<sizeof(E) == 4, uint32_t, uint16_t>;
-  uint64_t low = 0, high = 0;
-#pragma unroll 1
-  for (int j = min(n - i, Pack<E>::kSize) - 1; j >= 0; --j) {
-    high = high << kBits | low >> (64 - kBits);
-    low = low << kBits | reinterpret_cast<const Raw*>(row)[i + j];
-  }
-  return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32),
-                    static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32));
-}
-
-template <class E>
-__device__ __forceinline__ void store_row_pack(E* row, int i, int n, bool packs, const uint4& raw) {
-  if (packs) {
-    *reinterpret_cast<uint4*>(row + i) = raw;
-    return;
-  }
-  constexpr int kBits = 8 * sizeof(E);
-  using Raw = std::conditional_t<sizeof(E) == 4, uint32_t, uint16_t>;
-  uint64_t low = static_cast<uint64_t>(raw.y) << 32 | raw.x;
-  uint64_t high = static_cast<uint64_t>(raw.w) << 32 | raw.z;
-  const int count = min(n - i, Pack<E>::kSize);
-#pragma unroll 1
-  for (int j = 0; j < count; ++j) {
-    reinterpret_cast<Raw*>(row)[i + j] = static_cast<Raw>(low);
-    low = low >> kBits | high << (64 - kBits);
-    high >>= kBits;
-  }
-}
-
 // kSize elements of a vector of n (weights, tables) of a run-time float type as fp32; `packs`: 16
 // bytes at a time.
 template <int kSize, class T>
@@ -133,7 +103,7 @@ __device__ __forceinline__ void load_as(float (&v)[kSize], const T* p, int i, in
 #pragma unroll
     for (int k = 0; k < kSize; k += kStep) {
       float part[kStep];
-      unpack<T>(part, load_row_pack(p, i + k, n, packs));
+      unpack<T>(part, load_pack(p, i + k, n, packs));
 #pragma unroll
       for (int j = 0; j < kStep; ++j) v[k + j] = part[j];
     }

@@ -3,6 +3,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "launch.h"
 
@@ -62,6 +65,20 @@ bool set_programmatic_launch(bool on) {
 }
 
 bool programmatic_launch() { return programmatic; }
+
+int allow_shared(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> limits;
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& limit = limits[{device, kernel}];
+  if (limit >= bytes) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) limit = bytes;
+  return error;
+}
 
 int copy_to_host(void* host, const void* device, size_t bytes, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);

@@ -18,28 +18,40 @@ struct alignas(16) Pack {
   T v[kSize];
 };
 
-// Elements [i, i + kSize) of a row that ends at n; what lies past n is 0. i is a multiple of kSize.
-template <class T>
-__device__ __forceinline__ Pack<T> load_pack(const T* row, int64_t i, int64_t n, bool packs) {
-  Pack<T> pack;
-  if (packs) {
-    *reinterpret_cast<uint4*>(&pack) = *reinterpret_cast<const uint4*>(row + i);
-  } else {
-#pragma unroll
-    for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] = i + j < n ? row[i + j] : T{};
+// A pack of a row that ends at n (0 beyond), i < n, with a small element path: a rolled loop that
+// shifts elements in and out of the pack, where the unrolled one costs a kernel with several packs
+// half its registers.
+template <class E>
+__device__ __forceinline__ uint4 load_pack(const E* row, int i, int n, bool packs) {
+  if (packs) return *reinterpret_cast<const uint4*>(row + i);
+  constexpr int kBits = 8 * sizeof(E);
+  using Raw = std::conditional_t<sizeof(E) == 4, uint32_t, uint16_t>;
+  uint64_t low = 0, high = 0;
+#pragma unroll 1
+  for (int j = min(n - i, Pack<E>::kSize) - 1; j >= 0; --j) {
+    high = high << kBits | low >> (64 - kBits);
+    low = low << kBits | reinterpret_cast<const Raw*>(row)[i + j];
   }
-  return pack;
+  return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32),
+                    static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32));
 }
 
-template <class T>
-__device__ __forceinline__ void store_pack(T* row, int64_t i, int64_t n, bool packs,
-                                           const Pack<T>& pack) {
+template <class E>
+__device__ __forceinline__ void store_pack(E* row, int i, int n, bool packs, const uint4& raw) {
   if (packs) {
-    *reinterpret_cast<uint4*>(row + i) = *reinterpret_cast<const uint4*>(&pack);
-  } else {
-#pragma unroll
-    for (int j = 0; j < Pack<T>::kSize; ++j)
-      if (i + j < n) row[i + j] = pack.v[j];
+    *reinterpret_cast<uint4*>(row + i) = raw;
+    return;
+  }
+  constexpr int kBits = 8 * sizeof(E);
+  using Raw = std::conditional_t<sizeof(E) == 4, uint32_t, uint16_t>;
+  uint64_t low = static_cast<uint64_t>(raw.y) << 32 | raw.x;
+  uint64_t high = static_cast<uint64_t>(raw.w) << 32 | raw.z;
+  const int count = min(n - i, Pack<E>::kSize);
+#pragma unroll 1
+  for (int j = 0; j < count; ++j) {
+    reinterpret_cast<Raw*>(row)[i + j] = static_cast<Raw>(low);
+    low = low >> kBits | high << (64 - kBits);
+    high >>= kBits;
   }
 }
 

@@ -120,16 +120,18 @@ __device__ __forceinline__ void gather_packs(const GatherParams& p, const Slot* 
       if (item >= heads) continue;
       uint32_t head;
       const int64_t t = first + p.heads(item, head);
-      Pack<T> pack;
+      uint4 pack;
       if constexpr (kCodes) {
         float x[kSize];
 #pragma unroll
         for (int w = 0; w < kWords; ++w)
           decode(raw[u].word[w], p.cache_dtype == DType::f8e4m3, p.soft, x + 4 * w);
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) pack.v[j] = from_float<T>(__fmul_rn(x[j], scale[u]));
+        for (int j = 0; j < kSize; ++j) x[j] = __fmul_rn(x[j], scale[u]);
+        pack = pack_of<T>(x);
       } else {
-        *reinterpret_cast<Raw*>(&pack) = raw[u];
+        static_assert(sizeof(Raw) == sizeof(uint4), "the bytes of the output");
+        pack = reinterpret_cast<const uint4&>(raw[u]);
       }
       T* row = reinterpret_cast<T*>(s.tokens) + t * s.token_stride + head * s.token_head_stride;
       store_pack(row, i, p.dim, true, pack);

@@ -118,7 +118,7 @@ __device__ void write_any_heads(const CodesParams& p, int64_t first, uint32_t he
     uint32_t top = 0;
     if (store.scale.dynamic) {
       for (int64_t i = lane * kSize; active && i < store.dim; i += lanes * kSize) {
-        as_floats(load_pack(x, i, store.dim, p.packs[side]), value);
+        as_floats<T>(load_pack(x, i, store.dim, p.packs[side]), value);
         top = max(top, top_bits(value));
       }
       top = group_max(top, lanes);
@@ -127,7 +127,7 @@ __device__ void write_any_heads(const CodesParams& p, int64_t first, uint32_t he
     const Slot at = split_slot(slot, p.block_size);
     const float scale = head_scale(store, at, head, top, lane == 0);
     for (int64_t i = lane * kSize; i < store.dim; i += lanes * kSize) {
-      as_floats(load_pack(x, i, store.dim, p.packs[side]), value);
+      as_floats<T>(load_pack(x, i, store.dim, p.packs[side]), value);
       store_codes(cache_row(store, at, head), i, store.dim, store.packs, value, Quotient(scale),
                   store.dtype == DType::f8e4m3, store.soft);
     }
@@ -172,7 +172,9 @@ __device__ __forceinline__ void write_half_heads(const CodesParams& p, int64_t f
       if (store.scale.dynamic) scale[u] = head_scale(store, at, head[u], top, lane == 0);
       char* to = store.cache + at.block * store.block_stride + at.position * store.position_stride +
                  head[u] * store.head_stride + lane * 16;
-      store_half_codes<T>(to, row[u], Quotient(scale[u]), top, fp8);
+      uint32_t code[4];
+      half_codes<T>(code, row[u], Quotient(scale[u]), top, fp8, store.soft);
+      *reinterpret_cast<uint4*>(to) = make_uint4(code[0], code[1], code[2], code[3]);
     }
   }
 }
@@ -245,10 +247,7 @@ int write_codes(const cpu::CacheWriteParams& p, int64_t tokens, void* stream) {
     c.token_stride[i] = s.token_stride, c.head_stride[i] = s.token_head_stride;
     c.packs[i] = packs_fit(s.tokens, p.dim, sizeof(T), {s.token_stride, s.token_head_stride});
   }
-  // The fast path has the e4m3 conversion of the GPU it is compiled for only.
-  const bool fp8_ok =
-      p.cache_dtype != DType::f8e4m3 || !soft || device_facts().compute_capability < 89;
-  c.by_sixteen = sizeof(T) == 2 && p.dim % 16 == 0 && p.dim <= 512 && fp8_ok;
+  c.by_sixteen = sizeof(T) == 2 && p.dim % 16 == 0 && p.dim <= 512;
   for (int i = 0; i < 2; ++i) {
     const cpu::CacheSide& s = *sides[i];
     c.by_sixteen = c.by_sixteen && c.packs[i] &&

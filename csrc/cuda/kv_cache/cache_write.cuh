@@ -194,15 +194,16 @@ __device__ __forceinline__ void store_codes(char* row, int64_t i, int64_t n, boo
 
 // The values of a pack. A NaN keeps its sign, which the conversion from fp16 drops.
 template <class T>
-__device__ __forceinline__ void as_floats(const Pack<T>& pack, float (&x)[Pack<T>::kSize]) {
+__device__ __forceinline__ void as_floats(const uint4& pack, float (&x)[Pack<T>::kSize]) {
+  unpack<T>(x, pack);
+  if constexpr (std::is_same_v<T, __half>) {
+    const uint32_t word[4] = {pack.x, pack.y, pack.z, pack.w};
 #pragma unroll
-  for (int j = 0; j < Pack<T>::kSize; ++j) x[j] = to_float(pack.v[j]);
-}
-template <>
-__device__ __forceinline__ void as_floats(const Pack<__half>& pack, float (&x)[8]) {
-  const uint16_t* bits = reinterpret_cast<const uint16_t*>(&pack);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) x[j] = copysignf(to_float(pack.v[j]), bits[j] >> 15 ? -1.0f : 1.0f);
+    for (int w = 0; w < 4; ++w) {
+      x[2 * w] = copysignf(x[2 * w], word[w] & 0x8000u ? -1.0f : 1.0f);
+      x[2 * w + 1] = copysignf(x[2 * w + 1], word[w] >> 31 ? -1.0f : 1.0f);
+    }
+  }
 }
 
 // First element of the head that a slot holds.
@@ -235,23 +236,7 @@ __device__ __forceinline__ void store_head_pack(const CacheStore& c, Slot slot, 
     store_codes(row, i, c.dim, c.packs, x, Quotient(scale), c.dtype == DType::f8e4m3, c.soft);
     return;
   }
-  Pack<T> pack;
-#pragma unroll
-  for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] = from_float<T>(x[j]);
-  store_pack(reinterpret_cast<T*>(row), i, c.dim, c.packs, pack);
-}
-
-// The whole write of a head of at most 32 packs: lane l of its `lanes` lanes calls with i = l *
-// kSize. Every lane of the warp must call; those with nothing to write (skipped token, i >= D) pass
-// active = false and x = 0, and their slot is not looked at.
-template <class T>
-__device__ __forceinline__ void write_head_pack(const CacheStore& c, Slot slot, int64_t head,
-                                                int64_t i, const float (&x)[Pack<T>::kSize],
-                                                int lanes, bool active) {
-  uint32_t top = 0;
-  if (c.scale.dynamic) top = group_max(top_bits(x), lanes);
-  if (!active) return;
-  store_head_pack<T>(c, slot, head, i, x, head_scale(c, slot, head, top, i == 0));
+  store_pack(reinterpret_cast<T*>(row), i, c.dim, c.packs, pack_of<T>(x));
 }
 
 }  // namespace fastinfer::cuda

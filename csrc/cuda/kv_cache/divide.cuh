@@ -1,6 +1,5 @@
 // Division of numbers below 2^31 by a divisor known at launch: a multiplication and a shift
-// (Granlund and Montgomery 1994), and index arrays of either width without a branch around the
-// load.
+// (Granlund and Montgomery 1994), and index arrays of either width.
 #pragma once
 
 #include <cstdint>
@@ -31,24 +30,19 @@ struct Divisor {
 #endif
 };
 
-// An int32 or int64 array with a stride, read as 32-bit words.
+// An int32 or int64 array with a stride.
 struct Indices {
-  const uint32_t* words;
-  int64_t step;  // words from one value to the next
+  const void* data;
+  int64_t step;
   bool wide;
 
   Indices() = default;
   Indices(const void* p, DType type, int64_t stride)
-      : words(static_cast<const uint32_t*>(p)),
-        step(type == DType::i64 ? 2 * stride : stride),
-        wide(type == DType::i64) {}
+      : data(p), step(stride), wide(type == DType::i64) {}
 #ifdef __CUDACC__
   __device__ __forceinline__ int64_t operator[](int64_t i) const {
-    const uint32_t* p = words + i * step;
-    const uint32_t low = p[0];
-    uint32_t high = static_cast<uint32_t>(static_cast<int32_t>(low) >> 31);
-    if (wide) high = p[1];
-    return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
+    if (wide) return static_cast<const int64_t*>(data)[i * step];
+    return static_cast<const int32_t*>(data)[i * step];
   }
 #endif
 };

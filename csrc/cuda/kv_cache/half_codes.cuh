@@ -14,17 +14,6 @@ struct alignas(16) HalfRow {
   uint32_t word[8];  // two elements each
 };
 
-template <class T>
-struct PairOf;
-template <>
-struct PairOf<__half> {
-  using Type = __half2;
-};
-template <>
-struct PairOf<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-};
-
 // top_bits() of the row: largest magnitude, as the bits of an fp32 number; NaN stays NaN.
 template <class T>
 __device__ __forceinline__ uint32_t top_bits(const HalfRow& row) {
@@ -46,12 +35,13 @@ __device__ __forceinline__ float2 two_floats(uint32_t word) {
   }
 }
 
-// top: top_bits of at least this row (of the whole head will do).
+// Codes of the sixteen elements, four to a word. top: top_bits of at least this row (of the whole
+// head will do).
 template <class T>
-__device__ __forceinline__ void store_half_codes(char* to, const HalfRow& row,
-                                                 const Quotient& divide, uint32_t top, bool fp8) {
-  if (__uint_as_float(top) < divide.limit) {
-    uint32_t out[4];
+__device__ __forceinline__ void half_codes(uint32_t (&out)[4], const HalfRow& row,
+                                           const Quotient& divide, uint32_t top, bool fp8,
+                                           bool soft) {
+  if (word_codes(true, fp8, soft) && __uint_as_float(top) < divide.limit) {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const uint32_t a = row.word[2 * w], b = row.word[2 * w + 1];
@@ -63,17 +53,19 @@ __device__ __forceinline__ void store_half_codes(char* to, const HalfRow& row,
       const uint32_t signs = __byte_perm(a, b, 0x7531);
       out[w] = fp8 ? (code & 0x7F7F7F7Fu) | (signs & 0x80808080u) : code;
     }
-    *reinterpret_cast<uint4*>(to) = make_uint4(out[0], out[1], out[2], out[3]);
     return;
   }
   HalfRow copy = row;  // indexed by a loop: in local memory, here only
+  uint32_t code[4];
 #pragma unroll 1
   for (int j = 0; j < 16; ++j) {
     const uint32_t bits = copy.word[j / 2] >> 16 * (j % 2) & 0xFFFFu;
     const float2 pair = two_floats<T>(bits);
     const float x = copysignf(pair.x, bits >> 15 ? -1.0f : 1.0f);
-    to[j] = static_cast<char>(code_of(x, __fdiv_rn(x, divide.scale), fp8, false));
+    reinterpret_cast<uint8_t*>(code)[j] = code_of(x, __fdiv_rn(x, divide.scale), fp8, soft);
   }
+#pragma unroll
+  for (int w = 0; w < 4; ++w) out[w] = code[w];
 }
 
 }  // namespace fastinfer::cuda

@@ -50,11 +50,11 @@ int launch_swap_blocks(const CopyShape& shape, int64_t src_block, int64_t dst_bl
 
 // The same through a dense buffer on the device, of pairs * host_block bytes: for one pair of
 // tensors whose host side is dense. host_ids ascend; stretches of consecutive ones are copied at
-// once.
-constexpr int kMaxSwapPairs = 320;  // of one kernel launch
+// once. `reachable`: a kernel can read and write the host side. A block has fewer than 2^30 bytes.
 int launch_staged_swap(const CopyShape& shape, int64_t device_block, int64_t host_block,
-                       char* device, char* host, bool into_host, const int64_t* device_ids,
-                       const int64_t* host_ids, int64_t pairs, char* staging, void* stream);
+                       char* device, char* host, bool into_host, bool reachable,
+                       const int64_t* device_ids, const int64_t* host_ids, int64_t pairs,
+                       char* staging, void* stream);
 
 // ---- host memory and other devices
 // May a kernel read and write these bytes of the host? (Pinned or registered memory.)

@@ -1,7 +1,7 @@
 // rms_norm and fused_add_rms_norm: see norm.cuh.
 #include "norm.h"
 
-#include "norm.cuh"
+#include "norm_rows.cuh"
 
 namespace fastinfer::cuda {
 

@@ -2,19 +2,18 @@
 //
 //   y = x / sqrt(mean(x^2) + eps) * weight      fp32 arithmetic, one rounding
 //   residual: residual = round(residual + x), and that sum is normalised
-//   kQuant: y stays fp32 and becomes int8 codes (common/quantize_row.cuh)
+//   codes: int8 codes (common/quantize_row.cuh) of x * weight, whose scale is then multiplied by
+//   1 / sqrt(..): the factor is the row's own, so sum and range are one reduction
 //
 // Rows x [rows, D], residual, out with strides (cpu/rows.h); weight [D] of any float type.
 //
-// A row belongs to a group of threads (common/row_group.h), chosen by D alone, and every thread
-// sums its packs of 16 bytes in the same order on all paths: a row's bits depend on nothing but the
-// row.
-//   in registers   rows of at most 1024 * 2 packs (16384 elements of a 16-bit type), aligned,
-//   weight of
-//                  x's type: read once, kept between the sum and the output
+// The sum of squares is a fixed tree over the packs of 16 bytes of a row: pack p belongs to lane
+// p % 32 of warp p / 32, each warp is summed as a butterfly, then the warps are. How many packs a
+// thread really holds (kPacks) only says who adds, so that a row's bits depend on nothing but the
+// row, while few rows are spread over as many threads as there is work for.
+//   in registers   rows of at most 2048 packs (16384 elements of a 16-bit type), aligned, with at
+//                  most two row dimensions, weight of x's type: read once (norm_rows.cuh)
 //   any row        norm_any.cu: walked pack by pack, read again for the output
-// With many rows the int8 form lets a thread do the work of two of the group (t and t + threads /
-// 2), with a sum of its own for each: the same tree, half the reductions and scales per element.
 #pragma once
 
 #include "../../cpu/norm.h"
@@ -22,55 +21,102 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kNormPacks = 2;  // of a thread of the group
+constexpr int kMaxPacks = 2 * kMaxRowThreads, kMaxWarps = kMaxPacks / 32;
 
+// Parameters of rows in registers.
 struct NormLaunch {
+  const void *x, *weight;
+  void *residual, *out;  // out: q where there are codes
+  float* scale;
+  int32_t* zeros;
+  int64_t x_stride[2], residual_stride[2], out_stride[2];  // elements, outer and inner dimension
+  uint32_t rows, inner;  // rows of the inner dimension; 0: one dimension, of stride [1]
+  int32_t packs, row_threads;
+  float eps, inverse_dim;
+};
+
+// Of any row.
+struct NormAnyLaunch {
   cpu::RmsNormQuantParams p;
   int64_t rows;
-  int row_threads, threads, rows_per_block;  // of the group; in fact; rows
+  int row_threads;
   float inverse_dim;
   bool packs, weight_packs, code_packs;
 };
 
+// What the warps of a block found: sums of the tree's warps, ranges of the real ones.
 struct NormScratch {
-  RowScratch<float> sums;
-  RowScratch<uint2> ranges;
+  float sums[kMaxWarps];
+  uint2 ranges[32];
 };
-
-__device__ __forceinline__ float inverse_norm(const NormLaunch& a, float sum) {
-  return rsqrtf(sum * a.inverse_dim + a.p.norm.eps);
-}
-
-__device__ __forceinline__ float sum_row(RowGroup& group, float sum, NormScratch& scratch) {
-  return group.reduce(sum, scratch.sums, [](float x, float y) { return x + y; });
-}
-
-// sum_row over a group of twice as many threads: this one's sums stand for those of thread t and of
-// thread t + threads. One row per block.
-__device__ __forceinline__ float sum_row_of_pairs(const RowGroup& group, float low, float high,
-                                                  NormScratch& scratch) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane >>= 1) {
-    low += __shfl_xor_sync(kAllLanes, low, lane);
-    high += __shfl_xor_sync(kAllLanes, high, lane);
-  }
-  float* values = scratch.sums.value[0];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = 2 * group.warps;
-  if (lane == 0) values[warp] = low, values[group.warps + warp] = high;
-  __syncthreads();
-  const int span = 1 << (32 - __clz(warps - 1)), mine = lane & (span - 1);
-  float sum = mine < warps ? values[mine] : 0.0f;
-#pragma unroll
-  for (int other = 16; other > 0; other >>= 1)
-    if (other < span) sum += __shfl_xor_sync(kAllLanes, sum, other);
-  return sum;
-}
 
 template <int kSize>
 __device__ __forceinline__ float add_squares(float sum, const float (&v)[kSize]) {
 #pragma unroll
   for (int j = 0; j < kSize; ++j) sum = __fmaf_rn(v[j], v[j], sum);
   return sum;
+}
+
+// Sums of the packs that a thread holds, pack group.thread + k * group.threads in slot k, to the
+// sum of the row. With kRange also the range of the row, behind the same barrier. Once per kernel.
+struct SumAndRange {
+  float sum;
+  RowRange range;
+};
+template <int kPacks, bool kRange>
+__device__ __forceinline__ SumAndRange reduce_row(const RowGroup& group, float (&s)[kPacks],
+                                                  const RowRange& range, bool symmetric,
+                                                  NormScratch& scratch) {
+  static_assert(kPacks == 1 || kPacks == 2 || kPacks == 4, "a power of two of slots");
+  const int lane = threadIdx.x % 32, threads = group.threads;
+  uint2 bits{};
+  if (kRange) bits = max_over_lanes(range_bits(range), min(threads, 32), symmetric);
+  if (threads < 32) {  // all slots belong to one warp of the tree
+#pragma unroll
+    for (int k = kPacks / 2; k > 0; k /= 2)
+#pragma unroll
+      for (int j = 0; j < k; ++j) s[j] += s[j + k];
+#pragma unroll
+    for (int other = 16; other > 0; other >>= 1)
+      if (other < threads) s[0] += __shfl_xor_sync(kAllLanes, s[0], other);
+    return {s[0], range_of_bits(bits)};
+  }
+  // Slot k is warp k * group.warps + w of the tree. The first steps of the butterflies halve the
+  // number of slots a lane looks after: lanes with the bit clear keep the lower ones.
+  int other = 16;
+#pragma unroll
+  for (int k = kPacks / 2; k > 0; k /= 2, other /= 2) {
+    const bool upper = lane & other;
+#pragma unroll
+    for (int j = 0; j < k; ++j) {
+      const float give = upper ? s[j] : s[j + k], keep = upper ? s[j + k] : s[j];
+      s[j] = keep + __shfl_xor_sync(kAllLanes, give, other);
+    }
+  }
+#pragma unroll
+  for (; other > 0; other /= 2) s[0] += __shfl_xor_sync(kAllLanes, s[0], other);
+  constexpr int kLanes = 32 / kPacks;  // that now hold the same slot
+  const int warps = kPacks * group.warps;
+  float* sums = scratch.sums + group.row * warps;
+  if (lane % kLanes == 0)
+    sums[lane / kLanes * group.warps + threadIdx.x / 32 - group.row * group.warps] = s[0];
+  if (kRange && lane == 0) scratch.ranges[threadIdx.x / 32] = bits;
+  if (warps == 1) return {s[0], range_of_bits(bits)};
+  if (blockDim.x > 32) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  const int span = warps > 32 ? 32 : 1 << (32 - __clz(warps - 1)), mine = lane & (span - 1);
+  float sum = mine < warps ? sums[mine] : 0.0f;
+  if (mine + 32 < warps) sum += sums[mine + 32];
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1)
+    if (step < span) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  if (kRange)
+    bits = max_over_lanes(scratch.ranges[group.row * group.warps + min(lane, group.warps - 1)], 32,
+                          symmetric);
+  return {sum, range_of_bits(bits)};
 }
 
 template <class E>
@@ -83,143 +129,22 @@ __device__ __forceinline__ uint4 sum_of(const uint4& a, const uint4& b) {
   return pack_of<E>(u);
 }
 
-__device__ __forceinline__ RowCodes norm_codes(const NormLaunch& a, RowGroup& group, RowRange range,
-                                               bool active, int64_t r, NormScratch& scratch) {
-  const RowCodes codes =
-      row_codes(reduce_range(group, range, !a.p.zeros, scratch.ranges), a.p.zeros != nullptr);
-  if (active && group.thread == 0) {
-    a.p.scale[r] = codes.scale;
-    if (a.p.zeros) a.p.zeros[r] = codes.zero;
+// Codes of the row of x * weight. `inv` is only a factor of the scale; where it is 0 (a sum beyond
+// fp32) the row is one of zeros. One thread of the row writes what belongs to the row.
+__device__ __forceinline__ RowCodes norm_codes(const RowRange& range, float inv, float* scale,
+                                               int32_t* zeros, int64_t r, bool owner) {
+  RowRange all = range;
+  if (inv == 0.0f && range.top < INFINITY && range.bottom > -INFINITY) all = RowRange{};
+  const RowCodes codes = row_codes(all, zeros != nullptr);
+  if (owner) {
+    const bool no_codes = codes.low == codes.high;  // scale 1 or NaN
+    scale[r] = no_codes ? codes.scale : codes.scale * inv;
+    if (zeros) zeros[r] = codes.zero;
   }
   return codes;
 }
 
-template <class E, bool kQuant>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    norm_kernel(const __grid_constant__ NormLaunch a) {
-  constexpr int kSize = Pack<E>::kSize, kPacks = kQuant ? 2 * kNormPacks : kNormPacks;
-  __shared__ NormScratch scratch;
-  RowGroup group(a.threads);
-  const int64_t r = static_cast<int64_t>(blockIdx.x) * a.rows_per_block + group.row;
-  const cpu::RmsNormParams& p = a.p.norm;
-  const int dim = static_cast<int>(p.dim), packs = dim / kSize;
-  const bool active = r < a.rows, paired = kQuant && a.threads < a.row_threads;
-  // Slot k of this thread: pack k of thread t of the group; where a thread does the work of two,
-  // the odd slots are those of the second.
-  const auto pack_at = [&](int k) {
-    if (!kQuant) return group.thread + k * a.row_threads;
-    return group.thread + k / 2 * a.row_threads + k % 2 * a.threads;
-  };
-  const auto holds = [&](int k) { return pack_at(k) < packs && (!kQuant || k % 2 == 0 || paired); };
-  const auto at = [&](const void* row, int k) {
-    return reinterpret_cast<uint4*>(const_cast<void*>(row)) + pack_at(k);
-  };
-
-  // Weights are there before the launch of the graph that this kernel is part of.
-  uint4 weight[kPacks] = {}, x[kPacks] = {};
-#pragma unroll
-  for (int k = 0; k < kPacks; ++k)
-    if (holds(k)) weight[k] = *at(p.weight, k);
-  grid_wait();
-  if (active) {
-    const E* row = static_cast<const E*>(p.x.data) + row_offset_of(p.shape, p.x, r);
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k)
-      if (holds(k)) x[k] = *at(row, k);
-    if (p.residual.data) {
-      E* residual = static_cast<E*>(p.residual.data) + row_offset_of(p.shape, p.residual, r);
-      uint4 add[kPacks] = {};
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k)
-        if (holds(k)) add[k] = *at(residual, k);
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k) {
-        x[k] = sum_of<E>(x[k], add[k]);
-        if (holds(k)) *at(residual, k) = x[k];
-      }
-    }
-  }
-  grid_launch_dependents();
-  float squares[2] = {};
-#pragma unroll
-  for (int k = 0; k < kPacks; ++k) {
-    float v[kSize];
-    unpack<E>(v, x[k]);
-    float& sum = squares[kQuant ? k % 2 : 0];
-    sum = add_squares(sum, v);
-  }
-  const float sum = paired ? sum_row_of_pairs(group, squares[0], squares[1], scratch)
-                           : sum_row(group, squares[0], scratch);
-  const float inv = inverse_norm(a, sum);
-
-  float y[kPacks][kSize];
-#pragma unroll
-  for (int k = 0; k < kPacks; ++k) {
-    float w[kSize];
-    unpack<E>(w, weight[k]);
-    unpack<E>(y[k], x[k]);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) y[k][j] = y[k][j] * inv * w[j];
-  }
-  if constexpr (kQuant) {
-    RowRange range;
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k)
-      if (active && holds(k)) range.add(y[k]);
-    const RowCodes codes = norm_codes(a, group, range, active, r, scratch);
-    if (!active) return;
-    int8_t* q = a.p.q + r * dim;
-    with_mode(codes.mode, [&](auto tag) {
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k)
-        if (holds(k))
-          codes.template store<decltype(tag)::mode>(q, pack_at(k) * kSize, dim, true, y[k]);
-    });
-  } else if (active) {
-    E* out = static_cast<E*>(p.out.data) + row_offset_of(p.shape, p.out, r);
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      if (holds(k)) *at(out, k) = pack_of<E>(y[k]);
-    }
-  }
-}
-
 // norm_any.cu: the path for any row.
-int launch_norm_any(const NormLaunch& a, unsigned blocks, int block, void* stream);
-
-template <bool kQuant>
-int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
-  const cpu::RmsNormParams& n = p.norm;
-  return with_float(n.dtype, [&](auto element) {
-    using E = decltype(element);
-    constexpr int kSize = Pack<E>::kSize;
-    const int64_t packs = ceil_div(n.dim, kSize);
-    const RowLayout layout = row_layout(packs, kNormPacks);
-    NormLaunch a{p,
-                 rows,
-                 layout.threads,
-                 layout.threads,
-                 layout.rows_per_block,
-                 1.0f / static_cast<float>(n.dim),
-                 true,
-                 true,
-                 true};
-    a.packs = row_packs(n.shape, n.x, n.dim, sizeof(E));
-    if (n.residual.data) a.packs = a.packs && row_packs(n.shape, n.residual, n.dim, sizeof(E));
-    if (!kQuant) a.packs = a.packs && row_packs(n.shape, n.out, n.dim, sizeof(E));
-    a.weight_packs = packs_fit(n.weight, n.dim, sizeof(E), {});
-    a.code_packs = reinterpret_cast<uintptr_t>(p.q) % kSize == 0 && n.dim % kSize == 0;
-    const bool in_registers = a.packs && a.weight_packs && a.code_packs &&
-                              n.weight_dtype == n.dtype &&
-                              packs <= int64_t{layout.threads} * kNormPacks;
-    const auto blocks = static_cast<unsigned>(ceil_div(rows, layout.rows_per_block));
-    if (kQuant && in_registers && layout.threads >= 128 && layout.threads % 64 == 0 &&
-        rows > 2 * device_facts().sms)
-      a.threads /= 2;
-    const int block = a.threads * layout.rows_per_block;
-    if (in_registers) return launch(norm_kernel<E, kQuant>, blocks, block, 0, stream, a);
-    return launch_norm_any(a, blocks, block, stream);
-  });
-}
+int launch_norm_any(const NormAnyLaunch& a, int rows_per_block, void* stream);
 
 }  // namespace fastinfer::cuda

@@ -1,6 +1,6 @@
 // rms_norm_quant: see norm.cuh.
-#include "norm.cuh"
 #include "norm.h"
+#include "norm_rows.cuh"
 
 namespace fastinfer::cuda {
 

@@ -3,14 +3,12 @@
 // rotated. The copy alone is also made for a q that is not aligned to 4 bytes.
 //
 //   rotary (Su et al. 2021), c, s = cos, sin[position, i]:  a' = a c - b s,  b' = b c + a s
-//   codes: x / scale to nearest even, saturating; a scale per token and head is max|x| / largest
-//   code
+//   codes and scales: as reshape_and_cache (kv_cache/cache_write.cuh)
 //
 // One warp per row of D elements: K and V rows (token, head), then rows of q. fp32 in between, one
 // rounding to the element type after the rotation.
-#include "../common/dtype.cuh"
 #include "../common/launch.cuh"
-#include "../common/reduce.cuh"
+#include "../kv_cache/cache_write.cuh"
 #include "paged_attention.h"
 
 namespace fastinfer::cuda {
@@ -88,30 +86,21 @@ __global__ void __launch_bounds__(32 * kWarps)
     for (int i = lane; i < p.dim; i += 32) to[i] = from_float<T>(x[i]);
     return;
   }
-  const bool int8 = p.cache_dtype == DType::i8;
+  const bool fp8 = p.cache_dtype == DType::f8e4m3;
   float* scale = value ? p.v_scale : p.k_scale;
   scale += value ? head * p.vs_head : head * p.ks_head;
   float unit;
   if (value ? p.v_scale_per_token : p.k_scale_per_token) {
     scale += value ? page * p.vs_page + place * p.vs_token : page * p.ks_page + place * p.ks_token;
-    // As bits, where inf and NaN come out on top: such a head gets a scale of NaN.
     uint32_t top = 0;
     for (int i = lane; i < p.dim; i += 32) top = max(top, __float_as_uint(fabsf(x[i])));
-    top = warp_reduce<Max>(top);
-    unit = __fdiv_rn(__uint_as_float(top), int8 ? 127.0f : 448.0f);
-    if (top >= 0x7F800000u) unit = __uint_as_float(0x7FC00000u);
-    if (unit == 0.0f) unit = 1.0f;
+    unit = dynamic_scale(group_max(top, 32), fp8);
     if (lane == 0) *scale = unit;
   } else {
     unit = *scale;
   }
-  for (int i = lane; i < p.dim; i += 32) {
-    const float y = __fdiv_rn(x[i], unit);
-    if (int8)
-      static_cast<int8_t*>(cache)[at + i] = to_int8(y);
-    else
-      static_cast<uint8_t*>(cache)[at + i] = to_e4m3(y, p.soft);
-  }
+  uint8_t* to = static_cast<uint8_t*>(cache) + at;
+  for (int i = lane; i < p.dim; i += 32) to[i] = code_of(x[i], __fdiv_rn(x[i], unit), fp8, p.soft);
 }
 
 }  // namespace

@@ -46,16 +46,16 @@ __global__ void __launch_bounds__(32 * kWarps)
   const T* y = static_cast<const T*>(p.suffix) + offset(p.suffix_stride);
   T* out = static_cast<T*>(p.out) + offset(p.out_stride);
   for (int64_t i = lane * kPack; i < p.head_dim; i += 32 * kPack) {
-    Pack<T> u{}, v{}, w;
-    if (!no_a) u = load_pack(x, i, p.head_dim, packs);
-    if (!no_b) v = load_pack(y, i, p.head_dim, packs);
+    float u[kPack] = {}, v[kPack] = {};
+    if (!no_a) unpack<T>(u, load_pack(x, i, p.head_dim, packs));
+    if (!no_b) unpack<T>(v, load_pack(y, i, p.head_dim, packs));
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
-      const float left = no_a ? 0.0f : to_float(u.v[j]) * wa;
-      const float right = no_b ? 0.0f : to_float(v.v[j]) * wb;
-      w.v[j] = from_float<T>(left + right);
+      const float left = no_a ? 0.0f : u[j] * wa;
+      const float right = no_b ? 0.0f : v[j] * wb;
+      u[j] = left + right;
     }
-    store_pack(out, i, p.head_dim, packs, w);
+    store_pack(out, i, p.head_dim, packs, pack_of<T>(u));
   }
 }
 

@@ -19,6 +19,11 @@ __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, 
                "r"(valid ? 4 : 0)
                : "memory");
 }
+// 16 bytes, of which the first `size` are read and the rest are zero.
+__device__ __forceinline__ void cp_async_zero(uint32_t shared, const void* global, uint32_t size) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(size)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

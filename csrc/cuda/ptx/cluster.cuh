@@ -30,6 +30,23 @@ __device__ __forceinline__ void cluster_sync_shared() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
   asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 }
+// The same in two halves: arrive after the writes, wait before the reads of the others' memory.
+// Every thread calls both, in turn.
+__device__ __forceinline__ void cluster_arrive_shared() {
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait_shared() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+}
+// In two halves, without ordering memory: a CTA that others read from ends behind it.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 // Address, in the shared memory of CTA `rank`, of what `local` is in this CTA.
 __device__ __forceinline__ uint32_t cluster_map(const void* local, uint32_t rank) {
   uint32_t a;
@@ -37,6 +54,14 @@ __device__ __forceinline__ uint32_t cluster_map(const void* local, uint32_t rank
       : "=r"(a)
       : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(local))), "r"(rank));
   return a;
+}
+__device__ __forceinline__ float cluster_load(const float* local, uint32_t rank) {
+  float v;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];"
+               : "=f"(v)
+               : "r"(cluster_map(local, rank))
+               : "memory");
+  return v;
 }
 __device__ __forceinline__ uint64_t cluster_load(const uint64_t* local, uint32_t rank) {
   uint64_t v;
@@ -60,6 +85,11 @@ __device__ __forceinline__ uint4 cluster_load(const uint4* local, uint32_t rank)
 __device__ __forceinline__ uint32_t cluster_rank() { return 0; }
 __device__ __forceinline__ uint32_t cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_sync_shared() { __syncthreads(); }
+__device__ __forceinline__ void cluster_arrive_shared() {}
+__device__ __forceinline__ void cluster_wait_shared() { __syncthreads(); }
+__device__ __forceinline__ float cluster_load(const float* local, uint32_t) { return *local; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ uint64_t cluster_load(const uint64_t* local, uint32_t) { return *local; }
 __device__ __forceinline__ uint4 cluster_load(const uint4* local, uint32_t) { return *local; }
 

@@ -17,11 +17,10 @@
 
 #include "../common/row_group.cuh"
 #include "../kv_cache/cache_write.cuh"
+#include "rotary_parts.cuh"
 
 namespace fastinfer::cuda {
 namespace {
-
-constexpr int kThreads = 256, kHeads = 2;
 
 struct RotaryLaunch {
   cpu::RotaryParams p;
@@ -35,25 +34,6 @@ struct RotaryLaunch {
   int lanes, lane_bits, slots_rotated, slots_all;
   bool packs, table_packs, cached, dynamic;
 };
-
-// A block is `width` threads on each of `tokens` tokens; `groups` groups of lanes share the heads
-// of a token, each taking one or (much work: cos and sin are then loaded once for both) two of
-// them.
-struct RotaryLayout {
-  int groups, width, tokens, parts;
-};
-
-constexpr RotaryLayout rotary_layout(int64_t tokens, int64_t heads, int lanes, int sms) {
-  const bool much = tokens * heads * lanes > int64_t{sms} * 4 * kThreads;
-  const int groups = static_cast<int>(much ? (heads + kHeads - 1) / kHeads : heads);
-  const int64_t need = (int64_t{groups} * lanes + 31) / 32 * 32;
-  const int most = much ? kThreads : 64;
-  const int width = static_cast<int>(need < most ? need : most);
-  return {groups, width, much ? kThreads / width : 1, static_cast<int>((need + width - 1) / width)};
-}
-
-static_assert(rotary_layout(1, 40, 8, 132).parts == 5, "one token: five blocks");
-static_assert(rotary_layout(8192, 40, 8, 132).width == 160, "20 groups of 8 lanes, 2 heads each");
 
 // What a lane does in one slot.
 struct Place {
@@ -75,36 +55,8 @@ __device__ __forceinline__ Place place_of(const RotaryLaunch& a, int slot, bool 
 }
 
 template <class E>
-__device__ __forceinline__ void rotate(uint4& first, uint4& second,
-                                       const float (&c)[Pack<E>::kSize],
-                                       const float (&s)[Pack<E>::kSize], bool interleaved) {
-  constexpr int kSize = Pack<E>::kSize;
-  float x[kSize], y[kSize], u[kSize], v[kSize];
-  unpack<E>(x, first);
-  unpack<E>(y, second);
-  if (interleaved) {
-#pragma unroll
-    for (int j = 0; j < kSize / 2; ++j) {
-      u[2 * j] = x[2 * j] * c[j] - x[2 * j + 1] * s[j];
-      u[2 * j + 1] = x[2 * j + 1] * c[j] + x[2 * j] * s[j];
-      const int k = j + kSize / 2;
-      v[2 * j] = y[2 * j] * c[k] - y[2 * j + 1] * s[k];
-      v[2 * j + 1] = y[2 * j + 1] * c[k] + y[2 * j] * s[k];
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      u[j] = x[j] * c[j] - y[j] * s[j];
-      v[j] = y[j] * c[j] + x[j] * s[j];
-    }
-  }
-  first = pack_of<E>(u);
-  second = pack_of<E>(v);
-}
-
-template <class E>
 __device__ __forceinline__ uint4 load_part(const E* row, int i, int end, bool packs) {
-  return i < end ? load_row_pack(row, i, end, packs) : uint4{};
+  return i < end ? load_pack(row, i, end, packs) : uint4{};
 }
 
 template <class E>
@@ -117,9 +69,8 @@ __device__ __forceinline__ void cache_part(CacheStore store, Slot slot, int64_t 
   store_head_pack<E>(store, slot, head, i, x, scale);
 }
 
-// kCached: the form that can also write the cache. Without it a kernel has fewer registers.
-template <class E, bool kCached>
-__global__ void __launch_bounds__(kThreads, 3)
+template <class E>
+__global__ void __launch_bounds__(kRotaryThreads, 3)
     rotary_kernel(const __grid_constant__ RotaryLaunch a) {
   constexpr int kSize = Pack<E>::kSize;
   const cpu::RotaryParams& p = a.p;
@@ -130,18 +81,18 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t t = live ? token : 0;
   int64_t b = 0, s = t;
   if (t >= p.seq) b = divide(t, p.seq), s = t - b * p.seq;
+  grid_launch_dependents();
   grid_wait();
   int64_t position = s, slot = -1;
   if (p.positions)
     position = index_at(p.positions, p.position_dtype, b * p.position_batch + s * p.position_token);
-  if (kCached && a.cached && live) slot = index_at(a.slots, a.slot_dtype, t * a.slot_stride);
-  if (!kCached || !a.cached) grid_launch_dependents();
+  if (a.cached && live) slot = index_at(a.slots, a.slot_dtype, t * a.slot_stride);
 
-  const E* in[kHeads];
-  E* out[kHeads];
-  int head[kHeads], which[kHeads];  // 0, 1, 2: q, k, v; 3: none
+  const E* in[kRotaryHeads];
+  E* out[kRotaryHeads];
+  int head[kRotaryHeads], which[kRotaryHeads];  // 0, 1, 2: q, k, v; 3: none
 #pragma unroll
-  for (int j = 0; j < kHeads; ++j) {
+  for (int j = 0; j < kRotaryHeads; ++j) {
     head[j] = group + j * a.groups;
     which[j] = 0;
     while (which[j] < 3 && head[j] >= a.heads[which[j]]) head[j] -= a.heads[which[j]++];
@@ -152,25 +103,23 @@ __global__ void __launch_bounds__(kThreads, 3)
     out[j] = static_cast<E*>(tensor.out) + b * tensor.out_batch + s * tensor.out_token +
              head[j] * tensor.out_head;
   }
-  const auto caches = [&](int j) {
-    return kCached && slot >= 0 && (which[j] == 1 || which[j] == 2);
-  };
+  const auto caches = [&](int j) { return slot >= 0 && (which[j] == 1 || which[j] == 2); };
 
   const int64_t table_size = dtype_size(p.table_dtype);
   const auto table = [&](const void* base, int64_t stride) {
     return static_cast<const char*>(base) + position * stride * table_size;
   };
-  uint4 first[kHeads] = {}, second[kHeads] = {};
-  uint32_t top[kHeads] = {};
+  uint4 first[kRotaryHeads] = {}, second[kRotaryHeads] = {};
+  uint32_t top[kRotaryHeads] = {};
   for (int n = lane; n < a.slots_all; n += a.lanes) {
-    bool needed[kHeads];
+    bool needed[kRotaryHeads];
 #pragma unroll
-    for (int j = 0; j < kHeads; ++j) {
+    for (int j = 0; j < kRotaryHeads; ++j) {
       const Place at = place_of<kSize>(a, n, which[j] != 2);
       needed[j] =
           which[j] < 3 && at.first < at.first_end && (at.rotated || caches(j) || in[j] != out[j]);
       if (!needed[j]) continue;
-      first[j] = load_row_pack(in[j], at.first, at.first_end, a.packs);
+      first[j] = load_pack(in[j], at.first, at.first_end, a.packs);
       second[j] = load_part(in[j], at.second, at.second_end, a.packs);
     }
     float c[kSize], sine[kSize];
@@ -180,14 +129,14 @@ __global__ void __launch_bounds__(kThreads, 3)
       load_floats(sine, table(p.sin, p.sin_stride), p.table_dtype, i, half, a.table_packs);
     }
 #pragma unroll
-    for (int j = 0; j < kHeads; ++j) {
+    for (int j = 0; j < kRotaryHeads; ++j) {
       if (!needed[j]) continue;
       const Place at = place_of<kSize>(a, n, which[j] != 2);
       if (at.rotated) rotate<E>(first[j], second[j], c, sine, p.interleaved);
       if (at.rotated || in[j] != out[j]) {
-        store_row_pack(out[j], at.first, at.first_end, a.packs, first[j]);
+        store_pack(out[j], at.first, at.first_end, a.packs, first[j]);
         if (at.second < at.second_end)
-          store_row_pack(out[j], at.second, at.second_end, a.packs, second[j]);
+          store_pack(out[j], at.second, at.second_end, a.packs, second[j]);
       }
       if (caches(j)) {
         float x[kSize];
@@ -198,11 +147,11 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
     }
   }
-  if (!kCached || !a.cached) return;
+  if (!a.cached) return;
 
   const bool again = a.slots_all > a.lanes;
 #pragma unroll
-  for (int j = 0; j < kHeads; ++j) {
+  for (int j = 0; j < kRotaryHeads; ++j) {
     if (a.dynamic) top[j] = group_max(top[j], a.lanes);  // with every lane of the warp
     if (!caches(j)) continue;
     const CacheStore& store = a.cache[which[j] - 1];
@@ -266,6 +215,9 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
     const int64_t table_size = dtype_size(p.table_dtype);
     a.table_packs = half % kSize == 0 && packs_fit(p.cos, half, table_size, {p.cos_stride}) &&
                     packs_fit(p.sin, half, table_size, {p.sin_stride});
+    const RotaryFit fit{a.packs, a.table_packs, a.cache[0].packs && a.cache[1].packs};
+    int error = 0;
+    if (rotary_dense(p, write, tokens, fit, stream, error)) return error;
     const int64_t rotated = ceil_div(half, kSize);
     const int64_t tail = ceil_div(p.dim - 2 * half, 2 * kSize);
     const int64_t plain = write ? ceil_div(p.dim, 2 * kSize) : 0;
@@ -281,9 +233,7 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
     const dim3 grid(static_cast<unsigned>(ceil_div(tokens, layout.tokens)),
                     static_cast<unsigned>(layout.parts));
     const dim3 block(layout.width, layout.tokens);
-    if constexpr (std::is_same_v<E, __nv_bfloat16>)
-      if (!write) return launch(rotary_kernel<E, false>, grid, block, 0, stream, a);
-    return launch(rotary_kernel<E, true>, grid, block, 0, stream, a);
+    return launch(rotary_kernel<E>, grid, block, 0, stream, a);
   });
 }
 

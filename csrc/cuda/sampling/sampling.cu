@@ -150,25 +150,8 @@ int launch_rows(const Task& task, int64_t rows, void* stream) {
   const DeviceFacts& facts = device_facts();
   const bool clusters = facts.compute_capability >= 90 && !force_portable() && clusters_work<T>();
   const int ctas = clusters ? sampling_ctas_per_row(rows, task.vocab, facts.sms) : 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(rows * ctas));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2];
-  int n = 0;
-  if (ctas > 1) {
-    attributes[n].id = cudaLaunchAttributeClusterDimension;
-    attributes[n].val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
-    ++n;
-  }
-  if (programmatic_launch() && facts.compute_capability >= 90) {
-    attributes[n].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[n].val.programmaticStreamSerializationAllowed = 1;
-    ++n;
-  }
-  config.attrs = attributes;
-  config.numAttrs = n;
-  return cudaLaunchKernelEx(&config, sampling_kernel<T>, task);
+  return launch_clusters(sampling_kernel<T>, ctas, static_cast<unsigned>(rows * ctas), kThreads, 0,
+                         stream, task);
 }
 
 int launch_task(const Task& task, DType dtype, int64_t rows, void* stream) {

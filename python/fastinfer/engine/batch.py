@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._host_loader import load_host
 from ..models import AttentionMetadata
 from .request import Request
 from .sampler import SampleOptions, early_stops, sampling_columns
-from .scheduler import SchedulePlan
+from .scheduler import ScheduledChunk, SchedulePlan
 
 _ALIGN = 16  # bytes; every array of the buffer starts at a multiple
 
@@ -49,9 +50,15 @@ class RequestRows:
     Args:
         max_rows: Most running requests.
         max_blocks: Longest block table.
+
+    Attributes:
+        version: Grows whenever a block table changes.
+        decodes: Of the host module: walks over the requests of a decode step.
     """
 
     def __init__(self, max_rows: int, max_blocks: int) -> None:
+        self.version = 0
+        self.decodes = load_host().DecodePacker(Request, ScheduledChunk)
         self.tables = np.zeros((max_rows, max_blocks), dtype=np.int32)
         self.drawn_at = np.zeros(max_rows, dtype=np.int64)  # row among the tokens drawn last
         self.num_prompt = np.zeros(max_rows, dtype=np.int64)
@@ -78,7 +85,27 @@ class RequestRows:
                 self._write(request, have)
         return np.array(rows), width
 
+    def pack(
+        self, plan: SchedulePlan, rows: np.ndarray, starts: np.ndarray, ids: np.ndarray
+    ) -> int:
+        """The same for a plan of one token each, which also says where and what that token is.
+
+        Args:
+            plan: Every chunk has one token.
+            rows, starts, ids: int64, one number per chunk, written: the request's row, the position
+                of the token, and the token, or -1 when it is still on the device only.
+
+        Returns:
+            The length of the longest block table.
+        """
+        news: list[Request] = []
+        width = self.decodes.pack(plan.chunks, rows, starts, ids, news)
+        for request in news:
+            self._write(request, len(request.block_table))
+        return width
+
     def _write(self, request: Request, have: int) -> None:
+        self.version += 1
         row, sent = request.row, request.blocks_sent
         self.tables[row, sent:have] = request.block_table[sent:]
         request.blocks_sent = have
@@ -98,7 +125,8 @@ def build_batch(
     """Lay out the chunks of a plan one after the other.
 
     Args:
-        plan: At least one chunk, every block its tokens need already in the block tables.
+        plan: At least one chunk, every block its tokens need already in the block tables. Chunks of
+            one token go through the decode kernel if they come first.
         held: Of the running requests; brought up to date.
         block_size: P, tokens per block.
         device: Where the model is.
@@ -140,6 +168,9 @@ def build_batch(
         "tables": tables,
         "logits_index": cu_seqlens[1:][sampled].astype(np.int64) - 1,
     }
+    decodes = int(np.argmax(counts > 1)) if counts.max() > 1 else len(chunks)
+    if 0 < decodes < len(chunks):
+        arrays["cu_rest"] = cu_seqlens[decodes:] - np.int32(decodes)
     columns = sampling_columns(sampling)
     stops = early_stops(sampling)
     for name, pairs in (("copies", plan.copies), ("carried", carried), ("stops", stops)):
@@ -154,6 +185,8 @@ def build_batch(
         block_table=put["tables"],
         max_seqlen_q=int(counts.max()),
         max_seqlen_k=int((starts + counts).max()),
+        num_decodes=decodes,
+        cu_seqlens_rest=put.get("cu_rest"),
     )
     return StepBatch(
         input_ids=put["input_ids"],

@@ -165,6 +165,7 @@ class EngineCore:
             completion = Completion(request, index, self._detokenizer(params, token_ids))
             if self.tokenizer is not None:
                 completion.decode = self.tokenizer.decode
+            request.followed = completion.detokenizer is not None or params.logprobs is not None
             generation.completions.append(completion)
             self._completions[request.request_id] = (generation, completion)
             self.scheduler.add(request)
@@ -235,12 +236,17 @@ class EngineCore:
     def _deliver(
         self, plan: SchedulePlan, result: SampleResult, sampled: Sequence[Request]
     ) -> None:
-        drawn = iter(result.token_ids)  # in the order of the chunks that are sampled from
-        tokens = [[next(drawn)] if chunk.samples else [] for chunk in plan.chunks]
+        if len(result.token_ids) == len(plan.chunks):
+            tokens = [[token] for token in result.token_ids]
+        else:
+            drawn = iter(result.token_ids)  # in the order of the chunks that are sampled from
+            tokens = [[next(drawn)] if chunk.samples else [] for chunk in plan.chunks]
         rows: dict[str, int] = {}
         if result.logprobs is not None:
             rows = {request.request_id: row for row, request in enumerate(sampled)}
         for request in self.scheduler.commit(plan, tokens):
+            if not request.followed and request.finish_reason is None:
+                continue
             _, completion = self._completions[request.request_id]
             stop = completion.take(result, rows.get(request.request_id, -1))
             if stop is not None:

@@ -5,14 +5,16 @@ nothing but a token (no log-probabilities, penalties or minimum length). Embeddi
 norm, LM head and sampling are one graph. Its inputs lie in one buffer, filled by one copy from the
 host, at places that depend on the bucket only:
 
-    input_ids, positions, slots, carry_from, seeds, steps    int64 [rows]
+    input_ids, source, positions, slots, seeds, steps        int64 [rows]
     seq_lens, top_k; cu_seqlens                              int32 [rows]; [rows + 1]
     temperature, top_p, min_p                                fp32 [rows]
     tables                                                   int32 [rows, longest table]
 
-Rows beyond the requests are padding: sequence length 0, slot -1. `carry_from` is the row of a token
-that the step before drew and the host does not know yet, or -1. On the CPU, where there are no
-graphs, the same function over the same buffers is called instead; that is how it is tested.
+Block tables follow; they are sent only when one of them has changed. Rows beyond the requests are
+padding: sequence length 0, slot -1. In front of it all are the tokens that the latest step drew:
+`source` is where a row's input token lies, counted in int64 from there: among those, if the host
+does not know it yet, or among `input_ids`. On the CPU, where there are no graphs, the same function
+over the same buffers is called instead; that is how it is tested.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import _lib, ops
 from ..models import AttentionMetadata, LayerCache
 from .batch import RequestRows
 from .request import Request
@@ -36,9 +38,9 @@ from .scheduler import SchedulePlan
 _ALIGN = 16
 _COLUMNS: dict[str, type] = {
     "input_ids": np.int64,
+    "source": np.int64,
     "positions": np.int64,
     "slots": np.int64,
-    "carry_from": np.int64,
     "seeds": np.int64,
     "steps": np.int64,
     "seq_lens": np.int32,
@@ -49,13 +51,50 @@ _COLUMNS: dict[str, type] = {
     "min_p": np.float32,
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
-_PADDING = {"slots": -1, "carry_from": -1, "top_p": 1.0}  # all else is 0
+# From this many rows on, one launch per step divides the decode work for all layers; with fewer
+# every launch of the decode kernel does it faster by itself.
+PLANNED_ROWS = 33
+# Whether the kernels of a captured step may start before the one in front of them has ended.
+PROGRAMMATIC_LAUNCH = True
+_PADDING = {"slots": -1, "top_p": 1.0}  # all else is 0
 
 
 def bucket_sizes(limit: int) -> list[int]:
     """Rows of the graphs: 1, 2, 4, steps of 8 to 128, of 16 to 256, of 32 beyond, and the limit."""
     sizes = [1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, limit + 1, 32)]
     return sorted({size for size in sizes if size < limit} | {limit})
+
+
+class _Staging:
+    """What a step of a bucket sends to the device, in pinned memory, and the tokens it gets back.
+
+    A bucket has two, in turn: one may still be on its way while the next step is prepared.
+    """
+
+    def __init__(
+        self, rows: int, begins: dict[str, int], size: int, own: np.ndarray, pinned: bool
+    ) -> None:
+        self.memory = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=pinned)
+        self.done = torch.cuda.Event() if pinned else None
+        self.bytes = self.memory.numpy()
+        self.columns: dict[str, np.ndarray] = {}
+        for name, kind in _COLUMNS.items():
+            end = begins[name] + _length(name, rows) * kind().itemsize
+            self.columns[name] = self.bytes[begins[name] : end].view(kind)
+            self.columns[name][:] = _PADDING.get(name, 0)
+        self.columns["cu_seqlens"][:] = np.arange(rows + 1)
+        self.columns["source"][:] = self.own = own  # `source` of tokens that the host knows
+        self.filled = 0  # rows that are not padding
+        self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def pad(self, count: int) -> None:
+        """Make padding of the rows from `count` on."""
+        for name in _COLUMNS if count < self.filled else ():
+            if name != "cu_seqlens":
+                self.columns[name][count : self.filled] = _PADDING.get(name, 0)
+        self.columns["source"][count : self.filled] = self.own[count : self.filled]
+        self.filled = count
 
 
 @dataclass(slots=True)
@@ -66,6 +105,8 @@ class _Bucket:
     begins: dict[str, int]  # bytes
     size: int  # bytes of the columns; the tables follow
     inputs: dict[str, Tensor]
+    drawn: Tensor  # the tokens of its rows
+    staging: list[_Staging]
     replay: dict[bool, Callable[[], object]]  # greedy -> run the step
 
 
@@ -75,20 +116,22 @@ class DecodeGraphs:
     Args:
         model: The decoder.
         layers: Its cache.
-        drawn: int64 [max_rows or more]; tokens of the latest step, read and written by the graphs.
         held: Of the running requests.
         workspace: Of the decode kernel; None lets every call have its own.
         max_rows: Most requests in a step.
         max_len: Most tokens of a sequence.
         block_size: P.
         device: Where everything is.
+
+    Attributes:
+        drawn: int64 [max_rows], tokens of the latest step, read and written by the graphs; steps
+            without a graph have to write theirs here too.
     """
 
     def __init__(
         self,
         model: Any,
         layers: list[LayerCache],
-        drawn: Tensor,
         held: RequestRows,
         *,
         workspace: Tensor | None,
@@ -97,79 +140,92 @@ class DecodeGraphs:
         block_size: int,
         device: torch.device,
     ) -> None:
-        self._model, self._layers, self._drawn = model, layers, drawn
+        self._model, self._layers = model, layers
         self._held, self._workspace = held, workspace
         self._max_len, self._block_size, self._device = max_len, block_size, device
         self._sizes = bucket_sizes(max_rows)
         max_blocks = -(-max_len // block_size)
         columns = sum(_column_bytes(name, max_rows) for name in _COLUMNS)
-        size = columns + 4 * max_rows * max_blocks
-        self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        size = -(-(columns + 4 * max_rows * max_blocks) // _ALIGN) * _ALIGN
+        first = -(-8 * max_rows // _ALIGN) * _ALIGN
+        self._whole = torch.zeros(first + size, dtype=torch.uint8, device=device)
+        self.drawn = self._whole[: 8 * max_rows].view(torch.int64)
+        self._buffer = self._whole[first:]
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
+        # what `_tables` holds: the requests' rows, and the version of their tables
+        self._sent, self._sent_rows = -1, np.empty(0, dtype=np.int64)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # the largest first: smaller ones then find their memory in the pool
         self._buckets = {rows: self._make(rows) for rows in reversed(self._sizes)}
 
     def accepts(self, plan: SchedulePlan) -> bool:
         """Whether a step qualifies."""
-        return (
-            0 < len(plan.chunks) <= self._sizes[-1]
-            and plan.num_tokens == len(plan.chunks)
-            and all(
-                chunk.samples
-                and not chunk.num_drafts
-                and (chunk.request.wants_only_tokens or _wants_only_tokens_now(chunk.request))
-                for chunk in plan.chunks
-            )
+        chunks = plan.chunks
+        if not 0 < len(chunks) <= self._sizes[-1] or plan.num_tokens != len(chunks):
+            return False
+        return self._held.decodes.plain(chunks) or all(
+            chunk.samples and not chunk.num_drafts and _wants_only_tokens_now(chunk.request)
+            for chunk in chunks
         )
 
-    def launch(self, plan: SchedulePlan) -> tuple[list[Request], DrawnTokens]:
+    def launch(self, plan: SchedulePlan) -> DrawnTokens:
         """Run a step that qualifies; its block copies must have been done."""
         count = len(plan.chunks)
         bucket = self._buckets[self._sizes[bisect_left(self._sizes, count)]]
-        rows, width = self._held.update(plan)
-        on_cuda = self._device.type == "cuda"
-        size = bucket.size + 4 * bucket.rows * width
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
-        greedy = self._fill(bucket, plan, rows, host.numpy(), width)
-        self._buffer[:size].copy_(host, non_blocking=True)
-        sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
-        self._tables[: bucket.rows, :width].copy_(sent)
+        staging = bucket.staging[0]
+        bucket.staging.reverse()
+        if staging.done is not None:
+            staging.done.synchronize()  # of the step before the last one
+        greedy, width = self._fill(staging, plan)
+        for target, source in staging.moves.get(width) or self._moves(bucket, staging, width):
+            target.copy_(source, non_blocking=True)
         bucket.replay[greedy]()
-        self._held.drawn_at[rows] = np.arange(count)
-        requests = [chunk.request for chunk in plan.chunks]
-        return requests, DrawnTokens.of_tokens(self._drawn[:count])
+        staging.tokens.copy_(bucket.drawn, non_blocking=True)
+        if staging.done is not None:
+            staging.done.record(torch.cuda.current_stream(self._device))
+        return DrawnTokens.in_buffer(staging.tokens[:count], staging.done)
 
-    def _fill(
-        self, bucket: _Bucket, plan: SchedulePlan, rows: np.ndarray, host: np.ndarray, width: int
-    ) -> bool:
-        """Write the inputs of a step where the bucket wants them; True when all are greedy."""
-        columns: dict[str, np.ndarray] = {}
-        count = len(rows)
-        for name, kind in _COLUMNS.items():
-            column = host[bucket.begins[name] :][: _length(name, bucket.rows) * kind().itemsize]
-            columns[name] = column.view(kind)
-            columns[name][count:] = _PADDING.get(name, 0)
-        held, size = self._held, self._block_size
-        tables = host[bucket.size :].view(np.int32).reshape(bucket.rows, width)
-        tables[:count] = held.tables[rows, :width]
-        tables[count:] = 0
-        starts = np.array([chunk.start for chunk in plan.chunks])
-        # A second token in flight is this step's own; the first is on the device only.
-        known = [0 if c.request.in_flight > 1 else c.request.tokens[-1] + 1 for c in plan.chunks]
-        ids = np.array(known) - 1
+    def _moves(self, bucket: _Bucket, staging: _Staging, width: int) -> list[tuple[Tensor, Tensor]]:
+        """What to copy where for a step that sends the block tables up to this width."""
+        size = bucket.size + 4 * bucket.rows * width
+        moves = [(self._buffer[:size], staging.memory[:size])]
+        if width:
+            sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
+            moves.append((self._tables[: bucket.rows, :width], sent))
+        staging.moves[width] = moves
+        return moves
+
+    def _fill(self, staging: _Staging, plan: SchedulePlan) -> tuple[bool, int]:
+        """Write the inputs of a step: whether all requests are greedy, and how much of the block
+        tables has to be sent.
+        """
+        count, held, columns = len(plan.chunks), self._held, staging.columns
+        rows, starts, ids = (np.empty(count, dtype=np.int64) for _ in range(3))
+        width = held.pack(plan, rows, starts, ids)
+        staging.pad(count)
         carried = ids < 0
-        columns["input_ids"][:count] = np.where(carried, 0, ids)
-        columns["carry_from"][:count] = np.where(carried, held.drawn_at[rows], -1)
+        columns["input_ids"][:count] = ids  # (what stands for a carried one is never looked at)
+        columns["source"][:count] = np.where(carried, held.drawn_at[rows], staging.own[:count])
         columns["positions"][:count] = starts
-        blocks = tables[np.arange(count), starts // size].astype(np.int64)
-        columns["slots"][:count] = blocks * size + starts % size
+        at, within = np.divmod(starts, self._block_size)
+        columns["slots"][:count] = held.tables[rows, at] * np.int64(self._block_size) + within
         columns["seq_lens"][:count] = starts + 1
-        columns["cu_seqlens"][:] = np.arange(bucket.rows + 1)
-        columns["steps"][:count] = starts + 1 - held.num_prompt[rows]
-        for name in ("seeds", "temperature", "top_p", "min_p", "top_k"):
-            columns[name][:count] = getattr(held, name)[rows]
-        return not columns["temperature"].any()
+        temperature = held.temperature[rows]
+        columns["temperature"][:count] = temperature
+        held.drawn_at[rows] = np.arange(count)
+        greedy = not temperature.any()
+        if not greedy:
+            columns["steps"][:count] = starts + 1 - held.num_prompt[rows]
+            for name in ("seeds", "top_p", "min_p", "top_k"):
+                columns[name][:count] = getattr(held, name)[rows]
+        if self._sent == held.version and np.array_equal(rows, self._sent_rows):
+            return greedy, 0
+        self._sent, self._sent_rows = held.version, rows
+        bucket_rows = len(columns["slots"])
+        begin = len(staging.bytes) - 4 * bucket_rows * held.tables.shape[1]
+        tables = staging.bytes[begin : begin + 4 * bucket_rows * width].view(np.int32)
+        tables.reshape(-1, width)[:count] = held.tables[rows, :width]
+        return greedy, width
 
     def _make(self, rows: int) -> _Bucket:
         begins, size = {}, 0
@@ -183,7 +239,12 @@ class DecodeGraphs:
             inputs[name] = piece.view(getattr(torch, kind.__name__))
             inputs[name].fill_(_PADDING.get(name, 0))  # nothing but padding while it is captured
         inputs["cu_seqlens"].copy_(torch.arange(rows + 1))
-        bucket = _Bucket(rows, begins, size, inputs, {})
+        own = np.arange(rows) + (self._buffer.storage_offset() + begins["input_ids"]) // 8
+        inputs["source"].copy_(torch.from_numpy(own))
+        on_cuda = self._device.type == "cuda"
+        whole = size + 4 * rows * self._tables.shape[1]
+        staging = [_Staging(rows, begins, whole, own, on_cuda) for _ in range(2)]
+        bucket = _Bucket(rows, begins, size, inputs, self.drawn[:rows], staging, {})
         for greedy in (True, False):
             bucket.replay[greedy] = self._capture(bucket, greedy)
         return bucket
@@ -201,15 +262,15 @@ class DecodeGraphs:
                 run()  # libraries make their handles and workspaces now
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+            with capture, _lib.programmatic_launch(PROGRAMMATIC_LAUNCH):
                 run()
         return graph.replay
 
     @torch.inference_mode()
     def _step(self, bucket: _Bucket, greedy: bool) -> None:
         inputs = bucket.inputs
-        carried = self._drawn.index_select(0, inputs["carry_from"].clamp(min=0))
-        input_ids = torch.where(inputs["carry_from"] >= 0, carried, inputs["input_ids"])
+        input_ids = self._whole.view(torch.int64).index_select(0, inputs["source"])
         meta = AttentionMetadata(
             positions=inputs["positions"],
             slot_mapping=inputs["slots"],
@@ -218,13 +279,29 @@ class DecodeGraphs:
             block_table=self._tables[: bucket.rows],
             max_seqlen_q=1,
             max_seqlen_k=self._max_len,  # a graph must hold for any length
+            plans=self._plans(bucket),
             workspace=self._workspace,
         )
         hidden = self._model(input_ids, meta, self._layers)
         logits = self._model.compute_logits(hidden)
         names = ("temperature",) if greedy else _SAMPLING
         columns = {name: inputs[name] for name in names}
-        ops.sample(logits, **columns, out=self._drawn[: bucket.rows])  # type: ignore[arg-type]
+        ops.sample(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
+
+    def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
+        config = self._model.config
+        if bucket.rows < PLANNED_ROWS:
+            return None
+        return {
+            window: ops.plan_decode(
+                bucket.inputs["seq_lens"],
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                window_size=window,
+            )
+            for window in {config.window_of(layer) for layer in range(config.num_layers)}
+        }
 
 
 def _length(name: str, rows: int) -> int:

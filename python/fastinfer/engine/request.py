@@ -76,6 +76,7 @@ class Request:
     stop_reason: int | str | None = None
 
     wants_only_tokens: bool = True  # no log-probabilities, no change to the logits
+    followed: bool = True  # something (text, log-probabilities) is made of every single token
 
     def __post_init__(self) -> None:
         sampling = self.sampling

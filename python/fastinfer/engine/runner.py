@@ -98,7 +98,6 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(
                     model,
                     self.layers,
-                    self._drawn,
                     self._rows,
                     workspace=self._workspace,
                     max_rows=config.max_num_seqs,
@@ -106,16 +105,23 @@ class ModelRunner:
                     block_size=config.block_size,
                     device=device,
                 )
+            self._drawn = self._graphs.drawn
 
     @torch.inference_mode()
     def step(self, plan: SchedulePlan) -> tuple[list[Request], DrawnTokens]:
-        """Launch a plan; returns the requests it draws tokens for, and the tokens to come."""
+        """Launch a plan.
+
+        Returns:
+            The requests it draws tokens for, if one of them wants more than a token or has
+            penalties (else none), and the tokens to come.
+        """
         if self._graphs is not None and self._graphs.accepts(plan):
             if plan.copies:
                 self._copy_blocks(torch.tensor(plan.copies).to(self.device))
-            return self._graphs.launch(plan)
+            return [], self._graphs.launch(plan)
         batch = self.build(plan)
-        return batch.sampling, self.launch(batch)
+        special = any(not request.wants_only_tokens for request in batch.sampling)
+        return batch.sampling if special else [], self.launch(batch)
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> DrawnTokens:

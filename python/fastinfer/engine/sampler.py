@@ -57,16 +57,20 @@ class DrawnTokens:
             self._ready.record(torch.cuda.current_stream(out.token_ids.device))
 
     @classmethod
-    def of_tokens(cls, token_ids: Tensor) -> DrawnTokens:
-        """Tokens in a buffer that the next step will write to."""
-        if not token_ids.is_cuda:
-            token_ids = token_ids.clone()  # (a GPU copies before the next step, in stream order)
-        return cls(ops.SampleOutput(token_ids, None, None, None))
+    def in_buffer(cls, token_ids: Tensor, ready: torch.cuda.Event | None) -> DrawnTokens:
+        """Tokens that are in this host memory once the event has happened."""
+        tokens = cls(None)
+        tokens._parts[0], tokens._ready = token_ids, ready
+        return tokens
+
+    def wait(self) -> None:
+        """Wait for the step."""
+        if self._ready is not None:
+            self._ready.synchronize()
 
     def result(self) -> SampleResult:
         """Wait for the step and read what it drew."""
-        if self._ready is not None:
-            self._ready.synchronize()
+        self.wait()
         ids, *others = (None if part is None else part.tolist() for part in self._parts)
         return SampleResult(ids or [], *others)
 

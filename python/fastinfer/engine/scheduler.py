@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING
 
 from .._host_loader import load_host
 from .config import EngineConfig
+from .metrics import RequestMetrics
 from .request import Request, RequestStatus
 
 if TYPE_CHECKING:
-    from .._host_py import BlockPool
+    from .._host_py import BlockPool, DecodeLoop
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class ScheduledChunk:
 class SchedulePlan:
     """One step: what to run, what was preempted for it, which blocks to copy before it."""
 
-    chunks: list[ScheduledChunk] = field(default_factory=list)
+    chunks: list[ScheduledChunk] = field(default_factory=list)  # those of one token first
     preempted: list[str] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination) blocks
     num_tokens: int = 0
@@ -79,6 +80,14 @@ class Scheduler:
         host = load_host()
         self._extend_hashes = host.extend_block_hashes
         self.pool: BlockPool = host.BlockPool(num_blocks)
+        self.decodes: DecodeLoop = host.DecodeLoop(
+            Request,
+            RequestMetrics,
+            ScheduledChunk,
+            RequestStatus.RUNNING,
+            self.pool,
+            config.block_size,
+        )
         self.config = config
         self.max_model_len = max_model_len
         self.clock = clock
@@ -159,19 +168,19 @@ class Scheduler:
         plan = SchedulePlan()
         budget = self.config.max_num_batched_tokens
         limit = self.config.long_prefill_token_threshold or budget
-        for request in list(self.running):
-            if budget == 0:
-                break
-            if request.status is not RequestStatus.RUNNING:
-                continue  # preempted for an older one
-            count = min(request.num_pending, budget, limit)
-            if request.num_computed + count > len(request.block_table) * self.config.block_size:
-                count = self._grow(request, count, plan)
-            if count:
-                self._plan_chunk(plan, request, count)
-                budget -= count
+        running = list(self.running)
+        at = 0
+        while at < len(running) and budget > 0:
+            at, decodes = self.decodes.plan(running, at, budget, plan.chunks)
+            plan.num_tokens += decodes
+            budget -= decodes
+            if at < len(running) and budget > 0:
+                budget -= self._plan_running(running[at], min(budget, limit), plan)
+                at += 1
         if not plan.preempted:
             self._admit(plan, budget)
+        if plan.num_tokens > len(plan.chunks):
+            plan.chunks.sort(key=lambda chunk: chunk.count > 1)  # decodes first
         self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
         return plan
 
@@ -187,38 +196,59 @@ class Scheduler:
             The requests that got tokens, among them those that just ended.
         """
         now = self.clock()
-        caching, size = self.config.enable_prefix_caching, self.config.block_size
-        updated = []
-        for chunk, tokens in zip(plan.chunks, sampled, strict=True):
-            request = chunk.request
-            if request.status is RequestStatus.FINISHED:
-                continue  # while the step ran
-            request.in_flight -= chunk.samples
-            taken = 0
-            for token in tokens:
-                taken += 1
-                if request.append(token):
-                    break
-            if request.status is RequestStatus.RUNNING:  # if preempted, its K/V is gone already
-                computed = chunk.start + chunk.count
-                if request.draft_tokens:
-                    # K/V of rejected drafts, and of what follows a stop among the accepted ones
-                    computed -= chunk.num_drafts - max(len(tokens) - 1, 0)
-                    computed = min(computed, len(request.tokens))
-                    request.num_computed = computed
-                if caching and computed >= (request.num_registered + 1) * size:
-                    self._register(request, computed)
-            if request.draft_tokens:
-                request.draft_tokens = []
-            if taken:
-                request.metrics.record_tokens(taken, now)
-                updated.append(request)
-            if request.finish_reason is not None:
-                self.finish(request, request.finish_reason, request.stop_reason)
+        caching = self.config.enable_prefix_caching
+        updated: list[Request] = []
+        at, chunks = 0, plan.chunks
+        while at < len(chunks):
+            at = self.decodes.commit(chunks, sampled, at, now, caching, updated)
+            if at < len(chunks):
+                self._commit_chunk(chunks[at], sampled[at], now, updated)
+                at += 1
         return updated
+
+    def _commit_chunk(
+        self, chunk: ScheduledChunk, tokens: Sequence[int], now: float, updated: list[Request]
+    ) -> None:
+        request = chunk.request
+        if request.status is RequestStatus.FINISHED:
+            return  # while the step ran
+        request.in_flight -= chunk.samples
+        taken = 0
+        for token in tokens:
+            taken += 1
+            if request.append(token):
+                break
+        if request.status is RequestStatus.RUNNING:  # if preempted, its K/V is gone already
+            computed = chunk.start + chunk.count
+            if request.draft_tokens:
+                # K/V of rejected drafts, and of what follows a stop among the accepted ones
+                computed -= chunk.num_drafts - max(len(tokens) - 1, 0)
+                computed = min(computed, len(request.tokens))
+                request.num_computed = computed
+            full = (request.num_registered + 1) * self.config.block_size
+            if self.config.enable_prefix_caching and computed >= full:
+                self._register(request, computed)
+        if request.draft_tokens:
+            request.draft_tokens = []
+        if taken:
+            request.metrics.record_tokens(taken, now)
+            updated.append(request)
+        if request.finish_reason is not None:
+            self.finish(request, request.finish_reason, request.stop_reason)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
+
+    def _plan_running(self, request: Request, limit: int, plan: SchedulePlan) -> int:
+        """Plan at most `limit` tokens of a running request; returns how many."""
+        if request.status is not RequestStatus.RUNNING:
+            return 0  # preempted for an older one
+        count = min(request.num_pending, limit)
+        if request.num_computed + count > len(request.block_table) * self.config.block_size:
+            count = self._grow(request, count, plan)
+        if count:
+            self._plan_chunk(plan, request, count)
+        return count
 
     def _plan_chunk(self, plan: SchedulePlan, request: Request, count: int) -> None:
         if request.metrics.first_scheduled_time is None:

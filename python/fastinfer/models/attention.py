@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,10 @@ class AttentionMetadata:
     block_table: Tensor  # int32 [B, max_blocks]; entries past a sequence's length may hold anything
     max_seqlen_q: int
     max_seqlen_k: int
-    plan: Tensor | None = None  # of `plan_decode`, shared by all layers
+    # Sequences of one token at the beginning; None: all, if max_seqlen_q is 1, else not known (0).
+    num_decodes: int | None = None
+    cu_seqlens_rest: Tensor | None = None  # int32, of the other ones, from 0; None: there are none
+    plans: Mapping[tuple[int, int], Tensor] | None = None  # of `plan_decode`, by window of a layer
     workspace: Tensor | None = None  # of `flash_attn_with_kvcache`: zeroed once, one per stream
 
 
@@ -97,35 +101,69 @@ class SelfAttention(nn.Module):
 
     def _attend(self, q: Tensor, meta: AttentionMetadata, cache: LayerCache) -> Tensor:
         """q [T, Hq, D], already rotated -> [T, Hq, D]."""
-        shared = {
-            "causal": True,
-            "window_size": self.window,
-            "block_table": meta.block_table,
-            "k_scale": cache.k_scale,
-            "v_scale": cache.v_scale,
-            "plan": meta.plan,
-            "batch_invariant": self.batch_invariant,
-        }
-        # A batch-invariant row goes through the same operator whatever shares its step.
-        decodes_only = meta.max_seqlen_q == 1 and not self.batch_invariant
-        if decodes_only and q.shape[0] == meta.seq_lens.shape[0]:
-            out = ops.flash_attn_with_kvcache(
-                q.unsqueeze(1),
-                cache.k,
-                cache.v,
-                cache_seqlens=meta.seq_lens,
-                workspace=meta.workspace,
-                **shared,
-            )
-            return out.squeeze(1)
+        tokens, sequences = q.shape[0], meta.seq_lens.shape[0]
+        decodes = meta.num_decodes
+        if decodes is None:
+            decodes = sequences if meta.max_seqlen_q == 1 and tokens == sequences else 0
+        if decodes == 0 or self.batch_invariant:
+            # A batch-invariant row goes through the same operator whatever shares its step.
+            return self._prefill(q, meta, cache, 0, meta.cu_seqlens_q, None)
+        if decodes == tokens:
+            return self._decode(q, meta, cache, decodes, None)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self._decode(q[:decodes], meta, cache, decodes, out[:decodes])
+        assert meta.cu_seqlens_rest is not None
+        self._prefill(q[decodes:], meta, cache, decodes, meta.cu_seqlens_rest, out[decodes:])
+        return out
+
+    def _decode(
+        self,
+        q: Tensor,
+        meta: AttentionMetadata,
+        cache: LayerCache,
+        count: int,
+        out: Tensor | None,
+    ) -> Tensor:
+        """The first `count` sequences, of one token each."""
+        return ops.flash_attn_with_kvcache(
+            q.unsqueeze(1),
+            cache.k,
+            cache.v,
+            cache_seqlens=meta.seq_lens[:count],
+            block_table=meta.block_table[:count],
+            causal=True,
+            window_size=self.window,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
+            plan=None if meta.plans is None else meta.plans[self.window],
+            workspace=meta.workspace,
+            out=None if out is None else out.unsqueeze(1),
+        ).squeeze(1)
+
+    def _prefill(
+        self,
+        q: Tensor,
+        meta: AttentionMetadata,
+        cache: LayerCache,
+        first: int,
+        cu_seqlens: Tensor,
+        out: Tensor | None,
+    ) -> Tensor:
+        """The sequences from `first` on."""
         return ops.flash_attn_varlen_func(
             q,
             cache.k,
             cache.v,
-            meta.cu_seqlens_q,
+            cu_seqlens,
             None,
             meta.max_seqlen_q,
             meta.max_seqlen_k,
-            seqused_k=meta.seq_lens,
-            **shared,
+            causal=True,
+            window_size=self.window,
+            block_table=meta.block_table[first:],
+            seqused_k=meta.seq_lens[first:],
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
+            batch_invariant=self.batch_invariant,
+            out=out,
         )

@@ -57,7 +57,6 @@ def fill_random(
                 param.fill_(1.0)
             else:
                 param.normal_(std=_STD, generator=generator)
-    on_cpu = torch.Generator().manual_seed(0)
     for tensor, target in weight_targets(config).items():
         layer = model.get_submodule(target.module)
         if not isinstance(layer, QuantizedLinear) or target.param != "weight":
@@ -65,22 +64,32 @@ def fill_random(
         rows, columns = layer.part_shape("weight", target.parts)
         weight: Stored
         if tensor in quantized:
-            weight = _random(quantized[tensor][1], rows, columns, on_cpu)
+            weight = _random(quantized[tensor][1], rows, columns, generator)
         else:
-            weight = torch.randn(rows, columns, generator=on_cpu) * _STD
+            weight = _normal(rows, columns, generator)
         layer.load_quantized(target.parts, runnable(tensor, weight))
+
+
+def _normal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    return _STD * torch.randn(rows, columns, generator=generator, device=generator.device)
 
 
 def _random(scheme: LinearScheme, rows: int, columns: int, generator: torch.Generator) -> Stored:
     if scheme.method == "bitsandbytes" and scheme.style != "int8":
-        return torch.randn(rows, columns, generator=generator) * _STD
+        return _normal(rows, columns, generator)
+    device = generator.device
     codes = torch.randint(
-        0, 1 << scheme.bits, (rows, columns), dtype=torch.uint8, generator=generator
+        0,
+        1 << scheme.bits,
+        (rows, columns),
+        dtype=torch.uint8,
+        generator=generator,
+        device=device,
     )
     # Uniform codes have a standard deviation of 2^bits / sqrt(12).
     scale = _STD * 12**0.5 / (1 << scheme.bits)
     if scheme.activations is not None:
-        return Int8Weight(codes.view(torch.int8), torch.full((rows,), scale))
+        return Int8Weight(codes.view(torch.int8), torch.full((rows,), scale, device=device))
     groups = num_groups(columns, scheme.group_size)
-    scales = torch.full((rows, groups), scale)
+    scales = torch.full((rows, groups), scale, device=device)
     return CanonicalWeight(codes, scales, None, scheme.bits, scheme.group_size)

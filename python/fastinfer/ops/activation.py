@@ -129,14 +129,17 @@ def silu_and_mul_quant_reference(
 def _half_shape(name: str, x: Tensor) -> list[int]:
     _lib.check(
         x.dim() >= 1 and x.shape[-1] % 2 == 0,
-        f"{name}: x must have shape [..., 2I] with the gate in its first and the linear part in "
-        f"its second half, got {_lib.describe(x)}; concatenate the two along the last dimension",
+        lambda: (
+            f"{name}: x must have shape [..., 2I] with the gate in its first and the linear part "
+            f"in its second half, got {_lib.describe(x)}; concatenate the two along the last "
+            "dimension"
+        ),
     )
     return [*x.shape[:-1], x.shape[-1] // 2]
 
 
 def _empty_half(name: str, x: Tensor) -> Tensor:
-    return torch.empty(_half_shape(name, x), dtype=x.dtype, device=x.device)
+    return x.new_empty(_half_shape(name, x))
 
 
 def _check(name: str, x: Tensor, out: Tensor) -> None:

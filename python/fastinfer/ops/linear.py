@@ -59,15 +59,17 @@ def linear(
 
     Few tokens run through a kernel that streams the weights once; more go to torch's own matrix
     product where that is faster (on the CPU above 16 tokens; in bf16 above 4 on processors with
-    bf16 instructions, and in 16 bit never on those without). The choice is made in C++, so a
-    compiled graph follows the M of each call.
+    bf16 instructions, and in 16 bit never on those without; on CUDA in 16 bit above 16 tokens, and
+    for layers where cuBLAS was measured to be faster). The choice is made in C++, so a compiled
+    graph follows the M of each call.
 
     Args:
         x: [..., K], fp32, fp16 or bf16, last dimension contiguous.
         weight: [N, K], x's dtype, last dimension contiguous.
         bias: [N], x's dtype.
         batch_invariant: use the streaming kernel for every M: the bits of a row then do not depend
-            on the other rows. Slower for large M.
+            on the other rows. Slower for large M. On CUDA 16-bit types only, weight rows at
+            multiples of 16 bytes.
         out: [..., N], x's dtype, to write to.
 
     Returns:
@@ -120,7 +122,8 @@ def int4_linear(
             `pack_weight`.
         batch_invariant: one tile and one order of summation for every M (always so on the CPU).
         out: [..., N], x's dtype, to write to.
-        workspace: scratch of the CUDA kernels, zeroed once by the caller; unused on the CPU.
+        workspace: scratch of the CUDA kernels, zeroed once by the caller and left zeroed; needed
+            only by GPUs older than sm_90, which otherwise allocate it per call. Unused on the CPU.
 
     Returns:
         [..., N], x's dtype.

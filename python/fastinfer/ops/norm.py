@@ -114,9 +114,9 @@ def _empty_codes(
     last dimension.
     """
     return (
-        torch.empty(shape, dtype=torch.int8, device=x.device),
-        torch.empty(shape[:-1], dtype=torch.float32, device=x.device),
-        None if symmetric else torch.empty(shape[:-1], dtype=torch.int32, device=x.device),
+        x.new_empty(shape, dtype=torch.int8),
+        x.new_empty(shape[:-1], dtype=torch.float32),
+        None if symmetric else x.new_empty(shape[:-1], dtype=torch.int32),
     )
 
 

@@ -167,10 +167,13 @@ def flash_attn_with_kvcache(
     return out if lse is None else (out, lse)
 
 
-@torch.compiler.assume_constant_result
 def _default_slots() -> int:
     """CPU threads; torch.compile cannot trace the question and takes the answer as a constant."""
     return torch.get_num_threads()
+
+
+# torch.compiler.assume_constant_result, without the seconds that importing torch._dynamo takes
+_default_slots._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plan_decode(

@@ -269,16 +269,19 @@ def quantize_per_token(
     _lib.refuse_grad(name, x, scale)
     x2 = _rows(name, "x", x)
     if out is None:
-        out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        out = x.new_empty(x.shape, dtype=torch.int8)
     else:
         _lib.check(
             out.shape == x.shape and (out.dim() == 2 or out.is_contiguous()),
-            f"{name}: out must be contiguous with shape {list(x.shape)}, got {_lib.describe(out)}",
+            lambda: (
+                f"{name}: out must be contiguous with shape {list(x.shape)}, "
+                f"got {_lib.describe(out)}"
+            ),
         )
-    row_scale = torch.empty(x2.shape[0], dtype=torch.float32, device=x.device)
+    row_scale = x.new_empty(x2.shape[0], dtype=torch.float32)
     zeros = None
     if not symmetric:
-        zeros = torch.empty(x2.shape[0], dtype=torch.int32, device=x.device)
+        zeros = x.new_empty(x2.shape[0], dtype=torch.int32)
     _quantize_per_token(
         x2, static_scale=scale, q=_rows(name, "out", out), scale=row_scale, zeros=zeros
     )

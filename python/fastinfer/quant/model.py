@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .canonical import QuantError
+from fastinfer import ops
+
+from .canonical import CanonicalWeight, Int8Weight, QuantError
 from .config import matches
 from .layers import QuantLinear, W8A8Linear
-from .rtn import GridOptions, rtn, rtn_int8
 
 
 @torch.no_grad()
@@ -22,8 +23,12 @@ def quantize_model(
     symmetric: bool = True,
     skip: Sequence[str] = ("lm_head",),
     activations: str | None = None,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """Replace every `nn.Linear` of a module by a quantised one, rounding to nearest.
+
+    Each layer is quantised and packed on the device its weight is on; codes and scales are the same
+    bits on every device.
 
     Layers whose weight is shared with another module (a tied output head) and subclasses of
     `nn.Linear` stay as they are.
@@ -37,6 +42,8 @@ def quantize_model(
         skip: names of layers to leave: full names, whole dotted parts of them, or "re:" patterns.
         activations: "int8_token": multiply in int8, activations quantised per token (needs
             bits=8).
+        scale_dtype: of the scales: fp32, fp16 or bf16; codes are computed from the rounded scales.
+            Ignored with `activations`, whose scales are fp32.
 
     Returns:
         The same module.
@@ -62,7 +69,12 @@ def quantize_model(
         raise ValueError(
             f"quantize_model: group_size must be -1 or a positive multiple of 8, got {group_size}"
         )
-    options = GridOptions(bits, group_size, symmetric, torch.float32)
+    if scale_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"quantize_model: scale_dtype must be float32, float16 or bfloat16, got {scale_dtype}"
+        )
+    if bits not in (4, 8):
+        raise ValueError(f"quantize_model: bits must be 4 or 8, got {bits}")
     uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     for name, child in list(module.named_modules()):
         if type(child) is not nn.Linear or any(matches(pattern, name) for pattern in skip):
@@ -77,11 +89,51 @@ def quantize_model(
             )
         if child.weight.is_meta:
             raise QuantError(f"quantize_model: {name} must have memory, got the meta device")
-        try:
-            weight = rtn(child.weight, options) if activations is None else rtn_int8(child.weight)
-        except QuantError as error:
-            raise QuantError(f"quantize_model: {name}: {error}") from error
-        weight.bias = None if child.bias is None else child.bias.detach()
-        layer = QuantLinear if activations is None else W8A8Linear
-        setattr(module.get_submodule(parent), attribute, layer.from_canonical(weight))
+        layer: QuantLinear | W8A8Linear
+        bias = None if child.bias is None else child.bias.detach()
+        if activations is None:
+            weight = _nearest(name, child.weight, bits, group_size, symmetric, scale_dtype)
+            weight.bias = bias
+            layer = QuantLinear.from_canonical(weight)
+        else:
+            rows = _nearest_int8(name, child.weight)
+            rows.bias = bias
+            layer = W8A8Linear.from_canonical(rows)
+        layer.train(child.training)
+        setattr(module.get_submodule(parent), attribute, layer)
     return module
+
+
+def _nearest(
+    name: str,
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> CanonicalWeight:
+    codes, scales, zeros = ops.quantize_weight(
+        _plain(weight), bits, group_size, symmetric=symmetric, scale_dtype=scale_dtype
+    )
+    _check_finite(name, scales)
+    return CanonicalWeight(codes, scales, zeros, bits, group_size)
+
+
+def _nearest_int8(name: str, weight: Tensor) -> Int8Weight:
+    codes, scales, _ = ops.quantize_per_token(_plain(weight))
+    _check_finite(name, scales)
+    return Int8Weight(codes, scales)
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """As the quantisers take it."""
+    weight = weight.detach()
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        weight = weight.float()
+    return weight.contiguous()
+
+
+def _check_finite(name: str, scales: Tensor) -> None:
+    """A group that holds NaN or infinity has a scale of NaN."""
+    if bool(scales.isnan().any()):
+        raise QuantError(f"quantize_model: {name}: weights must be finite, got NaN or infinity")

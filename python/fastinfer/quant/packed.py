@@ -1,7 +1,8 @@
 """Canonical weights <-> the packed form that a device's kernels read.
 
 Packing is `fastinfer.ops.pack_weight`; this is the way back, for `state_dict` and for moving a
-layer between devices. Both directions run on the CPU, whichever layout is wanted.
+layer between devices. Weights are packed on the device they are packed for, and unpacked where
+they are.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ def layout_of(device: torch.device) -> str:
 
 def pack(weight: CanonicalWeight, device: torch.device) -> ops.PackedWeight:
     """The arguments of `int4_linear` or `int8_linear` on `device`."""
-    packed = ops.pack_weight(
-        weight.codes.cpu(),
-        weight.scales.detach().cpu(),
-        None if weight.zeros is None else weight.zeros.detach().cpu(),
+    return ops.pack_weight(
+        weight.codes.to(device),
+        weight.scales.detach().to(device),
+        None if weight.zeros is None else weight.zeros.detach().to(device),
         bits=weight.bits,
         group_size=weight.group_size,
         layout=layout_of(device),
     )
-    return ops.PackedWeight(*(None if t is None else t.to(device) for t in packed))
 
 
 def unpack(
@@ -55,7 +55,7 @@ def unpack(
         scale_dtype: of the scales before packing (the CPU layout widens them to fp32).
         zero_dtype: of the zeros before packing.
     """
-    qweight = packed.qweight.cpu()
+    qweight = packed.qweight
     middle = 1 << (bits - 1)
     rows_per_block = 16 if qweight.shape[-1] == 16 else 64
     codes = torch.empty((out_features, in_features), dtype=torch.uint8)
@@ -66,14 +66,14 @@ def unpack(
         shape = (1, blocks.shape[0] * 16) if rows_per_block == 16 else (1, blocks.shape[0], 8, 8)
         signed = ops.dequantize_weight(
             blocks,
-            torch.ones(shape),
+            torch.ones(shape, device=qweight.device),
             None,
             bits=bits,
             group_size=-1,
             out_features=end - begin,
             in_features=in_features,
         )
-        codes[begin:end].copy_(signed + middle)
+        codes[begin:end].copy_((signed + middle).to(torch.uint8))
     zeros = None
     if packed.zeros is not None:
         zeros = _per_row(packed.zeros, out_features).to(zero_dtype)

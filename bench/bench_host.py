@@ -1,0 +1,110 @@
+"""Host time of one call: the Python function, the operator under it, and torch for scale.
+
+A loop of calls whose kernels are shorter than the call, so that the host is what takes time; the
+launch itself (some 2 us) is part of every row. Best of five loops.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from common import OURS, Bench, Call, randn
+
+import fastinfer
+
+CALLS = 2000
+
+
+@torch.inference_mode()
+def main() -> None:
+    bench = Bench("host", __doc__)
+    dtype, device = bench.dtype, bench.device
+    ops = torch.ops.fastinfer
+    x, y, r = (randn(1, 4096, dtype=dtype, device=device) for _ in range(3))
+    w = randn(4096, dtype=dtype, device=device)
+    gated = randn(1, 8192, dtype=dtype, device=device)
+    codes = torch.empty(1, 4096, dtype=torch.int8, device=device)
+    scale = torch.empty(1, device=device)
+    q, k, v = (randn(1, h, 128, dtype=dtype, device=device) for h in (32, 8, 8))
+    cos, sin = (torch.rand(64, 64, device=device) for _ in range(2))
+    position = torch.tensor([3], device=device)
+    caches = [torch.empty(8, 16, 8, 128, dtype=dtype, device=device) for _ in "kv"]
+
+    rows: dict[str, dict[str, Call]] = {
+        "rms_norm": {
+            OURS: lambda: fastinfer.rms_norm(x, w, out=y),
+            "operator": lambda: ops.rms_norm(x, w, 1e-6, out=y),
+            "torch": lambda: torch.nn.functional.rms_norm(x, (4096,), w, 1e-6),
+        },
+        "fused_add_rms_norm": {
+            OURS: lambda: fastinfer.fused_add_rms_norm(x, r, w),
+            "operator": lambda: ops.fused_add_rms_norm(x, r, w, 1e-6),
+        },
+        "rms_norm_quant": {
+            OURS: lambda: fastinfer.rms_norm_quant(x, w),
+            "operator": lambda: ops.rms_norm_quant(
+                x, w, 1e-6, residual=None, q=codes, scale=scale, zeros=None
+            ),
+        },
+        "silu_and_mul": {
+            OURS: lambda: fastinfer.silu_and_mul(gated, out=y),
+            "torch, silu alone": lambda: torch.nn.functional.silu(x),
+        },
+        "quantize_per_token": {
+            OURS: lambda: fastinfer.quantize_per_token(x, out=codes),
+            "operator": lambda: ops.quantize_per_token(
+                x, static_scale=None, q=codes, scale=scale, zeros=None
+            ),
+        },
+        "apply_rotary, in place": {
+            OURS: lambda: fastinfer.apply_rotary(q, k, cos, sin, position, inplace=True)
+        },
+        "apply_rotary_and_cache": {
+            OURS: lambda: fastinfer.apply_rotary_and_cache(
+                q, k, v, cos, sin, position, *caches, position
+            ),
+            "operator": lambda: ops.apply_rotary_and_cache(
+                q,
+                k,
+                v,
+                cos,
+                sin,
+                position,
+                *caches,
+                position,
+                interleaved=False,
+                k_scale=None,
+                v_scale=None,
+            ),
+        },
+        "reshape_and_cache": {
+            OURS: lambda: fastinfer.reshape_and_cache(k, v, *caches, position),
+        },
+        "torch add_": {"torch": lambda: x.add_(1)},
+        "torch empty, 1 byte": {"torch": lambda: torch.empty(1, dtype=torch.int8, device=device)},
+    }
+    if device == "cuda":
+        rows["a launch (torch.cuda._sleep)"] = {"torch": lambda: torch.cuda._sleep(1)}
+    for case, peers in rows.items():
+        if not bench.wanted(f"case={case}"):
+            continue
+        for peer, call in peers.items():
+            best = min(_loop(call, device) for _ in range(5))
+            bench.rows.append({"op": "host", "case": case, "peer": peer, "us": round(best, 2)})
+            print(f"case={case:<30} {peer:<20} {best:>8.2f} us", flush=True)
+    bench.finish()
+
+
+def _loop(call: Call, device: str) -> float:
+    """Microseconds of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) / CALLS * 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+// 4-bit instances of the skinny kernel: bf16 and fp16; 8, 16 and 32 tokens; 16 with groups of any
+// multiple of 8, float zeros.
+#include "skinny_launch.cuh"
+
+namespace fastinfer::cuda {
+
+int skinny_linear_int4(const PackedLinear& p, void* stream) { return run_skinny<4>(p, stream); }
+
+int64_t skinny_workspace_int4(const PackedLinear& p) {
+  return skinny_generic(p) ? skinny_workspace_of<4, true>(p) : skinny_workspace_of<4, false>(p);
+}
+
+}  // namespace fastinfer::cuda

@@ -1,0 +1,24 @@
+// Launcher of the many-token path of int4_linear and int8_linear (sm_90a; wide_sm90.cuh).
+#pragma once
+
+#include "packed_linear.h"
+
+namespace fastinfer::cuda {
+
+// Tile of the kernel: `tokens` x (2 * 64 * blocks) weight rows per CTA. With split > 1 the tiles
+// beyond whole rounds over the multiprocessors (all of them, if they are few) are given to clusters
+// of `split` CTAs that cut K.
+struct WideShape {
+  int tokens, blocks, split;
+};
+
+// p.perm must be null and x 16-byte aligned with a row stride that is a multiple of 8: see
+// gather_columns. k > 0; group_columns a multiple of 64, or 32, or at least k; zeros null or u8.
+int wide_linear(const PackedLinear& p, WideShape shape, void* stream);
+
+// to[i, c] = x[i, perm[c]] (perm null: x[i, c]) for c < k, 16-bit elements; `to` has a row stride
+// of `to_stride`.
+int gather_columns(const void* x, int64_t x_stride, int64_t m, int64_t k, const int32_t* perm,
+                   void* to, int64_t to_stride, void* stream);
+
+}  // namespace fastinfer::cuda

@@ -1,0 +1,274 @@
+// The form of rotary.cu for the tensors that models have: 16-bit elements, whole heads rotated,
+// heads next to each other, everything aligned, a power of two of packs per head, tokens in one
+// stride, and caches of one layout. There is less to decide per thread, and less code in front of
+// its first load.
+//
+// As in rotary.cu a head belongs to `lanes` neighbouring lanes with two packs of 16 bytes each, and
+// heads are numbered q, k, v within a token; each thread has one head, or (much work) two, which
+// share cos and sin.
+#include "../common/row_group.cuh"
+#include "../kv_cache/half_codes.cuh"
+#include "rotary.h"
+#include "rotary_parts.cuh"
+
+namespace fastinfer::cuda {
+namespace {
+
+// Strides in elements.
+struct DenseRotary {
+  const void *cos, *sin, *positions, *q, *k;
+  void *q_out, *k_out;
+  int64_t q_token, k_token, q_out_token, k_out_token;
+  int32_t tokens, groups, position_stride, table_stride;
+  uint16_t q_heads, k_heads;
+  uint8_t lane_bits;
+  bool interleaved, table_is_float, wide_positions;
+
+  static constexpr bool kCached = false;
+  template <class E>
+  __device__ __forceinline__ E* target(int which, int64_t t) const {
+    return static_cast<E*>(which == 0 ? q_out : k_out) +
+           t * (which == 0 ? q_out_token : k_out_token);
+  }
+};
+
+// In place, v is read only; and both caches.
+struct DenseRotaryCache {
+  const void *cos, *sin, *positions, *q, *k, *v, *slots;
+  char *key_cache, *value_cache;
+  float *k_scale, *v_scale;
+  int64_t q_token, k_token, v_token, block_stride;
+  int32_t tokens, groups, position_stride, table_stride, slot_stride;
+  int32_t block_size, cache_position, scale_slot, scale_head;
+  uint16_t q_heads, k_heads;
+  uint8_t lane_bits;
+  bool interleaved, table_is_float, wide_positions, wide_slots, codes, fp8, soft, dynamic;
+
+  static constexpr bool kCached = true;
+  template <class E>
+  __device__ __forceinline__ E* target(int which, int64_t t) const {
+    return static_cast<E*>(const_cast<void*>(which == 0 ? q : k)) +
+           t * (which == 0 ? q_token : k_token);
+  }
+};
+__device__ __forceinline__ int64_t index_of(const void* p, bool wide, int64_t i) {
+  return wide ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
+}
+
+template <class E>
+__device__ __forceinline__ void load_table(float (&c)[Pack<E>::kSize], const void* table,
+                                           bool is_float, int64_t row, int i) {
+  if (is_float) {
+    load_as(c, static_cast<const float*>(table) + row, i, 0, true);
+  } else {
+    load_as(c, static_cast<const E*>(table) + row, i, 0, true);
+  }
+}
+
+// Head `head` of k (which == 1) or v (which == 2), as a lane holds it, to its slot. Every lane of
+// the warp calls.
+template <class E, class A>
+__device__ __forceinline__ void cache_head(const A& a, int which, int64_t slot, int head,
+                                           const uint4& first, const uint4& second, int at_first,
+                                           int at_second, int lane) {
+  HalfRow row;
+  reinterpret_cast<uint4*>(&row)[0] = first;
+  reinterpret_cast<uint4*>(&row)[1] = second;
+  uint32_t top = 0;
+  if (a.codes) top = top_bits<E>(row);
+  if (a.dynamic) top = group_max(top, 1 << a.lane_bits);
+  if (slot < 0 || (which != 1 && which != 2)) return;
+  const int dim = (2 * Pack<E>::kSize) << a.lane_bits;
+  const Slot where = split_slot(slot, a.block_size);
+  const int64_t at = where.block * a.block_stride +
+                     where.position * static_cast<int64_t>(a.cache_position) + head * dim;
+  char* cache = which == 1 ? a.key_cache : a.value_cache;
+  if (!a.codes) {
+    E* to = reinterpret_cast<E*>(cache) + at;
+    *reinterpret_cast<uint4*>(to + at_first) = first;
+    *reinterpret_cast<uint4*>(to + at_second) = second;
+    return;
+  }
+  float* scales = (which == 1 ? a.k_scale : a.v_scale) + slot * a.scale_slot + head * a.scale_head;
+  float scale;
+  if (a.dynamic) {
+    scale = dynamic_scale(top, a.fp8);
+    if (lane == 0) *scales = scale;
+  } else {
+    scale = *scales;
+  }
+  uint32_t code[4];
+  half_codes<E>(code, row, Quotient(scale), top, a.fp8, a.soft);
+  *reinterpret_cast<uint2*>(cache + at + at_first) = make_uint2(code[0], code[1]);
+  *reinterpret_cast<uint2*>(cache + at + at_second) = make_uint2(code[2], code[3]);
+}
+
+template <class E, class A>
+__global__ void __launch_bounds__(kRotaryThreads, 4)
+    rotary_dense_kernel(const __grid_constant__ A a) {
+  constexpr int kSize = Pack<E>::kSize;
+  const int lanes = 1 << a.lane_bits, lane = threadIdx.x & (lanes - 1);
+  const int group = (blockIdx.y * blockDim.x + threadIdx.x) >> a.lane_bits;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int dim = 2 * kSize * lanes, heads = a.q_heads + (A::kCached ? 2 : 1) * a.k_heads;
+  const int at_first = a.interleaved ? 2 * lane * kSize : lane * kSize;
+  const int at_second = a.interleaved ? at_first + kSize : at_first + dim / 2;
+  const bool live = t < a.tokens && group < a.groups;
+  grid_launch_dependents();
+  grid_wait();
+  int64_t position = t, slot = -1;
+  if (a.positions && live)
+    position = index_of(a.positions, a.wide_positions, t * a.position_stride);
+  if constexpr (A::kCached) {
+    if (live) slot = index_of(a.slots, a.wide_slots, t * a.slot_stride);
+  }
+
+  uint4 first[kRotaryHeads] = {}, second[kRotaryHeads] = {};
+  int head[kRotaryHeads], which[kRotaryHeads];  // 0, 1, 2: q, k, v; 3: none
+#pragma unroll
+  for (int j = 0; j < kRotaryHeads; ++j) {
+    const int h = group + j * a.groups;
+    head[j] = h, which[j] = 0;
+    const E* from = static_cast<const E*>(a.q) + t * a.q_token;
+    if (h >= a.q_heads) {
+      head[j] = h - a.q_heads, which[j] = 1;
+      from = static_cast<const E*>(a.k) + t * a.k_token;
+      if constexpr (A::kCached) {
+        if (head[j] >= a.k_heads) {
+          head[j] -= a.k_heads, which[j] = 2;
+          from = static_cast<const E*>(a.v) + t * a.v_token;
+        }
+      }
+    }
+    if (!live || h >= heads) which[j] = 3;
+    if (which[j] == 3) continue;
+    from += head[j] * dim;
+    first[j] = *reinterpret_cast<const uint4*>(from + at_first);
+    second[j] = *reinterpret_cast<const uint4*>(from + at_second);
+  }
+  float c[kSize], sine[kSize];
+  if (which[0] < 2) {  // the first head of a thread is the one of the lower number
+    const int64_t row = position * a.table_stride;
+    load_table<E>(c, a.cos, a.table_is_float, row, lane * kSize);
+    load_table<E>(sine, a.sin, a.table_is_float, row, lane * kSize);
+  }
+#pragma unroll
+  for (int j = 0; j < kRotaryHeads; ++j) {
+    if (which[j] < 2) {
+      rotate<E>(first[j], second[j], c, sine, a.interleaved);
+      E* to = a.template target<E>(which[j], t) + head[j] * dim;
+      *reinterpret_cast<uint4*>(to + at_first) = first[j];
+      *reinterpret_cast<uint4*>(to + at_second) = second[j];
+    }
+  }
+  if constexpr (A::kCached) {
+#pragma unroll
+    for (int j = 0; j < kRotaryHeads; ++j)
+      cache_head<E>(a, which[j], slot, head[j], first[j], second[j], at_first, at_second, lane);
+  }
+}
+
+// ---- host
+constexpr int64_t kMaxInt = INT32_MAX;
+
+bool small(std::initializer_list<int64_t> values) {
+  for (const int64_t v : values)
+    if (v < 0 || v > kMaxInt) return false;
+  return true;
+}
+
+// Tokens of all batches in one stride, heads next to each other?
+bool one_stride(const cpu::RotaryTensor& t, const cpu::RotaryParams& p, int64_t tokens) {
+  const bool folds =
+      tokens <= p.seq || (t.in_batch == p.seq * t.in_token && t.out_batch == p.seq * t.out_token);
+  return folds && (t.heads == 1 || (t.in_head == p.dim && t.out_head == p.dim)) &&
+         t.heads <= UINT16_MAX;
+}
+
+template <class A>
+void fill(A& a, const cpu::RotaryParams& p, int64_t tokens, int lane_bits, int groups) {
+  a.cos = p.cos, a.sin = p.sin, a.positions = p.positions;
+  a.q = p.q.in, a.k = p.k.in;
+  a.q_token = p.q.in_token, a.k_token = p.k.in_token;
+  a.tokens = static_cast<int32_t>(tokens), a.groups = groups;
+  a.position_stride = static_cast<int32_t>(p.position_token);
+  a.table_stride = static_cast<int32_t>(p.cos_stride);
+  a.q_heads = static_cast<uint16_t>(p.q.heads), a.k_heads = static_cast<uint16_t>(p.k.heads);
+  a.lane_bits = static_cast<uint8_t>(lane_bits);
+  a.interleaved = p.interleaved, a.table_is_float = p.table_dtype == DType::f32;
+  a.wide_positions = p.position_dtype == DType::i64;
+}
+
+// Caches and scales of one layout for both sides?
+bool one_layout(const cpu::CacheWriteParams& w) {
+  const cpu::CacheSide &k = w.key, &v = w.value;
+  const cpu::ScaleView &a = k.scale, &b = v.scale;
+  return k.block_stride == v.block_stride && k.position_stride == v.position_stride &&
+         k.head_stride == v.head_stride && (w.heads == 1 || k.head_stride == w.dim) &&
+         a.dynamic == b.dynamic && a.block == b.block && a.position == b.position &&
+         a.head == b.head && a.block == a.position * w.block_size &&
+         small({k.position_stride, w.block_size, a.position, a.head, w.slot_stride});
+}
+
+template <class E>
+bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t tokens,
+         const RotaryFit& fit, void* stream, int& error) {
+  constexpr int kSize = Pack<E>::kSize;
+  const int64_t lanes = p.half / kSize;
+  if (!fit.packs || !fit.table_packs || p.dim != 2 * p.half || lanes > 32 ||
+      (lanes & (lanes - 1)) != 0)
+    return false;
+  const bool batched = tokens > p.seq;
+  if (batched && (!p.positions || p.position_batch != p.seq * p.position_token)) return false;
+  if (!one_stride(p.q, p, tokens) || (p.k.in && !one_stride(p.k, p, tokens)) ||
+      p.cos_stride != p.sin_stride || !small({tokens, p.cos_stride, p.position_token}))
+    return false;
+  int lane_bits = 0;
+  while (1 << lane_bits < lanes) ++lane_bits;
+  const int64_t heads = p.q.heads + p.k.heads + (write ? write->heads : 0);
+  const RotaryLayout layout =
+      rotary_layout(tokens, heads, static_cast<int>(lanes), device_facts().sms);
+  const dim3 grid(static_cast<unsigned>(ceil_div(tokens, layout.tokens)),
+                  static_cast<unsigned>(layout.parts));
+  const dim3 block(layout.width, layout.tokens);
+  if (!write) {
+    DenseRotary a{};
+    fill(a, p, tokens, lane_bits, layout.groups);
+    a.q_out = p.q.out, a.k_out = p.k.out;
+    a.q_out_token = p.q.out_token, a.k_out_token = p.k.out_token;
+    error = launch(rotary_dense_kernel<E, DenseRotary>, grid, block, 0, stream, a);
+    return true;
+  }
+  const cpu::CacheSide& v = write->value;
+  if (!fit.cache_packs || !one_layout(*write) || p.q.in != p.q.out || p.k.in != p.k.out ||
+      p.q.in_token != p.q.out_token || p.k.in_token != p.k.out_token ||
+      (write->heads > 1 && v.token_head_stride != p.dim))
+    return false;
+  DenseRotaryCache a{};
+  fill(a, p, tokens, lane_bits, layout.groups);
+  a.v = v.tokens, a.v_token = v.token_stride;
+  a.slots = write->slots, a.slot_stride = static_cast<int32_t>(write->slot_stride);
+  a.wide_slots = write->slot_dtype == DType::i64;
+  a.key_cache = static_cast<char*>(write->key.cache), a.value_cache = static_cast<char*>(v.cache);
+  a.k_scale = write->key.scale.data, a.v_scale = v.scale.data;
+  a.block_stride = v.block_stride;
+  a.block_size = static_cast<int32_t>(write->block_size);
+  a.cache_position = static_cast<int32_t>(v.position_stride);
+  a.scale_slot = static_cast<int32_t>(v.scale.position);
+  a.scale_head = static_cast<int32_t>(v.scale.head);
+  a.codes = v.scale.data != nullptr, a.fp8 = write->cache_dtype == DType::f8e4m3;
+  a.soft = force_portable(), a.dynamic = v.scale.dynamic;
+  error = launch(rotary_dense_kernel<E, DenseRotaryCache>, grid, block, 0, stream, a);
+  return true;
+}
+
+}  // namespace
+
+bool rotary_dense(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t tokens,
+                  const RotaryFit& fit, void* stream, int& error) {
+  if (p.dtype == DType::f16) return run<__half>(p, write, tokens, fit, stream, error);
+  if (p.dtype == DType::bf16) return run<__nv_bfloat16>(p, write, tokens, fit, stream, error);
+  return false;
+}
+
+}  // namespace fastinfer::cuda

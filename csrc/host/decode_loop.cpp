@@ -1,0 +1,235 @@
+// See decode_loop.h. Borrowed references throughout: nothing here runs Python code while it holds
+// one, but for the hashes of a block that has just become full.
+#include "decode_loop.h"
+
+#include <structmember.h>
+
+#include <string>
+
+#include "python_lists.h"
+
+namespace fastinfer::host {
+namespace {
+
+[[noreturn]] void wrong_type(const std::string& what, py::handle got) {
+  throw py::type_error("DecodeLoop: " + what + ", got " + std::string(py::repr(got)));
+}
+
+void append(PyObject* list, PyObject* value) {  // takes over the reference
+  const int failed = PyList_Append(list, value);
+  Py_DECREF(value);
+  if (failed) throw py::error_already_set();
+}
+
+// list[i], which must be of the type.
+PyObject* item(const py::list& list, int64_t i, const py::type& type) {
+  PyObject* object = PyList_GET_ITEM(list.ptr(), i);
+  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type.ptr())))
+    wrong_type("the list must hold objects of " + std::string(py::str(type)), object);
+  return object;
+}
+
+PyObject* owned(PyObject* value) {
+  if (value == nullptr) throw py::error_already_set();
+  return value;
+}
+
+}  // namespace
+
+Slot::Slot(py::handle type, const char* name) : name_(name) {
+  const py::object found = py::getattr(type, name, py::none());
+  if (!Py_IS_TYPE(found.ptr(), &PyMemberDescr_Type))
+    wrong_type(std::string(name) + " must be one of the __slots__", type);
+  const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member;
+  if (member->type != T_OBJECT_EX) wrong_type(std::string(name) + " must hold an object", type);
+  offset_ = member->offset;
+}
+
+PyObject* Slot::get(PyObject* object) const {
+  PyObject* value = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+  if (value == nullptr)
+    wrong_type(std::string(name_) + " must be set", py::type::handle_of(object));
+  return value;
+}
+
+int64_t Slot::integer(PyObject* object) const {
+  const int64_t value = PyLong_AsLongLong(get(object));
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+Py_ssize_t Slot::length(PyObject* object) const {
+  PyObject* list = get(object);
+  if (!PyList_Check(list)) wrong_type(std::string(name_) + " must be a list", list);
+  return PyList_GET_SIZE(list);
+}
+
+void Slot::put(PyObject* object, PyObject* value) const {
+  auto& slot = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+  PyObject* before = slot;
+  slot = owned(value);
+  Py_XDECREF(before);
+}
+
+void Slot::put(PyObject* object, int64_t value) const { put(object, PyLong_FromLongLong(value)); }
+
+DecodeLoop::DecodeLoop(py::type request, py::type metrics, py::type chunk, py::object running,
+                       py::object pool, int64_t block_size)
+    : request_type_(request),
+      chunk_type_(chunk),
+      running_(std::move(running)),
+      pool_object_(pool),
+      pool_(pool.cast<BlockPool&>()),
+      block_size_(block_size),
+      tokens_(request, "tokens"),
+      num_computed_(request, "num_computed"),
+      block_table_(request, "block_table"),
+      block_hashes_(request, "block_hashes"),
+      num_registered_(request, "num_registered"),
+      draft_tokens_(request, "draft_tokens"),
+      in_flight_(request, "in_flight"),
+      status_(request, "status"),
+      max_total_(request, "max_total_tokens"),
+      stop_ids_(request, "stop_ids"),
+      metrics_(request, "metrics"),
+      token_times_(metrics, "token_times"),
+      token_counts_(metrics, "token_counts"),
+      request_(chunk, "request"),
+      start_(chunk, "start"),
+      count_(chunk, "count"),
+      num_drafts_(chunk, "num_drafts"),
+      samples_(chunk, "samples") {}
+
+py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budget,
+                           const py::list& chunks) {
+  const auto size = static_cast<int64_t>(running.size());
+  auto* chunk_type = reinterpret_cast<PyTypeObject*>(chunk_type_.ptr());
+  int64_t planned = 0, i = begin;
+  for (; i < size && planned < budget; ++i) {
+    PyObject* request = item(running, i, request_type_);
+    if (status_.get(request) != running_.ptr() || draft_tokens_.length(request) != 0) break;
+    const int64_t in_flight = in_flight_.integer(request);
+    const int64_t known = tokens_.length(request) + in_flight;
+    if (known >= max_total_.integer(request)) continue;
+    const int64_t computed = num_computed_.integer(request);
+    if (known - computed != 1) break;
+    if (computed >= block_table_.length(request) * block_size_) {
+      if (pool_.num_free() < 1) break;
+      append(block_table_.get(request), owned(PyLong_FromLongLong(pool_.allocate(1)[0])));
+    }
+    PyObject* chunk = owned(chunk_type->tp_alloc(chunk_type, 0));
+    const py::object holder = py::reinterpret_steal<py::object>(chunk);
+    request_.put(chunk, Py_NewRef(request));
+    start_.put(chunk, computed);
+    count_.put(chunk, 1);
+    num_drafts_.put(chunk, int64_t{0});
+    samples_.put(chunk, Py_NewRef(Py_True));
+    append(chunks.ptr(), Py_NewRef(chunk));
+    num_computed_.put(request, known);
+    in_flight_.put(request, in_flight + 1);
+    ++planned;
+  }
+  return py::make_tuple(i, planned);
+}
+
+int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int64_t begin,
+                           double now, bool caching, const py::list& updated) {
+  const auto size = static_cast<int64_t>(chunks.size());
+  if (static_cast<int64_t>(sampled.size()) != size)
+    throw py::value_error("DecodeLoop.commit: there must be one list of tokens per chunk");
+  const py::object time = py::float_(now), one = py::int_(1);
+  int64_t i = begin;
+  for (; i < size; ++i) {
+    PyObject* chunk = item(chunks, i, chunk_type_);
+    PyObject* request = request_.get(chunk);
+    PyObject* drawn = PyList_GET_ITEM(sampled.ptr(), i);
+    if (status_.get(request) != running_.ptr() || samples_.get(chunk) != Py_True ||
+        num_drafts_.integer(chunk) != 0 || draft_tokens_.length(request) != 0 ||
+        !PyList_Check(drawn) || PyList_GET_SIZE(drawn) != 1)
+      break;
+    if (tokens_.length(request) + 1 >= max_total_.integer(request)) break;
+    PyObject* token = PyList_GET_ITEM(drawn, 0);
+    const int stops = PyDict_Contains(stop_ids_.get(request), token);
+    if (stops < 0) throw py::error_already_set();
+    if (stops) break;
+    append(tokens_.get(request), Py_NewRef(token));
+    in_flight_.put(request, in_flight_.integer(request) - 1);
+    PyObject* metrics = metrics_.get(request);
+    append(token_times_.get(metrics), Py_NewRef(time.ptr()));
+    append(token_counts_.get(metrics), Py_NewRef(one.ptr()));
+    const int64_t computed = start_.integer(chunk) + count_.integer(chunk);
+    if (caching && computed >= (num_registered_.integer(request) + 1) * block_size_)
+      register_blocks(request, computed);
+    append(updated.ptr(), Py_NewRef(request));
+  }
+  return i;
+}
+
+void DecodeLoop::register_blocks(PyObject* request, int64_t computed) {
+  const auto list = [&](const Slot& slot) {
+    slot.length(request);  // (that it is a list)
+    return py::reinterpret_borrow<py::list>(slot.get(request));
+  };
+  const py::list hashes = list(block_hashes_), table = list(block_table_);
+  extend_block_hashes(list(tokens_), block_size_, hashes, py::bytes());
+  const int64_t full = computed / block_size_;
+  for (int64_t i = num_registered_.integer(request); i < full; ++i)
+    pool_.register_hash(table[i].cast<int64_t>(),
+                        to_hash("DecodeLoop.commit", py::object(hashes[i])));
+  num_registered_.put(request, full);
+}
+
+DecodePacker::DecodePacker(py::type request, py::type chunk)
+    : request_type_(request),
+      chunk_type_(chunk),
+      tokens_(request, "tokens"),
+      block_table_(request, "block_table"),
+      in_flight_(request, "in_flight"),
+      row_(request, "row"),
+      blocks_sent_(request, "blocks_sent"),
+      wants_only_tokens_(request, "wants_only_tokens"),
+      request_(chunk, "request"),
+      start_(chunk, "start"),
+      count_(chunk, "count"),
+      num_drafts_(chunk, "num_drafts"),
+      samples_(chunk, "samples") {}
+
+bool DecodePacker::plain(const py::list& chunks) const {
+  const auto size = static_cast<int64_t>(chunks.size());
+  for (int64_t i = 0; i < size; ++i) {
+    PyObject* chunk = item(chunks, i, chunk_type_);
+    if (count_.integer(chunk) != 1 || num_drafts_.integer(chunk) != 0 ||
+        samples_.get(chunk) != Py_True || wants_only_tokens_.get(request_.get(chunk)) != Py_True)
+      return false;
+  }
+  return true;
+}
+
+int64_t DecodePacker::pack(const py::list& chunks, py::array_t<int64_t> rows,
+                           py::array_t<int64_t> starts, py::array_t<int64_t> ids,
+                           const py::list& news) const {
+  const auto size = static_cast<int64_t>(chunks.size());
+  if (rows.size() < size || starts.size() < size || ids.size() < size)
+    throw py::value_error("DecodePacker.pack: the arrays must hold one number per chunk");
+  int64_t *row = rows.mutable_data(), *start = starts.mutable_data(), *id = ids.mutable_data();
+  int64_t width = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    PyObject* chunk = item(chunks, i, chunk_type_);
+    PyObject* request = request_.get(chunk);
+    row[i] = row_.integer(request);
+    start[i] = start_.integer(chunk);
+    // A second token in flight is this step's own; the first is on the device only.
+    const int64_t known = tokens_.length(request);
+    id[i] = -1;
+    if (in_flight_.integer(request) <= 1 && known > 0) {
+      id[i] = PyLong_AsLongLong(PyList_GET_ITEM(tokens_.get(request), known - 1));
+      if (id[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+    }
+    const int64_t have = block_table_.length(request);
+    if (have > width) width = have;
+    if (have != blocks_sent_.integer(request)) append(news.ptr(), Py_NewRef(request));
+  }
+  return width;
+}
+
+}  // namespace fastinfer::host

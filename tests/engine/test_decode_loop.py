@@ -1,0 +1,107 @@
+"""The loops of a decode step in C++: the same plans, tokens and arrays as without them."""
+
+from __future__ import annotations
+
+import random
+from types import ModuleType
+
+import numpy as np
+import pytest
+from engine_helpers import load_host_module
+from scheduler_harness import FakeModel, make_request, make_scheduler
+
+from fastinfer.engine.metrics import RequestMetrics
+from fastinfer.engine.request import Request, RequestStatus
+from fastinfer.engine.scheduler import ScheduledChunk, SchedulePlan
+
+
+def history(host: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Everything a scheduler did with a stream of requests, planned one step ahead."""
+    monkeypatch.setenv("FASTINFER_HOST", host)
+    rng = random.Random(seed)
+    scheduler = make_scheduler(
+        block_size=rng.choice([1, 2, 4]),
+        num_blocks=rng.randrange(10, 40),
+        max_num_batched_tokens=rng.choice([4, 7, 64]),
+        max_num_seqs=rng.choice([3, 8]),
+    )
+    model, packers = FakeModel(scheduler), [load_host_module(name) for name in ("python", host)]
+    requests = [
+        make_request(scheduler, rng.randrange(1, 9), rng.randrange(1, 12)) for _ in range(12)
+    ]
+    for request in requests:
+        if rng.random() < 0.3:
+            request.stop_ids = {rng.randrange(7): None}
+        scheduler.add(request)
+    number = {request.request_id: i for i, request in enumerate(requests)}
+    told: list[object] = []
+    waiting: tuple[SchedulePlan, list[list[int]]] | None = None
+    while scheduler.requests:
+        plan = scheduler.schedule()
+        told.append(
+            [
+                (number[c.request.request_id], c.start, c.count, c.num_drafts, c.samples)
+                for c in plan.chunks
+            ]
+        )
+        told.append([list(request.block_table) for request in requests])
+        check_packers(packers, plan)
+        drawn = model.run(plan)
+        if waiting is not None:
+            updated = scheduler.commit(*waiting)
+            told.append([number[request.request_id] for request in updated])
+        waiting = (plan, drawn)
+    scheduler.pool.check_invariants()
+    for request in requests:
+        told.append((request.tokens, request.finish_reason, request.num_registered))
+        told.append((request.block_hashes, request.in_flight, request.num_computed))
+        told.append((request.metrics.token_times, request.metrics.token_counts))
+    return told
+
+
+def check_packers(hosts: list[ModuleType], plan: SchedulePlan) -> None:
+    packers = [host.DecodePacker(Request, ScheduledChunk) for host in hosts]
+    plain = [packer.plain(plan.chunks) for packer in packers]
+    assert plain[0] == plain[1]
+    results = []
+    for packer in packers:
+        arrays = [np.full(len(plan.chunks) + 1, -7) for _ in range(3)]
+        news: list[Request] = []
+        width = packer.pack(plan.chunks, *arrays, news)
+        results.append((width, [a.tolist() for a in arrays], [r.request_id for r in news]))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_both_hosts_do_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_host_module("native")
+    assert history("native", seed, monkeypatch) == history("python", seed, monkeypatch)
+
+
+def test_misuse_is_an_error() -> None:
+    host = load_host_module("native")
+    pool = host.BlockPool(4)
+    loop = host.DecodeLoop(
+        Request, RequestMetrics, ScheduledChunk, RequestStatus.RUNNING, pool, block_size=4
+    )
+    packer = host.DecodePacker(Request, ScheduledChunk)
+    request = make_request(make_scheduler(), 3)
+    chunk = ScheduledChunk(request, 0, 1, 0, True)
+    with pytest.raises(TypeError, match="must hold objects of"):
+        loop.plan([chunk], 0, 5, [])
+    with pytest.raises(TypeError, match="must hold objects of"):
+        loop.commit([request], [[1]], 0, 0.0, True, [])
+    with pytest.raises(ValueError, match="one list of tokens per chunk"):
+        loop.commit([chunk], [], 0, 0.0, True, [])
+    with pytest.raises(ValueError, match="one number per chunk"):
+        packer.pack([chunk], *(np.empty(0, dtype=np.int64) for _ in range(3)), [])
+    with pytest.raises(TypeError):  # the arrays are written to: no copies
+        packer.pack([chunk], *(np.empty(1, dtype=np.int32) for _ in range(3)), [])
+    with pytest.raises(TypeError, match="__slots__"):
+        host.DecodePacker(RequestStatus, ScheduledChunk)
+    request.block_table = (1, 2)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="block_table must be a list"):
+        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), [])
+    del request.block_table
+    with pytest.raises(TypeError, match="block_table must be set"):
+        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), [])
