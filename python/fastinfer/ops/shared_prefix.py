@@ -104,16 +104,21 @@ def shared_prefix_saves(
     prefix_len: int,
     key_bytes: int,
     *,
-    bandwidth: float = 4.3e12,
-    overhead: float = 1e-5,
+    bandwidth: float = 4.5e12,
+    overhead: float = 1.5e-5,
+    per_sequence: float = 1.5e-6,
 ) -> bool:
-    """Whether reading the prefix once is estimated to save more than two more launches cost.
+    """Whether reading the prefix once is estimated to save more time than it costs.
+
+    The defaults are fitted to an H100 (docs/kernels/paged_attention.md).
 
     Args:
         batch: sequences that share it.
         prefix_len: its keys.
         key_bytes: bytes of K and V of one key in all heads, 2 * Hkv * D * element size.
-        bandwidth: bytes per second that a decode step reads.
+        bandwidth: bytes per second at which a prefix is read again, in part from the L2 cache.
         overhead: seconds for the second attention call and the merge.
+        per_sequence: seconds that the queries of one sequence take in the call for the prefix.
     """
-    return (batch - 1) * prefix_len * key_bytes / bandwidth > overhead
+    saved = (batch - 1) * prefix_len * key_bytes / bandwidth
+    return saved > overhead + batch * per_sequence
