@@ -71,10 +71,12 @@ CASES: list[Case] = [
     for dtype in (torch.bfloat16, torch.float16)
     for bits in (4, 8)
     for m, n, k, group, zeros, perm in (
-        (64, 192, 520, 64, "int", False),  # 64 tokens per tile
+        (64, 192, 520, 64, "int", False),  # K cut in two
+        (40, 20000, 128, 64, "none", False),  # 64 tokens x 256 rows
+        (600, 9000, 128, 64, "int", False),  # 256 tokens x 128 rows
         (65, 130, 1024, 32, "none", False),  # K cut in parts, two groups to a step
         (130, 200, 200, -1, "none", True),  # columns gathered first
-        (300, 1000, 264, 128, "int", False),  # large tiles, rows and columns to spare
+        (300, 1000, 264, 128, "int", False),  # several tiles, rows and columns to spare
         (300, 100, 136, 16, "float", False),  # dequantised
     )
 ]
@@ -91,5 +93,7 @@ CASES += [
         (64, 20000, 128, 32, "int"),
         (128, 20000, 128, 128, "none"),
         (600, 9000, 128, 64, "int"),
+        (1000, 4096, 512, 128, "none"),
+        (40, 192, 4096, 128, "int"),
     )
 ]
