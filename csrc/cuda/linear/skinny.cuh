@@ -28,126 +28,14 @@
 #include "../ptx/cluster.cuh"
 #include "../ptx/mma.cuh"
 #include "skinny_dequant.cuh"
+#include "skinny_load.cuh"
 #include "skinny_params.h"
 
 namespace fastinfer::cuda {
 
-// kStrips: strips of 16 rows per tile.
-template <int kBits, int kStrips>
-struct SkinnyShape {
-  static constexpr int kRows = 16 * kStrips;
-  static constexpr int kPieces = kStrips * kBits / 4;  // 16-byte pieces per lane and block
-  static constexpr int kXPad = kBits == 16 ? 32 : 8;   // elements: rows of x in different banks
-};
-
-// Keeps a value in its register: the compiler would rather compute it again in the loop.
-template <class T>
-__device__ __forceinline__ void keep(T& x) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a register or two");
-  if constexpr (sizeof(T) == 4) {
-    asm volatile("" : "+r"(x));
-  } else {
-    asm volatile("" : "+l"(x));
-  }
-}
-
-template <bool kBf16>
-__device__ __forceinline__ void mma_1688(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  if constexpr (kBf16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(b));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(b));
-  }
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
-  return v;
-}
-__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
-  uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  return v;
-}
-__device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
-  uint16_t v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
-  return v;
-}
-
-// Scales or zeros of a strip: rows g8 and g8 + 8, 16 or 32 bits each.
-__device__ __forceinline__ uint2 load_two(uint32_t address, bool wide) {
-  return wide ? load_shared_8(address) : make_uint2(load_shared_4(address), 0);
-}
-__device__ __forceinline__ float2 two_floats(const uint2& raw, DType type) {
-  if (type == DType::f32) return make_float2(__uint_as_float(raw.x), __uint_as_float(raw.y));
-  if (type == DType::bf16)
-    return make_float2(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xFFFF0000u));
-  return __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
-}
-
-// X of this rank's columns to shared memory, [m][x_pitch], zero beyond K.
-template <int kThreads, class E>
-__device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_column,
-                                        int columns) {
-  const E* x = static_cast<const E*>(p.x);
-  const int packs = columns / 8, total = p.m * packs;
-  for (int i = threadIdx.x; i < total; i += kThreads) {
-    const int token = i / packs, c = (i - token * packs) * 8, column = first_column + c;
-    const E* row = x + token * p.x_stride;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (p.x_packs && column + 8 <= p.k) {
-      v = *reinterpret_cast<const uint4*>(row + column);
-    } else {
-      uint16_t e[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        e[j] = 0;
-        if (column + j < p.k) {
-          const int from = p.perm ? p.perm[column + j] : column + j;
-          e[j] = reinterpret_cast<const uint16_t*>(row)[from];
-        }
-      }
-      v = make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
-    }
-    *reinterpret_cast<uint4*>(to + token * p.x_pitch + c) = v;
-  }
-}
-
-#ifdef FI_SKINNY_CLOCK
-__device__ long long skinny_clock[132 * 2 * 16];
-#define FI_MARK(i)                                                         \
-  do {                                                                     \
-    if (threadIdx.x == 0) skinny_clock[blockIdx.x * 16 + (i)] = clock64(); \
-  } while (0)
-#else
-#define FI_MARK(i)
-#endif
-#ifndef FI_SKINNY_OFFSET
-#define FI_SKINNY_OFFSET 1
-#endif
 template <bool kBf16, int kBits, int kTiles, int kStrips, bool kGeneric, int kStages, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     skinny_kernel(const __grid_constant__ SkinnyParams p) {
-  FI_MARK(0);
   using E = std::conditional_t<kBf16, __nv_bfloat16, __half>;
   using Shape = SkinnyShape<kBits, kStrips>;
   constexpr int kPieces = Shape::kPieces, kRows = Shape::kRows,
@@ -157,7 +45,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   constexpr int kPitch = kRows + 4, kThreads = 32 * kWarps;
   constexpr int kBuffers = kTiles == 1 ? 2 : 1;
   // bf16 from 4 bits: multiply with 128 + q and take (128 + z) sum(x) off each group in fp32.
-  constexpr bool kOffset = kBits == 4 && kBf16 && !kGeneric && FI_SKINNY_OFFSET;
+  constexpr bool kOffset = kBits == 4 && kBf16 && !kGeneric;
   constexpr int kBlockBytes = 512 * kBits;  // of 64 x 64 packed weights
   static_assert(kBits != 16 || !kGeneric, "groups are for packed weights");
   extern __shared__ __align__(128) unsigned char shared[];
@@ -280,13 +168,10 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       load(kOdd);
     }
   }
-
-  FI_MARK(1);
   // ---- x
   if (threadIdx.x < kSkinnyZeroBytes / 16)
     reinterpret_cast<uint4*>(shared)[threadIdx.x] = make_uint4(0, 0, 0, 0);
   grid_wait();
-  FI_MARK(2);
   stage_x<kThreads>(p, reinterpret_cast<E*>(shared + at.x), first * 64, (length + 1) / 2 * 128);
   __syncthreads();
 
@@ -309,8 +194,6 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     }
     __syncthreads();
   }
-
-  FI_MARK(3);
   // Where this lane reads fragments of x: a row of ldmatrix, or its own 16 bytes. Absent tokens
   // read zeros.
   uint32_t x_base[kTiles], x_mask[kTiles];
@@ -562,10 +445,6 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       }
     }
 
-    if (round == 0)
-      FI_MARK(4);
-    else
-      FI_MARK(6);
     // ---- the end of a tile: column parts are added in order, 8 tokens at a time
     const int rows = tile.count * 16;
 #pragma unroll
@@ -635,10 +514,6 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       __syncthreads();
     }
     buffer ^= 1;
-    if (round == 0)
-      FI_MARK(5);
-    else
-      FI_MARK(7);
   }
   if (p.clustered) {
     if (waiting >= 0) {

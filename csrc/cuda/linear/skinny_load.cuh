@@ -1,0 +1,114 @@
+// What the kernel of skinny.cuh is put together from: shared-memory reads, scales, staging of x.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/launch.cuh"
+#include "../common/vec.cuh"
+#include "../ptx/async_copy.cuh"
+#include "skinny_dequant.cuh"
+#include "skinny_params.h"
+
+namespace fastinfer::cuda {
+
+// kStrips: strips of 16 rows per tile.
+template <int kBits, int kStrips>
+struct SkinnyShape {
+  static constexpr int kRows = 16 * kStrips;
+  static constexpr int kPieces = kStrips * kBits / 4;  // 16-byte pieces per lane and block
+  static constexpr int kXPad = kBits == 16 ? 32 : 8;   // elements: rows of x in different banks
+};
+
+// Keeps a value in its register: the compiler would rather compute it again in the loop.
+template <class T>
+__device__ __forceinline__ void keep(T& x) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a register or two");
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("" : "+r"(x));
+  } else {
+    asm volatile("" : "+l"(x));
+  }
+}
+
+template <bool kBf16>
+__device__ __forceinline__ void mma_1688(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  if constexpr (kBf16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  }
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+  return v;
+}
+
+// Scales or zeros of a strip: rows g8 and g8 + 8, 16 or 32 bits each.
+__device__ __forceinline__ uint2 load_two(uint32_t address, bool wide) {
+  return wide ? load_shared_8(address) : make_uint2(load_shared_4(address), 0);
+}
+__device__ __forceinline__ float2 two_floats(const uint2& raw, DType type) {
+  if (type == DType::f32) return make_float2(__uint_as_float(raw.x), __uint_as_float(raw.y));
+  if (type == DType::bf16)
+    return make_float2(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xFFFF0000u));
+  return __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
+}
+
+// X of this rank's columns to shared memory, [m][x_pitch], zero beyond K.
+template <int kThreads, class E>
+__device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_column,
+                                        int columns) {
+  const E* x = static_cast<const E*>(p.x);
+  const int packs = columns / 8, total = p.m * packs;
+  for (int i = threadIdx.x; i < total; i += kThreads) {
+    const int token = i / packs, c = (i - token * packs) * 8, column = first_column + c;
+    const E* row = x + token * p.x_stride;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (p.x_packs && column + 8 <= p.k) {
+      v = *reinterpret_cast<const uint4*>(row + column);
+    } else {
+      uint16_t e[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        e[j] = 0;
+        if (column + j < p.k) {
+          const int from = p.perm ? p.perm[column + j] : column + j;
+          e[j] = reinterpret_cast<const uint16_t*>(row)[from];
+        }
+      }
+      v = make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
+    }
+    *reinterpret_cast<uint4*>(to + token * p.x_pitch + c) = v;
+  }
+}
+
+}  // namespace fastinfer::cuda
