@@ -44,8 +44,6 @@ def test_logits(name: str, dtype: torch.dtype) -> None:
     plain = logits(on_gpu(name, dtype, "eager"), ids, mask)[real].float()
     ours = logits(on_gpu(name, dtype, "fastinfer"), ids, mask)[real].float()
     errors = (ours - exact).norm(dim=1)
-    if name == "gpt_oss":  # a token near a tie may go to another expert than in fp32
-        errors = errors.sort().values[: -max(len(errors) // 20, 1)]
     assert errors.norm() <= 2 * (plain - exact).norm() + 1e-3 * exact.norm(), errors
 
 
