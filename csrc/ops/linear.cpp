@@ -13,6 +13,16 @@
 #endif
 
 namespace fastinfer {
+
+void torch_linear(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                  const Tensor& out) {
+  StableIValue stack[4] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                           torch::stable::detail::from(bias), torch::stable::detail::from(out)};
+  FI_CHECK(torch_call_dispatcher("aten::linear", "out", stack, TORCH_ABI_VERSION) == 0, op,
+           ": torch's matrix product failed for x ", describe(x), " and weight ", describe(weight));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the alias of out it returns is ours to release
+}
+
 namespace {
 
 enum class LinearPath { kernel, gemm };
@@ -56,16 +66,6 @@ bool has_native_gemm(DType dtype) {
 #else
   return true;  // not measured elsewhere: leave larger M to torch
 #endif
-}
-
-// torch's own GEMM, bias in its epilogue, into `out`.
-void torch_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& out) {
-  StableIValue stack[4] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                           torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  FI_CHECK(torch_call_dispatcher("aten::linear", "out", stack, TORCH_ABI_VERSION) == 0,
-           "linear: torch's matrix product failed for x ", describe(x), " and weight ",
-           describe(weight));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the alias of out it returns is ours to release
 }
 
 // Few tokens on CUDA: the kernel that streams the weights once, or cuBLAS. Measured on an H100:
@@ -114,7 +114,7 @@ void linear_cuda(const char* op, const Tensor& x, const Tensor& weight, const Op
            ": batch_invariant on CUDA needs 16-bit x and weight rows at multiples of 16 bytes "
            "(in_features a multiple of 8), got weight ",
            describe(weight), "; torch's matrix product may sum in another order for other rows");
-  torch_linear(x, weight, bias, out);
+  torch_linear(op, x, weight, bias, out);
 }
 
 void linear(Tensor x, Tensor weight, OptTensor bias, bool batch_invariant, Tensor out) {
@@ -137,7 +137,7 @@ void linear(Tensor x, Tensor weight, OptTensor bias, bool batch_invariant, Tenso
   const DType dtype = dtype_of(x);
   if (k > 0 &&
       choose_linear_cpu(dtype, m, has_native_gemm(dtype), batch_invariant) == LinearPath::gemm)
-    return torch_linear(x, weight, bias, out);
+    return torch_linear(op, x, weight, bias, out);
   const cpu::DenseParams p{
       x.const_data_ptr(),
       weight.const_data_ptr(),

@@ -36,6 +36,10 @@ inline void check_out(const char* op, const Tensor& out, int64_t m, int64_t n) {
   check_written(op, "out", out);
 }
 
+// torch's own matrix product, bias in its epilogue, into `out` (linear.cpp).
+void torch_linear(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                  const Tensor& out);
+
 // The values of perm int32 [k], on the host.
 void check_perm_values(const char* op, const void* host, int64_t k);
 // perm int32 [k]; on the CPU its values are looked at when `values` is true.

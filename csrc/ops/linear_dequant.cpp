@@ -11,15 +11,6 @@
 namespace fastinfer {
 namespace {
 
-// torch's own GEMM, bias in its epilogue, into `out`.
-void torch_product(const PackedTensors& t, const Tensor& x, const Tensor& weight) {
-  StableIValue stack[4] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                           torch::stable::detail::from(t.bias), torch::stable::detail::from(t.out)};
-  FI_CHECK(torch_call_dispatcher("aten::linear", "out", stack, TORCH_ABI_VERSION) == 0, t.op,
-           ": torch's matrix product failed for x ", describe(x), " and weight ", describe(weight));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the alias of out it returns is ours to release
-}
-
 // x with its columns in the packed order, rows padded to 16 bytes.
 Tensor gathered(const PackedTensors& t, void* stream) {
   const int64_t m = t.x.size(0), k = t.x.size(1), padded = div_up(k, 8) * 8;
@@ -49,7 +40,7 @@ void linear_dequantise(const PackedTensors& t) {
   };
   const CudaLaunch device(t.x);
   check_launch(t.op, cuda::dequantize_packed(p, device.stream()));
-  torch_product(t, t.x, weight);
+  torch_linear(t.op, t.x, weight, t.bias, t.out);
 }
 
 void linear_wide(const PackedTensors& t) {
