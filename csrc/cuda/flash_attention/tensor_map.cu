@@ -1,29 +1,11 @@
 #include "tensor_map.h"
 
-#include <cuda_runtime.h>
+#include "../common/tensor_map.h"
 
 namespace fastinfer::cuda::flash {
-namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode find_encode() {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault,
-                                       &found) != cudaSuccess ||
-      found != cudaDriverEntryPointSuccess)
-    return nullptr;
-  return reinterpret_cast<Encode>(entry);
-}
-
-}  // namespace
-
 int tensor_map(CUtensorMap& map, const void* data, DType dtype, int64_t head_dim, int64_t rows,
                int64_t heads, int64_t batch, int64_t row_stride, int64_t head_stride,
                int64_t batch_stride, int64_t box_rows) {
-  static const Encode encode = find_encode();
-  if (!encode) return cudaErrorNotSupported;
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   // A dimension of one element is never stepped along; its stride may be anything, also invalid.
   const auto bytes = [&](int64_t stride, int64_t n) {
@@ -33,14 +15,9 @@ int tensor_map(CUtensorMap& map, const void* data, DType dtype, int64_t head_dim
   const cuuint64_t strides[3] = {bytes(row_stride, rows), bytes(head_stride, heads),
                                  bytes(batch_stride, batch)};
   const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const CUresult result = encode(
-      &map,
-      dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-      const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return encode_tensor_map(
+      map, dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace fastinfer::cuda::flash
