@@ -130,11 +130,9 @@ struct Consumer {
         : "memory");
   }
 
-  // S of `tile` and O += P V of the tile before it (in order of work), then P of `tile`.
-  template <bool kMask>
-  __device__ __forceinline__ void step(float (&s)[kKeys / 2], const Work& w, int32_t tile,
-                                       int32_t first, bool fresh, int32_t row, float factor) {
-    const uint32_t v = v_tile();
+  // Starts S of the next keys and O += P V of those before them, in this group's turn; S is there
+  // at the end, O is not.
+  __device__ __forceinline__ void both_products(float (&s)[kKeys / 2], uint32_t v, bool fresh) {
     ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
     wait_turn();
     ptx::wgmma_fence();
@@ -145,6 +143,20 @@ struct Consumer {
     pass_turn();
     ptx::wgmma_wait<1>();
     ptx::hold(s);
+  }
+  __device__ __forceinline__ void finish_output() {
+    ptx::wgmma_wait<0>();
+    ptx::hold(out);
+    ptx::hold(probabilities);
+    output_done();
+  }
+
+  // S of `tile` and O += P V of the tile before it (in order of work), then P of `tile`.
+  template <bool kMask>
+  __device__ __forceinline__ void step(float (&s)[kKeys / 2], const Work& w, int32_t tile,
+                                       int32_t first, bool fresh, int32_t row, float factor) {
+    const uint32_t v = v_tile();
+    both_products(s, v, fresh);
     scores_done(tile == first);
     treat<kMask>(s, w, tile, row);
     float origin[2], keep[2];
@@ -152,10 +164,7 @@ struct Consumer {
     pin(keep[0] + keep[1]);
     // The products are done by now: exponentials, whose unit is the slowest, and everything else
     // that is left share the time.
-    ptx::wgmma_wait<0>();
-    ptx::hold(out);
-    ptx::hold(probabilities);
-    output_done();
+    finish_output();
     state.template exponents<2>(s, factor, origin, keep);
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) out[i] *= keep[i % 4 / 2];
@@ -252,10 +261,7 @@ struct Consumer {
     ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
     ptx::wgmma_fence();
     start_output(v_tile(), fresh);
-    ptx::wgmma_wait<0>();
-    ptx::hold(out);
-    ptx::hold(probabilities);
-    output_done();
+    finish_output();
     // All warps are done with Q, too: the output may take its place.
     if (kBuffersQ > 1) ptx::named_sync(kStoreBarrier + group, 128);
   }
@@ -282,24 +288,12 @@ struct Consumer {
     const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
     const uint32_t v = v_tile();
     ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
-    ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
-    wait_turn();
-    ptx::wgmma_fence();
-    start_scores(s);
-    ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
-    ptx::wgmma_fence();
-    start_output(v, fresh);
-    pass_turn();
-    ptx::wgmma_wait<1>();
-    ptx::hold(s);
+    both_products(s, v, fresh);
     scores_done(last == first);
     treat<true>(s, slot.w, last, first_row(slot.w));
     rows.template raise<2>(s, factor, origin, keep);
     pin(origin[0] + origin[1]);
-    ptx::wgmma_wait<0>();
-    ptx::hold(out);
-    ptx::hold(probabilities);
-    output_done();
+    finish_output();
   }
   // From the first probabilities of a unit to all but its last product.
   __device__ __forceinline__ void attend(float (&s)[kKeys / 2], const Slot& slot, float factor) {
