@@ -33,14 +33,26 @@ def _quantize(m: int, k: int, dtype: torch.dtype, mode: str) -> Callable[[str, i
     return make
 
 
-def _packed(
-    bits: int, m: int, n: int, k: int, group: int, zeros: str, dtype: torch.dtype, invariant: bool
+def packed_linear(
+    bits: int,
+    m: int,
+    n: int,
+    k: int,
+    group: int,
+    zeros: str,
+    dtype: torch.dtype,
+    *,
+    invariant: bool = False,
+    perm: bool | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> Callable[[str, int], Made]:
+    """int4_linear or int8_linear. perm None: with every other seed; scales of x's dtype if None."""
+
     def make(device: str, seed: int) -> Made:
         g = torch.Generator().manual_seed(seed)
-        groups = -(-k // group)
+        groups = -(-k // group) if group > 0 else 1
         codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8)
-        scales = (torch.rand(n, groups, generator=g) * 0.02 + 0.001).to(dtype)
+        scales = (torch.rand(n, groups, generator=g) * 0.02 + 0.001).to(scale_dtype or dtype)
         z = None
         if zeros == "int":
             z = torch.randint(0, 2**bits, (n, groups), generator=g, dtype=torch.uint8)
@@ -50,7 +62,8 @@ def _packed(
         weight = [None if t is None else t.to(device) for t in packed]
         x = torch.randn(m, k, generator=g).to(dtype).to(device)
         bias = torch.randn(n, generator=g).to(dtype).to(device)
-        perm = torch.randperm(k, generator=g).to(torch.int32).to(device) if seed % 2 else None
+        permuted = seed % 2 == 1 if perm is None else perm
+        order = torch.randperm(k, generator=g).to(torch.int32).to(device) if permuted else None
         out = torch.full((m, n), float("nan"), dtype=dtype, device=device)
         op = torch.ops.fastinfer.int4_linear if bits == 4 else torch.ops.fastinfer.int8_linear
 
@@ -60,7 +73,7 @@ def _packed(
                 *weight,
                 bias,
                 group_size=group,
-                perm=perm,
+                perm=order,
                 batch_invariant=invariant,
                 out=out,
                 workspace=None,
@@ -163,7 +176,7 @@ CASES: list[Case] = [
 CASES += [
     Case(
         f"int{bits}_linear-{str(dtype)[6:]}-{m}x{n}x{k}-g{group}-{zeros}",
-        _packed(bits, m, n, k, group, zeros, dtype, m == 17),
+        packed_linear(bits, m, n, k, group, zeros, dtype, invariant=m == 17),
     )
     for bits in (4, 8)
     for dtype in (torch.bfloat16, torch.float16)

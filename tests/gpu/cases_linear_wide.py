@@ -4,69 +4,14 @@ kernel, K cut across a cluster, and weights dequantised for torch's matrix produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from gpu_case import Case, Made
-
-from fastinfer.ops import quantization as Q
-
-
-def _packed(
-    bits: int,
-    m: int,
-    n: int,
-    k: int,
-    group: int,
-    zeros: str,
-    dtype: torch.dtype,
-    perm: bool,
-    scale_dtype: torch.dtype = torch.float32,
-) -> Callable[[str, int], Made]:
-    def make(device: str, seed: int) -> Made:
-        g = torch.Generator().manual_seed(seed)
-        groups = -(-k // group) if group > 0 else 1
-        codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8)
-        scales = (torch.rand(n, groups, generator=g) * 0.02 + 0.001).to(scale_dtype)
-        z = None
-        if zeros == "int":
-            z = torch.randint(0, 2**bits, (n, groups), generator=g, dtype=torch.uint8)
-        elif zeros == "float":
-            z = torch.randn(n, groups, generator=g) * 0.05
-        order = torch.randperm(k, generator=g).to(torch.int32) if perm else None
-        packed = Q.pack_weight(
-            codes, scales, z, bits=bits, group_size=group, perm=order, layout="cuda"
-        )
-        qweight, packed_scales, packed_zeros = (None if t is None else t.to(device) for t in packed)
-        x = torch.randn(m, k, generator=g).to(dtype).to(device)
-        bias = torch.randn(n, generator=g).to(dtype).to(device)
-        out = torch.full((m, n), float("nan"), dtype=dtype, device=device)
-        order = None if order is None else order.to(device)
-        op = torch.ops.fastinfer.int4_linear if bits == 4 else torch.ops.fastinfer.int8_linear
-
-        def run() -> None:
-            op(
-                x,
-                qweight,
-                packed_scales,
-                packed_zeros,
-                bias,
-                group_size=group,
-                perm=order,
-                batch_invariant=False,
-                out=out,
-                workspace=None,
-            )
-
-        return run, [out]
-
-    return make
-
+from cases_linear import packed_linear
+from gpu_case import Case
 
 CASES: list[Case] = [
     Case(
         f"int{bits}_linear-{str(dtype)[6:]}-{m}x{n}x{k}-g{group}-{zeros}{'-perm' if perm else ''}",
-        _packed(bits, m, n, k, group, zeros, dtype, perm),
+        packed_linear(bits, m, n, k, group, zeros, dtype, perm=perm, scale_dtype=torch.float32),
     )
     for dtype in (torch.bfloat16, torch.float16)
     for bits in (4, 8)
@@ -84,7 +29,7 @@ CASES: list[Case] = [
 CASES += [
     Case(
         f"int4_linear-{str(dtype)[6:]}-{m}x{n}x{k}-g{group}-{zeros}-same",
-        _packed(4, m, n, k, group, zeros, dtype, False, dtype),
+        packed_linear(4, m, n, k, group, zeros, dtype, perm=False),
     )
     for dtype in (torch.bfloat16, torch.float16)
     for m, n, k, group, zeros in (
