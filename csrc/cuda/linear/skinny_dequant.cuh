@@ -10,6 +10,7 @@
 // Registers: a0, a2 belong to row g8, a1, a3 to row g8 + 8.
 #pragma once
 
+#include "../common/bits.cuh"
 #include "../common/dtype.cuh"
 
 namespace fastinfer::cuda {
@@ -32,13 +33,6 @@ __device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c
       __hfma2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b),
               *reinterpret_cast<const __half2*>(&c));
   return *reinterpret_cast<const uint32_t*>(&d);
-}
-
-// (w & mask) | bits in one instruction.
-__device__ __forceinline__ uint32_t and_or(uint32_t w, uint32_t mask, uint32_t bits) {
-  uint32_t r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(w), "r"(mask), "r"(bits));
-  return r;
 }
 
 // What is subtracted from a register of row g8 (0) or g8 + 8 (1).

@@ -3,16 +3,11 @@
 // mantissa of a power of two and the power + z subtracted, which rounds nothing.
 #pragma once
 
+#include "../common/bits.cuh"
 #include "../common/dtype.cuh"
 #include "../ptx/mma.cuh"
 
 namespace fastinfer::cuda::wide {
-
-__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
-  uint32_t r;  // (x & mask) | bits in one instruction
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(x), "r"(mask), "r"(bits));
-  return r;
-}
 
 template <class T>
 __device__ __forceinline__ uint32_t subtract2(uint32_t a, uint32_t b) {
