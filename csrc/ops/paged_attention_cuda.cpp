@@ -15,9 +15,12 @@
 namespace fastinfer::paged_attention {
 
 // Teams of 1, 2 or 4 warps. Invariant: always 1, because the team decides which keys a warp adds
-// up.
-RowBlocks choose_row_blocks(int64_t rows, bool batch_invariant) {
-  const int64_t tiles = batch_invariant || rows <= 16 ? 1 : rows <= 32 ? 2 : 4;
+// up. Few sequences and heads: 1 as well, their keys are read twice but by twice as many CTAs.
+RowBlocks choose_row_blocks(int64_t rows, int64_t pairs, bool batch_invariant) {
+  const bool few = pairs <= 8 || (pairs <= 128 && rows <= 32);
+  const int64_t tiles = batch_invariant || rows <= 16 || (few && rows <= 64) ? 1
+                        : rows <= 32                                         ? 2
+                                                                             : 4;
   return {tiles, (rows + 16 * tiles - 1) / (16 * tiles)};
 }
 
@@ -88,8 +91,15 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
   p.page_shift = -1;
   for (int shift = 0; shift < 31; ++shift)
     if (p.page_size == 1 << shift) p.page_shift = shift;
+  p.columns = t.block_table ? narrow(t.block_table->size(1)) : 0;
+  p.entries = INT32_MAX;
+  if (t.block_table && aligned(p.table, 16) && (p.table_stride == p.columns || p.batch == 1))
+    p.entries = narrow(int64_t{p.batch} * p.columns);
+  constexpr int64_t kPrefetched = 1 << 20;
+  if (t.q.is_contiguous() && t.q.numel() * 2 <= kPrefetched)
+    p.q_bytes = static_cast<int32_t>(t.q.numel() * 2);
   p.rows = narrow(s.group * t.q.size(1));
-  const RowBlocks blocks = choose_row_blocks(p.rows, invariant);
+  const RowBlocks blocks = choose_row_blocks(p.rows, t.q.size(0) * s.heads_kv, invariant);
   p.row_tiles = narrow(blocks.row_tiles), p.row_blocks = narrow(blocks.blocks);
   p.row_shift = p.row_tiles / 2;
   const auto window = [](int64_t w) { return w < int64_t{1} << 30 ? static_cast<int32_t>(w) : -1; };
@@ -164,6 +174,9 @@ void place_workspace(const char* op, DecodeParams& p, int64_t slots, const Tenso
   FI_CHECK(pieces <= INT32_MAX && num_counters <= INT32_MAX, op,
            ": batch, heads and cache capacity are too large for batch_invariant, got ", items,
            " items of up to ", p.max_pieces, " pieces; split the batch");
+  FI_CHECK(!p.invariant || p.max_pieces <= cuda::kMergeFan * (cuda::kStaged / 16), op,
+           ": batch_invariant serves up to ", cuda::kMergeFan * (cuda::kStaged / 16) * 1024,
+           " keys of a sequence, block_table has room for ", p.capacity, "; pass fewer columns");
   const int64_t floats = pieces * rows * (p.dim + 2);
   char* counter_data = nullptr;
   float* partial_data = nullptr;

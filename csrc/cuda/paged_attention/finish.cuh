@@ -5,6 +5,7 @@
 // there are many.
 #pragma once
 
+#include "../ptx/async_copy.cuh"
 #include "attend.cuh"
 
 namespace fastinfer::cuda {
@@ -31,9 +32,11 @@ struct Pieces {
   }
 };
 
-__device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& slot,
-                                           const Walk& walk, int tile) {
-  Pieces c;
+template <class P>
+__device__ __forceinline__ Pieces cut_item(const P& p, const Slot& slot, const Walk& walk,
+                                           int tile) {
+  Pieces c{};
+  c.fan = 1;
   c.fixed = p.invariant;
   if (c.fixed) {
     const int lowest = first_tile(walk.len, p.q_len, p.window_left) / kInvariantTiles;
@@ -60,7 +63,8 @@ __device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& sl
     c.groups = p.counters + gridDim.x * gridDim.y + c.base;
     // One CTA reads about 64 bytes per clock; a second round of arrivals costs about a microsecond.
     c.fan = c.count;
-    if (c.count * min(p.rows, 16 * p.row_tiles) * p.dim > 500 * 128) {
+    const int rows = min(p.rows, 16 * p.row_tiles);
+    if (c.count * rows * p.dim > 500 * 128 || c.count * rows > kStaged) {
       c.fan = 2;
 #pragma unroll 1
       while (c.fan * c.fan < c.count) ++c.fan;
@@ -69,47 +73,30 @@ __device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& sl
   return c;
 }
 
-template <class A>
+template <class A, class P>
 struct Finish {
   using L = typename A::L;
-  static constexpr int kColumns = L::kMergePitch - 4;  // D
+  static constexpr int kColumns = A::kColumns;  // D
   static constexpr int kRowStep = kDecodeThreads * 4 / kColumns;
-  const DecodeParams& p;
+  const P& p;
   const Item& item;
   char* shared;
   char* stage;  // first slice of the stage that is free
 
-  __device__ __forceinline__ float* maxima() const {
-    return reinterpret_cast<float*>(shared + L::kMax);
-  }
-  __device__ __forceinline__ float* sums() const {
-    return reinterpret_cast<float*>(shared + L::kSum);
-  }
-  __device__ __forceinline__ float* tops() const {
-    return reinterpret_cast<float*>(shared + L::kTop);
+  __device__ __forceinline__ float2* states() const {
+    return reinterpret_cast<float2*>(shared + L::kStates);
   }
   __device__ __forceinline__ int* flag() const {
     return reinterpret_cast<int*>(shared + L::kInts) + 6;
   }
   __device__ __forceinline__ int block_rows() const { return min(p.rows, 16 * p.row_tiles); }
 
-  // A thread has four columns of every kRowStep-th row of the block; body(row, column) is given
-  // every kRows-th of those.
-  template <int kRows = 1, class Body>
-  __device__ __forceinline__ void for_units(Body&& body) const {
-    const int column = threadIdx.x % (kColumns / 4) * 4;
-    if (column >= p.dim) return;
-#pragma unroll 1
-    for (int row = threadIdx.x / (kColumns / 4); row < item.rows; row += kRows * kRowStep)
-      body(row, column);
-  }
-
   // Four columns of a row: o / sum, with the sink as one more term of the sum.
   __device__ __forceinline__ void emit(int row, int column, float4 o, float top, float sum) const {
     emit_row(p, item.b, item.head, item.row_block * p.row_tiles * 16 + row, column, o, top, sum);
   }
-  static __device__ __forceinline__ void emit_row(const DecodeParams& p, int b, int head_kv, int r,
-                                                  int column, float4 o, float top, float sum) {
+  static __device__ __forceinline__ void emit_row(const P& p, int b, int head_kv, int r, int column,
+                                                  float4 o, float top, float sum) {
     const int token = p.q_len == 1 ? 0 : r / p.group;
     const int head = head_kv * p.group + r - token * p.group;
     float weight = 1.0f;
@@ -172,157 +159,142 @@ struct Finish {
     return *flag() != 0;
   }
 
-  // `count` partial results, `step` apart from piece `begin` on, into one: the output, or the place
-  // of the first. Each thread reads all it needs, maxima and sums of its rows included: kRows rows
-  // of kRound pieces at once, because nothing else hides the latency. Otherwise the loops stay
-  // rolled: this runs once, and instructions have to be fetched too.
-  template <int kRows, int kRound>
-  __device__ __forceinline__ void merge(const Pieces& c, int begin, int count, int step,
-                                        bool last) const {
-    const int first = c.index(begin);
-    // What lies between neighbours; piece 0 of an unfixed item is out of line.
-    const int between = (c.fixed ? 1 : 2 * c.step) * step;
-    const int start = begin == 0 && !c.fixed ? 2 * c.base : first;
-    const int64_t apart = static_cast<int64_t>(between) * block_rows() * p.dim;
-    const int64_t ml_apart = static_cast<int64_t>(between) * block_rows() * 2;
-    for_units<kRows>([&](int first_row, int column) {
-      float top[kRows], sum[kRows];
-      float4 o[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        top[r] = kMinusInf, sum[r] = 0.0f, o[r] = make_float4(0, 0, 0, 0);
-      const int at = first_row * p.dim + column;
-      const float* x_at = partial(start) + at;
-      const float* ml_at = partial_ml(start) + 2 * first_row;
-#pragma unroll 1
-      for (int left = count; left > 0; left -= kRound) {
-        float4 x[kRound][kRows];
-        float2 ml[kRound][kRows];
-#pragma unroll
-        for (int j = 0; j < kRound; ++j) {
-          const bool other = j == 0 && left == count;
-          const float* x_from = other ? partial(first) + at : x_at;
-          const float* ml_from = other ? partial_ml(first) + 2 * first_row : ml_at;
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            ml[j][r] = make_float2(kMinusInf, 0.0f);
-            x[j][r] = make_float4(0, 0, 0, 0);
-            if (j < left && (r == 0 || first_row + r * kRowStep < item.rows)) {
-              ml[j][r] = __ldcg(reinterpret_cast<const float2*>(ml_from + 2 * r * kRowStep));
-              x[j][r] = __ldcg(reinterpret_cast<const float4*>(x_from + r * kRowStep * p.dim));
-            }
-          }
-          x_at += apart;
-          ml_at += ml_apart;
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          float m = top[r];
-#pragma unroll
-          for (int j = 0; j < kRound; ++j) m = fmaxf(m, ml[j][r].x);
-          const float origin = finite_origin(m), keep = exp2_approx(top[r] - origin);
-          sum[r] *= keep, o[r].x *= keep, o[r].y *= keep, o[r].z *= keep, o[r].w *= keep;
-          top[r] = m;
-#pragma unroll
-          for (int j = 0; j < kRound; ++j) {
-            const float weight = exp2_approx(ml[j][r].x - origin);
-            sum[r] += weight * ml[j][r].y;
-            o[r].x += weight * x[j][r].x;
-            o[r].y += weight * x[j][r].y;
-            o[r].z += weight * x[j][r].z;
-            o[r].w += weight * x[j][r].w;
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int row = first_row + r * kRowStep;
-        if (r > 0 && row >= item.rows) break;
-        if (last) {
-          emit(row, column, o[r], top[r], sum[r]);
-        } else {
-          // The maxima and sums of the first result are still being read: they go elsewhere for
-          // now.
-          *reinterpret_cast<float4*>(partial(first) + row * p.dim + column) = o[r];
-          if (column == 0) tops()[row] = top[r], sums()[row] = sum[r];
-        }
-      }
-    });
-    if (last) return;
-    __syncthreads();
-    if (threadIdx.x < item.rows)
-      *reinterpret_cast<float2*>(partial_ml(first) + 2 * threadIdx.x) =
-          make_float2(tops()[threadIdx.x], sums()[threadIdx.x]);
-  }
-
-  __device__ __forceinline__ void combine(const Pieces& c) const {
-    const int group = c.ordinal / c.fan, groups = (c.count + c.fan - 1) / c.fan;
-#pragma unroll 1
-    for (bool last = groups == 1;; last = true) {
-      int begin = 0, count = groups, step = c.fan;
-      if (!last || groups == 1)
-        begin = group * c.fan, count = min(c.fan, c.count - begin), step = 1;
-      if (!arrive(last ? c.done : c.group_counter(group), count)) return;
-      // The order of the sums must not depend on the number of rows: rounds of eight in both.
-      if (item.rows <= kRowStep)
-        merge<1, 8>(c, begin, count, step, last);
-      else
-        merge<2, 8>(c, begin, count, step, last);
-      if (last) return;
+  // Weights and outputs of `n` states in shared memory, added to sum and o.
+  static __device__ __forceinline__ void add(int n, uint32_t pair, int pair_step, uint32_t x,
+                                             int x_step, float origin, float& sum, float4& o) {
+#pragma unroll 4
+    for (int k = 0; k < n; ++k) {
+      const float2 s = A::shared_pair(pair + k * pair_step);
+      float4 v;
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                   : "r"(x + k * x_step)
+                   : "memory");
+      const float weight = exp2_approx(s.x - origin);
+      sum += weight * s.y;
+      o.x += weight * v.x, o.y += weight * v.y, o.z += weight * v.z, o.w += weight * v.w;
     }
   }
 
-  __device__ __forceinline__ void run(A& a, const Pieces& c) const {
+  // A thread has four columns of every kRowStep-th row. The same code adds up the warps' states and
+  // then the pieces, which come into shared memory first: code has to be fetched, too, which takes
+  // longer than the sums. These are in the order of the keys whatever fits into shared memory.
+  __device__ __forceinline__ void run(A& a, const Pieces& c, bool idle) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int tile = warp & (p.row_tiles - 1);
-    float* top = maxima();
-    float* sum = sums();
     a.close();
-    if (lane % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) top[warp * 16 + g + 8 * i] = a.m[i];
-    }
-    __syncthreads();
-    // The max of a row over the teams; outputs and sums relative to it.
+    if (p.row_tiles == 1)  // the others of the team may still read the stage
+      __syncwarp();
+    else
+      named_barrier(1 + (warp >> p.row_shift), 32 * p.row_tiles);
     float* own = reinterpret_cast<float*>(stage + warp * L::kSlice);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = g + 8 * i;
       if (tile * 16 + row >= item.rows) continue;
-      float m = kMinusInf;
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w)
-        if ((w & (p.row_tiles - 1)) == tile) m = fmaxf(m, top[w * 16 + row]);
-      const float origin = finite_origin(m);
-      a.store(own, i, exp2_approx(a.reference(p, i) - origin));
-      if (lane % 4 == 0) {
-        sum[warp * 16 + row] = a.l[i] * exp2_approx(a.m[i] - origin);
-        if (warp < p.row_tiles) tops()[tile * 16 + row] = m;  // the same in every team
-      }
+      a.store(own, i, a.to_own_max(p, i));
+      if (lane % 4 == 0) states()[warp * 16 + row] = make_float2(a.m[i], a.l[i]);
     }
     __syncthreads();
-    for_units([&](int row, int column) {
-      const float m = tops()[row];
-      float4 o = make_float4(0, 0, 0, 0);
-      float s = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) {
-        if ((w & (p.row_tiles - 1)) != row / 16) continue;
-        s += sum[w * 16 + row % 16];
-        const float4 x = *reinterpret_cast<const float4*>(stage + w * L::kSlice +
-                                                          (row % 16 * L::kMergePitch + column) * 4);
-        o.x += x.x, o.y += x.y, o.z += x.z, o.w += x.w;
+    const int column = threadIdx.x % (kColumns / 4) * 4, first_row = threadIdx.x / (kColumns / 4);
+    const int group = c.ordinal / c.fan, groups = (c.count + c.fan - 1) / c.fan;
+    // Without further items to load the whole ring is free, else the stage.
+    const uint32_t area = shared_address(idle ? shared : stage);
+    bool warps = true, last = c.count == 1;
+    int count = kDecodeWarps >> p.row_shift, first = c.index(c.ordinal), start = 0, between = 0;
+    int slots = count, rows_at_once = item.rows;
+    uint32_t pairs = shared_address(states());
+    int pair_step = 16 * 8 << p.row_shift, x_step = L::kSlice << p.row_shift;
+#pragma unroll 1
+    for (bool top_level = groups == 1;;) {
+      bool fresh = !warps;  // the pieces' maxima and sums are still to come
+      const uint32_t slot = area + (count * pair_step & ~15) + 16 + threadIdx.x * 16;
+#pragma unroll 1
+      for (int begin = first_row; begin < item.rows || fresh; begin += rows_at_once) {
+        const int end = column < p.dim ? min(begin + rows_at_once, item.rows) : 0;
+        float top = kMinusInf, origin = 0.0f, sum = 0.0f;
+        float4 o = make_float4(0, 0, 0, 0);
+        // More than one round only for one row at a time.
+#pragma unroll 1
+        for (int from = 0; from < count; from += slots) {
+          const int n = min(slots, count - from);
+          if (!warps) {
+            uint32_t to = slot;
+#pragma unroll 1
+            for (int row = begin; row < end; row += kRowStep) {
+              const int at = row * p.dim + column;
+              const float* other = partial(start + from * between) + at;
+              const float* part = from == 0 ? partial(first) + at : other;
+              const int64_t apart = static_cast<int64_t>(between) * block_rows() * p.dim;
+#pragma unroll 4
+              for (int k = 0; k < n; ++k) {
+                cp_async_16(to, part, true);
+                other += apart;
+                part = other;
+                to += x_step;
+              }
+            }
+            cp_async_commit();
+            cp_async_wait<0>();
+            if (fresh) {
+              __syncwarp();
+              __syncthreads();
+            }
+            fresh = false;
+          }
+          uint32_t x = slot;
+#pragma unroll 1
+          for (int row = begin; row < end; row += kRowStep) {
+            if (warps)
+              x = shared_address(stage) + row / 16 * L::kSlice +
+                  (row % 16 * L::kMergePitch + column) * 4;
+            const uint32_t pair = pairs + row * 8;
+            if (from == 0) {
+              top = kMinusInf, sum = 0.0f, o = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+              for (int k = 0; k < count; ++k)
+                top = fmaxf(top, A::shared_pair(pair + k * pair_step).x);
+              origin = finite_origin(top);
+            }
+            add(n, pair + from * pair_step, pair_step, x, x_step, origin, sum, o);
+            x += n * x_step;
+            if (from + n < count) continue;
+            if (last) {
+              emit(row, column, o, top, sum);
+            } else {
+              *reinterpret_cast<float4*>(partial(first) + row * p.dim + column) = o;
+              if (column == 0)
+                *reinterpret_cast<float2*>(partial_ml(first) + 2 * row) = make_float2(top, sum);
+            }
+          }
+        }
       }
-      if (c.count == 1) {
-        emit(row, column, o, m, s);
-        return;
+      if (last) break;
+      int begin = 0, step = c.fan;
+      count = groups;
+      if (!top_level || groups == 1)
+        begin = group * c.fan, count = min(c.fan, c.count - begin), step = 1;
+      if (!arrive(top_level ? c.done : c.group_counter(group), count)) break;
+      last = top_level;
+      top_level = true;
+      warps = false;
+      first = c.index(begin);
+      // What lies between neighbours; piece 0 of an unfixed item is out of line.
+      between = (c.fixed ? 1 : 2 * c.step) * step;
+      start = begin == 0 && !c.fixed ? 2 * c.base : first;
+      pairs = area;
+      pair_step = item.rows * 8;
+      x_step = kDecodeThreads * 16;
+      slots = ((idle ? L::kStages : 1) * L::kStage - count * pair_step - 32) / x_step;
+      rows_at_once = max(slots / count, 1) * kRowStep;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < count * item.rows; i += kDecodeThreads) {
+        const int k = static_cast<unsigned>(i) / static_cast<unsigned>(item.rows);
+        cp_async_8(area + i * 8,
+                   partial_ml(k == 0 ? first : start + k * between) + 2 * (i - k * item.rows));
       }
-      const int index = c.index(c.ordinal);
-      *reinterpret_cast<float4*>(partial(index) + row * p.dim + column) = o;
-      if (column == 0) *reinterpret_cast<float2*>(partial_ml(index) + 2 * row) = make_float2(m, s);
-    });
-    if (c.count > 1) combine(c);
-    __syncthreads();  // the stage, the maxima and the flag may be written again
+    }
+    __syncthreads();  // the stage, the states and the flag may be written again
   }
 };
 

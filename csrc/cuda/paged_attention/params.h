@@ -23,6 +23,7 @@ constexpr int kPlanTile = 64;        // keys per unit of cost
 constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
 constexpr int kPlanHeader = 8;       // see csrc/ops/paged_attention.cpp
 constexpr int kMergeFan = 16;        // fixed pieces that are merged in one go
+constexpr int kStaged = 1984;        // (piece, row) pairs that one merge takes
 
 struct DecodeParams {
   const void* q;  // 4-byte aligned, as are its strides
@@ -50,6 +51,9 @@ struct DecodeParams {
   uint32_t page16, token16, head16;  // strides of K and V in 16-byte units, where `packs`
   int32_t batch, q_len, append, capacity, heads_kv, group, dim;
   int32_t page_size, page_shift;  // page_shift: -1 where page_size is not a power of two
+  int32_t columns;                // of the table
+  int32_t entries;                // of a contiguous table, aligned to 16 bytes; else INT32_MAX
+  int32_t q_bytes;                // of a contiguous q; 0: not contiguous, or large
   int32_t rows, row_tiles, row_shift, row_blocks;  // row_tiles = 1 << row_shift
   int32_t lanes, lane_items;                       // lane_items = heads_kv * row_blocks / lanes
   int32_t min_share;
@@ -61,6 +65,21 @@ struct DecodeParams {
   bool out_packs;  // out may be written 8 bytes at a time
   bool scale_per_token_k, scale_per_token_v;
   bool invariant;
+  static constexpr bool kPlain = false;
+};
+
+// What most calls have in common, known when the kernel is compiled; see is_plain().
+struct PlainParams : DecodeParams {
+  static constexpr const int32_t* cache_rows = nullptr;
+  static constexpr const int32_t* leftpad = nullptr;
+  static constexpr const float* alibi = nullptr;
+  static constexpr const void* sinks = nullptr;
+  static constexpr int32_t q_len = 1, row_tiles = 1, row_shift = 0;
+  static constexpr int32_t window_left = -1, window_right = -1;
+  static constexpr float softcap = 0.0f;
+  static constexpr bool kPlain = true;
+  static constexpr bool packs = true, out_packs = true, invariant = false;
+  static constexpr bool scale_per_token_k = false, scale_per_token_v = false;
 };
 
 // New keys and values into the cache, and q rotated, before the decode kernel runs.

@@ -11,13 +11,15 @@
 
 namespace fastinfer::cuda {
 
-template <class F, int D, bool kSmall>
+template <class F, int D, bool kSmall, class P>
 struct Stream {
   using L = Layout<F, D, kSmall>;
 
-  const DecodeParams& p;
+  const P& p;
   const Slot& slot;
   uint32_t shared;  // of the ring
+  uint32_t table;   // in shared memory
+  bool near;        // the table is there
   Walk walk;
   int base;  // first key of the next step of the CTA
   bool more;
@@ -25,9 +27,9 @@ struct Stream {
   int page, place, head;
   bool valid, any;
 
-  __device__ __forceinline__ Stream(const DecodeParams& params, const Slot& s, const Walk& start,
-                                    uint32_t ring)
-      : p(params), slot(s), shared(ring), walk(start) {
+  __device__ __forceinline__ Stream(const P& params, const Slot& s, const Walk& start,
+                                    uint32_t ring, bool table_near)
+      : p(params), slot(s), shared(ring), table(ring + L::kTable), near(table_near), walk(start) {
     more = true;
     while (more && !walk.has_tiles()) more = walk.next(p, slot);
     base = walk.tile * kPlanTile;
@@ -35,6 +37,12 @@ struct Stream {
 
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+
+  static __device__ __forceinline__ int shared_int(uint32_t address) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+  }
 
   // Where the keys of the next step are.
   __device__ __forceinline__ void look_up() {
@@ -53,7 +61,8 @@ struct Stream {
       const uint32_t size = p.page_size;
       const uint32_t column =
           p.page_shift >= 0 ? key >> p.page_shift : static_cast<uint32_t>(key) / size;
-      page = __ldg(p.table + walk.b * p.table_stride + column);
+      page = near ? shared_int(table + (walk.b * p.columns + column) * 4)
+                  : __ldg(p.table + walk.b * p.table_stride + column);
       place = key - column * size;
       valid = page >= 0;  // a padded row of the batch: zeros, not an address
     }
@@ -121,8 +130,8 @@ struct Stream {
   }
 
   // Any strides and alignment, any distance: element by element.
-  static __device__ __noinline__ void copy_elements(const DecodeParams& p, uint32_t slice, int page,
-                                                    int place, int head, bool valid) {
+  static __device__ __noinline__ void copy_elements(const P& p, uint32_t slice, int page, int place,
+                                                    int head, bool valid) {
 #pragma unroll 1
     for (int row = 0; row < L::kTokens; ++row) {
       const int64_t row_page = __shfl_sync(kAllLanes, page, row);
