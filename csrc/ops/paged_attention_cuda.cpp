@@ -98,6 +98,8 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
   constexpr int64_t kPrefetched = 1 << 20;
   if (t.q.is_contiguous() && t.q.numel() * 2 <= kPrefetched)
     p.q_bytes = static_cast<int32_t>(t.q.numel() * 2);
+  p.query_packs = aligned(s.q, 16) && p.q_batch % 8 == 0 && s.q_token % 8 == 0 && s.q_head % 8 == 0;
+  p.query_early = !cuda::programmatic_launch();
   p.rows = narrow(s.group * t.q.size(1));
   const RowBlocks blocks = choose_row_blocks(p.rows, t.q.size(0) * s.heads_kv, invariant);
   p.row_tiles = narrow(blocks.row_tiles), p.row_blocks = narrow(blocks.blocks);
@@ -168,16 +170,11 @@ void place_workspace(const char* op, DecodeParams& p, int64_t slots, const Tenso
   const int64_t items = int64_t{p.batch} * p.heads_kv * p.row_blocks;
   const int64_t rows = std::min<int64_t>(p.rows, 16 * p.row_tiles);
   const int64_t pieces = p.invariant ? items * p.max_pieces : 2 * slots;
-  const int64_t num_counters =
-      p.invariant ? items * (1 + (p.max_pieces + cuda::kMergeFan - 1) / cuda::kMergeFan)
-                  : 3 * slots;
+  const int64_t num_counters = p.invariant ? items : slots;
   FI_CHECK(pieces <= INT32_MAX && num_counters <= INT32_MAX, op,
            ": batch, heads and cache capacity are too large for batch_invariant, got ", items,
            " items of up to ", p.max_pieces, " pieces; split the batch");
-  FI_CHECK(!p.invariant || p.max_pieces <= cuda::kMergeFan * (cuda::kStaged / 16), op,
-           ": batch_invariant serves up to ", cuda::kMergeFan * (cuda::kStaged / 16) * 1024,
-           " keys of a sequence, block_table has room for ", p.capacity, "; pass fewer columns");
-  const int64_t floats = pieces * rows * (p.dim + 2);
+  const int64_t floats = pieces * rows * (p.dim + 2) + num_counters;
   char* counter_data = nullptr;
   float* partial_data = nullptr;
   const bool given = t.workspace && num_counters * 4 <= kCounterBytes;
@@ -201,6 +198,7 @@ void place_workspace(const char* op, DecodeParams& p, int64_t slots, const Tenso
   p.counters = reinterpret_cast<int32_t*>(counter_data);
   p.partial = partial_data;
   p.partial_ml = partial_data + pieces * rows * p.dim;
+  p.claims = reinterpret_cast<int32_t*>(p.partial_ml + pieces * rows * 2);
 }
 
 int launch_attention(const DecodeParams& p, int slots, void* stream) {
@@ -238,6 +236,7 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
     p.q = own_q->const_data_ptr();
     p.q_head = s.head_dim, p.q_token = s.head_dim * s.heads_q;
     p.q_batch = p.q_token * t.q.size(1);
+    p.query_packs = true;
   }
   if (p.append > 0 || own_q)
     check_launch(

@@ -77,8 +77,10 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
   const uint32_t ring = shared_address(shared);
   const int warp = threadIdx.x / 32;
 
+  int length = first_length(p);
   const bool near = start_loads<L>(p, ring);
-  const Slot slot = find_slot(p, reinterpret_cast<int*>(shared + L::kInts));
+  asm volatile("" : "+r"(length));  // not used, which is to wait for it, any earlier
+  const Slot slot = find_slot(p, length, reinterpret_cast<int*>(shared + L::kInts));
   if (slot.begin >= slot.end) {
     cp_async_wait<0>();
     grid_wait();
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
   Stream<F, D, kSmall, P> stream(p, slot, walk, ring, near);
 #pragma unroll 1
   for (int s = -1; s < L::kStages - 1; ++s) {
-    if (s >= 0) stream.issue(s);
+    if (s >= 0) stream.issue(s, p.query_early);
     stream.look_up();
   }
   grid_wait();  // queries, output and workspace belong to kernels that may still run
@@ -124,9 +126,15 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
       const int end = min(walk.len, to * kPlanTile);
       const Pieces pieces = cut_item(p, slot, walk, from);
       int read = stage == 0 ? L::kStages - 1 : stage - 1;  // nothing is under way to this one
-      const uint32_t query = L::kQueryInShared ? ring + L::kQuery : ring + read * L::kStage;
+      uint32_t query = L::kQueryInShared ? ring + L::kQuery : ring + read * L::kStage;
       float* unit = reinterpret_cast<float*>(shared + L::kStates);
-      A::stage_query(p, item, query, unit);
+      if (stream.fetched == walk.position) {
+        cp_async_wait<L::kStages - 2>();
+        query = ring + L::kFetched;
+        stream.fetched = -1;
+      } else {
+        A::stage_query(p, item, query, unit);
+      }
       __syncthreads();
       a.load_rows(p, item, tile, query, unit);
       __syncthreads();
@@ -138,7 +146,7 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
           __syncwarp();
         else
           named_barrier(1 + team, 32 * p.row_tiles);
-        stream.issue(read);
+        stream.issue(read, true);
         stream.look_up();
         const int joint = p.row_tiles == 1 ? 1 : A::kJoint;
 #pragma unroll 1
@@ -155,7 +163,7 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
         if (++stage == L::kStages) stage = 0;
       }
       const Finish<A, P> finish{p, item, shared, shared + read * L::kStage};
-      const bool idle = !p.invariant && walk.position + walk.cost >= slot.end;
+      const bool idle = to >= walk.end && walk.position + walk.cost >= slot.end;
       finish.run(a, pieces, idle);
       from = to;
       if (walk.len <= 0) break;

@@ -1,8 +1,9 @@
 // The end of a piece: the warps' states are merged through the stage that was read last (no copy
-// goes to it until then), and leave as output, or as a partial result in the workspace. The CTA
-// that finishes the last piece of an item merges all of them in the order of the keys, whatever the
-// order of arrival: pieces in groups of kMergeFan first, each group by whoever completes it, where
-// there are many.
+// goes to it until then), and leave as output, or as a partial result in the workspace.
+//
+// The CTA that finishes the last piece of an item opens its merge, which is done in chunks of rows;
+// CTAs that have finished other pieces of it and have nothing left to do wait for that, not for
+// long, and take chunks as well. Whoever does a chunk, the pieces are added up in the same order.
 #pragma once
 
 #include "../ptx/async_copy.cuh"
@@ -16,19 +17,16 @@ struct Pieces {
   int base;            // CTA of the first piece; fixed pieces: its index
   int step;            // between the CTAs of neighbouring pieces
   bool fixed;
-  int fan;          // pieces of a group; all of them when one merge does
-  int32_t* done;    // counter of the item
-  int32_t* groups;  // counters of its groups
+  int32_t* done;    // pieces of the item that are complete
+  int32_t* claims;  // chunks of its merge that are taken, but for the first
 
-  // A CTA holds at most one piece that another one began (2s) and one that another goes on with.
+  // A CTA holds at most one piece that another one began (2s) and one that another goes on with:
+  // where the pieces of the item are, start() + k * apart(), but for the first.
+  __device__ __forceinline__ int start() const { return fixed ? base : 2 * base; }
+  __device__ __forceinline__ int apart() const { return fixed ? 1 : 2 * step; }
+  __device__ __forceinline__ int first_off() const { return fixed ? 0 : 1; }
   __device__ __forceinline__ int index(int k) const {
-    return fixed ? base + k : k == 0 ? 2 * base + 1 : 2 * (base + k * step);
-  }
-  __device__ __forceinline__ int32_t* group_counter(int group) const {
-    if (fixed) return groups + group;
-    // Group 0 and the others count in different thirds: a CTA can begin one item and go on with
-    // another.
-    return groups + (group > 0 ? gridDim.x * gridDim.y : 0) + group * fan * step;
+    return start() + k * apart() + (k == 0 ? first_off() : 0);
   }
 };
 
@@ -36,40 +34,27 @@ template <class P>
 __device__ __forceinline__ Pieces cut_item(const P& p, const Slot& slot, const Walk& walk,
                                            int tile) {
   Pieces c{};
-  c.fan = 1;
   c.fixed = p.invariant;
+  int counter;
   if (c.fixed) {
     const int lowest = first_tile(walk.len, p.q_len, p.window_left) / kInvariantTiles;
     const int tiles = (walk.len + kPlanTile - 1) / kPlanTile;
-    const int pairs = p.heads_kv * p.row_blocks;
-    const int item = walk.b * pairs + walk.pair(p, slot);
-    const int group_counters = (p.max_pieces + kMergeFan - 1) / kMergeFan;
+    counter = walk.b * p.heads_kv * p.row_blocks + walk.pair(p, slot);
     c.count = max(1, (tiles + kInvariantTiles - 1) / kInvariantTiles - lowest);
     c.ordinal = tile / kInvariantTiles - lowest;
-    c.base = item * p.max_pieces;
+    c.base = counter * p.max_pieces;
     c.step = 1;
-    c.fan = kMergeFan;
-    c.done = p.counters + item;
-    c.groups = p.counters + p.batch * pairs + item * group_counters;
   } else {
     c.count = 1;
     if (walk.position >= slot.begin && walk.position + walk.cost <= slot.end) return c;
     const int first = walk.position / slot.share;
     c.count = (walk.position + walk.cost - 1) / slot.share - first + 1;
     c.ordinal = static_cast<int>(blockIdx.y) - first;
-    c.base = first * p.lanes + slot.lane;
+    counter = c.base = first * p.lanes + slot.lane;
     c.step = p.lanes;
-    c.done = p.counters + c.base;
-    c.groups = p.counters + gridDim.x * gridDim.y + c.base;
-    // One CTA reads about 64 bytes per clock; a second round of arrivals costs about a microsecond.
-    c.fan = c.count;
-    const int rows = min(p.rows, 16 * p.row_tiles);
-    if (c.count * rows * p.dim > 500 * 128 || c.count * rows > kStaged) {
-      c.fan = 2;
-#pragma unroll 1
-      while (c.fan * c.fan < c.count) ++c.fan;
-    }
   }
+  c.done = p.counters + counter;
+  c.claims = p.claims + counter;
   return c;
 }
 
@@ -77,7 +62,10 @@ template <class A, class P>
 struct Finish {
   using L = typename A::L;
   static constexpr int kColumns = A::kColumns;  // D
-  static constexpr int kRowStep = kDecodeThreads * 4 / kColumns;
+  static constexpr int kRowThreads = kColumns / 4;
+  static constexpr int kRowStep = kDecodeThreads / kRowThreads;
+  static constexpr int kDealt = 192;  // (piece, row) pairs that one CTA merges about as fast
+  static constexpr int kPolls = 32;   // of some 0.4 us
   const P& p;
   const Item& item;
   char* shared;
@@ -123,7 +111,8 @@ struct Finish {
     else
       packed = make_uint2(pack_half2<false>(x[0], x[1]), pack_half2<false>(x[2], x[3]));
     if (p.out_packs) {
-      *reinterpret_cast<uint2*>(out) = packed;
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(out), "r"(packed.x), "r"(packed.y)
+                   : "memory");
     } else {
       out[0] = static_cast<uint16_t>(packed.x);
       out[1] = static_cast<uint16_t>(packed.x >> 16);
@@ -151,34 +140,33 @@ struct Finish {
                    : "=r"(before)
                    : "l"(counter)
                    : "memory");
-      const bool last = before == expected - 1;
-      if (last) *counter = 0;
-      *flag() = last;
+      *flag() = before == expected - 1;
     }
     __syncthreads();
     return *flag() != 0;
   }
 
-  // Weights and outputs of `n` states in shared memory, added to sum and o.
-  static __device__ __forceinline__ void add(int n, uint32_t pair, int pair_step, uint32_t x,
-                                             int x_step, float origin, float& sum, float4& o) {
-#pragma unroll 4
-    for (int k = 0; k < n; ++k) {
-      const float2 s = A::shared_pair(pair + k * pair_step);
-      float4 v;
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                   : "r"(x + k * x_step)
-                   : "memory");
-      const float weight = exp2_approx(s.x - origin);
-      sum += weight * s.y;
-      o.x += weight * v.x, o.y += weight * v.y, o.z += weight * v.z, o.w += weight * v.w;
+  // The next chunk, once every piece is complete. Helpers, who are not the CTA that saw to that, do
+  // not wait for ever: nobody relies on them.
+  __device__ __forceinline__ int claim(const Pieces& c, bool helper) const {
+    __syncthreads();  // the flag has been read, and so has the chunk before
+    if (threadIdx.x == 0) {
+      int chunk = INT_MAX, polls = helper ? kPolls : 0;
+      bool open = !helper;
+#pragma unroll 1
+      for (; !open && polls > 0; --polls) {
+        int seen;
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(c.done) : "memory");
+        open = seen == c.count || seen == 0;  // 0: the others have finished the merge
+      }
+      if (open) chunk = atomicAdd(c.claims, 1) + 1;
+      *flag() = chunk;
     }
+    __syncthreads();
+    return *flag();
   }
 
-  // A thread has four columns of every kRowStep-th row. The same code adds up the warps' states and
-  // then the pieces, which come into shared memory first: code has to be fetched, too, which takes
-  // longer than the sums. These are in the order of the keys whatever fits into shared memory.
+  // A thread has four columns of every kRowStep-th row.
   __device__ __forceinline__ void run(A& a, const Pieces& c, bool idle) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int tile = warp & (p.row_tiles - 1);
@@ -195,106 +183,187 @@ struct Finish {
       a.store(own, i, a.to_own_max(p, i));
       if (lane % 4 == 0) states()[warp * 16 + row] = make_float2(a.m[i], a.l[i]);
     }
+    if (threadIdx.x == 0 && c.count > 1 && c.ordinal == 0) *c.claims = 0;
     __syncthreads();
-    const int column = threadIdx.x % (kColumns / 4) * 4, first_row = threadIdx.x / (kColumns / 4);
-    const int group = c.ordinal / c.fan, groups = (c.count + c.fan - 1) / c.fan;
-    // Without further items to load the whole ring is free, else the stage.
-    const uint32_t area = shared_address(idle ? shared : stage);
-    bool warps = true, last = c.count == 1;
-    int count = kDecodeWarps >> p.row_shift, first = c.index(c.ordinal), start = 0, between = 0;
-    int slots = count, rows_at_once = item.rows;
-    uint32_t pairs = shared_address(states());
-    int pair_step = 16 * 8 << p.row_shift, x_step = L::kSlice << p.row_shift;
+    add_warps(c);
+    if (c.count > 1) {
+      const bool last = arrive(c.done, c.count);
+      // Chunks of kRowStep rows, or of one whose pieces are dealt to the threads' rows.
+      const bool deal = !c.fixed && c.count * item.rows > kDealt;
+      const int chunks = deal ? item.rows : (item.rows + kRowStep - 1) / kRowStep;
+      if (last || (idle && chunks > 1)) {
 #pragma unroll 1
-    for (bool top_level = groups == 1;;) {
-      bool fresh = !warps;  // the pieces' maxima and sums are still to come
-      const uint32_t slot = area + (count * pair_step & ~15) + 16 + threadIdx.x * 16;
-#pragma unroll 1
-      for (int begin = first_row; begin < item.rows || fresh; begin += rows_at_once) {
-        const int end = column < p.dim ? min(begin + rows_at_once, item.rows) : 0;
-        float top = kMinusInf, origin = 0.0f, sum = 0.0f;
-        float4 o = make_float4(0, 0, 0, 0);
-        // More than one round only for one row at a time.
-#pragma unroll 1
-        for (int from = 0; from < count; from += slots) {
-          const int n = min(slots, count - from);
-          if (!warps) {
-            uint32_t to = slot;
-#pragma unroll 1
-            for (int row = begin; row < end; row += kRowStep) {
-              const int at = row * p.dim + column;
-              const float* other = partial(start + from * between) + at;
-              const float* part = from == 0 ? partial(first) + at : other;
-              const int64_t apart = static_cast<int64_t>(between) * block_rows() * p.dim;
-#pragma unroll 4
-              for (int k = 0; k < n; ++k) {
-                cp_async_16(to, part, true);
-                other += apart;
-                part = other;
-                to += x_step;
-              }
-            }
-            cp_async_commit();
-            cp_async_wait<0>();
-            if (fresh) {
-              __syncwarp();
-              __syncthreads();
-            }
-            fresh = false;
-          }
-          uint32_t x = slot;
-#pragma unroll 1
-          for (int row = begin; row < end; row += kRowStep) {
-            if (warps)
-              x = shared_address(stage) + row / 16 * L::kSlice +
-                  (row % 16 * L::kMergePitch + column) * 4;
-            const uint32_t pair = pairs + row * 8;
-            if (from == 0) {
-              top = kMinusInf, sum = 0.0f, o = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-              for (int k = 0; k < count; ++k)
-                top = fmaxf(top, A::shared_pair(pair + k * pair_step).x);
-              origin = finite_origin(top);
-            }
-            add(n, pair + from * pair_step, pair_step, x, x_step, origin, sum, o);
-            x += n * x_step;
-            if (from + n < count) continue;
-            if (last) {
-              emit(row, column, o, top, sum);
-            } else {
-              *reinterpret_cast<float4*>(partial(first) + row * p.dim + column) = o;
-              if (column == 0)
-                *reinterpret_cast<float2*>(partial_ml(first) + 2 * row) = make_float2(top, sum);
-            }
-          }
+        for (int chunk = last ? 0 : claim(c, true); chunk < chunks;) {
+          merge_chunk(c, chunk, deal, idle);
+          chunk = chunks == 1 ? 1 : claim(c, false);
         }
-      }
-      if (last) break;
-      int begin = 0, step = c.fan;
-      count = groups;
-      if (!top_level || groups == 1)
-        begin = group * c.fan, count = min(c.fan, c.count - begin), step = 1;
-      if (!arrive(top_level ? c.done : c.group_counter(group), count)) break;
-      last = top_level;
-      top_level = true;
-      warps = false;
-      first = c.index(begin);
-      // What lies between neighbours; piece 0 of an unfixed item is out of line.
-      between = (c.fixed ? 1 : 2 * c.step) * step;
-      start = begin == 0 && !c.fixed ? 2 * c.base : first;
-      pairs = area;
-      pair_step = item.rows * 8;
-      x_step = kDecodeThreads * 16;
-      slots = ((idle ? L::kStages : 1) * L::kStage - count * pair_step - 32) / x_step;
-      rows_at_once = max(slots / count, 1) * kRowStep;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < count * item.rows; i += kDecodeThreads) {
-        const int k = static_cast<unsigned>(i) / static_cast<unsigned>(item.rows);
-        cp_async_8(area + i * 8,
-                   partial_ml(k == 0 ? first : start + k * between) + 2 * (i - k * item.rows));
+        // What the others of the item wait for.
+        if (last && threadIdx.x == 0)
+          asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(c.done), "r"(0) : "memory");
       }
     }
     __syncthreads();  // the stage, the states and the flag may be written again
+  }
+
+  __device__ __forceinline__ void add_warps(const Pieces& c) const {
+    const int column = threadIdx.x % kRowThreads * 4, count = kDecodeWarps >> p.row_shift;
+    const uint32_t pair_step = 16 * 8 << p.row_shift, x_step = L::kSlice << p.row_shift;
+    const int index = c.index(c.ordinal);
+    if (column >= p.dim) return;
+#pragma unroll 1
+    for (int row = threadIdx.x / kRowThreads; row < item.rows; row += kRowStep) {
+      const uint32_t pair = shared_address(states()) + row * 8;
+      const uint32_t x =
+          shared_address(stage) + row / 16 * L::kSlice + (row % 16 * L::kMergePitch + column) * 4;
+      float top = kMinusInf, sum = 0.0f;
+      float4 o = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+      for (int k = 0; k < count; ++k) top = fmaxf(top, A::shared_pair(pair + k * pair_step).x);
+      const float origin = finite_origin(top);
+#pragma unroll 4
+      for (int k = 0; k < count; ++k) {
+        const float2 s = A::shared_pair(pair + k * pair_step);
+        const float weight = exp2_approx(s.x - origin);
+        sum += weight * s.y;
+        add(weight, x + k * x_step, o);
+      }
+      if (c.count == 1) {
+        emit(row, column, o, top, sum);
+      } else {
+        // As assignments of a float4 and a float2 these are six stores.
+        asm volatile(
+            "st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(partial(index) + row * p.dim + column),
+            "f"(o.x), "f"(o.y), "f"(o.z), "f"(o.w)
+            : "memory");
+        if (column == 0)
+          asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(partial_ml(index) + 2 * row),
+                       "f"(top), "f"(sum)
+                       : "memory");
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void add(float weight, uint32_t x, float4& o) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(x)
+                 : "memory");
+    o.x += weight * v.x, o.y += weight * v.y, o.z += weight * v.z, o.w += weight * v.w;
+  }
+
+  // All pieces of the rows of a chunk, in blocks of kMostStaged. The lanes of a row (a warp at
+  // most) read the maxima and sums, one piece each, and leave the weights in shared memory, while
+  // the outputs, of which every thread fetches what it adds up, are on their way.
+  __device__ __forceinline__ void merge_chunk(const Pieces& c, int chunk, bool deal,
+                                              bool idle) const {
+    constexpr int kWidth = kRowThreads < 32 ? kRowThreads : 32;
+    constexpr int kMostStaged = 288;
+    constexpr int kWeights = kDecodeThreads / kWidth * kMostStaged * 4;
+    constexpr int kStep = kDecodeThreads * 16;
+    const int team = threadIdx.x / kRowThreads, column = threadIdx.x % kRowThreads * 4;
+    const int row = deal ? chunk : chunk * kRowStep + team;
+    const int sub = deal ? team : 0, every = deal ? kRowStep : 1;
+    // Without further items to load the whole ring is free, else the stage.
+    const uint32_t area = shared_address(idle ? shared : stage);
+    const uint32_t weights = area + threadIdx.x / kWidth * kMostStaged * 4;
+    const uint32_t data = area + kWeights + threadIdx.x * 16;
+    const int slots = ((idle ? L::kStages : 1) * L::kStage - kWeights) / kStep;
+    const bool mine = row < item.rows && column < p.dim;
+    const int piece_size = block_rows() * p.dim;
+    const int64_t apart = static_cast<int64_t>(c.apart()) * every * piece_size;
+    const float* source = partial(c.start() + sub * c.apart()) + row * p.dim + column;
+    const float* first = sub == 0 ? source + c.first_off() * piece_size : source;
+    const int lane = threadIdx.x % kWidth;
+    const unsigned lanes = kWidth == 32 ? kAllLanes : 0xFFFFu << (threadIdx.x & 16);
+    float top = kMinusInf, sum = 0.0f;
+    float4 o = make_float4(0, 0, 0, 0);
+    if (row < item.rows) {
+#pragma unroll 1
+      for (int block = 0; block < c.count; block += kMostStaged) {
+        const int end = min(block + kMostStaged, c.count);
+        float keep = 1.0f;
+#pragma unroll 1
+        for (int from = block + sub; from < end || from == block + sub; from += slots * every) {
+          const int to = min(end, from + slots * every);
+          uint32_t at = data;
+#pragma unroll 4
+          for (int k = from; k < to; k += every) {
+            if (mine) cp_async_16(at, first, true);
+            source += apart;
+            first = source;
+            at += kStep;
+          }
+          cp_async_commit();
+          if (from == block + sub) {
+            const float before = top;
+            weigh<kWidth>(c, row, lane, lanes, block, end, weights, top, sum);
+            keep = exp2_approx(before - finite_origin(top));
+            o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
+          }
+          cp_async_wait<0>();
+          at = data;
+#pragma unroll 4
+          for (int k = from; k < to; k += every) {
+            add(shared_float(weights + (k - block) * 4), at, o);
+            at += kStep;
+          }
+        }
+        __syncwarp(lanes);  // the weights have been read
+      }
+    }
+    if (deal) {
+      float4* all = reinterpret_cast<float4*>(shared + (area - shared_address(shared)) + kWeights);
+      all[threadIdx.x] = o;  // where this thread's first piece was
+      __syncthreads();
+      if (team > 0 || !mine) return;
+#pragma unroll
+      for (int i = 1; i < kRowStep; ++i) {
+        const float4 other = all[threadIdx.x + i * kRowThreads];
+        o.x += other.x, o.y += other.y, o.z += other.z, o.w += other.w;
+      }
+    }
+    if (mine) emit(row, column, o, top, sum);
+  }
+
+  // Brings top and sum of a row up to date with pieces [begin, end) and stores their weights.
+  template <int kWidth>
+  __device__ __forceinline__ void weigh(const Pieces& c, int row, int lane, unsigned lanes,
+                                        int begin, int end, uint32_t weights, float& top,
+                                        float& sum) const {
+    float own_top = kMinusInf, own_sum = 0.0f;
+#pragma unroll 2
+    for (int k = begin + lane; k < end; k += kWidth) {
+      const float2 s = __ldcg(reinterpret_cast<const float2*>(partial_ml(c.index(k)) + 2 * row));
+      const float higher = fmaxf(own_top, s.x), origin = finite_origin(higher);
+      own_sum = own_sum * exp2_approx(own_top - origin) + s.y * exp2_approx(s.x - origin);
+      own_top = higher;
+      store_shared(weights + (k - begin) * 4, s.x);
+    }
+    float higher = own_top;
+#pragma unroll
+    for (int i = 1; i < kWidth; i *= 2) higher = fmaxf(higher, __shfl_xor_sync(lanes, higher, i));
+    higher = fmaxf(higher, top);
+    const float origin = finite_origin(higher);
+    own_sum *= exp2_approx(own_top - origin);
+#pragma unroll
+    for (int i = 1; i < kWidth; i *= 2) own_sum += __shfl_xor_sync(lanes, own_sum, i);
+    sum = sum * exp2_approx(top - origin) + own_sum;
+    top = higher;
+#pragma unroll 2
+    for (int k = begin + lane; k < end; k += kWidth) {
+      const uint32_t at = weights + (k - begin) * 4;
+      store_shared(at, exp2_approx(shared_float(at) - origin));
+    }
+    __syncwarp(lanes);
+  }
+  static __device__ __forceinline__ float shared_float(uint32_t address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+    return x;
+  }
+  static __device__ __forceinline__ void store_shared(uint32_t address, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
   }
 };
 

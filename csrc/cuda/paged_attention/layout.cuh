@@ -50,9 +50,12 @@ struct Layout {
   static constexpr int kQueryPitch = D * 2 + 16;
   static constexpr int kQueryBytes = kQueryInShared ? 64 * kQueryPitch : 0;
   static_assert(64 * kQueryPitch <= kStage, "the queries of a block must fit into a stage");
-  static constexpr int kStates = kQuery + kQueryBytes;        // float2 [warp][16]: max, sum
-  static constexpr int kInts = kStates + kDecodeWarps * 128;  // int [8]
-  static constexpr int kTable = kInts + 32;                   // a small block table
+  // Queries of 16 rows that come with the first keys of their item.
+  static constexpr bool kFetches = F::kBytes == 2 && D <= 128;
+  static constexpr int kFetched = kQuery + kQueryBytes;
+  static constexpr int kStates = kFetched + (kFetches ? 16 * kQueryPitch : 0);  // float2 [warp][16]
+  static constexpr int kInts = kStates + kDecodeWarps * 128;                    // int [8]
+  static constexpr int kTable = kInts + 32;  // a small block table
   static constexpr int kTableEntries = F::kBytes == 1 && D == 128 ? 256 : 1024;
   static constexpr int kTotal = kTable + kTableEntries * 4;
   static_assert(!kSmall || kTotal <= kSmallShared, "the small layout must fit small GPUs");

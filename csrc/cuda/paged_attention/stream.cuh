@@ -1,6 +1,8 @@
 // The loader: keys and values of the slot's tiles into a ring of shared memory stages, kStages - 1
 // steps ahead of the arithmetic and across the borders of items. Every warp loads its own slice,
-// one lane per key looks the page up, one step before the copy needs it.
+// one lane per key looks the page up, one step before the copy needs it. With the first keys of an
+// item come its queries, for which there is one buffer: behind those of later steps they would have
+// to queue. Whoever finds them missing there loads them when they are needed.
 //
 // Keys outside [low, min(len, end of the piece)) are not touched; their rows become 0.
 #pragma once
@@ -21,16 +23,20 @@ struct Stream {
   uint32_t table;   // in shared memory
   bool near;        // the table is there
   Walk walk;
-  int base;  // first key of the next step of the CTA
-  bool more;
+  int base;          // first key of the next step of the CTA
+  bool more, fresh;  // fresh: the next step is the first one of its item
+  int fetched;       // item whose queries are in the buffer: its position, or -1
   // Key of this lane in the next step.
   int page, place, head;
   bool valid, any;
+  bool starts;  // an item
+  int sequence, row_block, position;
 
   __device__ __forceinline__ Stream(const P& params, const Slot& s, const Walk& start,
                                     uint32_t ring, bool table_near)
       : p(params), slot(s), shared(ring), table(ring + L::kTable), near(table_near), walk(start) {
-    more = true;
+    more = fresh = true;
+    fetched = -1;
     while (more && !walk.has_tiles()) more = walk.next(p, slot);
     base = walk.tile * kPlanTile;
   }
@@ -54,7 +60,16 @@ struct Stream {
     const int key = base + warp() * L::kTokens + lane() % L::kTokens;
     valid = key >= walk.low && key < end;
     head = walk.pair(p, slot);
-    if (p.row_blocks > 1) head /= p.row_blocks;
+    row_block = 0;
+    if (p.row_blocks > 1) {
+      const int pair = head;
+      head /= p.row_blocks;
+      row_block = pair - head * p.row_blocks;
+    }
+    starts = fresh;
+    fresh = false;
+    sequence = walk.b;
+    position = walk.position;
     page = walk.row;
     place = key;
     if (p.table && valid) {
@@ -72,15 +87,19 @@ struct Stream {
         more = walk.next(p, slot);
       } while (more && !walk.has_tiles());
       base = walk.tile * kPlanTile;
+      fresh = true;
     }
   }
 
   // Copies the step that look_up() prepared into `stage`, which every warp of the team has left.
-  __device__ __forceinline__ void issue(int stage) {
+  // `query`: queries may be read.
+  __device__ __forceinline__ void issue(int stage, bool query) {
     if (!any) {
       cp_async_commit();  // the arithmetic counts groups
       return;
     }
+    if constexpr (L::kFetches)
+      if (starts && query && fetched < 0 && p.row_tiles == 1 && p.query_packs) fetch_query();
     const uint32_t slice = shared + (stage * kDecodeWarps + warp()) * L::kSlice;
     if (p.packs)
       issue_packs(slice);
@@ -89,6 +108,24 @@ struct Stream {
     if constexpr (F::kBytes == 1)
       if (p.scale_per_token_k || p.scale_per_token_v) issue_scales(slice);
     cp_async_commit();
+  }
+
+  // Every warp fetches its part, and waits for it with its first keys.
+  __device__ __forceinline__ void fetch_query() {
+    constexpr int kPacks = D / 8;
+    const int rows = min(p.rows - row_block * 16, 16);
+    fetched = position;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * kPacks; i += kDecodeThreads) {
+      const int row = i / kPacks, column = i % kPacks * 8, r = row_block * 16 + row;
+      const int token = p.q_len == 1 ? 0 : r / p.group;
+      const int at = head * p.group + r - token * p.group;
+      const uint16_t* from = static_cast<const uint16_t*>(p.q) + sequence * p.q_batch +
+                             token * p.q_token + at * p.q_head;
+      const bool inside = column < p.dim;
+      cp_async_16(shared + L::kFetched + row * L::kQueryPitch + column * 2,
+                  from + (inside ? column : 0), inside);
+    }
   }
 
   __device__ __forceinline__ void issue_packs(uint32_t slice) {

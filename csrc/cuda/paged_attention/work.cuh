@@ -47,15 +47,23 @@ __device__ __forceinline__ void set_share(const P& p, int total, Slot& s) {
   s.end = min(s.begin + s.share, total);
 }
 
+// Sets out for the lengths before anything else: of sequence threadIdx.x % 32 where find_slot()
+// needs no more.
+template <class P>
+__device__ __forceinline__ int first_length(const P& p) {
+  const int b = threadIdx.x % 32;
+  return p.batch <= 32 && !p.plan && b < p.batch ? sequence_length(p, b) : 0;
+}
+
 // Every thread calls. `scratch`: 8 ints of shared memory. A slot without work has begin >= end.
 template <class P>
-__device__ __forceinline__ Slot find_slot(const P& p, int* scratch) {
+__device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) {
   const int items = p.lane_items, tid = threadIdx.x;
   Slot s{};
   if (p.batch <= 32 && !p.plan) {  // every warp by itself, without a barrier
     const int b = tid % 32;
     int own = 0;
-    if (b < p.batch) own = sequence_cost(sequence_length(p, b), p.q_len, p.window_left);
+    if (b < p.batch) own = sequence_cost(length, p.q_len, p.window_left);
     int sum = own;
     if (p.batch > 1) {
 #pragma unroll
