@@ -66,6 +66,12 @@ struct Finish {
   static constexpr int kRowStep = kDecodeThreads / kRowThreads;
   static constexpr int kDealt = 192;  // (piece, row) pairs that one CTA merges about as fast
   static constexpr int kPolls = 32;   // of some 0.4 us
+  static constexpr int kNoChunk = 1 << 16;
+  static constexpr int kWidth = kRowThreads < 32 ? kRowThreads : 32;
+  static constexpr int kMostStaged = kColumns == 64 ? 144 : 288;  // maxima and sums of a row
+  static constexpr int kPairs = kDecodeThreads / kWidth * kMostStaged * 8;
+  static constexpr int kStep = kDecodeThreads * 16;
+  static_assert(kPairs + kStep <= L::kStage);
   const P& p;
   const Item& item;
   char* shared;
@@ -147,19 +153,15 @@ struct Finish {
   }
 
   // The next chunk, once every piece is complete. Helpers, who are not the CTA that saw to that, do
-  // not wait for ever: nobody relies on them.
+  // not wait for ever: nobody relies on them. A counter that is 0 again says that all is taken.
   __device__ __forceinline__ int claim(const Pieces& c, bool helper) const {
     __syncthreads();  // the flag has been read, and so has the chunk before
     if (threadIdx.x == 0) {
-      int chunk = INT_MAX, polls = helper ? kPolls : 0;
-      bool open = !helper;
+      int chunk = kNoChunk, seen = helper ? 1 : c.count;
 #pragma unroll 1
-      for (; !open && polls > 0; --polls) {
-        int seen;
+      for (int i = 0; i < kPolls && seen != c.count && seen != 0; ++i)
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(c.done) : "memory");
-        open = seen == c.count || seen == 0;  // 0: the others have finished the merge
-      }
-      if (open) chunk = atomicAdd(c.claims, 1) + 1;
+      if (seen == c.count) chunk = atomicAdd(c.claims, 1) + 1;
       *flag() = chunk;
     }
     __syncthreads();
@@ -188,18 +190,18 @@ struct Finish {
     add_warps(c);
     if (c.count > 1) {
       const bool last = arrive(c.done, c.count);
-      // Chunks of kRowStep rows, or of one whose pieces are dealt to the threads' rows.
-      const bool deal = !c.fixed && c.count * item.rows > kDealt;
-      const int chunks = deal ? item.rows : (item.rows + kRowStep - 1) / kRowStep;
-      if (last || (idle && chunks > 1)) {
+      // Chunks of what goes into an idle ring, or of one row whose pieces are dealt to the teams of
+      // threads that otherwise have a row each.
+      const bool deal = !c.fixed && c.count >= 16 && c.count * item.rows > kDealt;
+      constexpr int kRing = (L::kStages * L::kStage - kPairs) / kStep;
+      const int rows = deal ? 1 : max(kRing / c.count, 1) * kRowStep;
+      if (last || (idle && rows < item.rows)) {
 #pragma unroll 1
-        for (int chunk = last ? 0 : claim(c, true); chunk < chunks;) {
-          merge_chunk(c, chunk, deal, idle);
-          chunk = chunks == 1 ? 1 : claim(c, false);
+        for (int first = last ? 0 : claim(c, true) * rows; first < item.rows;) {
+          merge_chunk(c, first, rows, deal, idle);
+          first = rows < item.rows ? claim(c, false) * rows : item.rows;
         }
-        // What the others of the item wait for.
-        if (last && threadIdx.x == 0)
-          asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(c.done), "r"(0) : "memory");
+        if (last && threadIdx.x == 0) *c.done = 0;
       }
     }
     __syncthreads();  // the stage, the states and the flag may be written again
@@ -252,93 +254,110 @@ struct Finish {
     o.x += weight * v.x, o.y += weight * v.y, o.z += weight * v.z, o.w += weight * v.w;
   }
 
-  // All pieces of the rows of a chunk, in blocks of kMostStaged. The lanes of a row (a warp at
-  // most) read the maxima and sums, one piece each, and leave the weights in shared memory, while
-  // the outputs, of which every thread fetches what it adds up, are on their way.
-  __device__ __forceinline__ void merge_chunk(const Pieces& c, int chunk, bool deal,
+  // All pieces of the rows of a chunk, as many rows at a time as fit, or one row in several rounds.
+  // Maxima and sums come first: the lanes of a row (a warp at most) make weights of them, one piece
+  // each, while the outputs, of which every thread fetches what it adds up, are on their way.
+  __device__ __forceinline__ void merge_chunk(const Pieces& c, int first_row, int rows, bool deal,
                                               bool idle) const {
-    constexpr int kWidth = kRowThreads < 32 ? kRowThreads : 32;
-    constexpr int kMostStaged = 288;
-    constexpr int kWeights = kDecodeThreads / kWidth * kMostStaged * 4;
-    constexpr int kStep = kDecodeThreads * 16;
     const int team = threadIdx.x / kRowThreads, column = threadIdx.x % kRowThreads * 4;
-    const int row = deal ? chunk : chunk * kRowStep + team;
     const int sub = deal ? team : 0, every = deal ? kRowStep : 1;
-    // Without further items to load the whole ring is free, else the stage.
     const uint32_t area = shared_address(idle ? shared : stage);
-    const uint32_t weights = area + threadIdx.x / kWidth * kMostStaged * 4;
-    const uint32_t data = area + kWeights + threadIdx.x * 16;
-    const int slots = ((idle ? L::kStages : 1) * L::kStage - kWeights) / kStep;
-    const bool mine = row < item.rows && column < p.dim;
-    const int piece_size = block_rows() * p.dim;
-    const int64_t apart = static_cast<int64_t>(c.apart()) * every * piece_size;
-    const float* source = partial(c.start() + sub * c.apart()) + row * p.dim + column;
-    const float* first = sub == 0 ? source + c.first_off() * piece_size : source;
+    const uint32_t pairs = area + threadIdx.x / kWidth * kMostStaged * 8;
+    const uint32_t data = area + kPairs + threadIdx.x * 16;
+    const int slots = ((idle ? L::kStages : 1) * L::kStage - kPairs) / kStep;
+    const int batch = deal ? 1 : max(slots / c.count, 1);
     const int lane = threadIdx.x % kWidth;
     const unsigned lanes = kWidth == 32 ? kAllLanes : 0xFFFFu << (threadIdx.x & 16);
+    const int piece_size = block_rows() * p.dim;
+    const int64_t apart = static_cast<int64_t>(c.apart()) * every * piece_size;
+    const int end_row = min(first_row + rows, item.rows);
     float top = kMinusInf, sum = 0.0f;
     float4 o = make_float4(0, 0, 0, 0);
-    if (row < item.rows) {
+    int row = first_row + (deal ? 0 : team);
+#pragma unroll 1
+    while (row < end_row) {
+      const int stop = min(row + batch * kRowStep, end_row);
 #pragma unroll 1
       for (int block = 0; block < c.count; block += kMostStaged) {
-        const int end = min(block + kMostStaged, c.count);
-        float keep = 1.0f;
+        const int end = min(block + kMostStaged, c.count), count = end - block;
 #pragma unroll 1
         for (int from = block + sub; from < end || from == block + sub; from += slots * every) {
           const int to = min(end, from + slots * every);
-          uint32_t at = data;
-#pragma unroll 4
-          for (int k = from; k < to; k += every) {
-            if (mine) cp_async_16(at, first, true);
-            source += apart;
-            first = source;
-            at += kStep;
+          const bool head = from == block + sub;
+          if (head) {
+            uint32_t at = pairs;
+#pragma unroll 1
+            for (int r = row; r < stop; r += kRowStep, at += count * 8)
+#pragma unroll 1
+              for (int k = lane; k < count; k += kWidth)
+                cp_async_8(at + k * 8, partial_ml(c.index(block + k)) + 2 * r);
           }
           cp_async_commit();
-          if (from == block + sub) {
-            const float before = top;
-            weigh<kWidth>(c, row, lane, lanes, block, end, weights, top, sum);
-            keep = exp2_approx(before - finite_origin(top));
-            o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
-          }
-          cp_async_wait<0>();
-          at = data;
+          uint32_t at = data;
+#pragma unroll 1
+          for (int r = row; r < stop && column < p.dim; r += kRowStep) {
+            const float* source = partial(c.start() + from * c.apart()) + r * p.dim + column;
+            const float* piece = from == 0 ? source + c.first_off() * piece_size : source;
 #pragma unroll 4
-          for (int k = from; k < to; k += every) {
-            add(shared_float(weights + (k - block) * 4), at, o);
-            at += kStep;
+            for (int k = from; k < to; k += every) {
+              cp_async_16(at, piece, true);
+              source += apart;
+              piece = source;
+              at += kStep;
+            }
+          }
+          cp_async_commit();
+          cp_async_wait<1>();
+          __syncwarp(lanes);
+          at = data;
+          uint32_t weights = pairs;
+#pragma unroll 1
+          for (int r = row; r < stop; r += kRowStep, weights += count * 8) {
+            if (head) {
+              const float before = block == 0 ? kMinusInf : top;
+              if (block == 0) top = kMinusInf, sum = 0.0f, o = make_float4(0, 0, 0, 0);
+              weigh(lane, lanes, count, weights, top, sum);
+              const float keep = exp2_approx(before - finite_origin(top));
+              o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
+            }
+            cp_async_wait<0>();
+            const uint32_t weight = weights - block * 8;
+#pragma unroll 4
+            for (int k = from; k < to; k += every) {
+              add(shared_float(weight + k * 8), at, o);
+              at += kStep;
+            }
+            if (!deal && block + count == c.count && to == end && column < p.dim)
+              emit(r, column, o, top, sum);
           }
         }
         __syncwarp(lanes);  // the weights have been read
       }
+      row = deal ? end_row : row + batch * kRowStep;
     }
-    if (deal) {
-      float4* all = reinterpret_cast<float4*>(shared + (area - shared_address(shared)) + kWeights);
-      all[threadIdx.x] = o;  // where this thread's first piece was
-      __syncthreads();
-      if (team > 0 || !mine) return;
+    if (!deal) return;
+    float4* all = reinterpret_cast<float4*>((idle ? shared : stage) + kPairs);
+    all[threadIdx.x] = o;  // where this thread's first piece was
+    __syncthreads();
+    if (team > 0 || column >= p.dim) return;
 #pragma unroll
-      for (int i = 1; i < kRowStep; ++i) {
-        const float4 other = all[threadIdx.x + i * kRowThreads];
-        o.x += other.x, o.y += other.y, o.z += other.z, o.w += other.w;
-      }
+    for (int i = 1; i < kRowStep; ++i) {
+      const float4 other = all[threadIdx.x + i * kRowThreads];
+      o.x += other.x, o.y += other.y, o.z += other.z, o.w += other.w;
     }
-    if (mine) emit(row, column, o, top, sum);
+    emit(first_row, column, o, top, sum);
   }
 
-  // Brings top and sum of a row up to date with pieces [begin, end) and stores their weights.
-  template <int kWidth>
-  __device__ __forceinline__ void weigh(const Pieces& c, int row, int lane, unsigned lanes,
-                                        int begin, int end, uint32_t weights, float& top,
-                                        float& sum) const {
+  // Brings top and sum of a row up to date with `count` pairs, which become their weights.
+  static __device__ __forceinline__ void weigh(int lane, unsigned lanes, int count, uint32_t pairs,
+                                               float& top, float& sum) {
     float own_top = kMinusInf, own_sum = 0.0f;
-#pragma unroll 2
-    for (int k = begin + lane; k < end; k += kWidth) {
-      const float2 s = __ldcg(reinterpret_cast<const float2*>(partial_ml(c.index(k)) + 2 * row));
+#pragma unroll 1
+    for (int k = lane; k < count; k += kWidth) {
+      const float2 s = A::shared_pair(pairs + k * 8);
       const float higher = fmaxf(own_top, s.x), origin = finite_origin(higher);
       own_sum = own_sum * exp2_approx(own_top - origin) + s.y * exp2_approx(s.x - origin);
       own_top = higher;
-      store_shared(weights + (k - begin) * 4, s.x);
     }
     float higher = own_top;
 #pragma unroll
@@ -350,11 +369,9 @@ struct Finish {
     for (int i = 1; i < kWidth; i *= 2) own_sum += __shfl_xor_sync(lanes, own_sum, i);
     sum = sum * exp2_approx(top - origin) + own_sum;
     top = higher;
-#pragma unroll 2
-    for (int k = begin + lane; k < end; k += kWidth) {
-      const uint32_t at = weights + (k - begin) * 4;
-      store_shared(at, exp2_approx(shared_float(at) - origin));
-    }
+#pragma unroll 1
+    for (int k = lane; k < count; k += kWidth)
+      store_shared(pairs + k * 8, exp2_approx(shared_float(pairs + k * 8) - origin));
     __syncwarp(lanes);
   }
   static __device__ __forceinline__ float shared_float(uint32_t address) {
