@@ -171,13 +171,17 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
   } while (walk.next(p, slot));
 }
 
-// One query per sequence, at most 16 rows in a block and none of the features that PlainParams
-// fixes: the compiler then leaves most of the code out, and code has to be fetched, too.
+// One query per sequence and none of the features that PlainParams fixes: the compiler then leaves
+// most of the code out, and code has to be fetched, too. Blocks of 16 rows, or of 32 for what
+// kPairs says.
 inline bool is_plain(const DecodeParams& p) {
   return !p.leftpad && !p.cache_rows && !p.alibi && !p.sinks && p.softcap == 0.0f &&
-         p.window_left < 0 && p.q_len == 1 && p.row_tiles == 1 && p.packs && p.out_packs &&
-         !p.scale_per_token_k && !p.scale_per_token_v && !p.invariant;
+         p.window_left < 0 && p.q_len == 1 && p.packs && p.out_packs && !p.scale_per_token_k &&
+         !p.scale_per_token_v && !p.invariant;
 }
+
+template <class F, int D>
+constexpr bool kPairs = F::kBytes == 2 && D <= 128;
 
 template <class F, int D, bool kSoft>
 int launch_decode_instance(const DecodeParams& p, int ctas, void* stream) {
@@ -188,9 +192,13 @@ int launch_decode_instance(const DecodeParams& p, int ctas, void* stream) {
       return launch(decode_kernel<F, D, kSoft, true, DecodeParams>, grid, block,
                     Layout<F, D, true>::kTotal, stream, p);
   if constexpr (!kSoft)
-    if (is_plain(p))
-      return launch(decode_kernel<F, D, kSoft, false, PlainParams>, grid, block, kBytes, stream,
-                    PlainParams{p});
+    if (p.row_tiles == 1 && is_plain(p))
+      return launch(decode_kernel<F, D, kSoft, false, PlainParams<1>>, grid, block, kBytes, stream,
+                    PlainParams<1>{p});
+  if constexpr (kPairs<F, D>)
+    if (p.row_tiles == 2 && is_plain(p))
+      return launch(decode_kernel<F, D, kSoft, false, PlainParams<2>>, grid, block, kBytes, stream,
+                    PlainParams<2>{p});
   return launch(decode_kernel<F, D, kSoft, false, DecodeParams>, grid, block, kBytes, stream, p);
 }
 

@@ -77,12 +77,13 @@ struct DecodeParams {
 };
 
 // What most calls have in common, known when the kernel is compiled; see is_plain().
+template <int kRowTiles>
 struct PlainParams : DecodeParams {
   static constexpr const int32_t* cache_rows = nullptr;
   static constexpr const int32_t* leftpad = nullptr;
   static constexpr const float* alibi = nullptr;
   static constexpr const void* sinks = nullptr;
-  static constexpr int32_t q_len = 1, row_tiles = 1, row_shift = 0;
+  static constexpr int32_t q_len = 1, row_tiles = kRowTiles, row_shift = kRowTiles / 2;
   static constexpr int32_t window_left = -1, window_right = -1;
   static constexpr float softcap = 0.0f;
   static constexpr bool kPlain = true;
