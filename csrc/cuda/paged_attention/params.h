@@ -8,8 +8,8 @@
 // the sequences and, within one, over the lane's pairs. An item, (b, pair), costs max(1, tiles of
 // 64 visible keys). CTA (lane, g) works on cost [g * share, (g + 1) * share) of its lane's list,
 // share = ceil(total / CTAs per lane): neighbouring CTAs read neighbouring heads of the same keys
-// at the same time. An item cut by such borders is summed up from partial results by whichever CTA
-// finishes last, in the order of the keys. Batch-invariant: an item consists of pieces of 1024 keys
+// at the same time. An item cut by such borders is summed up from partial results once the last
+// of them is there (finish.cuh). Batch-invariant: an item consists of pieces of 1024 keys
 // at absolute positions, a piece belongs to the CTA of its first tile.
 #pragma once
 
