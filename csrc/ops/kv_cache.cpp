@@ -43,8 +43,9 @@ void check_tokens(const char* op, const char* arg, const Tensor& t, int64_t toke
   check_last_dim(op, arg, t);
 }
 
-void reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
-                       Tensor slot_mapping, OptTensor k_scale, OptTensor v_scale) {
+void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                       const Tensor& value_cache, const Tensor& slot_mapping,
+                       const OptTensor& k_scale, const OptTensor& v_scale) {
   const char* op = "reshape_and_cache";
   const CacheWriteParams p = cache_write_params(op, "key", "value", key, value, key_cache,
                                                 value_cache, slot_mapping, k_scale, v_scale);
@@ -91,9 +92,9 @@ void check_gather_indices(const char* op, const CacheGatherParams& p, int64_t nu
   }
 }
 
-void gather_cache(Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor cu_seqlens,
-                  OptTensor seq_starts, OptTensor k_scale, OptTensor v_scale, Tensor key_out,
-                  Tensor value_out) {
+void gather_cache(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
+                  const Tensor& cu_seqlens, const OptTensor& seq_starts, const OptTensor& k_scale,
+                  const OptTensor& v_scale, const Tensor& key_out, const Tensor& value_out) {
   const char* op = "gather_cache";
   check_caches(op, key_cache, value_cache);
   check_device(op, key_cache,

@@ -143,24 +143,26 @@ void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k
                               [&](int64_t begin, int64_t end) { FI_PICK(rotary)(p, begin, end); });
 }
 
-void apply_rotary(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
-                  bool interleaved, Tensor q_out, OptTensor k_out) {
+void apply_rotary(const Tensor& q, const OptTensor& k, const Tensor& cos, const Tensor& sin,
+                  const OptTensor& positions, bool interleaved, const Tensor& q_out,
+                  const OptTensor& k_out) {
   const char* op = "apply_rotary";
   const RotaryParams p =  // checks cos before its size is asked for
       params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q_out, ptr(k_out));
   run(op, p, q, ptr(k), cos, ptr(positions));
 }
 
-void apply_rotary_inplace(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
-                          bool interleaved) {
+void apply_rotary_inplace(const Tensor& q, const OptTensor& k, const Tensor& cos, const Tensor& sin,
+                          const OptTensor& positions, bool interleaved) {
   const char* op = "apply_rotary";
   const RotaryParams p = params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k));
   run(op, p, q, ptr(k), cos, ptr(positions));
 }
 
-void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions,
-                            Tensor key_cache, Tensor value_cache, Tensor slot_mapping,
-                            bool interleaved, OptTensor k_scale, OptTensor v_scale) {
+void apply_rotary_and_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+                            const Tensor& sin, const Tensor& positions, const Tensor& key_cache,
+                            const Tensor& value_cache, const Tensor& slot_mapping, bool interleaved,
+                            const OptTensor& k_scale, const OptTensor& v_scale) {
   const char* op = "apply_rotary_and_cache";
   check_dim(op, "q", q, 3);
   const RotaryParams rotary = params(op, q, &k, cos, sin, &positions, interleaved, q, &k);

@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, out: Tensor | None
     _lib.refuse_grad("rms_norm", x, weight)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _rms_norm(x, weight, eps, out=out)
+    _rms_norm(x, weight, eps, out)
     return out
 
 
@@ -103,7 +103,7 @@ def rms_norm_quant(
     _lib.require_tensors("rms_norm_quant", x=x, weight=weight)
     _lib.refuse_grad("rms_norm_quant", x, residual, weight)
     q, scale, zeros = _empty_codes(x, list(x.shape), symmetric)
-    _rms_norm_quant(x, weight, eps, residual=residual, q=q, scale=scale, zeros=zeros)
+    _rms_norm_quant(x, weight, eps, residual, q, scale, zeros)
     return q, scale, zeros
 
 
@@ -183,7 +183,7 @@ def _check(name: str, x: Tensor, weight: Tensor, *like_x: Tensor) -> None:
 
 
 @_lib.register_fake("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> None:
+def _(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     _check("rms_norm", x, weight, out)
 
 
@@ -213,7 +213,6 @@ def _(
     x: Tensor,
     weight: Tensor,
     eps: float,
-    *,
     residual: Tensor | None,
     q: Tensor,
     scale: Tensor,

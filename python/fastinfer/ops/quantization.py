@@ -282,9 +282,7 @@ def quantize_per_token(
     zeros = None
     if not symmetric:
         zeros = x.new_empty(x2.shape[0], dtype=torch.int32)
-    _quantize_per_token(
-        x2, static_scale=scale, q=_rows(name, "out", out), scale=row_scale, zeros=zeros
-    )
+    _quantize_per_token(x2, scale, _rows(name, "out", out), row_scale, zeros)
     return out, row_scale, zeros
 
 
@@ -352,7 +350,6 @@ def _(
 @_lib.register_fake("quantize_per_token")
 def _(
     x: Tensor,
-    *,
     static_scale: Tensor | None,
     q: Tensor,
     scale: Tensor,
