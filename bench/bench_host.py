@@ -27,7 +27,8 @@ def main() -> None:
     codes = torch.empty(1, 4096, dtype=torch.int8, device=device)
     scale = torch.empty(1, device=device)
     q, k, v = (randn(1, h, 128, dtype=dtype, device=device) for h in (32, 8, 8))
-    cos, sin = (torch.rand(64, 64, device=device) for _ in range(2))
+    angles = torch.rand(64, 64, device=device)
+    cos, sin = angles.cos(), angles.sin()
     position = torch.tensor([3], device=device)
     caches = [torch.empty(8, 16, 8, 128, dtype=dtype, device=device) for _ in "kv"]
 

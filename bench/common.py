@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 Call = Callable[[], Any]
 OURS = "fastinfer"
 TURN_SECONDS = 0.02
-LEAST_GRAPH_US = 400  # of a graph replay, whose own start costs some 4 us
+LEAST_GRAPH_US = 2000  # of a graph replay, whose own start costs some 4 us
 
 
 def randn(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
