@@ -154,16 +154,18 @@ void check_given(const char* op, const char* arg, const Tensor& t) {
 }
 
 void check_last_dim(const char* op, const char* arg, const Tensor& t) {
-  const int64_t d = t.dim();
-  FI_CHECK(d > 0 && (t.size(d - 1) <= 1 || t.stride(d - 1) == 1 || t.numel() == 0), op, ": ", arg,
+  const auto sizes = t.sizes(), strides = t.strides();
+  const size_t d = sizes.size();
+  FI_CHECK(d > 0 && (sizes[d - 1] <= 1 || strides[d - 1] == 1 || t.numel() == 0), op, ": ", arg,
            " must be contiguous in its last dimension, got ", shape_of(t), " with strides ",
            list(t.strides(), "*"), "; call .contiguous() on it first");
 }
 
 void check_written(const char* op, const char* arg, const Tensor& t) {
   check_last_dim(op, arg, t);
-  for (int64_t d = 0; d < t.dim(); ++d)
-    FI_CHECK(t.size(d) <= 1 || t.stride(d) != 0, op, ": ", arg,
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    FI_CHECK(sizes[d] <= 1 || strides[d] != 0, op, ": ", arg,
              " is written and must not repeat memory, got ", shape_of(t), " with strides ",
              list(t.strides(), "*"), "; call .contiguous() on it first");
 }
@@ -245,11 +247,12 @@ void check_same_dtype(const char* op, const char* arg, const Tensor& t, const ch
 
 void check_shape(const char* op, const char* arg, const Tensor& t,
                  std::initializer_list<int64_t> want) {
-  bool ok = t.dim() == static_cast<int64_t>(want.size());
-  int64_t i = 0;
+  const auto sizes = t.sizes();
+  bool ok = sizes.size() == want.size();
+  size_t i = 0;
   if (ok)
     for (int64_t w : want) {
-      ok = ok && (w < 0 || t.size(i) == w);
+      ok = ok && (w < 0 || sizes[i] == w);
       ++i;
     }
   FI_CHECK(ok, op, ": ", arg, " must have shape ", list(want, "*"), ", got ", describe(t));

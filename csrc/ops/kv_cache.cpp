@@ -52,7 +52,8 @@ void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key
   if (key.numel() == 0) return;
   const int64_t tokens = key.size(0), num_slots = key_cache.size(0) * key_cache.size(1);
   if (!key.is_cpu()) {
-    check_slots_on_device(op, p, tokens, num_slots, slot_mapping, k_scale, v_scale);
+    if (validate_data())
+      check_slots_on_device(op, p, tokens, num_slots, slot_mapping, k_scale, v_scale);
     FI_CUDA(op, key, cuda::launch_write_cache(p, tokens, stream));
     return;
   }
@@ -258,7 +259,6 @@ void check_slots_on_device([[maybe_unused]] const char* op,
                            [[maybe_unused]] const OptTensor& k_scale,
                            [[maybe_unused]] const OptTensor& v_scale) {
 #ifdef FASTINFER_WITH_CUDA
-  if (!validate_data()) return;
   const CudaLaunch device(slot_mapping);
   const HostCopy slots(op, "slot_mapping", slot_mapping, device.stream());
   CacheWriteParams host = p;

@@ -118,7 +118,7 @@ void check_positions_on_device([[maybe_unused]] const char* op,
                                [[maybe_unused]] const Tensor* positions,
                                [[maybe_unused]] int64_t batch, [[maybe_unused]] int64_t max_pos) {
 #ifdef FASTINFER_WITH_CUDA
-  if (!positions || !validate_data()) return;
+  if (!positions) return;
   const CudaLaunch device(*positions);
   const HostCopy host(op, "positions", *positions, device.stream());
   RotaryParams copied = p;
@@ -134,7 +134,7 @@ void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k
   if (q.numel() == 0 && (!k || k->numel() == 0)) return;
   const int64_t batch = q.dim() == 4 ? q.size(0) : 1;
   if (!q.is_cpu()) {
-    check_positions_on_device(op, p, positions, batch, cos.size(0));
+    if (validate_data()) check_positions_on_device(op, p, positions, batch, cos.size(0));
     FI_CUDA(op, q, cuda::rotary(p, nullptr, batch * p.seq, stream));
     return;
   }
@@ -171,8 +171,10 @@ void apply_rotary_and_cache(const Tensor& q, const Tensor& k, const Tensor& v, c
   if (q.numel() == 0 && k.numel() == 0) return;
   const int64_t num_slots = key_cache.size(0) * key_cache.size(1);
   if (!q.is_cpu()) {
-    check_positions_on_device(op, rotary, &positions, 1, cos.size(0));
-    check_slots_on_device(op, write, rotary.seq, num_slots, slot_mapping, k_scale, v_scale);
+    if (validate_data()) {
+      check_positions_on_device(op, rotary, &positions, 1, cos.size(0));
+      check_slots_on_device(op, write, rotary.seq, num_slots, slot_mapping, k_scale, v_scale);
+    }
     FI_CUDA(op, q, cuda::rotary(rotary, &write, rotary.seq, stream));
     return;
   }
