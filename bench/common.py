@@ -130,8 +130,12 @@ class Bench:
                 f"{share:>5.0%} {ratio}",
                 flush=True,
             )
+        self.save()
+
+    def save(self) -> None:
+        """After every case: a run that is cut short leaves what it has."""
         if self.args.json:
-            self._write()  # after every case: a run that is cut short leaves what it has
+            self._write()
 
     def wanted(self, label: str) -> bool:
         return any(part in label for part in self.args.filter.split(","))
