@@ -4,8 +4,10 @@
 // and returns nothing. Allocation, defaults and documentation live in
 // python/fastinfer/ops/<stem>.py. An argument of the form `Tensor(x!)?` may be absent. `workspace`
 // is scratch for CUDA kernels that need counters: zeroed once by its owner, left zeroed by every
-// launch; CPU kernels ignore it. Implementations: csrc/ops/<stem>.cpp, one function per operator,
-// registered for CPU and CUDA alike.
+// launch; CPU kernels ignore it. The operators that run between the GEMMs of every layer have no
+// keyword-only arguments: torch takes a microsecond to match the first keyword of a call.
+// Implementations: csrc/ops/<stem>.cpp, one function per operator, registered for CPU and CUDA
+// alike.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastinfer, m) {
