@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 
 from helpers import devices
 from integrations.hf_models import generate, logits, prompts, tiny
@@ -69,10 +67,6 @@ def assert_greedy(model, ids: torch.Tensor, mask: torch.Tensor, begin: int) -> N
     assert (scores.amax(2) - chosen).max() <= 0.05
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.20"),
-    reason="older releases ask for the kernels package first",
-)
 @pytest.mark.parametrize("name", ["llama", "mistral_window"])
 def test_generate_batch(name: str) -> None:
     from integrations.test_continuous_batching import NEW, batch, new_prompts

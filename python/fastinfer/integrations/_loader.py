@@ -15,8 +15,11 @@ import functools
 import inspect
 from typing import Any
 
+import transformers
 from transformers import modeling_flash_attention_utils as loader
 from transformers.generation.continuous_batching import ContinuousBatchingManager as Manager
+
+from ._older_paging import PREFIX, fastinfer_paged_attention, no_mask
 
 PLAIN = "fastinfer"
 NAME = "fastinfer/flash-attn2"  # "flash...2": the name transformers' paged decode path asks for
@@ -36,7 +39,7 @@ def install() -> str | None:
 
     @functools.wraps(original)
     def wrapped(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        if implementation != NAME:
+        if implementation not in (NAME, PREFIX + NAME):
             return original(implementation, *args, **kwargs)
         from .. import ops
 
@@ -54,12 +57,17 @@ def install() -> str | None:
 
     @functools.wraps(choose)
     def chosen(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        if model.config._attn_implementation == PLAIN:
+        plain = model.config._attn_implementation == PLAIN
+        if plain:
             model.set_attn_implementation(NAME)
-            self._original_attn_impl = PLAIN  # `stop` goes back to it
         choose(self, model, *args, **kwargs)
+        if plain:
+            self._original_attn_impl = PLAIN  # `stop` goes back to it
 
     wrapped.fastinfer_original = original  # type: ignore[attr-defined]
     loader._lazy_imports = wrapped
+    if hasattr(loader, "lazy_import_paged_flash_attention"):  # before 5.20: "paged|" and NAME
+        transformers.AttentionInterface.register(PREFIX + NAME, fastinfer_paged_attention)
+        transformers.AttentionMaskInterface.register(PREFIX + NAME, no_mask)
     Manager.switch_to_cb_friendly_attn = chosen
     return None
