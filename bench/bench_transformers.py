@@ -9,8 +9,7 @@ A Llama with random weights (Llama-3-8B's shape on a GPU), built from its config
     continuous[...] `generate_batch`
 
 Greedy, fixed lengths. `ttft_ms` is the time of a run with one new token, `tpot_ms` what the others
-take on top, each; `compile_s` is the first run. Compiled peers run first with the same lengths, so
-that no compilation is in the figures.
+take on top, each; `first_run_s` is a first run, compilation included, before those measured.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def make_model(
     config = transformers.LlamaConfig(
         **sizes, eos_token_id=None, bos_token_id=None, pad_token_id=0, tie_word_embeddings=False
     )
-    default = torch.get_default_dtype()
+    start, default = time.perf_counter(), torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device), transformers.initialization.no_init_weights():
@@ -77,6 +76,8 @@ def make_model(
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=0.02)
+    sync(device)
+    print(f"model in {time.perf_counter() - start:.1f} s, transformers {transformers.__version__}")
     return model.eval()
 
 
@@ -94,88 +95,77 @@ def timed(device: str, run: Callable[[], Any]) -> float:
 
 
 def generate_row(
-    model: transformers.PreTrainedModel,
-    device: str,
-    batch: int,
-    prompt: int,
-    new: int,
-    iters: int,
-    compiled: bool,
-    profile: bool,
+    model: transformers.PreTrainedModel, peer: str, batch: int, args: argparse.Namespace
 ) -> dict[str, Any]:
+    prompt, new, device = args.prompt, args.new, model.device.type
     ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=device)
-    mask = torch.ones_like(ids)
-    options: dict[str, Any] = {"do_sample": False, "attention_mask": mask}
-    if compiled:
+    options: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
+    if peer != "sdpa":
         options["cache_implementation"] = "static"
-        if device == "cpu":
-            options["disable_compile"] = True
 
     def run(tokens: int) -> None:
-        # The cache of a compiled run keeps its size, so the step is compiled once.
-        out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+        out = model.generate(ids, max_new_tokens=tokens, **options)
         assert out.shape[1] == prompt + tokens
 
-    first_run = timed(device, lambda: run(new))
-    timed(device, lambda: run(new))
-    if profile and device == "cuda":
-        show_profile(lambda: run(24))
-    whole = statistics.median([timed(device, lambda: run(new)) for _ in range(iters)])
-    ttft = statistics.median([timed(device, lambda: run(1)) for _ in range(iters)])
+    first_run = timed(device, lambda: run(new))  # sets the length of static caches, too
+    if args.iters == 0:
+        return {"first_run_s": round(first_run, 2)}
+    if peer != "sdpa":
+        timed(device, lambda: run(new))
+    whole = statistics.median([timed(device, lambda: run(new)) for _ in range(args.iters)])
+    ttft = statistics.median([timed(device, lambda: run(1)) for _ in range(args.iters)])
+    if args.profile and device == "cuda":
+        show_profile(lambda: run(9), 8)
     return {
         "ttft_ms": round(ttft * 1e3, 3),
         "tpot_ms": round((whole - ttft) / (new - 1) * 1e3, 3),
         "total_s": round(whole, 3),
         "out_tok_s": round(batch * new / whole, 3),
-        "compile_s": round(first_run - whole, 2),
+        "first_run_s": round(first_run, 2),
     }
 
 
-def show_profile(run: Callable[[], Any], rows: int = 25) -> None:
-    from torch.profiler import ProfilerActivity
+def show_profile(run: Callable[[], Any], steps: int, rows: int = 24) -> None:
+    """GPU time by kernel: microseconds per step and launches."""
+    from torch.profiler import ProfilerActivity, profile
 
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
         run()
         torch.cuda.synchronize()
-    averages = trace.key_averages()
-    for key in ("self_cuda_time_total", "self_cpu_time_total"):
-        print(averages.table(sort_by=key, row_limit=rows, max_name_column_width=60), flush=True)
+    times: dict[str, list[float]] = {}
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    total = sum(map(sum, times.values()))
+    print(f"  GPU time {total / steps:.0f} us per step")
+    for name, each in sorted(times.items(), key=lambda item: -sum(item[1]))[:rows]:
+        print(f"  {sum(each) / steps:9.1f} us {len(each):6d} x {name[:110]}", flush=True)
 
 
 def batch_row(
-    model: transformers.PreTrainedModel,
-    device: str,
-    attention: str,
-    count: int,
-    prompt: int,
-    new: int,
-    options: dict[str, Any],
-    warm: int,
-    profile: bool,
+    model: transformers.PreTrainedModel, attention: str, args: argparse.Namespace
 ) -> dict[str, Any]:
+    count, prompt, new, device = args.requests, args.prompt, args.new, model.device.type
     model.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(count)
-
-    def prompts(n: int) -> list[list[int]]:
-        return torch.randint(1, model.config.vocab_size, (n, prompt), generator=generator).tolist()
+    size = {"max_memory_percent": 0.6} if device == "cuda" else {"num_blocks": 256}
 
     def run(n: int, tokens: int) -> None:
-        config = GenerationConfig(
-            max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
+        prompts = torch.randint(1, model.config.vocab_size, (n, prompt), generator=generator)
         results = model.generate_batch(
-            prompts(n),
-            generation_config=config,
-            continuous_batching_config=ContinuousBatchingConfig(**options),
+            prompts.tolist(),
+            generation_config=GenerationConfig(
+                max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+            ),
+            continuous_batching_config=ContinuousBatchingConfig(**size),
             progress_bar=False,
         )
         made = [len(r.generated_tokens) for r in results.values() if r.error is None]
         assert made == [tokens] * n, (len(made), set(made))
 
-    if warm:
-        run(warm, 4)
-    if profile and device == "cuda":
-        show_profile(lambda: run(count, 16))
+    run(2, 2)  # whatever is loaded at first use
+    if args.profile and device == "cuda":
+        show_profile(lambda: run(count, 8), 8)
     whole = timed(device, lambda: run(count, new))
     return {
         "total_s": round(whole, 3),
@@ -187,30 +177,26 @@ def batch_row(
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, help="default: llama3-8b on a GPU, else tiny")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for trials")
-    parser.add_argument("--iters", type=int, default=3)
+    parser.add_argument("--iters", type=int, default=3, help="0: only the first run")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--continuous", nargs="*", default=["fastinfer", "paged|sdpa"])
-    parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--requests", type=int, help="of generate_batch")
+    parser.add_argument("--prompt", type=int)
+    parser.add_argument("--new", type=int)
+    parser.add_argument("--profile", action="store_true", help="also print GPU time by kernel")
 
 
 def main() -> None:
     bench = Bench("transformers", __doc__ or "", add_flags)
-    args = bench.args
-    device = bench.device
+    args, device = bench.args, bench.device
     shape = args.shape or ("llama3-8b" if device == "cuda" else "tiny")
-    prompt, new = (512, args.new) if shape != "tiny" else (64, 16)
-    requests = args.requests if shape != "tiny" else 16
+    small = shape == "tiny"
+    args.prompt = args.prompt or (64 if small else 512)
+    args.new = args.new or (16 if small else 128)
+    args.requests = args.requests or (16 if small else 256)
     enable()
-    start = time.perf_counter()
-    model = make_model(shape, args.layers, bench.dtype, device)
-    sync(device)
-    print(f"model in {time.perf_counter() - start:.1f} s, transformers {transformers.__version__}")
 
     def report(case: str, peer: str, measure: Callable[[], dict[str, Any]]) -> None:
-        if not bench.wanted(f"{case} {peer}"):
-            return
         begin = time.perf_counter()
         row = {"op": "e2e", "case": case, "peer": f"transformers {peer}", "shape": shape}
         row |= {"transformers": transformers.__version__, **measure()}
@@ -218,44 +204,34 @@ def main() -> None:
             row["layers"] = args.layers
         bench.rows.append(row)
         figures = " ".join(f"{k}={row[k]}" for k in row if k.endswith(("_ms", "_s")))
-        print(f"{case:<28} {peer:<28} {figures}  ({time.perf_counter() - begin:.1f} s)", flush=True)
+        print(f"{case:<36} {peer:<24} {figures}  ({time.perf_counter() - begin:.1f} s)", flush=True)
         if args.json:
             bench._write()
 
-    for attention in args.continuous:
-        options: dict[str, Any] = (
-            {"max_memory_percent": 0.6} if device == "cuda" else {"num_blocks": 256}
-        )
-        report(
-            f"HF generate_batch {requests} req {prompt}/{new}",
-            f"continuous[{attention}]",
-            lambda a=attention, o=options: batch_row(
-                model,
-                device,
-                a,
-                requests,
-                prompt,
-                new,
-                o,
-                0 if "sdpa" in a else 8,
-                args.profile and "sdpa" not in a,
-            ),
-        )
+    batch_case = f"HF generate_batch {args.requests} req {args.prompt}/{args.new}"
+    names = [a for a in args.continuous if bench.wanted(f"{batch_case} continuous[{a}]")]
+    if names:
+        model = make_model(shape, args.layers, bench.dtype, device)
+        for attention in names:
+            report(
+                batch_case,
+                f"continuous[{attention}]",
+                lambda a=attention: batch_row(model, a, args),
+            )
+            gc.collect()
+        del model
+    case = f"HF generate b1 prompt{args.prompt} new{args.new}"
+    for peer in args.peers:
+        if not bench.wanted(f"{case} {peer}"):
+            continue
+        torch._dynamo.reset()
         gc.collect()
-    for peer in args.peers:  # in this order: the last one quantises
+        model = make_model(shape, args.layers, bench.dtype, device)
         if "int4" in peer:
             quantize_model(model, 4, 128, scale_dtype=bench.dtype)
         model.set_attn_implementation("sdpa" if "sdpa" in peer else "fastinfer")
-        torch._dynamo.reset()
-        model.__dict__.pop("_compiled_call", None)
-        model.__dict__.pop("_cache", None)
-        report(
-            f"HF generate b1 prompt{prompt} new{new}",
-            peer,
-            lambda p=peer: generate_row(
-                model, device, 1, prompt, new, args.iters, p != "sdpa", args.profile
-            ),
-        )
+        report(case, peer, lambda m=model, p=peer: generate_row(m, p, 1, args))
+        del model
     bench.finish()
 
 
