@@ -148,7 +148,7 @@ def batch_row(
     count, prompt, new, device = args.requests, args.prompt, args.new, model.device.type
     model.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(count)
-    size = {"max_memory_percent": 0.6} if device == "cuda" else {"num_blocks": 256}
+    size = {"max_memory_percent": args.memory} if device == "cuda" else {"num_blocks": 256}
 
     def run(n: int, tokens: int) -> None:
         prompts = torch.randint(1, model.config.vocab_size, (n, prompt), generator=generator)
@@ -181,6 +181,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--continuous", nargs="*", default=["fastinfer", "paged|sdpa"])
     parser.add_argument("--requests", type=int, help="of generate_batch")
+    parser.add_argument("--memory", type=float, default=0.6, help="of the GPU, for its cache")
     parser.add_argument("--prompt", type=int)
     parser.add_argument("--new", type=int)
     parser.add_argument("--profile", action="store_true", help="also print GPU time by kernel")
