@@ -217,7 +217,7 @@ def main() -> None:
             report(
                 batch_case,
                 f"continuous[{attention}]",
-                lambda a=attention: batch_row(model, a, args),
+                lambda m=model, a=attention: batch_row(m, a, args),
             )
             gc.collect()
         del model

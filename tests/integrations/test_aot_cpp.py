@@ -35,7 +35,8 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=pytest.mark.full), pytest.param("cuda", marks=pytest.mark.gpu)]
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.full), pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 def test_the_cpp_program(device: str, tmp_path: Path) -> None:
     package = tmp_path / "model.pt2"
