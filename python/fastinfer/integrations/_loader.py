@@ -6,13 +6,16 @@ with `modeling_flash_attention_utils._lazy_imports`. That function is wrapped, s
 here, without the `kernels` package and without asking the hub; and so is the manager's choice of an
 implementation, so that a model loaded with "fastinfer" takes NAME for the time of the run. Both are
 private: `install` checks that they are what they were in the releases this was written against, and
-says so otherwise.
+says so otherwise. Then `offer_package` remains: where the `kernels` package is installed, it finds
+our functions as a local kernel under NAME, and transformers does the rest by itself.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -71,3 +74,19 @@ def install() -> str | None:
         transformers.AttentionMaskInterface.register(PREFIX + NAME, no_mask)
     Manager.switch_to_cb_friendly_attn = chosen
     return None
+
+
+def offer_package() -> bool:
+    """Name our local kernel package to the `kernels` library. Returns whether that is installed, in
+    the release that transformers asks for.
+
+    Verified with kernels 0.16.2 under transformers 5.17.
+    """
+    from transformers.utils import import_utils
+
+    if not getattr(import_utils, "is_kernels_available", lambda: False)():
+        return False
+    others = os.environ.get("LOCAL_KERNELS")
+    ours = f"{NAME}={Path(__file__).with_name('kernel_package')}"
+    os.environ["LOCAL_KERNELS"] = f"{others}:{ours}" if others else ours
+    return True

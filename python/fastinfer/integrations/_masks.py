@@ -193,9 +193,9 @@ def fastinfer_mask(
         window = None
     end = q_offset + q_length - kv_offset if causal else kv_length
     tracing = any(isinstance(t, Tensor) and is_tracing(t) for t in (attention_mask, q_offset))
-    if attention_mask is not None and not tracing:
-        if _no_padding(attention_mask, kv_offset + (end if causal else kv_length)):
-            attention_mask = None
+    seen = kv_offset + (end if causal else kv_length)
+    if attention_mask is not None and not tracing and _no_padding(attention_mask, seen):
+        attention_mask = None
     padding = _padding(attention_mask, kv_length, kv_offset)
     if padding is not None and not tracing:
         one_run, full = _look_at(padding, end, causal)

@@ -1,8 +1,8 @@
 """Continuous batching of transformers before 5.20, where attention itself uses the cache.
 
-Newer releases read and write the cache before they call attention and give it `k_cache`, `v_cache` and the block
-table of the layer; older ones call an implementation named "paged|<name>" with the cache object.
-This function turns one into the other.
+Newer releases read and write the cache before they call attention, and give it `k_cache`, `v_cache`
+and the block table of the layer in a decode step; older ones call an implementation named
+"paged|<name>" with the cache object. This function turns one into the other.
 """
 
 from __future__ import annotations
