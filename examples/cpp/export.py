@@ -1,6 +1,6 @@
 """Compiles a transformers model with fastinfer's attention and int4 linears ahead of time.
 
-    python examples/cpp/export.py examples/tiny/model model.pt2
+    python examples/cpp/export.py examples/tiny/model model.pt2 [cpu | cuda]
 
 The package computes logits [B, S, vocab] of input_ids and attention_mask [B, S] (int64), for any B
 and S >= 2; `main.cpp` loads it without Python.
@@ -27,15 +27,16 @@ class Logits(torch.nn.Module):
         return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
-def main(checkpoint: str, package: str, max_length: int = 256) -> None:
+def main(checkpoint: str, package: str, device: str = "cpu", max_length: int = 256) -> None:
     enable()
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         attn_implementation="fastinfer",
         quantization_config=FastinferInt4Config(group_size=32),
-        dtype=torch.float32,
-    ).eval()
-    ids = torch.arange(10, 22).view(2, 6)
+        dtype=torch.float16 if device == "cuda" else torch.float32,
+    )
+    model = model.to(device).eval()
+    ids = torch.arange(10, 22, device=device).view(2, 6)
     batch = torch.export.Dim("batch", min=1, max=64)
     length = torch.export.Dim("length", min=2, max=max_length)
     shape = {0: batch, 1: length}
@@ -53,4 +54,4 @@ def main(checkpoint: str, package: str, max_length: int = 256) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])

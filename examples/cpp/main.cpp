@@ -28,11 +28,12 @@ int main(int argc, char** argv) {
   try {
     c10::InferenceMode guard;
     torch::inductor::AOTIModelPackageLoader model(argv[2]);
+    const torch::Device device(model.get_metadata().at("AOTI_DEVICE_KEY"));  // "cpu" or "cuda"
     std::vector<std::int64_t> tokens;
     for (int i = 4; i < argc; ++i) tokens.push_back(std::atoll(argv[i]));
     const int wanted = std::atoi(argv[3]);
     for (int step = 0; step < wanted; ++step) {
-      const auto ids = torch::tensor(tokens, torch::kInt64).unsqueeze(0);
+      const auto ids = torch::tensor(tokens, torch::kInt64).unsqueeze(0).to(device);
       const auto logits = model.run({ids, torch::ones_like(ids)}).at(0);
       tokens.push_back(logits.select(1, -1).argmax(-1).item<std::int64_t>());
     }

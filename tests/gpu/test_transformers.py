@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 
+from fastinfer.quant import quantize_model
 from helpers import devices
-from integrations.hf_models import generate, logits, prompts, tiny
+from integrations.hf_models import FAMILIES, generate, logits, prompts, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +19,6 @@ pytestmark = [
         reason="there is no GPU",
     ),
 ]
-FAMILIES = ("llama", "llama_mqa", "mistral_window", "qwen3_window", "gemma2", "gpt_oss")
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +45,39 @@ def test_logits(name: str, dtype: torch.dtype) -> None:
     assert errors.norm() <= 2 * (plain - exact).norm() + 1e-3 * exact.norm(), errors
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "static compiled"])
-@pytest.mark.parametrize("name", ["llama", "qwen3_window"])
+def test_right_padding() -> None:
+    ids, mask = (t.cuda() for t in prompts(3, 21, [8, 0, 3], "right"))
+    real = mask.bool()
+    exact = logits(on_gpu("mistral_window", torch.float32, "eager"), ids, mask)[real]
+    plain, ours = (
+        logits(on_gpu("mistral_window", torch.float16, attention), ids, mask)[real].float()
+        for attention in ("eager", "fastinfer")
+    )
+    assert (ours - exact).norm() <= 2 * (plain - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_tokens(name: str, cache: str) -> None:
-    options = {"dynamic": {}, "static": {"disable_compile": True}, "static compiled": {}}[cache]
-    if cache != "dynamic":
-        options = {**options, "cache_implementation": "static"}
+    options = {"cache_implementation": "static", "disable_compile": True}
+    check_tokens(on_gpu(name, torch.float16, "fastinfer"), options if cache == "static" else {})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_window"])
+def test_tokens_of_a_compiled_step(name: str) -> None:
+    """transformers compiles the step by itself: CUDA graphs of inductor, linears in 4 bits."""
+    model = quantize_model(on_gpu(name, torch.float16, "fastinfer"), 4, 32)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        check_tokens(model, {"cache_implementation": "static"})
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def check_tokens(model, options: dict) -> None:
     ids, mask = (t.cuda() for t in prompts(2, 17, [6, 0]))
-    model = on_gpu(name, torch.float16, "fastinfer")
     out = generate(model, ids, mask, **options)
     assert out.shape[1] == 17 + 14
     assert_greedy(model, out, torch.cat([mask, torch.ones_like(out[:, 17:])], 1), 17)
@@ -69,17 +92,16 @@ def assert_greedy(model, ids: torch.Tensor, mask: torch.Tensor, begin: int) -> N
     assert (scores.amax(2) - chosen).max() <= 0.05
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.20"),
-    reason="older releases ask for the kernels package first",
-)
 @pytest.mark.parametrize("name", ["llama", "mistral_window"])
 def test_generate_batch(name: str) -> None:
     from integrations.test_continuous_batching import NEW, batch, new_prompts
 
     model = on_gpu(name, torch.float16, "fastinfer")
     waiting = new_prompts()
-    for prompt, tokens in zip(waiting, batch(model, waiting, page_size=16), strict=True):
+    # With transformers 5.24 on a GPU that others use, asynchronous batching returns zeros at times,
+    # with its own sdpa too.
+    made = batch(model, waiting, page_size=16, use_async_batching=False)
+    for prompt, tokens in zip(waiting, made, strict=True):
         assert len(tokens) == NEW
         ids = torch.tensor([prompt + tokens], device="cuda")
         assert_greedy(model, ids, torch.ones_like(ids), len(prompt))

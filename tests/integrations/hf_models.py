@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import transformers
 from torch import Tensor
@@ -49,6 +51,10 @@ MORE: dict[str, tuple[str, dict[str, object]]] = {
 OURS = ("llama", "llama_biases", "llama_mqa", "mistral", "mistral_window", "qwen2_window")
 OURS += ("qwen3", "qwen3_window")
 FAMILIES = (*OURS, *MORE)
+# `cache` had another name before transformers 5.20.
+CACHE = "cache"
+if "cache" not in inspect.signature(transformers.LlamaModel.forward).parameters:
+    CACHE = "past_key_values"
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
@@ -86,4 +92,6 @@ def generate(model: transformers.PreTrainedModel, ids: Tensor, mask: Tensor, **k
 
 @torch.no_grad()
 def logits(model: transformers.PreTrainedModel, ids: Tensor, mask: Tensor, **kwargs) -> Tensor:
+    if "cache" in kwargs:
+        kwargs[CACHE] = kwargs.pop("cache")
     return model(ids, attention_mask=mask, **kwargs).logits

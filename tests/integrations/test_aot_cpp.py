@@ -34,10 +34,14 @@ def run(*command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.full
-def test_the_cpp_program(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.full), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def test_the_cpp_program(device: str, tmp_path: Path) -> None:
     package = tmp_path / "model.pt2"
-    exported = run(sys.executable, EXAMPLE / "export.py", ROOT / "examples/tiny/model", package)
+    checkpoint = ROOT / "examples/tiny/model"
+    exported = run(sys.executable, EXAMPLE / "export.py", checkpoint, package, device)
     assert "fastinfer.flash_attn_kvcache.default" in exported
     assert "fastinfer.int4_linear.default" in exported
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
@@ -49,12 +53,13 @@ def test_the_cpp_program(tmp_path: Path) -> None:
 
     enable()
     model = AutoModelForCausalLM.from_pretrained(
-        ROOT / "examples/tiny/model",
+        checkpoint,
         attn_implementation="fastinfer",
         quantization_config=FastinferInt4Config(group_size=32),
-        dtype=torch.float32,
-    ).eval()
-    ids = torch.tensor([PROMPT])
+        dtype=torch.float16 if device == "cuda" else torch.float32,
+    )
+    model = model.to(device).eval()
+    ids = torch.tensor([PROMPT], device=device)
     want = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import initialization
 
+import fastinfer
 from fastinfer.integrations import _loader
 from integrations.hf_models import tiny
 from integrations.test_transformers_attention import calls  # noqa: F401  (a fixture)
@@ -120,3 +125,24 @@ def test_another_loader_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_implementations_load_as_before() -> None:
     with pytest.raises(Exception, match="flash_attn_interface"):
         _loader.loader._lazy_imports("flash_attention_3")
+
+
+def test_the_kernel_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the loader cannot be wrapped: what the `kernels` library would load by this path."""
+    available = "transformers.utils.import_utils.is_kernels_available"
+    monkeypatch.setenv("LOCAL_KERNELS", "a/b=/c")
+    monkeypatch.setattr(available, lambda: False)
+    assert not _loader.offer_package()
+    monkeypatch.setattr(available, lambda: True)
+    assert _loader.offer_package()
+    other, ours = os.environ["LOCAL_KERNELS"].split(":")
+    name, folder = ours.split("=")
+    assert (other, name) == ("a/b=/c", "fastinfer/flash-attn2")
+    described = json.loads((Path(folder) / "metadata.json").read_text())
+    assert described["name"] == "flash-attn2" and described["python-depends"] == []
+    spec = importlib.util.spec_from_file_location("package", Path(folder) / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.flash_attn_varlen_func is fastinfer.flash_attn_varlen_func
+    assert hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_with_kvcache")

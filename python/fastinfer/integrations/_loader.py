@@ -6,17 +6,23 @@ with `modeling_flash_attention_utils._lazy_imports`. That function is wrapped, s
 here, without the `kernels` package and without asking the hub; and so is the manager's choice of an
 implementation, so that a model loaded with "fastinfer" takes NAME for the time of the run. Both are
 private: `install` checks that they are what they were in the releases this was written against, and
-says so otherwise.
+says so otherwise. Then `offer_package` remains: where the `kernels` package is installed, it finds
+our functions as a local kernel under NAME, and transformers does the rest by itself.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
+from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import modeling_flash_attention_utils as loader
 from transformers.generation.continuous_batching import ContinuousBatchingManager as Manager
+
+from ._older_paging import PREFIX, fastinfer_paged_attention, no_mask
 
 PLAIN = "fastinfer"
 NAME = "fastinfer/flash-attn2"  # "flash...2": the name transformers' paged decode path asks for
@@ -36,7 +42,7 @@ def install() -> str | None:
 
     @functools.wraps(original)
     def wrapped(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        if implementation != NAME:
+        if implementation not in (NAME, PREFIX + NAME):
             return original(implementation, *args, **kwargs)
         from .. import ops
 
@@ -54,12 +60,33 @@ def install() -> str | None:
 
     @functools.wraps(choose)
     def chosen(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        if model.config._attn_implementation == PLAIN:
+        plain = model.config._attn_implementation == PLAIN
+        if plain:
             model.set_attn_implementation(NAME)
-            self._original_attn_impl = PLAIN  # `stop` goes back to it
         choose(self, model, *args, **kwargs)
+        if plain:
+            self._original_attn_impl = PLAIN  # `stop` goes back to it
 
     wrapped.fastinfer_original = original  # type: ignore[attr-defined]
     loader._lazy_imports = wrapped
+    if hasattr(loader, "lazy_import_paged_flash_attention"):  # before 5.20: "paged|" and NAME
+        transformers.AttentionInterface.register(PREFIX + NAME, fastinfer_paged_attention)
+        transformers.AttentionMaskInterface.register(PREFIX + NAME, no_mask)
     Manager.switch_to_cb_friendly_attn = chosen
     return None
+
+
+def offer_package() -> bool:
+    """Name our local kernel package to the `kernels` library. Returns whether that is installed, in
+    the release that transformers asks for.
+
+    Verified with kernels 0.16.2 under transformers 5.17.
+    """
+    from transformers.utils import import_utils
+
+    if not getattr(import_utils, "is_kernels_available", lambda: False)():
+        return False
+    others = os.environ.get("LOCAL_KERNELS")
+    ours = f"{NAME}={Path(__file__).with_name('kernel_package')}"
+    os.environ["LOCAL_KERNELS"] = f"{others}:{ours}" if others else ours
+    return True

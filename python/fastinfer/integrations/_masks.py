@@ -192,10 +192,11 @@ def fastinfer_mask(
     if window is not None and window >= kv_length:
         window = None
     end = q_offset + q_length - kv_offset if causal else kv_length
+    tracing = any(isinstance(t, Tensor) and is_tracing(t) for t in (attention_mask, q_offset))
+    seen = kv_offset + (end if causal else kv_length)
+    if attention_mask is not None and not tracing and _no_padding(attention_mask, seen):
+        attention_mask = None
     padding = _padding(attention_mask, kv_length, kv_offset)
-    tracing = padding is not None and is_tracing(padding)
-    if isinstance(q_offset, Tensor):
-        tracing = tracing or is_tracing(q_offset)
     if padding is not None and not tracing:
         one_run, full = _look_at(padding, end, causal)
         if not one_run:
@@ -209,7 +210,10 @@ def fastinfer_mask(
         return theirs()  # the kernels align windows with the last key of each sequence
 
     first = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    count = torch.zeros(batch_size, dtype=torch.int32, device=device) + end
+    if isinstance(end, Tensor):
+        count = end.to(torch.int32).expand(batch_size)
+    else:
+        count = torch.full_like(first, end)
     if padding is not None:
         if tracing:
             assert_one_run(padding, end, causal)
@@ -217,6 +221,16 @@ def fastinfer_mask(
         if not causal:
             count = (kv_length - _first(padding.flip(1))).expand(batch_size)
     return encode(first, count, causal=causal, window=window)
+
+
+def _no_padding(attention_mask: Tensor, keys: int | Tensor) -> bool:
+    """Whether a mask has the first `keys` keys of all rows and holds ones only: what most masks
+    are, told with a few launches.
+    """
+    length = attention_mask.shape[-1]
+    if not isinstance(keys, Tensor):
+        return length >= keys and bool(attention_mask.all())
+    return bool(attention_mask.all() & (keys <= length))
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:

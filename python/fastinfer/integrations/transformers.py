@@ -62,7 +62,7 @@ def enable() -> None:
         # Without a mask function of its own name, transformers drops the mask in silence.
         transformers.AttentionMaskInterface.register(name, fastinfer_mask)
     problem = _loader.install()
-    if problem is not None:
+    if problem is not None and not _loader.offer_package():
         warnings.warn(
             f"fastinfer: generate_batch cannot use {PAGED_ATTENTION!r} with transformers "
             f"{transformers.__version__} ({problem}); everything else works",
