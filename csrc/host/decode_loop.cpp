@@ -25,7 +25,7 @@ void append(PyObject* list, PyObject* value) {  // takes over the reference
 PyObject* item(const py::list& list, int64_t i, const py::type& type) {
   PyObject* object = PyList_GET_ITEM(list.ptr(), i);
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type.ptr())))
-    wrong_type("the list must hold objects of " + std::string(py::str(type)), object);
+    wrong_type("the list must hold objects of " + std::string(py::str(py::handle(type))), object);
   return object;
 }
 

@@ -54,7 +54,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
 # From this many rows on, one launch per step divides the decode work for all layers; with fewer
 # every launch of the decode kernel does it faster by itself.
 PLANNED_ROWS = 33
-# Whether the kernels of a captured step may start before the one in front of them has ended.
+# Whether the kernels of a step, captured or not, may start before the one in front has ended.
 PROGRAMMATIC_LAUNCH = True
 _PADDING = {"slots": -1, "top_p": 1.0}  # all else is 0
 
