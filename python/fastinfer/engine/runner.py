@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import _lib, ops
 from ..models import load_model
+from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
-from . import graphs
 from .graphs import DecodeGraphs
 from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks, must_fit
 from .metrics import RequestMetrics
