@@ -227,6 +227,7 @@ def main() -> None:
                     continue
                 row = {"op": "e2e", "case": case, "peer": peer, "shape": shape, **measure(llm)}
                 bench.rows.append(row)
+                bench.save()
                 figures = [
                     f"{row[key]:>10.2f} {unit}" if key in row else " " * (11 + len(unit))
                     for key, unit in (

@@ -130,15 +130,19 @@ class Bench:
                 f"{share:>5.0%} {ratio}",
                 flush=True,
             )
-        if self.args.json:
-            self._write()  # after every case: a run that is cut short leaves what it has
+        self.save()
 
     def wanted(self, label: str) -> bool:
         return any(part in label for part in self.args.filter.split(","))
 
-    def finish(self) -> None:
+    def save(self) -> None:
+        """After every case: a run that is cut short leaves what it has."""
         if self.args.json:
             self._write()
+
+    def finish(self) -> None:
+        self.save()
+        if self.args.json:
             print(f"wrote {self.args.json}")
 
     def _write(self) -> None:
