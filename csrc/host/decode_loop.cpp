@@ -232,4 +232,58 @@ int64_t DecodePacker::pack(const py::list& chunks, py::array_t<int64_t> rows,
   return width;
 }
 
+namespace {
+
+// columns[name], for at least `count` numbers; written to, so no copy is made.
+template <class T>
+T* column(const py::dict& columns, const char* name, int64_t count) {
+  const py::object found = columns[name];
+  if (!py::isinstance<py::array_t<T>>(found))
+    wrong_type(std::string("column ") + name + " must be an array of its type", found);
+  auto array = py::reinterpret_borrow<py::array_t<T>>(found);
+  if (array.ndim() != 1 || array.size() < count || array.strides(0) != sizeof(T))
+    throw py::value_error(std::string("DecodePacker.fill: column ") + name +
+                          " must hold one number per chunk");
+  return array.mutable_data();
+}
+
+}  // namespace
+
+bool DecodePacker::fill(const py::array_t<int64_t>& rows, const py::array_t<int64_t>& starts,
+                        const py::array_t<int64_t>& ids, const py::array_t<int64_t>& own,
+                        py::array_t<int64_t> drawn_at, const py::array_t<int32_t>& tables,
+                        const py::array_t<float>& temperatures, int64_t block_size,
+                        const py::dict& columns) {
+  const int64_t count = rows.size();
+  if (starts.size() < count || ids.size() < count || own.size() < count)
+    throw py::value_error("DecodePacker.fill: the arrays must hold one number per chunk");
+  const auto row = rows.unchecked<1>(), start = starts.unchecked<1>(), id = ids.unchecked<1>(),
+             mine = own.unchecked<1>();
+  auto drawn = drawn_at.mutable_unchecked<1>();
+  const auto table = tables.unchecked<2>();
+  const auto temperature = temperatures.unchecked<1>();
+  int64_t* input_ids = column<int64_t>(columns, "input_ids", count);
+  int64_t* source = column<int64_t>(columns, "source", count);
+  int64_t* positions = column<int64_t>(columns, "positions", count);
+  int64_t* slots = column<int64_t>(columns, "slots", count);
+  int32_t* seq_lens = column<int32_t>(columns, "seq_lens", count);
+  float* temperature_of = column<float>(columns, "temperature", count);
+  bool greedy = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t r = row(i), at = start(i), block = at / block_size;
+    if (r < 0 || r >= drawn.shape(0) || r >= table.shape(0) || r >= temperature.shape(0) ||
+        at < 0 || block >= table.shape(1))
+      throw py::value_error("DecodePacker.fill: a row or position is not in the tables");
+    input_ids[i] = id(i);
+    source[i] = id(i) < 0 ? drawn(r) : mine(i);
+    positions[i] = at;
+    slots[i] = int64_t{table(r, block)} * block_size + at % block_size;
+    seq_lens[i] = static_cast<int32_t>(at + 1);
+    temperature_of[i] = temperature(r);
+    greedy = greedy && temperature(r) == 0;
+  }
+  for (int64_t i = 0; i < count; ++i) drawn(row(i)) = i;
+  return greedy;
+}
+
 }  // namespace fastinfer::host

@@ -75,6 +75,15 @@ class DecodePacker {
   int64_t pack(const py::list& chunks, py::array_t<int64_t> rows, py::array_t<int64_t> starts,
                py::array_t<int64_t> ids, const py::list& news) const;
 
+  // Turns that into the columns of the step, in one pass: the input token or where the device has
+  // it (`drawn_at` of the row; else `own`), position, slot of the cache, length. From now on the
+  // row's token is drawn at its place in this step. Returns whether every temperature is 0.
+  static bool fill(const py::array_t<int64_t>& rows, const py::array_t<int64_t>& starts,
+                   const py::array_t<int64_t>& ids, const py::array_t<int64_t>& own,
+                   py::array_t<int64_t> drawn_at, const py::array_t<int32_t>& tables,
+                   const py::array_t<float>& temperatures, int64_t block_size,
+                   const py::dict& columns);
+
  private:
   py::type request_type_, chunk_type_;
   Slot tokens_, block_table_, in_flight_, row_, blocks_sent_, wants_only_tokens_;  // of Request

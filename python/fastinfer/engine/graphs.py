@@ -203,17 +203,17 @@ class DecodeGraphs:
         rows, starts, ids = (np.empty(count, dtype=np.int64) for _ in range(3))
         width = held.pack(plan, rows, starts, ids)
         staging.pad(count)
-        carried = ids < 0
-        columns["input_ids"][:count] = ids  # (what stands for a carried one is never looked at)
-        columns["source"][:count] = np.where(carried, held.drawn_at[rows], staging.own[:count])
-        columns["positions"][:count] = starts
-        at, within = np.divmod(starts, self._block_size)
-        columns["slots"][:count] = held.tables[rows, at] * np.int64(self._block_size) + within
-        columns["seq_lens"][:count] = starts + 1
-        temperature = held.temperature[rows]
-        columns["temperature"][:count] = temperature
-        held.drawn_at[rows] = np.arange(count)
-        greedy = not temperature.any()
+        greedy = held.decodes.fill(
+            rows,
+            starts,
+            ids,
+            staging.own,
+            held.drawn_at,
+            held.tables,
+            held.temperature,
+            self._block_size,
+            columns,
+        )
         if not greedy:
             columns["steps"][:count] = starts + 1 - held.num_prompt[rows]
             for name in ("seeds", "top_p", "min_p", "top_k"):
