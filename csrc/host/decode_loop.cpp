@@ -92,6 +92,7 @@ DecodeLoop::DecodeLoop(py::type request, py::type metrics, py::type chunk, py::o
       max_total_(request, "max_total_tokens"),
       stop_ids_(request, "stop_ids"),
       metrics_(request, "metrics"),
+      followed_(request, "followed"),
       token_times_(metrics, "token_times"),
       token_counts_(metrics, "token_counts"),
       request_(chunk, "request"),
@@ -136,19 +137,21 @@ int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int6
                            double now, bool caching, const py::list& updated) {
   const auto size = static_cast<int64_t>(chunks.size());
   if (static_cast<int64_t>(sampled.size()) != size)
-    throw py::value_error("DecodeLoop.commit: there must be one list of tokens per chunk");
+    throw py::value_error("DecodeLoop.commit: there must be tokens for every chunk");
   const py::object time = py::float_(now), one = py::int_(1);
   int64_t i = begin;
   for (; i < size; ++i) {
     PyObject* chunk = item(chunks, i, chunk_type_);
     PyObject* request = request_.get(chunk);
-    PyObject* drawn = PyList_GET_ITEM(sampled.ptr(), i);
+    PyObject* token = PyList_GET_ITEM(sampled.ptr(), i);
+    if (PyList_Check(token)) {
+      if (PyList_GET_SIZE(token) != 1) break;
+      token = PyList_GET_ITEM(token, 0);
+    }
     if (status_.get(request) != running_.ptr() || samples_.get(chunk) != Py_True ||
-        num_drafts_.integer(chunk) != 0 || draft_tokens_.length(request) != 0 ||
-        !PyList_Check(drawn) || PyList_GET_SIZE(drawn) != 1)
+        num_drafts_.integer(chunk) != 0 || draft_tokens_.length(request) != 0)
       break;
     if (tokens_.length(request) + 1 >= max_total_.integer(request)) break;
-    PyObject* token = PyList_GET_ITEM(drawn, 0);
     const int stops = PyDict_Contains(stop_ids_.get(request), token);
     if (stops < 0) throw py::error_already_set();
     if (stops) break;
@@ -160,7 +163,7 @@ int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int6
     const int64_t computed = start_.integer(chunk) + count_.integer(chunk);
     if (caching && computed >= (num_registered_.integer(request) + 1) * block_size_)
       register_blocks(request, computed);
-    append(updated.ptr(), Py_NewRef(request));
+    if (followed_.get(request) == Py_True) append(updated.ptr(), Py_NewRef(request));
   }
   return i;
 }

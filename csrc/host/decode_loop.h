@@ -44,7 +44,8 @@ class DecodeLoop {
   // passed over.
   py::tuple plan(const py::list& running, int64_t begin, int64_t budget, const py::list& chunks);
 
-  // Takes the tokens that chunks[begin:] drew, a list of lists; returns where it stopped.
+  // Takes the tokens that chunks[begin:] drew, each a number or a list; returns where it stopped.
+  // Requests that somebody follows go to `updated`.
   int64_t commit(const py::list& chunks, const py::list& sampled, int64_t begin, double now,
                  bool caching, const py::list& updated);
 
@@ -57,7 +58,7 @@ class DecodeLoop {
   int64_t block_size_;
   // of Request
   Slot tokens_, num_computed_, block_table_, block_hashes_, num_registered_, draft_tokens_,
-      in_flight_, status_, max_total_, stop_ids_, metrics_;
+      in_flight_, status_, max_total_, stop_ids_, metrics_, followed_;
   Slot token_times_, token_counts_;                      // of RequestMetrics
   Slot request_, start_, count_, num_drafts_, samples_;  // of ScheduledChunk
 };

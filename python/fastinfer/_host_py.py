@@ -278,13 +278,15 @@ class DecodeLoop:
     def commit(
         self,
         chunks: list[Any],
-        sampled: list[list[int]],
+        sampled: list[Any],
         begin: int,
         now: float,
         caching: bool,
         updated: list[Any],
     ) -> int:
-        """Take the tokens that `chunks[begin:]` drew: where it stopped."""
+        """Take the tokens that `chunks[begin:]` drew, each a number or a list: where it stopped.
+        Requests that somebody follows go to `updated`.
+        """
         return begin
 
 
