@@ -184,7 +184,7 @@ class Scheduler:
         self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
         return plan
 
-    def commit(self, plan: SchedulePlan, sampled: Sequence[int | list[int]]) -> list[Request]:
+    def commit(self, plan: SchedulePlan, sampled: list[int] | list[list[int]]) -> list[Request]:
         """Take the results of a step.
 
         Args:
