@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -22,7 +23,7 @@ from common import Bench
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.bench.drive import LoadResult, run_load
-from fastinfer.bench.workloads import make_workload
+from fastinfer.bench.workloads import Conversation, Turn, make_workload
 from fastinfer.engine.sampler import DrawnTokens
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -49,7 +50,7 @@ BATCHES = [(b, n, 128) for b in (1, 8, 64) for n in (512, 2048)]
 # name, requests, workload
 LOADS = [
     ("256 req 512/128", 256, "random"),
-    ("256 req mixed", 256, "lognormal"),
+    ("256 req mixed", 256, "mixed"),
     ("1024 req 512/128", 1024, "random"),
 ]
 TINY_BATCHES = [(b, 64, 16) for b in (1, 8)]
@@ -106,15 +107,31 @@ def batch_row(llm: LLM, batch: int, prompt: int, new: int, iters: int) -> dict[s
     }
 
 
+def mixed_work(vocab_size: int) -> list[Conversation]:
+    """256 requests of the lengths that the engines this is compared with had: lognormal prompts
+    (median 512, longest 3796) and outputs (median 128, longest 290).
+    """
+    lengths = json.loads(Path(__file__).with_name("e2e_mixed.json").read_text())
+    rng = random.Random(0)
+    return [
+        Conversation([Turn(rng.choices(range(vocab_size), k=prompt), output)])
+        for prompt, output in zip(lengths["prompt"], lengths["output"], strict=True)
+    ]
+
+
 def load_row(llm: LLM, count: int, workload: str, lengths: tuple[int, int]) -> dict[str, Any]:
-    fixed = {"input_len": lengths[0], "output_len": lengths[1]}
-    work = make_workload(
-        workload,
-        num_requests=count,
-        vocab_size=llm.core.runner.vocab_size,
-        max_len=llm.max_model_len,
-        **(fixed if workload == "random" or lengths[0] < 512 else {}),
-    )
+    vocab_size = llm.core.runner.vocab_size
+    if workload == "mixed":
+        work = mixed_work(vocab_size)
+    else:
+        work = make_workload(
+            workload,
+            num_requests=count,
+            vocab_size=vocab_size,
+            max_len=llm.max_model_len,
+            input_len=lengths[0],
+            output_len=lengths[1],
+        )
     load = run_load(llm.core, work, [0.0] * count)
     asked = sum(record.num_prompt_tokens for record in load.records)
     made = sum(record.num_output_tokens for record in load.records)
@@ -227,6 +244,7 @@ def main() -> None:
                     continue
                 row = {"op": "e2e", "case": case, "peer": peer, "shape": shape, **measure(llm)}
                 bench.rows.append(row)
+                bench.save()
                 figures = [
                     f"{row[key]:>10.2f} {unit}" if key in row else " " * (11 + len(unit))
                     for key, unit in (

@@ -132,17 +132,17 @@ class Bench:
             )
         self.save()
 
+    def wanted(self, label: str) -> bool:
+        return any(part in label for part in self.args.filter.split(","))
+
     def save(self) -> None:
         """After every case: a run that is cut short leaves what it has."""
         if self.args.json:
             self._write()
 
-    def wanted(self, label: str) -> bool:
-        return any(part in label for part in self.args.filter.split(","))
-
     def finish(self) -> None:
+        self.save()
         if self.args.json:
-            self._write()
             print(f"wrote {self.args.json}")
 
     def _write(self) -> None:

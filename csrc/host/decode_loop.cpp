@@ -25,7 +25,7 @@ void append(PyObject* list, PyObject* value) {  // takes over the reference
 PyObject* item(const py::list& list, int64_t i, const py::type& type) {
   PyObject* object = PyList_GET_ITEM(list.ptr(), i);
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type.ptr())))
-    wrong_type("the list must hold objects of " + std::string(py::str(type)), object);
+    wrong_type("the list must hold objects of " + std::string(py::str(py::handle(type))), object);
   return object;
 }
 
@@ -92,6 +92,7 @@ DecodeLoop::DecodeLoop(py::type request, py::type metrics, py::type chunk, py::o
       max_total_(request, "max_total_tokens"),
       stop_ids_(request, "stop_ids"),
       metrics_(request, "metrics"),
+      followed_(request, "followed"),
       token_times_(metrics, "token_times"),
       token_counts_(metrics, "token_counts"),
       request_(chunk, "request"),
@@ -136,19 +137,21 @@ int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int6
                            double now, bool caching, const py::list& updated) {
   const auto size = static_cast<int64_t>(chunks.size());
   if (static_cast<int64_t>(sampled.size()) != size)
-    throw py::value_error("DecodeLoop.commit: there must be one list of tokens per chunk");
+    throw py::value_error("DecodeLoop.commit: there must be tokens for every chunk");
   const py::object time = py::float_(now), one = py::int_(1);
   int64_t i = begin;
   for (; i < size; ++i) {
     PyObject* chunk = item(chunks, i, chunk_type_);
     PyObject* request = request_.get(chunk);
-    PyObject* drawn = PyList_GET_ITEM(sampled.ptr(), i);
+    PyObject* token = PyList_GET_ITEM(sampled.ptr(), i);
+    if (PyList_Check(token)) {
+      if (PyList_GET_SIZE(token) != 1) break;
+      token = PyList_GET_ITEM(token, 0);
+    }
     if (status_.get(request) != running_.ptr() || samples_.get(chunk) != Py_True ||
-        num_drafts_.integer(chunk) != 0 || draft_tokens_.length(request) != 0 ||
-        !PyList_Check(drawn) || PyList_GET_SIZE(drawn) != 1)
+        num_drafts_.integer(chunk) != 0 || draft_tokens_.length(request) != 0)
       break;
     if (tokens_.length(request) + 1 >= max_total_.integer(request)) break;
-    PyObject* token = PyList_GET_ITEM(drawn, 0);
     const int stops = PyDict_Contains(stop_ids_.get(request), token);
     if (stops < 0) throw py::error_already_set();
     if (stops) break;
@@ -160,7 +163,7 @@ int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int6
     const int64_t computed = start_.integer(chunk) + count_.integer(chunk);
     if (caching && computed >= (num_registered_.integer(request) + 1) * block_size_)
       register_blocks(request, computed);
-    append(updated.ptr(), Py_NewRef(request));
+    if (followed_.get(request) == Py_True) append(updated.ptr(), Py_NewRef(request));
   }
   return i;
 }
@@ -230,6 +233,60 @@ int64_t DecodePacker::pack(const py::list& chunks, py::array_t<int64_t> rows,
     if (have != blocks_sent_.integer(request)) append(news.ptr(), Py_NewRef(request));
   }
   return width;
+}
+
+namespace {
+
+// columns[name], for at least `count` numbers; written to, so no copy is made.
+template <class T>
+T* column(const py::dict& columns, const char* name, int64_t count) {
+  const py::object found = columns[name];
+  if (!py::isinstance<py::array_t<T>>(found))
+    wrong_type(std::string("column ") + name + " must be an array of its type", found);
+  auto array = py::reinterpret_borrow<py::array_t<T>>(found);
+  if (array.ndim() != 1 || array.size() < count || array.strides(0) != sizeof(T))
+    throw py::value_error(std::string("DecodePacker.fill: column ") + name +
+                          " must hold one number per chunk");
+  return array.mutable_data();
+}
+
+}  // namespace
+
+bool DecodePacker::fill(const py::array_t<int64_t>& rows, const py::array_t<int64_t>& starts,
+                        const py::array_t<int64_t>& ids, const py::array_t<int64_t>& own,
+                        py::array_t<int64_t> drawn_at, const py::array_t<int32_t>& tables,
+                        const py::array_t<float>& temperatures, int64_t block_size,
+                        const py::dict& columns) {
+  const int64_t count = rows.size();
+  if (starts.size() < count || ids.size() < count || own.size() < count)
+    throw py::value_error("DecodePacker.fill: the arrays must hold one number per chunk");
+  const auto row = rows.unchecked<1>(), start = starts.unchecked<1>(), id = ids.unchecked<1>(),
+             mine = own.unchecked<1>();
+  auto drawn = drawn_at.mutable_unchecked<1>();
+  const auto table = tables.unchecked<2>();
+  const auto temperature = temperatures.unchecked<1>();
+  int64_t* input_ids = column<int64_t>(columns, "input_ids", count);
+  int64_t* source = column<int64_t>(columns, "source", count);
+  int64_t* positions = column<int64_t>(columns, "positions", count);
+  int64_t* slots = column<int64_t>(columns, "slots", count);
+  int32_t* seq_lens = column<int32_t>(columns, "seq_lens", count);
+  float* temperature_of = column<float>(columns, "temperature", count);
+  bool greedy = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t r = row(i), at = start(i), block = at / block_size;
+    if (r < 0 || r >= drawn.shape(0) || r >= table.shape(0) || r >= temperature.shape(0) ||
+        at < 0 || block >= table.shape(1))
+      throw py::value_error("DecodePacker.fill: a row or position is not in the tables");
+    input_ids[i] = id(i);
+    source[i] = id(i) < 0 ? drawn(r) : mine(i);
+    positions[i] = at;
+    slots[i] = int64_t{table(r, block)} * block_size + at % block_size;
+    seq_lens[i] = static_cast<int32_t>(at + 1);
+    temperature_of[i] = temperature(r);
+    greedy = greedy && temperature(r) == 0;
+  }
+  for (int64_t i = 0; i < count; ++i) drawn(row(i)) = i;
+  return greedy;
 }
 
 }  // namespace fastinfer::host

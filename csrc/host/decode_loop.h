@@ -44,7 +44,8 @@ class DecodeLoop {
   // passed over.
   py::tuple plan(const py::list& running, int64_t begin, int64_t budget, const py::list& chunks);
 
-  // Takes the tokens that chunks[begin:] drew, a list of lists; returns where it stopped.
+  // Takes the tokens that chunks[begin:] drew, each a number or a list; returns where it stopped.
+  // Requests that somebody follows go to `updated`.
   int64_t commit(const py::list& chunks, const py::list& sampled, int64_t begin, double now,
                  bool caching, const py::list& updated);
 
@@ -57,7 +58,7 @@ class DecodeLoop {
   int64_t block_size_;
   // of Request
   Slot tokens_, num_computed_, block_table_, block_hashes_, num_registered_, draft_tokens_,
-      in_flight_, status_, max_total_, stop_ids_, metrics_;
+      in_flight_, status_, max_total_, stop_ids_, metrics_, followed_;
   Slot token_times_, token_counts_;                      // of RequestMetrics
   Slot request_, start_, count_, num_drafts_, samples_;  // of ScheduledChunk
 };
@@ -74,6 +75,15 @@ class DecodePacker {
   // length of the longest table.
   int64_t pack(const py::list& chunks, py::array_t<int64_t> rows, py::array_t<int64_t> starts,
                py::array_t<int64_t> ids, const py::list& news) const;
+
+  // Turns that into the columns of the step, in one pass: the input token or where the device has
+  // it (`drawn_at` of the row; else `own`), position, slot of the cache, length. From now on the
+  // row's token is drawn at its place in this step. Returns whether every temperature is 0.
+  static bool fill(const py::array_t<int64_t>& rows, const py::array_t<int64_t>& starts,
+                   const py::array_t<int64_t>& ids, const py::array_t<int64_t>& own,
+                   py::array_t<int64_t> drawn_at, const py::array_t<int32_t>& tables,
+                   const py::array_t<float>& temperatures, int64_t block_size,
+                   const py::dict& columns);
 
  private:
   py::type request_type_, chunk_type_;

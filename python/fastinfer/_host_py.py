@@ -278,13 +278,15 @@ class DecodeLoop:
     def commit(
         self,
         chunks: list[Any],
-        sampled: list[list[int]],
+        sampled: list[Any],
         begin: int,
         now: float,
         caching: bool,
         updated: list[Any],
     ) -> int:
-        """Take the tokens that `chunks[begin:]` drew: where it stopped."""
+        """Take the tokens that `chunks[begin:]` drew, each a number or a list: where it stopped.
+        Requests that somebody follows go to `updated`.
+        """
         return begin
 
 
@@ -319,3 +321,35 @@ class DecodePacker:
             if have != request.blocks_sent:
                 news.append(request)
         return width
+
+    @staticmethod
+    def fill(
+        rows: Any,
+        starts: Any,
+        ids: Any,
+        own: Any,
+        drawn_at: Any,
+        tables: Any,
+        temperatures: Any,
+        block_size: int,
+        columns: dict[str, Any],
+    ) -> bool:
+        """The columns of the step from what `pack` wrote: the input token or where the device has
+        it (`drawn_at` of the row; else `own`), position, slot of the cache, length. From now on the
+        row's token is drawn at its place in this step.
+
+        Returns:
+            Whether every temperature is 0.
+        """
+        count = len(rows)
+        columns["input_ids"][:count] = ids  # (what stands for a carried one is never looked at)
+        carried = ids < 0
+        columns["source"][:count] = own[:count]
+        columns["source"][:count][carried] = drawn_at[rows[carried]]
+        columns["positions"][:count] = starts
+        slots = tables[rows, starts // block_size].astype(starts.dtype) * block_size
+        columns["slots"][:count] = slots + starts % block_size
+        columns["seq_lens"][:count] = starts + 1
+        columns["temperature"][:count] = temperatures[rows]
+        drawn_at[rows] = range(count)
+        return not columns["temperature"][:count].any()

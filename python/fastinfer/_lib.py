@@ -178,10 +178,10 @@ def programmatic_launch(on: bool = True) -> Iterator[None]:
     """Programmatic dependent launch for the CUDA kernels this thread launches in the scope (sm_90
     and newer): a kernel may start while the one before it on the stream still runs.
 
-    Only for code that captures a whole step: a fastinfer kernel waits for the one before it, but
-    reads weights, old KV, lengths, block tables and plans ahead of that wait. They must be written
-    before the graph launch, or in front of a kernel of torch's (which waits for all before it); so
-    pass lengths as tensors, not as an integer.
+    Only for code that knows a whole step: a fastinfer kernel waits for the one before it, but reads
+    weights, old KV, lengths, block tables and plans ahead of that wait. They must be written before
+    the graph launch, or in front of a kernel of torch's (which waits for all before it); so pass
+    lengths as tensors, not as an integer.
     """
     before = ops.set_programmatic_launch(on)
     try:

@@ -30,6 +30,7 @@ def history(host: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[objec
         make_request(scheduler, rng.randrange(1, 9), rng.randrange(1, 12)) for _ in range(12)
     ]
     for request in requests:
+        request.followed = rng.random() < 0.7
         if rng.random() < 0.3:
             request.stop_ids = {rng.randrange(7): None}
         scheduler.add(request)
@@ -48,7 +49,10 @@ def history(host: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[objec
         check_packers(packers, plan)
         drawn = model.run(plan)
         if waiting is not None:
-            updated = scheduler.commit(*waiting)
+            done, tokens = waiting
+            plain = rng.random() < 0.5  # single tokens may come without a list around them
+            single = [t[0] if plain and len(t) == 1 else t for t in tokens]
+            updated = scheduler.commit(done, single)
             told.append([number[request.request_id] for request in updated])
         waiting = (plan, drawn)
     scheduler.pool.check_invariants()
@@ -72,6 +76,33 @@ def check_packers(hosts: list[ModuleType], plan: SchedulePlan) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_both_hosts_fill_the_same_columns(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count, rows, block_size = int(rng.integers(0, 7)), 9, int(rng.integers(1, 5))
+    tables = rng.integers(0, 2**31, (rows, 6), dtype=np.int32)
+    temperatures = np.zeros(rows, dtype=np.float32)
+    if seed % 2:
+        temperatures[:] = rng.random(rows) * (rng.random(rows) < 0.3)
+    arguments = (
+        rng.permutation(rows)[:count],
+        rng.integers(0, 6 * block_size, count),
+        np.where(rng.random(count) < 0.5, -1, rng.integers(0, 99, count)),
+        1000 + np.arange(rows),
+    )
+    results = []
+    for name in ("python", "native"):
+        kinds = dict.fromkeys(("input_ids", "source", "positions", "slots"), np.int64)
+        kinds |= {"seq_lens": np.int32, "temperature": np.float32}
+        columns = {key: np.full(rows, -7, dtype=kind) for key, kind in kinds.items()}
+        drawn_at = np.arange(rows) + 100
+        packer = load_host_module(name).DecodePacker(Request, ScheduledChunk)
+        greedy = packer.fill(*arguments, drawn_at, tables, temperatures, block_size, columns)
+        results.append((greedy, drawn_at.tolist(), {k: c.tolist() for k, c in columns.items()}))
+    assert results[0] == results[1]
+    assert results[0][0] == (not temperatures[arguments[0]].any())
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_both_hosts_do_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     load_host_module("native")
@@ -91,12 +122,25 @@ def test_misuse_is_an_error() -> None:
         loop.plan([chunk], 0, 5, [])
     with pytest.raises(TypeError, match="must hold objects of"):
         loop.commit([request], [[1]], 0, 0.0, True, [])
-    with pytest.raises(ValueError, match="one list of tokens per chunk"):
+    with pytest.raises(ValueError, match="tokens for every chunk"):
         loop.commit([chunk], [], 0, 0.0, True, [])
     with pytest.raises(ValueError, match="one number per chunk"):
         packer.pack([chunk], *(np.empty(0, dtype=np.int64) for _ in range(3)), [])
     with pytest.raises(TypeError):  # the arrays are written to: no copies
         packer.pack([chunk], *(np.empty(1, dtype=np.int32) for _ in range(3)), [])
+    one, tables = np.zeros(1, dtype=np.int64), np.zeros((1, 1), dtype=np.int32)
+    names = ("input_ids", "source", "positions", "slots", "seq_lens", "temperature")
+    columns = {name: np.zeros(1, dtype=np.int64) for name in names}
+    floats = np.zeros(1, dtype=np.float32)
+    with pytest.raises(TypeError, match="column seq_lens must be an array of its type"):
+        packer.fill(one, one, one, one, one, tables, floats, 4, columns)
+    columns |= {"seq_lens": np.zeros(1, dtype=np.int32), "temperature": floats}
+    for row, start in ((1, 0), (-1, 0), (0, 4), (0, -1)):
+        with pytest.raises(ValueError, match="not in the tables"):
+            packer.fill(one + row, one + start, one, one, one, tables, floats, 4, columns)
+    columns["slots"] = one[:0]
+    with pytest.raises(ValueError, match="column slots must hold one number per chunk"):
+        packer.fill(one, one, one, one, one, tables, floats, 4, columns)
     with pytest.raises(TypeError, match="__slots__"):
         host.DecodePacker(RequestStatus, ScheduledChunk)
     request.block_table = (1, 2)  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from helpers import devices
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quant"))
-from quant_checkpoints import CASES, new_model, write_checkpoint
+from quant_checkpoints import CASES, new_model, rounded_twin, write_checkpoint
 
 from fastinfer.cli.main import main
 from fastinfer.models import load_model
@@ -72,12 +72,18 @@ def quantized_layers(model: nn.Module) -> list[QuantLinear | W8A8Linear]:
     return [m for m in model.modules() if isinstance(m, (QuantLinear, W8A8Linear))]
 
 
-def close(got: Tensor, expected: Tensor, case: str) -> None:
-    """fp16 activations; where they are rounded to int8 after that, a last bit becomes a step of a
-    hundredth now and then, layer after layer.
+def close(got: Tensor, twin: nn.Module, case: str) -> None:
+    """fp16 activations. Where they are rounded to int8 after that, a last bit becomes a step of a
+    hundredth now and then, layer after layer: there the twin, its activations rounded to fp16 in
+    plain torch, is as far from itself (0.02 to 0.04 on these models), and that is the measure.
     """
+    expected = twin_logits(twin, IDS)
     error = (got.cpu().float() - expected).norm() / expected.norm()
-    assert error < (0.06 if CASES[case].activations else 0.01), float(error)
+    limit = 0.01
+    if CASES[case].activations:
+        own = twin_logits(rounded_twin(twin), IDS)
+        limit = 1.5 * float((own - expected).norm() / expected.norm())
+    assert error < limit, (float(error), limit)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,7 +97,7 @@ def test_tokens_of_the_dequantised_twin(checkpoints, name: str) -> None:
     with torch.device("cuda"):
         run = PagedRun(model, 1, block_size=16)
         (logits,) = run.step([(0, IDS)])
-        close(logits, twin_logits(twin, IDS), name)
+        close(logits, twin, name)
         ids = list(IDS)
         for _ in range(NEW):
             ids.append(int(logits[-1].argmax()))
@@ -105,7 +111,18 @@ def test_load_quantized_on_the_gpu(checkpoints, name: str) -> None:
     model = load_quantized(new_model(CASES[name].family), folder, device="cuda").half()
     with torch.no_grad():
         logits = model(torch.tensor([IDS], device="cuda")).logits[0]
-    close(logits, twin_logits(twin, IDS), name)
+    close(logits, twin, name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if CASES[name].activations])
+def test_int8_activations_of_fp32(checkpoints, name: str) -> None:
+    """Without 16-bit activations hardly a code differs from the twin's."""
+    folder, twin = checkpoints(name)
+    model = load_quantized(new_model(CASES[name].family), folder, device="cuda")
+    expected = twin_logits(twin, IDS)
+    with torch.no_grad():
+        logits = model(torch.tensor([IDS], device="cuda")).logits[0].cpu()
+    assert (logits - expected).norm() < 2e-3 * expected.norm()
 
 
 ONE_OF_EACH = ["gptq_v2_act_order", "awq", "ct_asymmetric", "ct_w8a8", "bnb_nf4", "native"]

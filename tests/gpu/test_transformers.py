@@ -32,15 +32,44 @@ def on_gpu(name: str, dtype: torch.dtype, attention: str):
     return model
 
 
+class Routes:
+    """Which experts the routers of one run chose; runs that follow take the same ones.
+
+    One token of the tiny gpt_oss is 0.002 from a tie in fp32. In 16 bits either expert may win,
+    with any attention (in bf16 eager itself takes the other one), and the whole answer is another.
+    """
+
+    def __init__(self) -> None:
+        self._chosen: list[torch.Tensor] = []
+        self._known = False
+
+    def follow(self, model: torch.nn.Module) -> torch.nn.Module:
+        self._known, self._at = bool(self._chosen), 0
+        for module in model.modules():
+            if type(module).__name__ == "GptOssTopKRouter":
+                assert module.top_k == 1  # so that a router's weight is 1 whatever it chooses
+                module.register_forward_hook(self._route)
+        return model
+
+    def _route(self, router: torch.nn.Module, args: object, out: tuple[torch.Tensor, ...]):
+        if not self._known:
+            self._chosen += [t for t in out if not t.is_floating_point()]
+            return out
+        chosen = self._chosen[self._at]
+        self._at += 1
+        return tuple(t if t.is_floating_point() else chosen for t in out)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits(name: str, dtype: torch.dtype) -> None:
     """Against eager fp32, with at most twice the error of eager at the same dtype."""
     ids, mask = (t.cuda() for t in prompts(3, 21, [8, 0, 3]))
     real = mask.bool()
-    exact = logits(on_gpu(name, torch.float32, "eager"), ids, mask)[real]
-    plain = logits(on_gpu(name, dtype, "eager"), ids, mask)[real].float()
-    ours = logits(on_gpu(name, dtype, "fastinfer"), ids, mask)[real].float()
+    routes = Routes()
+    exact = logits(routes.follow(on_gpu(name, torch.float32, "eager")), ids, mask)[real]
+    plain = logits(routes.follow(on_gpu(name, dtype, "eager")), ids, mask)[real].float()
+    ours = logits(routes.follow(on_gpu(name, dtype, "fastinfer")), ids, mask)[real].float()
     errors = (ours - exact).norm(dim=1)
     assert errors.norm() <= 2 * (plain - exact).norm() + 1e-3 * exact.norm(), errors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -290,6 +291,19 @@ def write_checkpoint(case: Case, folder: Path, **changes: Any) -> transformers.P
     config |= {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config))
     return twin
+
+
+def rounded_twin(twin: nn.Module) -> nn.Module:
+    """The twin with the output of every module that computes something rounded to fp16."""
+
+    def to_fp16(module: nn.Module, args: Any, out: Any) -> Any:
+        return out.half().float() if isinstance(out, Tensor) and out.is_floating_point() else out
+
+    rounded = copy.deepcopy(twin)
+    for module in rounded.modules():
+        if not any(module.children()):
+            module.register_forward_hook(to_fp16)
+    return rounded
 
 
 def new_state(model: nn.Module) -> dict[str, Tensor]:

@@ -84,7 +84,8 @@ GATE_UP = 4 * 2 * HIDDEN * INTERMEDIATE
     ("method", "largest"),
     [
         ("rtn", 0),
-        ("gptq", 2 * 4 * INTERMEDIATE**2),  # the moments and their factor
+        # The moments, whose factor takes their place, and a copy of one layer.
+        ("gptq", 4 * INTERMEDIATE**2 + 4 * HIDDEN * INTERMEDIATE),
         # The sampled inputs, exact and rounded.
         pytest.param("smoothquant", 2 * 4 * SAMPLED * INTERMEDIATE, marks=pytest.mark.full),
         # The layers that share an input once more, the sampled inputs, and twelve bytes per token

@@ -127,6 +127,11 @@ def moments_of(x: Tensor) -> Tensor:
 def test_moments_are_the_running_mean() -> None:
     x = torch.randn(257, 12)
     assert torch.allclose(moments_of(x), 2 * x.t() @ x / 257, atol=1e-5)
+    again = Moments(12)
+    for part in (torch.randn(5, 12), x):
+        again.clear()
+        again.add(part)
+    assert torch.allclose(again.matrix, moments_of(x), atol=1e-5) and again.count == 257
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -205,6 +210,10 @@ def test_gptq_damping_grows_until_it_helps() -> None:
     bad = -0.05 * torch.ones(4, 4) + 0.1 * torch.eye(4)  # one eigenvalue is -0.1
     factor = factorize(bad, damp=0.01)
     assert factor.damp > 1
+    here = bad.clone()  # the same in the place of the moments
+    same = factorize(here, damp=0.01, refill=lambda: here.copy_(bad))
+    assert same.damp == factor.damp and torch.equal(same.lower, factor.lower)
+    assert same.lower.data_ptr() == here.data_ptr()
     with pytest.raises(QuantError, match="positive definite"):
         factorize(bad, damp=0.01, retries=1)
     with pytest.raises(QuantError, match="finite"):

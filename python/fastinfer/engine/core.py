@@ -236,17 +236,14 @@ class EngineCore:
     def _deliver(
         self, plan: SchedulePlan, result: SampleResult, sampled: Sequence[Request]
     ) -> None:
-        if len(result.token_ids) == len(plan.chunks):
-            tokens = [[token] for token in result.token_ids]
-        else:
+        tokens: list[Any] = result.token_ids
+        if len(tokens) != len(plan.chunks):
             drawn = iter(result.token_ids)  # in the order of the chunks that are sampled from
             tokens = [[next(drawn)] if chunk.samples else [] for chunk in plan.chunks]
         rows: dict[str, int] = {}
         if result.logprobs is not None:
             rows = {request.request_id: row for row, request in enumerate(sampled)}
         for request in self.scheduler.commit(plan, tokens):
-            if not request.followed and request.finish_reason is None:
-                continue
             _, completion = self._completions[request.request_id]
             stop = completion.take(result, rows.get(request.request_id, -1))
             if stop is not None:

@@ -54,7 +54,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
 # From this many rows on, one launch per step divides the decode work for all layers; with fewer
 # every launch of the decode kernel does it faster by itself.
 PLANNED_ROWS = 33
-# Whether the kernels of a captured step may start before the one in front of them has ended.
+# Whether the kernels of a step, captured or not, may start before the one in front has ended.
 PROGRAMMATIC_LAUNCH = True
 _PADDING = {"slots": -1, "top_p": 1.0}  # all else is 0
 
@@ -203,17 +203,17 @@ class DecodeGraphs:
         rows, starts, ids = (np.empty(count, dtype=np.int64) for _ in range(3))
         width = held.pack(plan, rows, starts, ids)
         staging.pad(count)
-        carried = ids < 0
-        columns["input_ids"][:count] = ids  # (what stands for a carried one is never looked at)
-        columns["source"][:count] = np.where(carried, held.drawn_at[rows], staging.own[:count])
-        columns["positions"][:count] = starts
-        at, within = np.divmod(starts, self._block_size)
-        columns["slots"][:count] = held.tables[rows, at] * np.int64(self._block_size) + within
-        columns["seq_lens"][:count] = starts + 1
-        temperature = held.temperature[rows]
-        columns["temperature"][:count] = temperature
-        held.drawn_at[rows] = np.arange(count)
-        greedy = not temperature.any()
+        greedy = held.decodes.fill(
+            rows,
+            starts,
+            ids,
+            staging.own,
+            held.drawn_at,
+            held.tables,
+            held.temperature,
+            self._block_size,
+            columns,
+        )
         if not greedy:
             columns["steps"][:count] = starts + 1 - held.num_prompt[rows]
             for name in ("seeds", "top_p", "min_p", "top_k"):

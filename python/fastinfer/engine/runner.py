@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import _lib, ops
 from ..models import load_model
+from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
 from .graphs import DecodeGraphs
@@ -136,10 +137,13 @@ class ModelRunner:
             assert batch.carry_from is not None
             carried = self._drawn.index_select(0, batch.carry_from)
             batch.input_ids.index_copy_(0, batch.carry_to, carried)
-        hidden = self.model(batch.input_ids, batch.meta, self.layers)
-        if not batch.sampling:
-            return DrawnTokens(None)
-        logits = self.model.compute_logits(hidden.index_select(0, batch.logits_index))
+        # The embedding, a kernel of torch's, stands between all that was written before this step
+        # and the first kernel that may start early.
+        with _lib.programmatic_launch(graphs.PROGRAMMATIC_LAUNCH):
+            hidden = self.model(batch.input_ids, batch.meta, self.layers)
+            if not batch.sampling:
+                return DrawnTokens(None)
+            logits = self.model.compute_logits(hidden.index_select(0, batch.logits_index))
         out = sample_tokens(logits, batch.sampling, batch.options)
         self._drawn[: len(batch.sampling)].copy_(out.token_ids)
         return DrawnTokens(out)

@@ -184,16 +184,16 @@ class Scheduler:
         self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
         return plan
 
-    def commit(self, plan: SchedulePlan, sampled: list[list[int]]) -> list[Request]:
+    def commit(self, plan: SchedulePlan, sampled: list[int] | list[list[int]]) -> list[Request]:
         """Take the results of a step.
 
         Args:
             plan: What was run.
             sampled: For each chunk the tokens it yielded: none when it did not reach the end,
-                one, or with drafts the accepted ones and one more.
+                one (which may be a plain number), or with drafts the accepted ones and one more.
 
         Returns:
-            The requests that got tokens, among them those that just ended.
+            Of the requests that got tokens those that somebody follows or that just ended.
         """
         now = self.clock()
         caching = self.config.enable_prefix_caching
@@ -202,7 +202,9 @@ class Scheduler:
         while at < len(chunks):
             at = self.decodes.commit(chunks, sampled, at, now, caching, updated)
             if at < len(chunks):
-                self._commit_chunk(chunks[at], sampled[at], now, updated)
+                drawn = sampled[at]
+                tokens = [drawn] if isinstance(drawn, int) else drawn
+                self._commit_chunk(chunks[at], tokens, now, updated)
                 at += 1
         return updated
 
@@ -232,7 +234,8 @@ class Scheduler:
             request.draft_tokens = []
         if taken:
             request.metrics.record_tokens(taken, now)
-            updated.append(request)
+            if request.followed or request.finish_reason is not None:
+                updated.append(request)
         if request.finish_reason is not None:
             self.finish(request, request.finish_reason, request.stop_reason)
 

@@ -145,8 +145,9 @@ class CausalLM(nn.Module):
                 f"{len(caches)}; allocate config.num_layers of them"
             )
         x, residual = self.embed_tokens(input_ids), None
+        tables = list(self.rotary)
         for layer, cache, table in zip(self.layers, caches, self._rotary_of_layer, strict=True):
-            x, residual = layer(x, residual, meta, cache, self.rotary[table])
+            x, residual = layer(x, residual, meta, cache, tables[table])
         return self.norm.add(x, residual)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

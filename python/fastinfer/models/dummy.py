@@ -64,7 +64,7 @@ def fill_random(
         rows, columns = layer.part_shape("weight", target.parts)
         weight: Stored
         if tensor in quantized:
-            weight = _random(quantized[tensor][1], rows, columns, generator)
+            weight = _random(quantized[tensor][1], rows, columns, generator, config.dtype)
         else:
             weight = _normal(rows, columns, generator)
         layer.load_quantized(target.parts, runnable(tensor, weight))
@@ -74,7 +74,14 @@ def _normal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor
     return _STD * torch.randn(rows, columns, generator=generator, device=generator.device)
 
 
-def _random(scheme: LinearScheme, rows: int, columns: int, generator: torch.Generator) -> Stored:
+def _random(
+    scheme: LinearScheme,
+    rows: int,
+    columns: int,
+    generator: torch.Generator,
+    dtype: torch.dtype | None,
+) -> Stored:
+    """`dtype`: of the scales of weight-only formats, which quantizers store in the model's."""
     if scheme.method == "bitsandbytes" and scheme.style != "int8":
         return _normal(rows, columns, generator)
     device = generator.device
@@ -91,5 +98,5 @@ def _random(scheme: LinearScheme, rows: int, columns: int, generator: torch.Gene
     if scheme.activations is not None:
         return Int8Weight(codes.view(torch.int8), torch.full((rows,), scale, device=device))
     groups = num_groups(columns, scheme.group_size)
-    scales = torch.full((rows, groups), scale, device=device)
+    scales = torch.full((rows, groups), scale, dtype=dtype, device=device)
     return CanonicalWeight(codes, scales, None, scheme.bits, scheme.group_size)

@@ -2,8 +2,9 @@
 
 The model is built on the meta device, checked against the file headers, then given memory once;
 each tensor is copied from its (memory-mapped) file straight into its place, converting the dtype on
-the way. Linear layers that the checkpoint holds quantised are exchanged for `QuantizedLinear`
-before; their tensors are collected until a layer is complete and packed then.
+the way; to a GPU by threads that read ahead. Linear layers that the checkpoint holds quantised are
+exchanged for `QuantizedLinear` before; their tensors are collected until a layer is complete and
+packed then.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..quant.formats import read_linear
 from ..quant.fused import runnable
 from .config import ModelConfig, load_config
 from .decoder import CausalLM
+from .device_read import can_send, read_to_device
 from .dummy import fill_random
 from .layers import Layer, RowParts
 from .quantized import QuantizedLinear
@@ -158,7 +160,7 @@ class _Filler:
         requantize: int | None,
     ) -> None:
         self.model, self.config, self.checkpoint = model, config, checkpoint
-        self.requantize = requantize
+        self.device, self.requantize = device, requantize
         infos = checkpoint.tensors
         self.plan: TensorPlan = plan_tensors(
             model,
@@ -184,7 +186,7 @@ class _Filler:
             unit="tensor",
             disable=not (progress and sys.stderr.isatty()),
         ) as bar:
-            for name, tensor in self.checkpoint.read(names):
+            for name, tensor in self._read(names):
                 if name in self.owner:
                     self._quantized(self.owner[name], name, tensor)
                 elif name in self.plan.zero_biases:
@@ -194,6 +196,14 @@ class _Filler:
                 bar.update()
         if self.config.tie_word_embeddings and HEAD in self.checkpoint.tensors:
             _check_tied(self.model, self.checkpoint)
+
+    def _read(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+        sent: set[str] = set()
+        if self.device.type == "cuda":
+            infos = self.checkpoint.tensors
+            sent = {name for name in self.plan.plain if can_send(infos[name].dtype)}
+            yield from read_to_device(self.checkpoint.files, sent, self.device)
+        yield from self.checkpoint.read(names - sent)
 
     def _plain(self, name: str, tensor: Tensor) -> None:
         where = self.plan.plain[name]

@@ -56,17 +56,19 @@ class FusedLinear(nn.Module):
         self.linears = nn.ModuleList(
             _module(weight, dtype=dtype, device=device) for weight in stack(weights)
         )
+        # (looking into a ModuleList costs microseconds at every call)
+        self._parts: tuple[nn.Module, ...] = tuple(self.linears)
         self.in_features: int = self.linears[0].in_features
         self.out_features: int = sum(linear.out_features for linear in self.linears)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K], bias [N total] or None -> [..., N total], x's dtype."""
-        if len(self.linears) == 1:
-            return self.linears[0].run(x, bias)
+        if len(self._parts) == 1:
+            return self._parts[0].run(x, bias)  # type: ignore[operator]
         out = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype, device=x.device)
         x2, out2 = x.reshape(-1, x.shape[-1]), out.view(-1, self.out_features)
         begin = 0
-        for linear in self.linears:
+        for linear in self._parts:
             end = begin + linear.out_features
             linear.run(x2, None if bias is None else bias[begin:end], out2[:, begin:end])
             begin = end

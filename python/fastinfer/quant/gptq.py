@@ -7,7 +7,7 @@ over calibration inputs. With H = R R^T, R upper triangular, it is the sum over 
 
 so the best value for column j, given the errors of the columns before it, is w_j + c_j / R_jj. This
 is the published update (which goes through the Cholesky factor of H^-1) without the inverse: one
-factorization, and one [K, K] matrix beside H.
+factorization, in the place of H.
 
 Columns are held last first: then R is the ordinary lower Cholesky factor, walked from its end.
 
@@ -17,6 +17,7 @@ Transformers", 2022.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,11 @@ class Moments:
         self.matrix.addmm_(x.t(), x, beta=self.count / total, alpha=2.0 / total)
         self.count = total
 
+    def clear(self) -> None:
+        """Forget all inputs; the next ones overwrite the matrix."""
+        self.count = 0
+        self.matrix.zero_()
+
 
 @dataclass(slots=True)
 class Factor:
@@ -75,15 +81,22 @@ class Factor:
 
 
 def factorize(
-    moments: Tensor, *, act_order: bool = False, damp: float = 0.01, retries: int = _RETRIES
+    moments: Tensor,
+    *,
+    act_order: bool = False,
+    damp: float = 0.01,
+    retries: int = _RETRIES,
+    refill: Callable[[], None] | None = None,
 ) -> Factor:
     """Factorize the moments.
 
     Args:
-        moments: fp32 [K, K], symmetric; left as they are.
+        moments: fp32 [K, K], symmetric; left as they are, unless there is `refill`.
         act_order: round the columns with the largest moments first.
         damp: share of the mean diagonal to add to the diagonal; times 10 after each failure.
         retries: failures to accept.
+        refill: writes the moments again, after a failure. The factor then takes their place, and
+            there is only one [K, K] matrix.
 
     Raises:
         QuantError: the moments are not finite, or not positive definite however much was added.
@@ -99,11 +112,14 @@ def factorize(
     diagonal[dead] = 1.0
     diagonal = diagonal[stored]
     mean = float(diagonal.mean()) if columns else 1.0
-    matrix = torch.empty_like(moments)
     failed = torch.empty((), dtype=torch.int32)
-    for _ in range(retries + 1):
-        for begin, end in row_chunks(matrix):
-            matrix[begin:end] = moments[stored[begin:end]][:, stored]
+    for attempt in range(retries + 1):
+        if refill is not None and attempt:
+            refill()
+        matrix = moments if refill is not None else moments.clone()
+        for side in (matrix, matrix.t()):
+            for begin, end in row_chunks(side):
+                side[begin:end] = side[begin:end, stored]
         matrix.diagonal().copy_(diagonal + damp * mean)
         # Symmetric, so its transpose is the column-major matrix that is factorized in place.
         torch.linalg.cholesky_ex(matrix.t(), out=(matrix.t(), failed))

@@ -108,16 +108,20 @@ def quantize_block(
 
 
 def quantize_head(
-    weight: Tensor, options: MethodOptions, inputs: Iterable[Tensor] | None
+    weight: Tensor, options: MethodOptions, inputs: Callable[[], Iterable[Tensor]] | None
 ) -> Result:
     """Quantise an output head: GPTQ as such, the other methods by rounding to nearest."""
     if options.method == "smoothquant":
         stored = rtn_int8(weight)
     elif options.method == "gptq" and inputs is not None:
-        moments = Moments(weight.shape[1])
-        for x in inputs:
-            moments.add(x)
-        return _run_gptq("lm_head", weight, _factor(moments, options), options)
+        again = inputs
+
+        def see_inputs(moments: Moments) -> None:
+            for x in again():
+                moments.add(x)
+
+        factor = _factor(weight.shape[1], see_inputs, options)
+        return _run_gptq("lm_head", weight, factor, options)
     else:
         stored = rtn(weight, options.grid)
     return Result("lm_head", stored, weight_error(weight, stored))
@@ -158,24 +162,28 @@ def _gptq(
 def _factor_of(
     block: Block, module: str, calibration: Calibration, options: MethodOptions
 ) -> Factor:
-    """The moments live only here: one [K, K] matrix is left when the layers are rounded."""
-    factor = _factor(_moments_of(block, module, calibration), options)
-    trim_heap()
-    return factor
+    def see_inputs(moments: Moments) -> None:
+        calibration.inputs_of(block, module, lambda step, x: moments.add(x))
+        trim_heap()
+
+    return _factor(block.linear(module).in_features, see_inputs, options)
 
 
-def _moments_of(block: Block, module: str, calibration: Calibration) -> Moments:
-    moments = Moments(block.linear(module).in_features)
-    calibration.inputs_of(block, module, lambda step, x: moments.add(x))
-    trim_heap()
-    return moments
+def _factor(
+    in_features: int, see_inputs: Callable[[Moments], None], options: MethodOptions
+) -> Factor:
+    """The inputs are seen again should their moments, which the factor overwrites, not do."""
+    moments = Moments(in_features)
+    see_inputs(moments)
 
+    def refill() -> None:
+        moments.clear()
+        see_inputs(moments)
 
-def _factor(moments: Moments, options: MethodOptions) -> Factor:
     damp = options.damp
     if damp is None:
-        damp = 0.01 if moments.count >= moments.matrix.shape[0] else 0.1
-    return factorize(moments.matrix, act_order=options.act_order, damp=damp)
+        damp = 0.01 if moments.count >= in_features else 0.1
+    return factorize(moments.matrix, act_order=options.act_order, damp=damp, refill=refill)
 
 
 def _run_gptq(name: str, weight: Tensor, factor: Factor, options: MethodOptions) -> Result:

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -291,11 +292,14 @@ class _Run:
         tensors = dict(self.checkpoint.read(names))
         rows: list[dict[str, Any]] = []
         if "lm_head" in self.layers:
-            inputs = None
-            if calibration is not None:
-                norm, eps = tensors[_NORM].float(), self.config.rms_norm_eps
-                inputs = (ops.rms_norm(hidden, norm, eps) for hidden in calibration.hidden)
-            result = quantize_head(tensors.pop(HEAD).float(), self.method, inputs)
+            norm, eps = tensors[_NORM].float(), self.config.rms_norm_eps
+
+            def inputs() -> Iterator[Tensor]:
+                assert calibration is not None
+                return (ops.rms_norm(hidden, norm, eps) for hidden in calibration.hidden)
+
+            head = tensors.pop(HEAD).float()
+            result = quantize_head(head, self.method, None if calibration is None else inputs)
             tensors |= self._written(result)
             rows = [_row(result)]
             self._tick("lm_head")

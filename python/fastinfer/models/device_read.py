@@ -1,0 +1,184 @@
+"""Checkpoint tensors straight to a device: threads read pieces of the files into page-locked memory
+and send them off, several tensors ahead of the one that is needed.
+
+A mapped file is read by page faults of one thread and copied once more on its way to a GPU; this
+keeps the disk and the bus busy at the same time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_THREADS = 6
+_PIECE = 16 << 20  # bytes that are read and sent together
+_AHEAD = 512 << 20  # bytes of tensors that may wait to be taken
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class _Stored:
+    """Where a tensor lies in its file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    size: int
+
+
+def can_send(dtype: str) -> bool:
+    """Whether `read_to_device` takes tensors of this dtype, as safetensors spells it."""
+    return dtype in _DTYPES
+
+
+def read_to_device(
+    files: Sequence[Path], names: set[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors, in the order in which they lie in the files, on the device.
+
+    Args:
+        files: safetensors files whose headers are sound.
+        names: of fp32, fp16 or bf16 tensors.
+        device: where they go.
+
+    Raises:
+        ValueError: a file has become shorter.
+    """
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fastinfer-read")
+    slots = _Slots(device)
+    try:
+        for file in files:
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                yield from _read_file(file, descriptor, names, device, pool, slots)
+            finally:
+                slots.drain()
+                os.close(descriptor)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Slots:
+    """A piece of page-locked memory per thread, the stream it is sent on, and what is under way."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.on_cuda = device, device.type == "cuda"
+        self.pending: deque[Future[Any]] = deque()
+        self._free: deque[tuple[Tensor, Any, Any]] = deque()
+        memory = torch.empty((_THREADS, _PIECE), dtype=torch.uint8, pin_memory=self.on_cuda)
+        for piece in memory:
+            stream = torch.cuda.Stream(device) if self.on_cuda else None
+            self._free.append((piece, stream, torch.cuda.Event() if self.on_cuda else None))
+
+    @torch.inference_mode()  # whatever mode the loading thread is in
+    def fetch(self, descriptor: int, begin: int, target: Tensor, ready: Any, file: Path) -> Any:
+        """Fill `target` (uint8) from a file; runs in a thread of the pool.
+
+        Returns:
+            What to wait for on the device before the target is used.
+        """
+        memory, stream, sent = slot = self._free.popleft()  # as many as there are threads
+        try:
+            if sent is not None:
+                sent.synchronize()
+            piece = memory[: target.numel()]
+            view, done = memoryview(piece.numpy()), 0
+            while done < len(view):
+                got = os.preadv(descriptor, [view[done:]], begin + done)
+                if got == 0:
+                    raise ValueError(f"load_model: {file} ended early; download the file again")
+                done += got
+            if stream is None:
+                target.copy_(piece)
+                return None
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                target.copy_(piece, non_blocking=True)
+                sent.record(stream)
+                arrived = torch.cuda.Event()
+                arrived.record(stream)
+            return arrived
+        finally:
+            self._free.append(slot)
+
+    def drain(self) -> None:
+        """Wait until no thread reads any more."""
+        for future in self.pending:
+            future.cancel()
+        while self.pending:
+            future = self.pending.popleft()
+            if not future.cancelled():
+                future.exception()
+
+
+def _read_file(
+    file: Path,
+    descriptor: int,
+    names: set[str],
+    device: torch.device,
+    pool: ThreadPoolExecutor,
+    slots: _Slots,
+) -> Iterator[tuple[str, Tensor]]:
+    wanted = deque(_layout(file, names))
+    started: deque[tuple[_Stored, Tensor, list[Future[Any]]]] = deque()
+    ahead = 0
+    while wanted or started:
+        while wanted and (not started or ahead + wanted[0].size <= _AHEAD):
+            stored = wanted.popleft()
+            ahead += stored.size
+            started.append((stored, *_start(stored, file, descriptor, device, pool, slots)))
+        stored, tensor, futures = started.popleft()
+        for future in futures:
+            arrived = future.result()
+            slots.pending.popleft()
+            if arrived is not None:
+                torch.cuda.current_stream(device).wait_event(arrived)
+        ahead -= stored.size
+        yield stored.name, tensor
+
+
+def _start(
+    stored: _Stored,
+    file: Path,
+    descriptor: int,
+    device: torch.device,
+    pool: ThreadPoolExecutor,
+    slots: _Slots,
+) -> tuple[Tensor, list[Future[Any]]]:
+    tensor = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+    ready = None
+    if slots.on_cuda:  # its memory may still be read as the tensor that had it before
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(device))
+    raw = tensor.reshape(-1).view(torch.uint8)
+    futures = []
+    for begin in range(0, stored.size, _PIECE):
+        target = raw[begin : begin + _PIECE]
+        at = stored.begin + begin
+        futures.append(pool.submit(slots.fetch, descriptor, at, target, ready, file))
+    slots.pending.extend(futures)
+    return tensor, futures
+
+
+def _layout(file: Path, names: set[str]) -> list[_Stored]:
+    """The wanted tensors of a file in the order of their bytes."""
+    with open(file, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    found = []
+    for name in names & header.keys():
+        begin, end = header[name]["data_offsets"]
+        dtype, shape = _DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])
+        found.append(_Stored(name, dtype, shape, 8 + length + begin, end - begin))
+    return sorted(found, key=lambda stored: stored.begin)
