@@ -158,7 +158,10 @@ def few_tokens(bench: Bench) -> None:
             keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
             shape = (m, n, k, dtype, "cuda")
             flops, bits16 = 2 * m * n * k, n * k * dtype.itemsize
-            int4 = {f"{OURS}_int4": lambda s=shape: packed_call(4, *s)}
+            int4 = {
+                f"{OURS}_int4": lambda s=shape: packed_call(4, *s),
+                f"{OURS}_int4_fp32_scales": lambda s=shape: packed_call(4, *s, torch.float32),
+            }
             if dtype == torch.bfloat16:
                 int4["tinygemm_int4"] = lambda s=shape: tinygemm(*s[:3])
             bench.case(keys, int4, moved_bytes=n * k * 33 // 64, flops=flops)

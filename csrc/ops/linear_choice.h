@@ -23,6 +23,7 @@ struct PackedCall {
   ZeroKind zeros;
   bool batch_invariant;
   bool half = false;  // 4 bit with scales of x's type
+  bool perm = false;  // columns of x in another order: the wgmma kernel needs them gathered first
 };
 
 // Groups that begin where a step of 64 columns does, or two to a step.
@@ -35,35 +36,44 @@ constexpr LinearKernel choose_packed_kernel(const PackedCall& c) {
   if (c.batch_invariant || c.k == 0) return LinearKernel::skinny;
   const bool wide =
       c.arch == 90 && groups_suit_wide(c.group_columns, c.k) && c.zeros != ZeroKind::floating;
-  // The skinny kernel takes 16 tokens at a time: two passes read large weights twice. At 256 tokens
-  // scales of another type cost more.
-  const int64_t few = !wide ? 256 : c.half || c.n >= 16384 ? 16 : 24;
+  // From 9 tokens on the skinny kernel is the slower one, unless columns are very long. At 256
+  // tokens scales of another type cost more.
+  const bool long_columns = c.bits == 4 && c.k > 16384;
+  const int64_t few = !wide ? 256 : c.perm || long_columns ? 16 : 8;
   if (c.m <= few) return LinearKernel::skinny;
   return wide && (c.half || c.m <= 3072) ? LinearKernel::wide : LinearKernel::dequantise;
 }
 
-// Tile of the wgmma kernel: tokens x (128 * blocks) rows. Tiles beyond whole rounds over the
-// multiprocessors are given to clusters of `split` CTAs that cut K.
+// Tile of the wgmma kernel: tokens x (64 * blocks * groups) rows; `groups` warpgroups. Tiles beyond
+// whole rounds over the multiprocessors are given to clusters of `split` CTAs that cut K.
 struct WideChoice {
-  int tokens, blocks, split;
+  int tokens, blocks, groups, split;
 };
 
-// What a tile costs, in nanoseconds, fitted to an H100 within 3 to 6 % (docs/kernels/linear.md): a
+// What a tile costs, in nanoseconds, fitted to an H100 within 3 to 7 % (docs/kernels/linear.md): a
 // step of 64 columns; start and end of a tile; the same of a tile whose K is cut, and per CTA of
 // it.
 struct WideCost {
-  int tokens, blocks, step, round, cut, rank;
+  int tokens, blocks, groups, step, round, cut, rank;
 };
 constexpr int kWideLaunch = 1800;
 // Scales of x's type (4 bit only), and others.
 constexpr WideCost kWideHalf[] = {
-    {64, 1, 383, 2413, 727, 1714}, {64, 2, 550, 3446, 3813, 1794}, {128, 1, 461, 2954, 1260, 1501},
-    {128, 2, 748, 5121, 0, 3180},  {256, 1, 673, 4853, 7047, 470},
+    {16, 2, 2, 462, 746, 2123, 183},    {16, 2, 4, 711, 730, 2919, 162},
+    {32, 2, 2, 484, 1283, 3126, 408},   {32, 2, 4, 777, 1860, 4778, 447},
+    {64, 1, 2, 383, 2413, 727, 1714},   {64, 2, 2, 550, 3446, 3813, 1794},
+    {128, 1, 2, 461, 2954, 1260, 1501}, {128, 2, 2, 748, 5121, 0, 3180},
+    {256, 1, 2, 673, 4853, 7047, 470},
 };
-constexpr WideCost kWideExact[] = {
-    {64, 2, 663, 3116, 3618, 1862},
-    {128, 1, 521, 3278, 2150, 1488},
-    {256, 1, 724, 4413, 6180, 681},
+constexpr WideCost kWideExact4[] = {
+    {16, 1, 4, 465, 1036, 2331, 194},   {16, 2, 4, 764, 1167, 3395, 133},
+    {32, 1, 4, 560, 1659, 3486, 349},   {64, 2, 2, 663, 3116, 3618, 1862},
+    {128, 1, 2, 521, 3278, 2150, 1488}, {256, 1, 2, 724, 4413, 6180, 681},
+};
+constexpr WideCost kWideExact8[] = {
+    {16, 1, 4, 630, 2761, 3624, 98},    {16, 2, 4, 976, 2331, 4560, 144},
+    {32, 1, 4, 679, 1867, 3746, 399},   {64, 2, 2, 795, 3116, 3618, 1862},
+    {128, 1, 2, 521, 3278, 2150, 1488}, {256, 1, 2, 724, 4413, 6180, 681},
 };
 
 // CTAs of clusters that run at the same time: what does not fill a GPC stays idle.
@@ -79,7 +89,9 @@ constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int64_t m, int
   int64_t least = INT64_MAX;
   const int64_t steps = div_up(k, 64);
   for (const WideCost& t : costs) {
-    const int64_t tiles = div_up(n, 128 * t.blocks) * div_up(m, t.tokens), rest = tiles % sms;
+    if (t.tokens < 64 && m > t.tokens) continue;  // those are for a single pass
+    const int64_t tiles = div_up(n, 64 * t.blocks * t.groups) * div_up(m, t.tokens),
+                  rest = tiles % sms;
     // After many rounds the last one hardly counts.
     const bool can_cut = rest > 0 && tiles < 4 * sms;
     for (int split = 1; split <= 8 && split <= steps; ++split) {
@@ -92,14 +104,18 @@ constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int64_t m, int
                 kWideLaunch;
       if (cost < least) {
         least = cost;
-        best = {t.tokens, t.blocks, split};
+        best = {t.tokens, t.blocks, t.groups, split};
       }
     }
   }
   return best;
 }
-constexpr WideChoice choose_wide(bool half, int64_t m, int64_t n, int64_t k, int64_t sms) {
-  return half ? choose_wide(kWideHalf, m, n, k, sms) : choose_wide(kWideExact, m, n, k, sms);
+// half: scales of x's type.
+constexpr WideChoice choose_wide(int bits, bool half, int64_t m, int64_t n, int64_t k,
+                                 int64_t sms) {
+  return bits == 8 ? choose_wide(kWideExact8, m, n, k, sms)
+         : half    ? choose_wide(kWideHalf, m, n, k, sms)
+                   : choose_wide(kWideExact4, m, n, k, sms);
 }
 
 static_assert(choose_packed_kernel({90, DType::f32, 4, 1, 64, 64, 64, ZeroKind::none, false}) ==
@@ -126,15 +142,32 @@ static_assert(choose_packed_kernel({90, DType::bf16, 4, 64, 4096, 4096, 128, Zer
                                         false}) == LinearKernel::dequantise,
               "what the wgmma kernel does not take");
 
-constexpr bool is_wide(WideChoice c, int tokens, int blocks, int split) {
-  return c.tokens == tokens && c.blocks == blocks && c.split == split;
+static_assert(choose_packed_kernel({90, DType::bf16, 4, 8, 4096, 4096, 128, ZeroKind::none,
+                                    false}) == LinearKernel::skinny &&
+                  choose_packed_kernel({90, DType::bf16, 4, 9, 4096, 4096, 128, ZeroKind::none,
+                                        false}) == LinearKernel::wide,
+              "few tokens");
+static_assert(choose_packed_kernel({90, DType::bf16, 4, 16, 4096, 4096, 128, ZeroKind::none, false,
+                                    true, true}) == LinearKernel::skinny &&
+                  choose_packed_kernel({90, DType::bf16, 4, 16, 8192, 28672, 128, ZeroKind::none,
+                                        false}) == LinearKernel::skinny &&
+                  choose_packed_kernel({90, DType::bf16, 8, 16, 8192, 28672, 128, ZeroKind::none,
+                                        false}) == LinearKernel::wide,
+              "columns to gather; long columns");
+
+constexpr bool is_wide(WideChoice c, int tokens, int blocks, int groups, int split) {
+  return c.tokens == tokens && c.blocks == blocks && c.groups == groups && c.split == split;
 }
-static_assert(is_wide(choose_wide(true, 64, 28672, 4096, 132), 64, 2, 1), "112 tiles, one round");
-static_assert(is_wide(choose_wide(true, 64, 4096, 4096, 132), 64, 1, 3), "32 tiles: K in three");
-static_assert(is_wide(choose_wide(true, 128, 28672, 4096, 132), 128, 2, 1), "rows before tokens");
-static_assert(is_wide(choose_wide(true, 1024, 6144, 4096, 132), 256, 1, 2), "132 tiles and 60");
-static_assert(is_wide(choose_wide(true, 8192, 8192, 28672, 132), 256, 1, 1), "many rounds");
-static_assert(is_wide(choose_wide(false, 128, 28672, 4096, 132), 128, 1, 1), "exact weights");
-static_assert(is_wide(choose_wide(true, 40, 1, 1, 132), 64, 1, 1), "next to nothing");
+static_assert(is_wide(choose_wide(4, true, 16, 4096, 4096, 132), 16, 2, 2, 6), "16 tiles");
+static_assert(is_wide(choose_wide(4, true, 9, 57344, 8192, 132), 16, 2, 4, 1), "112 tiles");
+static_assert(is_wide(choose_wide(4, true, 17, 28672, 4096, 132), 32, 2, 4, 2), "56 tiles");
+static_assert(is_wide(choose_wide(8, false, 16, 4096, 4096, 132), 16, 1, 4, 6), "8 bit");
+static_assert(is_wide(choose_wide(4, true, 64, 28672, 4096, 132), 64, 2, 2, 1), "112 tiles");
+static_assert(is_wide(choose_wide(4, true, 64, 4096, 4096, 132), 64, 1, 2, 3), "K in three");
+static_assert(is_wide(choose_wide(4, true, 128, 28672, 4096, 132), 128, 2, 2, 1), "rows first");
+static_assert(is_wide(choose_wide(4, true, 1024, 6144, 4096, 132), 256, 1, 2, 2), "132 and 60");
+static_assert(is_wide(choose_wide(4, true, 8192, 8192, 28672, 132), 256, 1, 2, 1), "many rounds");
+static_assert(is_wide(choose_wide(4, false, 128, 28672, 4096, 132), 128, 1, 2, 1), "exact weights");
+static_assert(is_wide(choose_wide(4, true, 40, 1, 1, 132), 64, 1, 2, 1), "next to nothing");
 
 }  // namespace fastinfer

@@ -57,7 +57,7 @@ void packed_linear_cuda(const char* op, const Tensor& x, const Tensor& qweight,
   const int arch = cuda::force_portable() ? 80 : cuda::device_facts().compute_capability;
   const LinearKernel kernel = choose_packed_kernel(
       {arch, dtype_of(x), layout.bits, x.size(0), layout.n, layout.k, columns, zero_kind,
-       batch_invariant, layout.bits == 4 && dtype_of(scales) == dtype_of(x)});
+       batch_invariant, layout.bits == 4 && dtype_of(scales) == dtype_of(x), perm.has_value()});
   if (kernel != LinearKernel::skinny) {
     const PackedTensors t{op, x, qweight, scales, zeros, bias, perm, out, layout, columns, groups};
     return kernel == LinearKernel::wide ? linear_wide(t) : linear_dequantise(t);

@@ -16,6 +16,9 @@ CASES: list[Case] = [
     for dtype in (torch.bfloat16, torch.float16)
     for bits in (4, 8)
     for m, n, k, group, zeros, perm in (
+        (12, 200, 1040, 64, "int", False),  # 16 tokens x 256 rows, K cut
+        (16, 60000, 128, 128, "none", False),  # 16 tokens x 512 rows
+        (20, 200, 1040, 32, "int", False),  # 32 tokens x 256 rows, K cut
         (64, 192, 520, 64, "int", False),  # K cut in two
         (40, 20000, 128, 64, "none", False),  # 64 tokens x 256 rows
         (600, 9000, 128, 64, "int", False),  # 256 tokens x 128 rows
@@ -33,6 +36,10 @@ CASES += [
     )
     for dtype in (torch.bfloat16, torch.float16)
     for m, n, k, group, zeros in (
+        (12, 200, 1040, 64, "int"),
+        (16, 60000, 128, 128, "none"),
+        (20, 200, 1040, 32, "int"),
+        (32, 60000, 128, 128, "none"),
         (40, 200, 520, 64, "int"),
         (100, 300, 264, 128, "none"),
         (64, 20000, 128, 32, "int"),

@@ -83,7 +83,7 @@ def test_one_hot_rows_give_the_dequantised_weight(
             device, bits, n, k, group_size, zeros, act_order, scales or torch.float32, seed=3
         )
         for dtype in HALF:
-            for m in (k, min(k, 35), min(k, 100)):
+            for m in (k, min(k, 12), min(k, 30), min(k, 35), min(k, 100)):
                 y = layer(torch.eye(k, dtype=dtype, device=device)[:m])
                 want = layer.dense.t()[:m].to(dtype)
                 assert torch.equal(y.cpu(), want), (n, k, m, dtype, scales)
@@ -94,7 +94,7 @@ def test_one_hot_rows_give_the_dequantised_weight(
 def test_error_for_many_tokens(device: str, seed: int) -> None:
     rng = random.Random(seed)
     bits, dtype = rng.choice([4, 8]), rng.choice(HALF)
-    m, n = rng.choice([33, 64, 100, 128, 129, 257, 520]), rng.choice([8, 100, 384, 1000])
+    m, n = rng.choice([9, 16, 24, 33, 64, 100, 128, 129, 257, 520]), rng.choice([8, 100, 384, 1000])
     k = rng.choice([104, 264, 520, 1100])
     layer = Layer(
         device,
@@ -125,7 +125,7 @@ def test_error_for_many_tokens(device: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("m", [40, 130, 300])
+@pytest.mark.parametrize("m", [12, 20, 40, 130, 300])
 def test_strides_alignment_and_padding(device: str, m: int) -> None:
     n, k = 131, 200
     layer = Layer(device, 4, n, k, 64, "int", seed=5)
@@ -161,7 +161,7 @@ def test_integer_sums_are_exact_however_they_are_cut(device: str, bits: int) -> 
     dense = Q.dequantize_weight(
         *layer.packed, bits=bits, group_size=128, out_features=n, in_features=k
     ).double()
-    for m in (33, 64, 128, 256):
+    for m in (9, 16, 17, 32, 33, 64, 128, 256):
         x = torch.randint(-1, 2, (m, k), generator=generator(m)).double().to(device)
         exact = x @ dense.t()
         assert torch.equal(layer(x.half()), exact.half()), m

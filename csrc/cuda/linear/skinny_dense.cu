@@ -6,12 +6,16 @@ namespace {
 
 constexpr int kSlot = 4 * 512;
 
+// Tokens per launch: 16, or fewer where x would not fit (of a batch-invariant call whatever M is);
+// 0: not even one.
 template <bool kBf16>
 int plan_tokens(const DenseLinear& p) {
-  const int most = kSkinnyTokens;
-  const int tokens = p.batch_invariant || p.m > most ? most : static_cast<int>(p.m);
-  const SkinnyInstance instance = skinny_instance_for<kBf16, 16, false>(tokens);
-  return plan_skinny(instance, p.n, p.k, tokens, kSlot).split.ranks > 0 ? tokens : 0;
+  const bool most = p.batch_invariant || p.m > kSkinnyTokens;
+  for (int tokens = most ? kSkinnyTokens : static_cast<int>(p.m); tokens > 0; tokens /= 2)
+    if (plan_skinny(skinny_instance_for<kBf16, 16, false>(tokens), p.n, p.k, tokens, kSlot)
+            .split.ranks > 0)
+      return tokens;
+  return 0;
 }
 
 template <bool kBf16>

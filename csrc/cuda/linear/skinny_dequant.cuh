@@ -63,12 +63,6 @@ __device__ __forceinline__ void dequantize_int4(uint32_t (&a)[4], uint32_t w,
   }
 }
 
-// 128 + q as bf16, no subtraction.
-__device__ __forceinline__ void offset_int4(uint32_t (&a)[4], uint32_t w) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = and_or(w >> (4 * i), 0x000F000Fu, 0x43004300u);
-}
-
 template <bool kBf16>
 __device__ __forceinline__ void dequantize_int8(uint32_t (&a)[4], uint32_t w01, uint32_t w23) {
 #pragma unroll

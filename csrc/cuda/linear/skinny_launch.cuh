@@ -35,11 +35,11 @@ SkinnyInstance skinny_instance_for(int64_t m) {
   if constexpr (kGeneric) {
     return skinny_instance<kBf16, kBits, 2, 2, true, kBits == 4 ? 3 : 2, 16>();
   } else if constexpr (kBits == 4) {
-    return m <= 8 ? skinny_instance<kBf16, 4, 1, 2, false, 5, 16>()
+    return m <= 8 ? skinny_instance<kBf16, 4, 1, 2, false, 4, 16>()
                   : skinny_instance<kBf16, 4, 2, 2, false, 3, 16>();
   } else {
     constexpr int kStrips = kBits == 16 ? 1 : 2;
-    return m <= 8 ? skinny_instance<kBf16, kBits, 1, kStrips, false, 3, 16>()
+    return m <= 8 ? skinny_instance<kBf16, kBits, 1, kStrips, false, kBits == 16 ? 4 : 3, 16>()
                   : skinny_instance<kBf16, kBits, 2, kStrips, false, 3, 16>();
   }
 }
@@ -98,8 +98,8 @@ inline SkinnyPlan plan_skinny(const SkinnyInstance& instance, int64_t n, int64_t
     for (int i = 0; i < 4; ++i) most[i] = instance.bits == 16 && i > 0 ? 0 : facts.sms >> i;
   }
   if (instance.warps == 8) most[0] *= 2, most[1] = most[2] = most[3] = 0;
-  const SkinnyShared rest = skinny_shared(tokens, 0, -4, instance.warps, instance.stages,
-                                          slot_bytes, instance.rows(), instance.tiles, 0);
+  const SkinnyShared rest = skinny_shared(tokens, 0, instance.warps, instance.stages, slot_bytes,
+                                          instance.rows(), instance.tiles, 0);
   const int64_t strips = (n + 15) / 16, steps = (k + 63) / 64;
   SkinnyPlan plan{};
   plan.split = choose_skinny_split(strips, steps, 8 * instance.bits * 16, instance.rows(), tokens,
@@ -126,9 +126,9 @@ inline int launch_skinny(SkinnyParams p, int tokens, const SkinnyInstance& insta
   p.deal = skinny_deal(strips, p.teams, instance.strips << p.row_shift);
   p.clustered = plan.clustered;
   p.x_pitch = p.slice * 64 + instance.x_pad();
-  const SkinnyShared at = skinny_shared(p.m, p.x_pitch, p.slice, instance.warps, instance.stages,
-                                        p.slot_bytes, instance.rows(), instance.tiles,
-                                        p.ranks > 1 ? instance.rows() << p.row_shift : 0);
+  const SkinnyShared at =
+      skinny_shared(p.m, p.x_pitch, instance.warps, instance.stages, p.slot_bytes, instance.rows(),
+                    instance.tiles, p.ranks > 1 ? instance.rows() << p.row_shift : 0);
   cudaError_t error = cudaFuncSetAttribute(
       instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, skinny_room(instance));
   if (error != cudaSuccess) return error;
@@ -142,7 +142,8 @@ inline int launch_skinny(SkinnyParams p, int tokens, const SkinnyInstance& insta
     attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attribute[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(p.ranks), 1, 1};
   }
-  if (programmatic_launch() && device_facts().compute_capability >= 90) {
+  p.weights_first = programmatic_launch();
+  if (p.weights_first && device_facts().compute_capability >= 90) {
     attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -177,7 +178,9 @@ SkinnyParams skinny_params(const PackedLinear& p) {
   s.pair = p.groups <= 1 || p.group_columns % 128 == 0;
   // Groups that start inside a block of 64 columns, and one that started before it.
   const int64_t touched = 8 % units == 0 ? 8 / units : 8 / units + 2;
-  s.slot_bytes = static_cast<int>((kBits / 2) * 512 + 256 * (kGeneric ? touched : 1));
+  s.slot_bytes = static_cast<int>((kBits / 2) * 512 + (kGeneric  ? 256 * touched
+                                                       : p.zeros ? 256
+                                                                 : 128));
   return s;
 }
 

@@ -11,13 +11,9 @@
 
 namespace fastinfer::cuda {
 
-// kStrips: strips of 16 rows per tile.
+// 16-byte pieces per lane and block of 64 columns of kStrips strips of 16 rows.
 template <int kBits, int kStrips>
-struct SkinnyShape {
-  static constexpr int kRows = 16 * kStrips;
-  static constexpr int kPieces = kStrips * kBits / 4;  // 16-byte pieces per lane and block
-  static constexpr int kXPad = kBits == 16 ? 32 : 8;   // elements: rows of x in different banks
-};
+constexpr int kSkinnyPieces = kStrips * kBits / 4;
 
 // Keeps a value in its register: the compiler would rather compute it again in the loop.
 template <class T>
@@ -83,31 +79,38 @@ __device__ __forceinline__ float2 two_floats(const uint2& raw, DType type) {
   return __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
 }
 
-// X of this rank's columns to shared memory, [m][x_pitch], zero beyond K.
+// X of this rank's columns to shared memory, [m][x_pitch], zero beyond K: one group of cp.async, or
+// where that is not possible element by element.
 template <int kThreads, class E>
 __device__ __forceinline__ void stage_x(const SkinnyParams& p, E* to, int first_column,
                                         int columns) {
-  const E* x = static_cast<const E*>(p.x);
-  const int packs = columns / 8, total = p.m * packs;
-  for (int i = threadIdx.x; i < total; i += kThreads) {
-    const int token = i / packs, c = (i - token * packs) * 8, column = first_column + c;
-    const E* row = x + token * p.x_stride;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (p.x_packs && column + 8 <= p.k) {
-      v = *reinterpret_cast<const uint4*>(row + column);
-    } else {
-      uint16_t e[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        e[j] = 0;
-        if (column + j < p.k) {
-          const int from = p.perm ? p.perm[column + j] : column + j;
-          e[j] = reinterpret_cast<const uint16_t*>(row)[from];
-        }
+  // Tokens are the outer loop, which all threads walk alike. (One index over tokens and packs, with
+  // a token counted up where a row ends, was wrong: ptxas 13.0 kept the token in a uniform register
+  // although lanes of a warp pass the end of a row in different iterations.)
+  const E* row = static_cast<const E*>(p.x);
+#pragma unroll 1
+  for (int token = 0; token < p.m; ++token, row += p.x_stride, to += p.x_pitch) {
+#pragma unroll 1
+    for (int c = threadIdx.x * 8; c < columns; c += kThreads * 8) {
+      const int column = first_column + c;
+      if (p.x_packs) {
+        const int left = max(0, min(p.k - column, 8));
+        cp_async_zero(shared_address(to + c), row + (left > 0 ? column : 0), 2 * left);
+        continue;
       }
-      v = make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
+      uint32_t word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t e[2] = {};
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int k = column + 2 * j + h;
+          if (k < p.k) e[h] = reinterpret_cast<const uint16_t*>(row)[p.perm ? p.perm[k] : k];
+        }
+        word[j] = e[0] | e[1] << 16;
+      }
+      *reinterpret_cast<uint4*>(to + c) = make_uint4(word[0], word[1], word[2], word[3]);
     }
-    *reinterpret_cast<uint4*>(to + token * p.x_pitch + c) = v;
   }
 }
 

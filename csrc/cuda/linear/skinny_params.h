@@ -14,6 +14,7 @@
 namespace fastinfer::cuda {
 
 constexpr int kSkinnyTokens = 16;      // at most per launch
+constexpr int kSkinnyRanks = 8;        // at most share a tile
 constexpr int kSkinnyZeroBytes = 256;  // what absent tokens read
 
 // Rows of W in strips of 16: full rounds of kStrips strips per team, neighbours to neighbours, and
@@ -60,7 +61,7 @@ struct SkinnyParams {
   int ranks, rank_shift, teams;  // CTAs that share a tile, a power of two; teams take turns
   int row_shift;                 // warps split a tile in 1 << row_shift parts of rows
   bool clustered;                // a team is a cluster; else partial sums go through `partial`
-  bool x_packs;
+  bool x_packs, weights_first;
   bool pair;        // one scale for two neighbouring column blocks
   int group_units;  // group size in units: 64 columns, or 8 in the generic kernel
   uint32_t group_magic;
@@ -81,18 +82,17 @@ FI_BOTH constexpr int group_of(uint32_t unit, uint32_t magic) {
 static_assert(group_of(5, group_magic(1)) == 5 && group_of(8191, group_magic(3)) == 2730, "");
 
 struct SkinnyShared {
-  int x, block_sums, ring, partial, sums, bytes;  // offsets
+  int x, ring, partial, sums, bytes;  // offsets
 };
 
-// rows: of a tile; token_tiles: of 8.
-FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int slice, int warps, int stages,
+// rows: of a warp's part of a tile.
+FI_BOTH constexpr SkinnyShared skinny_shared(int m, int x_pitch, int warps, int stages,
                                              int slot_bytes, int rows, int token_tiles,
                                              int exchanged_rows) {
   SkinnyShared s{};
   const int tokens = m < 8 ? m : 8;  // summed at a time
   s.x = kSkinnyZeroBytes;
-  s.block_sums = s.x + m * x_pitch * 2;
-  s.ring = (s.block_sums + m * (slice + 4) * 4 + 127) / 128 * 128;
+  s.ring = s.x + (m * x_pitch * 2 + 127) / 128 * 128;
   s.partial = s.ring + stages * warps * slot_bytes;
   s.sums = s.partial + (token_tiles == 1 ? 2 : 1) * warps * tokens * (rows + 4) * 4;
   s.bytes = s.sums + 2 * m * exchanged_rows * 4;
@@ -112,9 +112,9 @@ constexpr SkinnySplit choose_skinny_split(int64_t strips, int64_t steps, int str
     const int64_t ranks = int64_t{1} << i, most = most_teams[i];
     if (most == 0) continue;
     const int64_t slice = ((steps + ranks - 1) / ranks + 1) / 2 * 2;
-    // x, its sums, and where ranks exchange theirs (a tile has up to 4 * rows rows)
-    const int64_t room = x_room - (ranks > 1 ? 2 * tokens * rows * 16 : 0);
-    if (tokens * ((slice * 64 + 32) * 2 + (slice + 4) * 4) > room) continue;
+    // x, and where ranks exchange their sums; a tile of few columns has up to 4 * rows rows.
+    const int64_t room = x_room - (ranks > 1 ? 2 * tokens * rows * (slice < 64 ? 16 : 4) : 0);
+    if (tokens * (slice * 64 + 32) * 2 > room) continue;
     const int64_t teams = strips < most ? strips : most;
     const int64_t rounds = (strips + teams - 1) / teams;
     // Bytes of weights in the time of the busiest CTA; warps take 2 blocks in turn, so that a

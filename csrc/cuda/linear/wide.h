@@ -5,11 +5,11 @@
 
 namespace fastinfer::cuda {
 
-// Tile of the kernel: `tokens` x (2 * 64 * blocks) weight rows per CTA. With split > 1 the tiles
-// beyond whole rounds over the multiprocessors (all of them, if they are few) are given to clusters
-// of `split` CTAs that cut K.
+// Tile of the kernel: `tokens` x (64 * blocks * groups) weight rows per CTA. With split > 1 the
+// tiles beyond whole rounds over the multiprocessors (all of them, if they are few) are given to
+// clusters of `split` CTAs that cut K.
 struct WideShape {
-  int tokens, blocks, split;
+  int tokens, blocks, groups, split;
 };
 
 // p.perm must be null and x 16-byte aligned with a row stride that is a multiple of 8: see

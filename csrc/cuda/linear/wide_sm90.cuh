@@ -3,8 +3,9 @@
 // W is the A operand: its codes come to shared memory as they lie in the layout, a thread turns its
 // codes into its own operand registers, nothing is shuffled. X is B: tiles [tokens][64 k], 128-byte
 // swizzled by TMA, which also fills what lies past M and K with zeros. One CTA per SM: two producer
-// threads (X; weights) and two consumer warpgroups, each kBlocks blocks of 64 weight rows x kTokens
-// tokens. A unit of work is one wgmma of 16 columns; while one runs, the next is dequantised.
+// threads (X; weights) and two or four consumer warpgroups, each kBlocks blocks of 64 weight rows x
+// kTokens tokens. A unit of work is one wgmma of 16 columns; while one runs, the next is
+// dequantised.
 //
 // Scales:
 //   kHalf        scales have x's type: w = (q - z) s is one 16-bit multiplication of exact (q - z)
@@ -136,6 +137,7 @@ struct Consumer {
     }
   }
   __device__ __forceinline__ void release(int index) {
+    __syncwarp();  // every lane's reads of the stage
     if (lane == 0) ptx::mbarrier_arrive(&shared.empty[index]);
   }
 
@@ -247,11 +249,13 @@ struct Consumer {
       if (block >= p.blocks) continue;
       float bias[2];
       load_bias(block, bias);
+      constexpr int kSlots = Tile::kTokens < 64 ? Tile::kTokens / 16 : 4;
 #pragma unroll
-      for (int chunk = 0; chunk < Tile::kTokens / 64; ++chunk) {
+      for (int chunk = 0; chunk < Tile::kTokens / (16 * kSlots); ++chunk) {
 #pragma unroll
-        for (int slot = 0; slot < 4; ++slot) stage(acc[b] + (chunk * 4 + slot) * 8, slot, bias);
-        store(4, job.token + 64 * chunk, 1, block);
+        for (int slot = 0; slot < kSlots; ++slot)
+          stage(acc[b] + (chunk * kSlots + slot) * 8, slot, bias);
+        store(kSlots, job.token + 64 * chunk, 1, block);
       }
     }
   }
@@ -271,15 +275,17 @@ struct Consumer {
                      : "memory");
   }
   __device__ __forceinline__ void write_split(const Job& job) {
-    constexpr int kUnits = Tile::kTokens / 16, kSlots = 4;
+    constexpr int kUnits = Tile::kTokens / 16, kSlots = kUnits < 4 ? kUnits : 4;
 #pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
       const int32_t block = job.block + group * kBlocks + b;
       if (block >= p.blocks) continue;
       float bias[2];
       load_bias(block, bias);
+      // With few units other ranks take those of the next block.
 #pragma unroll 1
-      for (int first = rank; first < kUnits; first += kSlots * ranks) {
+      for (int first = (rank + group * kBlocks + b) % ranks; first < kUnits;
+           first += kSlots * ranks) {
         // Loads from another CTA take long: those of all slots are under way together.
         float v[kSlots][8] = {};
 #pragma unroll 2

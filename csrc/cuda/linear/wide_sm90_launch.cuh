@@ -84,20 +84,30 @@ int launch_wide(const PackedLinear& p, int split, void* stream) {
 // their way to bf16 leads through fp32 anyway.
 template <class T, int kBits>
 int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
+  const auto is = [&](int tokens, int blocks, int groups) {
+    return s.tokens == tokens && s.blocks == blocks && s.groups == groups;
+  };
   if constexpr (kBits == 4) {
     if (p.scale_dtype == p.dtype) {
-      if (s.tokens == 64 && s.blocks == 1)
-        return launch_wide<T, WideTile<4, 64, 1, true>>(p, s.split, stream);
-      if (s.tokens == 64) return launch_wide<T, WideTile<4, 64, 2, true>>(p, s.split, stream);
-      if (s.tokens == 128 && s.blocks == 1)
-        return launch_wide<T, WideTile<4, 128, 1, true>>(p, s.split, stream);
-      if (s.tokens == 128) return launch_wide<T, WideTile<4, 128, 2, true>>(p, s.split, stream);
-      return launch_wide<T, WideTile<4, 256, 1, true>>(p, s.split, stream);
+      if (is(16, 2, 2)) return launch_wide<T, WideTile<4, 16, 2, 2, true>>(p, s.split, stream);
+      if (is(16, 2, 4)) return launch_wide<T, WideTile<4, 16, 2, 4, true>>(p, s.split, stream);
+      if (is(32, 2, 2)) return launch_wide<T, WideTile<4, 32, 2, 2, true>>(p, s.split, stream);
+      if (is(32, 2, 4)) return launch_wide<T, WideTile<4, 32, 2, 4, true>>(p, s.split, stream);
+      if (is(64, 1, 2)) return launch_wide<T, WideTile<4, 64, 1, 2, true>>(p, s.split, stream);
+      if (is(64, 2, 2)) return launch_wide<T, WideTile<4, 64, 2, 2, true>>(p, s.split, stream);
+      if (is(128, 1, 2)) return launch_wide<T, WideTile<4, 128, 1, 2, true>>(p, s.split, stream);
+      if (is(128, 2, 2)) return launch_wide<T, WideTile<4, 128, 2, 2, true>>(p, s.split, stream);
+      if (is(256, 1, 2)) return launch_wide<T, WideTile<4, 256, 1, 2, true>>(p, s.split, stream);
+      return cudaErrorInvalidConfiguration;
     }
   }
-  if (s.tokens == 64) return launch_wide<T, WideTile<kBits, 64, 2, false>>(p, s.split, stream);
-  if (s.tokens == 128) return launch_wide<T, WideTile<kBits, 128, 1, false>>(p, s.split, stream);
-  return launch_wide<T, WideTile<kBits, 256, 1, false>>(p, s.split, stream);
+  if (is(16, 1, 4)) return launch_wide<T, WideTile<kBits, 16, 1, 4, false>>(p, s.split, stream);
+  if (is(16, 2, 4)) return launch_wide<T, WideTile<kBits, 16, 2, 4, false>>(p, s.split, stream);
+  if (is(32, 1, 4)) return launch_wide<T, WideTile<kBits, 32, 1, 4, false>>(p, s.split, stream);
+  if (is(64, 2, 2)) return launch_wide<T, WideTile<kBits, 64, 2, 2, false>>(p, s.split, stream);
+  if (is(128, 1, 2)) return launch_wide<T, WideTile<kBits, 128, 1, 2, false>>(p, s.split, stream);
+  if (is(256, 1, 2)) return launch_wide<T, WideTile<kBits, 256, 1, 2, false>>(p, s.split, stream);
+  return cudaErrorInvalidConfiguration;
 }
 
 }  // namespace fastinfer::cuda::wide

@@ -28,11 +28,11 @@ struct WideParams {
   bool packed_out;               // 16-byte stores fit
 };
 
-template <int kBits_, int kTokens_, int kBlocks_, bool kHalf_>
+template <int kBits_, int kTokens_, int kBlocks_, int kGroups_, bool kHalf_>
 struct WideTile {
   static constexpr bool kHalf = kHalf_;
   static constexpr int kBits = kBits_, kTokens = kTokens_, kBlocks = kBlocks_;
-  static constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1);
+  static constexpr int kGroups = kGroups_, kThreads = 128 * (kGroups + 1);
   static constexpr int kAllBlocks = kGroups * kBlocks;
   static constexpr int kAccumulators = kTokens / 2;  // of a thread and block
   static constexpr bool kScratch = !kHalf && kBlocks * kAccumulators <= 64;
@@ -44,13 +44,15 @@ struct WideTile {
   static constexpr uint32_t kOutBytes = kGroups * 64 * 128;  // [64 tokens][64 rows] per warpgroup
   static constexpr uint32_t kFixedBytes = kOutBytes + 1024 + 512;
   static constexpr int kFit = (227 * 1024 - kFixedBytes) / kStageBytes;
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kMost = kTokens < 64 ? 12 : 8;  // few tokens: memory decides
+  static constexpr int kStages = kFit < kMost ? kFit : kMost;
   static constexpr size_t kSharedBytes = kStages * kStageBytes + kFixedBytes;
   // Partial results of a K split lie where the tiles of X and W were.
   static_assert(kStages * (kXBytes + kWBytes) >= kBlocks * kAccumulators * 4 * 128 * kGroups,
                 "partial sums");
-  static_assert(kTokens % 64 == 0 && kTokens <= 256, "whole chunks of 64 tokens");
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static_assert(kTokens <= 32 || (kTokens % 64 == 0 && kTokens <= 256), "whole chunks of tokens");
+  static constexpr int kProducerRegisters = kGroups == 2 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : 104;
 };
 
 template <class Tile>

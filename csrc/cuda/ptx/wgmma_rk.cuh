@@ -12,6 +12,7 @@ namespace fastinfer::cuda::ptx {
 #define FI_ACC32(i) FI_ACC16(i), FI_ACC16(i + 16)
 #define FI_ACC64(i) FI_ACC32(i), FI_ACC32(i + 32)
 #define FI_ACC128 FI_ACC64(0), FI_ACC64(64)
+#define FI_R0_7 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FI_R0_15 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FI_R16_31 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FI_R32_63 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -30,8 +31,14 @@ namespace fastinfer::cuda::ptx {
 template <class T, int kN>
 __device__ __forceinline__ void wgmma_rk(float (&d)[kN / 2], const uint32_t* a, uint64_t b, int keep) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  static_assert(kN == 32 || kN == 64 || kN == 128 || kN == 256, "no such width");
-  if constexpr (kN == 32) {
+  static_assert(kN == 16 || kN == 32 || kN == 64 || kN == 128 || kN == 256, "no such width");
+  if constexpr (kN == 16) {
+    if constexpr (kHalf)
+      FI_WGMMA_RK("16", "f16", FI_R0_7, FI_ACC8(0), "8", "9", "10", "11", "12", "13");
+    else
+      FI_WGMMA_RK("16", "bf16", FI_R0_7, FI_ACC8(0), "8", "9", "10", "11", "12", "13");
+  }
+  else if constexpr (kN == 32) {
     if constexpr (kHalf)
       FI_WGMMA_RK("32", "f16", FI_R0_15, FI_ACC16(0), "16", "17", "18", "19", "20", "21");
     else
@@ -62,6 +69,7 @@ __device__ __forceinline__ void wgmma_rk(float (&d)[kN / 2], const uint32_t* a, 
 #undef FI_ACC32
 #undef FI_ACC64
 #undef FI_ACC128
+#undef FI_R0_7
 #undef FI_R0_15
 #undef FI_R16_31
 #undef FI_R32_63
