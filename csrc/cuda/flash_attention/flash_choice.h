@@ -1,5 +1,5 @@
-// Which kernel serves a call: pure host code. Lengths and batch play no part, so that neither do
-// they in the bits of a result.
+// Which kernel serves a call: pure host code. Lengths and batch only choose between tiles that give
+// the same bits.
 #pragma once
 
 #include "flash_attention.h"
@@ -24,18 +24,22 @@ constexpr int portable_dim(int head_dim) {
 // Keys per tile of the sm_90a kernel: what fits shared memory twice, in steps of 16.
 constexpr int sm90_keys(int dim) { return dim <= 128 ? 128 : dim <= 192 ? 96 : 80; }
 
+// Tiles of 64 query rows of a call; of packed sequences, at most.
+inline int64_t tiles_of_64(const FlashAttentionParams& p) {
+  const int64_t tiles =
+      p.cu_q ? (p.tokens_q + 63 * int64_t{p.batch}) / 64 : (p.len_q + 63) / 64 * int64_t{p.batch};
+  return tiles * p.heads_q;
+}
 // Tiles of 64 rows, two CTAs per SM, instead of 128 rows: where all of them run at once and there
 // are few keys. The same bits.
-constexpr bool short_tiles(int64_t tiles_of_64, int64_t len_k, int64_t sms) {
-  return tiles_of_64 <= 2 * sms && len_k <= 512;
+constexpr bool short_tiles(int64_t tiles, int64_t len_k, int64_t sms) {
+  return tiles <= 2 * sms && len_k <= 512;
 }
 static_assert(short_tiles(256, 512, 132) && !short_tiles(512, 512, 132) &&
                   !short_tiles(256, 1024, 132),
               "1x512 with 32 heads");
 // The portable kernel at 64 columns: 64 rows per CTA in small grids. The same bits.
-constexpr bool portable_short_tiles(int64_t tiles_of_64, int64_t sms) {
-  return tiles_of_64 <= 8 * sms;
-}
+constexpr bool portable_short_tiles(int64_t tiles, int64_t sms) { return tiles <= 8 * sms; }
 
 // Rows of the TMA boxes that both tiles and pages consist of; 8 rows are the unit of the swizzle.
 constexpr int box_rows(int page_size, int keys) {

@@ -385,8 +385,7 @@ int launch_portable_rows(const FlashAttentionParams& p, void* stream) {
 template <class T, int kD, bool kAny>
 int launch_portable(const FlashAttentionParams& p, void* stream) {
   if constexpr (kD == 64 && !kAny) {
-    const int64_t tiles = p.cu_q ? p.tokens_q / 64 + p.batch : ceil_div(p.len_q, 64) * p.batch;
-    if (portable_short_tiles(tiles * p.heads_q, device_facts().sms))
+    if (portable_short_tiles(tiles_of_64(p), device_facts().sms))
       return launch_portable_rows<T, 64, 64, false>(p, stream);
   }
   return launch_portable_rows<T, kD, portable_rows(kD, kAny), kAny>(p, stream);

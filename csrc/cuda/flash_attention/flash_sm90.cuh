@@ -1,9 +1,8 @@
 // Hopper kernel (sm_90a): TMA, wgmma, warp-specialised and persistent.
 //
-// One CTA per SM (short sequences: two, of one consumer group): a producer warpgroup and kGroups
-// consumer warpgroups of 64 query rows each. Warp
-// 1 of the producer deals out tiles of work, warps 0 and 2 load Q and stream K and V tiles of kKeys
-// keys through two rings of kStages buffers; the consumers hold S, P and O in registers.
+// A CTA is a producer warpgroup and kGroups consumer warpgroups of 64 query rows each. Warp 1 of
+// the producer deals out tiles of work, warps 0 and 2 load Q and stream K and V tiles of kKeys keys
+// through two rings of kStages buffers; the consumers hold S, P and O in registers.
 //
 //   S_j = Q K_j^T          runs together with   O += P_{j-1} V_{j-1}
 //   softmax of S_j         runs under that product and, since the consumer groups take turns at
@@ -137,8 +136,7 @@ int launch_sm90_tiles(const FlashAttentionParams& call, void* stream) {
 template <class T, int kD, bool kModify>
 int launch_sm90(const FlashAttentionParams& p, void* stream) {
   if constexpr (kD <= 128 && !kModify) {
-    const int64_t tiles = p.cu_q ? p.tokens_q / 64 + p.batch : ceil_div(p.len_q, 64) * p.batch;
-    if (short_tiles(tiles * p.heads_q, p.len_k, device_facts().sms))
+    if (short_tiles(tiles_of_64(p), p.len_k, device_facts().sms))
       return launch_sm90_tiles<T, Sm90Tile<kD, true>, false>(p, stream);
   }
   return launch_sm90_tiles<T, Sm90Tile<kD>, kModify>(p, stream);

@@ -127,10 +127,11 @@ __device__ __forceinline__ void load_rows(const FlashAttentionParams& p, const C
                   policy);
 }
 
-// One thread, in short tiles, before the block has met: what everything waits for is under way some
-// 1000 clocks earlier, and in front of the first V. Only dense units need nothing from memory.
+// In short tiles one thread asks for the first rows and keys before the block has met: everything
+// waits for them. Dense units only, as they need nothing from memory.
 template <class Tile>
 constexpr bool kEarly = Tile::kCtasPerSm > 1;
+
 template <class Tile>
 __device__ __forceinline__ void load_early(const FlashAttentionParams& p, const CUtensorMap* q_map,
                                            const CUtensorMap* k_map, Sm90Barriers<Tile>& barriers,
