@@ -44,25 +44,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     slot.w = dense_work(p, blockIdx.x, Tile::kRows);
     slot.keys = visible(p, slot.w, slot.w.row, Tile::kRows);
     slot.valid = 1;
-    if constexpr (kEarly<Tile>) {
-      ptx::mbarrier_init(&barriers.q_full[0][0], 1);
-      ptx::mbarrier_init(&barriers.k_full[0], 1);
-      ptx::mbarrier_init_fence();
-      load_early(p, &q_map, &k_map, barriers, q_tile, k_tiles, slot);
-    }
   }
-  const bool early = kEarly<Tile> && !p.cu_q;  // these two barriers are in use already
   if (threadIdx.x == 0) {
     ptx::tma_prefetch(&q_map);
     ptx::tma_prefetch(&k_map);
     ptx::tma_prefetch(&v_map);
     for (int i = 0; i < Tile::kStagesQ; ++i)
       for (int g = 0; g < Tile::kGroups; ++g) {
-        if (!early) ptx::mbarrier_init(&barriers.q_full[i][g], 1);
+        ptx::mbarrier_init(&barriers.q_full[i][g], 1);
         ptx::mbarrier_init(&barriers.q_empty[i][g], Tile::kStagesQ == 1 ? 4 : 1);
       }
     for (int i = 0; i < kStages; ++i) {
-      if (!early || i > 0) ptx::mbarrier_init(&barriers.k_full[i], 1);
+      ptx::mbarrier_init(&barriers.k_full[i], 1);
       ptx::mbarrier_init(&barriers.k_empty[i], kConsumerWarps);
     }
     for (int i = 0; i < Tile::kStagesV; ++i) {

@@ -56,24 +56,18 @@ struct TileLoader {
     if (j * rows >= Tile::kKeys || key >= slot.keys.end || key + rows <= slot.keys.begin) return -1;
     return p.table[slot.w.batch * p.table_stride + key / p.page_size];
   }
-  // Dense and packed, by one thread.
-  __device__ __forceinline__ void load_whole(const CUtensorMap* map, uint32_t to, uint64_t* full,
-                                             const Slot& slot, int32_t tile,
-                                             int32_t kv_head) const {
-    ptx::mbarrier_arrive_expect(full, Tile::kTileBytes);
-#pragma unroll
-    for (int s = 0; s < Tile::kSlabs; ++s)
-      ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s,
-                    slot.w.start_k + tile * Tile::kKeys, kv_head, p.cu_q ? 0 : slot.w.batch,
-                    policy);
-  }
   __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint64_t* full,
                                        const Slot& slot, int32_t tile, int32_t kv_head,
                                        int32_t page) const {
     const int lane = threadIdx.x % 32;
     const int32_t key = tile * Tile::kKeys;
     if (!p.table) {
-      if (lane == 0) load_whole(map, to, full, slot, tile, kv_head);
+      if (lane != 0) return;
+      ptx::mbarrier_arrive_expect(full, Tile::kTileBytes);
+#pragma unroll
+      for (int s = 0; s < Tile::kSlabs; ++s)
+        ptx::tma_load(to + s * Tile::kKeys * 128, map, full, 64 * s, slot.w.start_k + key, kv_head,
+                      p.cu_q ? 0 : slot.w.batch, policy);
       return;
     }
     const int32_t rows = p.box_rows;
@@ -94,8 +88,8 @@ struct TileLoader {
 template <class Tile, int kStages, class F>
 __device__ __forceinline__ void stream_tiles(const TileLoader<Tile>& loader, const CUtensorMap* map,
                                              uint32_t tiles, uint64_t* full, uint64_t* empty,
-                                             Ring<kStages>& ring, const Slot& slot, F behind_first,
-                                             bool first_issued = false) {
+                                             Ring<kStages>& ring, const Slot& slot,
+                                             F behind_first) {
   const int32_t first = slot.keys.begin / Tile::kKeys;
   const int32_t last = (slot.keys.end - 1) / Tile::kKeys;
   const int32_t kv_head = slot.w.head / loader.p.group;
@@ -104,9 +98,8 @@ __device__ __forceinline__ void stream_tiles(const TileLoader<Tile>& loader, con
   for (int32_t tile = last; tile >= first; --tile) {
     const int32_t next = paged && tile > first ? loader.page_id(slot, tile - 1) : -1;
     ptx::mbarrier_wait(&empty[ring.index], ring.phase ^ 1);
-    if (tile < last || !first_issued)
-      loader.load(map, tiles + ring.index * Tile::kTileBytes, &full[ring.index], slot, tile,
-                  kv_head, page);
+    loader.load(map, tiles + ring.index * Tile::kTileBytes, &full[ring.index], slot, tile, kv_head,
+                page);
     ring.next();
     if (tile == last) behind_first();
     page = next;
@@ -114,38 +107,11 @@ __device__ __forceinline__ void stream_tiles(const TileLoader<Tile>& loader, con
   }
 }
 
-// The rows of a unit for consumer group g.
-template <class Tile>
-__device__ __forceinline__ void load_rows(const FlashAttentionParams& p, const CUtensorMap* q_map,
-                                          uint64_t* full, uint32_t q_tile, int g, const Slot& slot,
-                                          uint64_t policy) {
-  ptx::mbarrier_arrive_expect(full, Tile::kQBytes / Tile::kGroups);
-#pragma unroll
-  for (int s = 0; s < Tile::kSlabs; ++s)
-    ptx::tma_load(q_tile + (s * Tile::kRows + g * 64) * 128, q_map, full, 64 * s,
-                  slot.w.start_q + slot.w.row + 64 * g, slot.w.head, p.cu_q ? 0 : slot.w.batch,
-                  policy);
-}
+// The loading warps: one for Q and K, one for V, so that each has half of the boxes to issue. In
+// short tiles the very first V waits until the first Q and K have been asked for: they are what
+// everything waits for, and come in the order of the requests.
+constexpr uint32_t kOrderBarrier = 8;
 
-// In short tiles one thread asks for the first rows and keys before the block has met: everything
-// waits for them. Dense units only, as they need nothing from memory.
-template <class Tile>
-constexpr bool kEarly = Tile::kCtasPerSm > 1;
-
-template <class Tile>
-__device__ __forceinline__ void load_early(const FlashAttentionParams& p, const CUtensorMap* q_map,
-                                           const CUtensorMap* k_map, Sm90Barriers<Tile>& barriers,
-                                           uint32_t q_tile, uint32_t k_tiles, const Slot& slot) {
-  static_assert(!kEarly<Tile> || Tile::kGroups == 1, "one group's rows");
-  if (slot.keys.begin >= slot.keys.end) return;
-  grid_wait();
-  const TileLoader<Tile> loader{p, ptx::policy_evict_last()};
-  loader.load_whole(k_map, k_tiles, &barriers.k_full[0], slot, (slot.keys.end - 1) / Tile::kKeys,
-                    slot.w.head / p.group);
-  load_rows<Tile>(p, q_map, &barriers.q_full[0][0], q_tile, 0, slot, ptx::policy_evict_first());
-}
-
-// The loading warps: one for Q and K, one for V, so that each has half of the boxes to issue.
 template <class Tile>
 __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams& p,
                                                       const CUtensorMap* q_map,
@@ -157,17 +123,23 @@ __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams
   Ring<kSlots> work;
   Ring<Tile::kStages> ring;
   Ring<Tile::kStagesQ> q_ring;
-  bool issued = kEarly<Tile> && !p.cu_q;  // the first rows and keys
+  bool begun = Tile::kCtasPerSm == 1;
   while (true) {
     const Slot& slot = take_work(barriers, work);
     if (!slot.valid) return;
     // Each group's rows for themselves: a group may be done with the tile before.
     auto load_queries = [&] {
       for (int g = 0; g < Tile::kGroups; ++g) {
+        uint64_t* const full = &barriers.q_full[q_ring.index][g];
         ptx::mbarrier_wait(&barriers.q_empty[q_ring.index][g], q_ring.phase ^ 1);
-        if (threadIdx.x % 32 == 0 && !issued)
-          load_rows<Tile>(p, q_map, &barriers.q_full[q_ring.index][g],
-                          q_tile + q_ring.index * Tile::kQBytes, g, slot, q_policy);
+        if (threadIdx.x % 32 != 0) continue;
+        ptx::mbarrier_arrive_expect(full, Tile::kQBytes / Tile::kGroups);
+        const uint32_t to = q_tile + q_ring.index * Tile::kQBytes + g * 64 * 128;
+#pragma unroll
+        for (int s = 0; s < Tile::kSlabs; ++s)
+          ptx::tma_load(to + s * Tile::kRows * 128, q_map, full, 64 * s,
+                        slot.w.start_q + slot.w.row + 64 * g, slot.w.head,
+                        p.cu_q ? 0 : slot.w.batch, q_policy);
       }
       q_ring.next();
     };
@@ -175,14 +147,12 @@ __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams
       // With two buffers the rows come while the tile before is worked on. With one they have to
       // wait for the end of that; the first keys do not.
       if constexpr (Tile::kStagesQ > 1) load_queries();
-      stream_tiles(
-          loader, k_map, k_tiles, barriers.k_full, barriers.k_empty, ring, slot,
-          [&] {
-            if constexpr (Tile::kStagesQ == 1) load_queries();
-          },
-          issued);
+      stream_tiles(loader, k_map, k_tiles, barriers.k_full, barriers.k_empty, ring, slot, [&] {
+        if constexpr (Tile::kStagesQ == 1) load_queries();
+        if (!begun) ptx::named_arrive(kOrderBarrier, 64);
+        begun = true;
+      });
     }
-    issued = false;
     return_slot(barriers, work.index);
     work.next();
   }
@@ -194,10 +164,14 @@ __device__ __forceinline__ void load_values(const FlashAttentionParams& p, const
   const TileLoader<Tile> loader{p, ptx::policy_evict_last()};
   Ring<kSlots> work;
   Ring<Tile::kStagesV> ring;
+  bool begun = Tile::kCtasPerSm == 1;
   while (true) {
     const Slot& slot = take_work(barriers, work);
     if (!slot.valid) return;
-    if (slot.keys.begin < slot.keys.end)
+    const bool some = slot.keys.begin < slot.keys.end;
+    if (some && !begun) ptx::named_sync(kOrderBarrier, 64);
+    begun = begun || some;
+    if (some)
       stream_tiles(loader, v_map, v_tiles, barriers.v_full, barriers.v_empty, ring, slot, [] {});
     return_slot(barriers, work.index);
     work.next();
