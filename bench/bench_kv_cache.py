@@ -1,7 +1,9 @@
 """Cache writes, gathers, block copies and the GQA broadcast, against torch indexing.
 
-swap_blocks is timed with events around many calls, everything else as bench/common.py says. GB/s
-counts bytes read plus bytes written; for swap_blocks the bytes that cross the link.
+swap_blocks is timed with events around many calls, which are queued behind a kernel that spins, so
+that no time of the host is in it (a call takes 30 us, bench_host.py); everything else as
+bench/common.py says. GB/s counts bytes read plus bytes written; for swap_blocks the bytes that
+cross the link.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import fastinfer
 
 HKV, D, BLOCK = 8, 128, 16
 FP8 = torch.float8_e4m3fn
+SPIN_CYCLES = 8_000_000  # some 4 ms: longer than the host takes for 20 calls
 
 
 def main() -> None:
@@ -180,6 +183,8 @@ def swap(
         calls = 20 if pinned else 4
         for _ in range(8):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if pinned:
+                torch.cuda._sleep(SPIN_CYCLES)
             start.record()
             for i in range(calls):
                 call(i % 4)

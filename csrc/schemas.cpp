@@ -4,8 +4,10 @@
 // and returns nothing. Allocation, defaults and documentation live in
 // python/fastinfer/ops/<stem>.py. An argument of the form `Tensor(x!)?` may be absent. `workspace`
 // is scratch for CUDA kernels that need counters: zeroed once by its owner, left zeroed by every
-// launch; CPU kernels ignore it. Implementations: csrc/ops/<stem>.cpp, one function per operator,
-// registered for CPU and CUDA alike.
+// launch; CPU kernels ignore it. The operators that run between the GEMMs of every layer have no
+// keyword-only arguments: torch takes a microsecond to match the first keyword of a call.
+// Implementations: csrc/ops/<stem>.cpp, one function per operator, registered for CPU and CUDA
+// alike.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastinfer, m) {
@@ -51,16 +53,15 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
 
   // ---- kv_cache
   // -------------------------------------------------------------------------------------------------
-  m.def("repeat_kv(Tensor x, SymInt n_rep, *, int dim, Tensor(a!) out) -> ()");
+  m.def("repeat_kv(Tensor x, SymInt n_rep, int dim, Tensor(a!) out) -> ()");
   // key, value [T,Hkv,D]; caches [num_blocks,P,Hkv,D]; slot_mapping [T], -1 = skip
   m.def(
       "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor slot_mapping, *, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()");
+      "Tensor slot_mapping, Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()");
   // key_out, value_out [num_tokens,Hkv,D]; cu_seqlens [B+1]; seq_starts [B] = first cached position
   // to read
   m.def(
       "gather_cache(Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor cu_seqlens, "
-      "*, "
       "Tensor? seq_starts, Tensor? k_scale, Tensor? v_scale, Tensor(a!) key_out, "
       "Tensor(b!) value_out) -> ()");
   // block_mapping [n,2] of (source, destination) block ids, on the caches' device
@@ -105,16 +106,16 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
       "Tensor? perm, Tensor(a!) out) -> ()");
   // x [M,K] -> q int8 [M,K], scale fp32 [M], zeros int32 [M]; static_scale fp32 [1]
   m.def(
-      "quantize_per_token(Tensor x, *, Tensor? static_scale, Tensor(a!) q, Tensor(b!) scale, "
+      "quantize_per_token(Tensor x, Tensor? static_scale, Tensor(a!) q, Tensor(b!) scale, "
       "Tensor(c!)? zeros) -> ()");
 
   // ---- norm
   // -----------------------------------------------------------------------------------------------------
   // x [...,D] with any outer strides; weight [D]
-  m.def("rms_norm(Tensor x, Tensor weight, float eps, *, Tensor(a!) out) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
   m.def("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
   m.def(
-      "rms_norm_quant(Tensor x, Tensor weight, float eps, *, Tensor(a!)? residual, Tensor(b!) q, "
+      "rms_norm_quant(Tensor x, Tensor weight, float eps, Tensor(a!)? residual, Tensor(b!) q, "
       "Tensor(c!) scale, Tensor(d!)? zeros) -> ()");
 
   // ---- rotary
@@ -122,23 +123,23 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
   // q [T,Hq,D] or [B,S,Hq,D]; k likewise; cos, sin [max_pos,rotary_dim/2]; positions [T] or [B,S]
   // (absent: 0..S-1)
   m.def(
-      "apply_rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, *, "
+      "apply_rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, "
       "bool interleaved, Tensor(a!) q_out, Tensor(b!)? k_out) -> ()");
   m.def(
       "apply_rotary_inplace(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? "
       "positions, "
-      "*, bool interleaved) -> ()");
+      "bool interleaved) -> ()");
   m.def(
       "apply_rotary_and_cache(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor cos, Tensor sin, "
-      "Tensor positions, Tensor(c!) key_cache, Tensor(d!) value_cache, Tensor slot_mapping, *, "
+      "Tensor positions, Tensor(c!) key_cache, Tensor(d!) value_cache, Tensor slot_mapping, "
       "bool interleaved, Tensor(e!)? k_scale, Tensor(f!)? v_scale) -> ()");
 
   // ---- activation
   // -----------------------------------------------------------------------------------------------
   // x [...,2I] = [gate, up] -> out [...,I]
-  m.def("silu_and_mul(Tensor x, *, Tensor(a!) out) -> ()");
-  m.def("gelu_and_mul(Tensor x, *, bool tanh_approximation, Tensor(a!) out) -> ()");
-  m.def("silu_and_mul_quant(Tensor x, *, Tensor(a!) q, Tensor(b!) scale, Tensor(c!)? zeros) -> ()");
+  m.def("silu_and_mul(Tensor x, Tensor(a!) out) -> ()");
+  m.def("gelu_and_mul(Tensor x, bool tanh_approximation, Tensor(a!) out) -> ()");
+  m.def("silu_and_mul_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!)? zeros) -> ()");
 
   // ---- sampling
   // -------------------------------------------------------------------------------------------------

@@ -77,6 +77,22 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu
     return torch.full(shape, -77 if dtype.is_signed else 77, dtype=dtype, device=device)
 
 
+def special_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [at least 8 rows, D] with rows of zeros, inf, NaN, one element, tiny and huge numbers from
+    row 1 on.
+    """
+    huge = 6e4 if x.dtype == torch.float16 else 1e30
+    x[1], x[4] = 0, 0
+    x[2, 3], x[3, -1], x[4, 5] = -torch.inf, torch.nan, 3
+    x[5], x[6] = x[5] * 1e-30, x[6].sign() * huge
+    return x
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal, NaN included."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def assert_close_to_reference(
     out: torch.Tensor, reference: torch.Tensor, baseline: torch.Tensor, *, factor: float = 2.0
 ) -> None:

@@ -60,13 +60,16 @@ void gated(const char* op, const Tensor& x, Activation activation, const Tensor&
       [&](int64_t begin, int64_t end) { FI_PICK(gated_activation)(p, begin, end); });
 }
 
-void silu_and_mul(Tensor x, Tensor out) { gated("silu_and_mul", x, Activation::silu, out); }
+void silu_and_mul(const Tensor& x, const Tensor& out) {
+  gated("silu_and_mul", x, Activation::silu, out);
+}
 
-void gelu_and_mul(Tensor x, bool tanh_approximation, Tensor out) {
+void gelu_and_mul(const Tensor& x, bool tanh_approximation, const Tensor& out) {
   gated("gelu_and_mul", x, tanh_approximation ? Activation::gelu_tanh : Activation::gelu_erf, out);
 }
 
-void silu_and_mul_quant(Tensor x, Tensor q, Tensor scale, OptTensor zeros) {
+void silu_and_mul_quant(const Tensor& x, const Tensor& q, const Tensor& scale,
+                        const OptTensor& zeros) {
   const char* op = "silu_and_mul_quant";
   GatedQuantParams p{};
   p.gated.inner = check_x(op, x);

@@ -3,31 +3,60 @@
 
 namespace fastinfer {
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Float8_e4m3fn:
-      return DType::f8e4m3;
-    case ScalarType::Char:
-      return DType::i8;
-    case ScalarType::Byte:
-      return DType::u8;
-    case ScalarType::Int:
-      return DType::i32;
-    case ScalarType::Long:
-      return DType::i64;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::Bool:
-      return DType::boolean;
-    default:
-      return DType::other;
+namespace {
+
+// torch's number of a dtype -> ours. Tensor::scalar_type() asks for the number of every dtype in
+// turn, at each call; operators look at some thirty dtypes.
+class DTypes {
+ public:
+  DTypes() {
+    for (DType& t : of_) t = DType::other;
+    const std::pair<int32_t, DType> known[] = {{aoti_torch_dtype_float32(), DType::f32},
+                                               {aoti_torch_dtype_float16(), DType::f16},
+                                               {aoti_torch_dtype_bfloat16(), DType::bf16},
+                                               {aoti_torch_dtype_float8_e4m3fn(), DType::f8e4m3},
+                                               {aoti_torch_dtype_int8(), DType::i8},
+                                               {aoti_torch_dtype_uint8(), DType::u8},
+                                               {aoti_torch_dtype_int32(), DType::i32},
+                                               {aoti_torch_dtype_int64(), DType::i64},
+                                               {aoti_torch_dtype_float64(), DType::f64},
+                                               {aoti_torch_dtype_bool(), DType::boolean}};
+    for (const auto& [number, type] : known)
+      if (number >= 0 && number < kMost) of_[number] = type;
   }
+  DType operator[](int32_t number) const {
+    return number >= 0 && number < kMost ? of_[number] : DType::other;
+  }
+
+ private:
+  static constexpr int32_t kMost = 128;
+  DType of_[kMost];
+};
+
+int32_t dtype_number(const Tensor& t) {
+  int32_t number = -1;
+  aoti_torch_get_dtype(t.get(), &number);
+  return number;
+}
+
+struct Place {
+  int32_t type = -1, index = -1;
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+
+Place place_of(const Tensor& t) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  Place place;
+  aoti_torch_get_device_type(t.get(), &place.type);
+  if (place.type != cpu) aoti_torch_get_device_index(t.get(), &place.index);
+  return place;
+}
+
+}  // namespace
+
+DType dtype_of(const Tensor& t) {
+  static const DTypes types;
+  return types[dtype_number(t)];
 }
 
 namespace {
@@ -125,16 +154,18 @@ void check_given(const char* op, const char* arg, const Tensor& t) {
 }
 
 void check_last_dim(const char* op, const char* arg, const Tensor& t) {
-  const int64_t d = t.dim();
-  FI_CHECK(d > 0 && (t.size(d - 1) <= 1 || t.stride(d - 1) == 1 || t.numel() == 0), op, ": ", arg,
+  const auto sizes = t.sizes(), strides = t.strides();
+  const size_t d = sizes.size();
+  FI_CHECK(d > 0 && (sizes[d - 1] <= 1 || strides[d - 1] == 1 || t.numel() == 0), op, ": ", arg,
            " must be contiguous in its last dimension, got ", shape_of(t), " with strides ",
            list(t.strides(), "*"), "; call .contiguous() on it first");
 }
 
 void check_written(const char* op, const char* arg, const Tensor& t) {
   check_last_dim(op, arg, t);
-  for (int64_t d = 0; d < t.dim(); ++d)
-    FI_CHECK(t.size(d) <= 1 || t.stride(d) != 0, op, ": ", arg,
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    FI_CHECK(sizes[d] <= 1 || strides[d] != 0, op, ": ", arg,
              " is written and must not repeat memory, got ", shape_of(t), " with strides ",
              list(t.strides(), "*"), "; call .contiguous() on it first");
 }
@@ -209,18 +240,19 @@ void check_same_dtype(const char* op, const char* arg, const Tensor& t, const ch
                       const Tensor& like) {
   check_given(op, arg, t);
   check_given(op, like_arg, like);
-  FI_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", arg, " must have the dtype of ",
+  FI_CHECK(dtype_number(t) == dtype_number(like), op, ": ", arg, " must have the dtype of ",
            like_arg, " (", dtype_name(like.scalar_type()), "), got ", describe(t),
            "; convert one of them with .to(dtype)");
 }
 
 void check_shape(const char* op, const char* arg, const Tensor& t,
                  std::initializer_list<int64_t> want) {
-  bool ok = t.dim() == static_cast<int64_t>(want.size());
-  int64_t i = 0;
+  const auto sizes = t.sizes();
+  bool ok = sizes.size() == want.size();
+  size_t i = 0;
   if (ok)
     for (int64_t w : want) {
-      ok = ok && (w < 0 || t.size(i) == w);
+      ok = ok && (w < 0 || sizes[i] == w);
       ++i;
     }
   FI_CHECK(ok, op, ": ", arg, " must have shape ", list(want, "*"), ", got ", describe(t));
@@ -229,13 +261,13 @@ void check_shape(const char* op, const char* arg, const Tensor& t,
 void check_device(const char* op, const Tensor& first,
                   std::initializer_list<std::pair<const char*, const Tensor*>> rest) {
   check_given(op, "its first tensor", first);
+  const Place place = place_of(first);
   for (const auto& [arg, t] : rest) {
     if (!t) continue;
     check_given(op, arg, *t);
-    const bool same = t->is_cpu() == first.is_cpu() && t->is_cuda() == first.is_cuda() &&
-                      (first.is_cpu() || t->get_device_index() == first.get_device_index());
-    FI_CHECK(same, op, ": ", arg, " must be on the same device as the first tensor (",
-             device_of(first), "), got ", describe(*t), "; move it with .to(device)");
+    FI_CHECK(place_of(*t) == place, op, ": ", arg,
+             " must be on the same device as the first tensor (", device_of(first), "), got ",
+             describe(*t), "; move it with .to(device)");
   }
 }
 

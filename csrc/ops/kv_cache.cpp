@@ -43,15 +43,17 @@ void check_tokens(const char* op, const char* arg, const Tensor& t, int64_t toke
   check_last_dim(op, arg, t);
 }
 
-void reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
-                       Tensor slot_mapping, OptTensor k_scale, OptTensor v_scale) {
+void reshape_and_cache(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+                       const Tensor& value_cache, const Tensor& slot_mapping,
+                       const OptTensor& k_scale, const OptTensor& v_scale) {
   const char* op = "reshape_and_cache";
   const CacheWriteParams p = cache_write_params(op, "key", "value", key, value, key_cache,
                                                 value_cache, slot_mapping, k_scale, v_scale);
   if (key.numel() == 0) return;
   const int64_t tokens = key.size(0), num_slots = key_cache.size(0) * key_cache.size(1);
   if (!key.is_cpu()) {
-    check_slots_on_device(op, p, tokens, num_slots, slot_mapping, k_scale, v_scale);
+    if (validate_data())
+      check_slots_on_device(op, p, tokens, num_slots, slot_mapping, k_scale, v_scale);
     FI_CUDA(op, key, cuda::launch_write_cache(p, tokens, stream));
     return;
   }
@@ -91,9 +93,9 @@ void check_gather_indices(const char* op, const CacheGatherParams& p, int64_t nu
   }
 }
 
-void gather_cache(Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor cu_seqlens,
-                  OptTensor seq_starts, OptTensor k_scale, OptTensor v_scale, Tensor key_out,
-                  Tensor value_out) {
+void gather_cache(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
+                  const Tensor& cu_seqlens, const OptTensor& seq_starts, const OptTensor& k_scale,
+                  const OptTensor& v_scale, const Tensor& key_out, const Tensor& value_out) {
   const char* op = "gather_cache";
   check_caches(op, key_cache, value_cache);
   check_device(op, key_cache,
@@ -257,7 +259,6 @@ void check_slots_on_device([[maybe_unused]] const char* op,
                            [[maybe_unused]] const OptTensor& k_scale,
                            [[maybe_unused]] const OptTensor& v_scale) {
 #ifdef FASTINFER_WITH_CUDA
-  if (!validate_data()) return;
   const CudaLaunch device(slot_mapping);
   const HostCopy slots(op, "slot_mapping", slot_mapping, device.stream());
   CacheWriteParams host = p;

@@ -31,7 +31,7 @@ cpu::CacheWriteParams cache_write_params(const char* op, const char* key_name,
 // comes twice and that static scales are positive.
 void check_slots(const char* op, const cpu::CacheWriteParams& p, int64_t tokens, int64_t num_slots);
 
-// The same for CUDA tensors, with FASTINFER_VALIDATE=1 only: the values are copied to the host.
+// The same for CUDA tensors, for FASTINFER_VALIDATE=1 only: the values are copied to the host.
 void check_slots_on_device(const char* op, const cpu::CacheWriteParams& p, int64_t tokens,
                            int64_t num_slots, const Tensor& slot_mapping, const OptTensor& k_scale,
                            const OptTensor& v_scale);

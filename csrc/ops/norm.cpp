@@ -65,16 +65,16 @@ void run(const char* op, const RmsNormParams& p, const Tensor& x) {
       [&](int64_t begin, int64_t end) { FI_PICK(rms_norm)(p, begin, end); });
 }
 
-void rms_norm(Tensor x, Tensor weight, double eps, Tensor out) {
+void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
   run("rms_norm", params("rms_norm", x, weight, eps, nullptr, &out), x);
 }
 
-void fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
+void fused_add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
   run("fused_add_rms_norm", params("fused_add_rms_norm", x, weight, eps, &residual, &x), x);
 }
 
-void rms_norm_quant(Tensor x, Tensor weight, double eps, OptTensor residual, Tensor q, Tensor scale,
-                    OptTensor zeros) {
+void rms_norm_quant(const Tensor& x, const Tensor& weight, double eps, const OptTensor& residual,
+                    const Tensor& q, const Tensor& scale, const OptTensor& zeros) {
   const char* op = "rms_norm_quant";
   RmsNormQuantParams p{params(op, x, weight, eps, ptr(residual), nullptr), nullptr, nullptr,
                        nullptr};

@@ -15,9 +15,13 @@
 namespace fastinfer::paged_attention {
 
 // Teams of 1, 2 or 4 warps. Invariant: always 1, because the team decides which keys a warp adds
-// up.
-RowBlocks choose_row_blocks(int64_t rows, bool batch_invariant) {
-  const int64_t tiles = batch_invariant || rows <= 16 ? 1 : rows <= 32 ? 2 : 4;
+// up. Few sequences and heads: 1 as well, their keys are read twice but by twice as many CTAs. More
+// of them where no plain kernel has teams of 2 (`plain_pairs`).
+RowBlocks choose_row_blocks(int64_t rows, int64_t pairs, bool plain_pairs, bool batch_invariant) {
+  const bool few = pairs <= 8 || (!plain_pairs && pairs <= 128 && rows <= 32);
+  const int64_t tiles = batch_invariant || rows <= 16 || (few && rows <= 64) ? 1
+                        : rows <= 32                                         ? 2
+                                                                             : 4;
   return {tiles, (rows + 16 * tiles - 1) / (16 * tiles)};
 }
 
@@ -88,8 +92,19 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
   p.page_shift = -1;
   for (int shift = 0; shift < 31; ++shift)
     if (p.page_size == 1 << shift) p.page_shift = shift;
+  p.columns = t.block_table ? narrow(t.block_table->size(1)) : 0;
+  p.entries = INT32_MAX;
+  if (t.block_table && aligned(p.table, 16) && (p.table_stride == p.columns || p.batch == 1))
+    p.entries = narrow(int64_t{p.batch} * p.columns);
+  constexpr int64_t kPrefetched = 1 << 20;
+  if (t.q.is_contiguous() && t.q.numel() * 2 <= kPrefetched)
+    p.q_bytes = static_cast<int32_t>(t.q.numel() * 2);
+  p.query_packs = aligned(s.q, 16) && p.q_batch % 8 == 0 && s.q_token % 8 == 0 && s.q_head % 8 == 0;
+  p.query_early = !cuda::programmatic_launch();
   p.rows = narrow(s.group * t.q.size(1));
-  const RowBlocks blocks = choose_row_blocks(p.rows, invariant);
+  const bool plain_pairs = p.q_len == 1 && !is_8bit(s.kv_dtype) && s.head_dim <= 128;
+  const RowBlocks blocks =
+      choose_row_blocks(p.rows, t.q.size(0) * s.heads_kv, plain_pairs, invariant);
   p.row_tiles = narrow(blocks.row_tiles), p.row_blocks = narrow(blocks.blocks);
   p.row_shift = p.row_tiles / 2;
   const auto window = [](int64_t w) { return w < int64_t{1} << 30 ? static_cast<int32_t>(w) : -1; };
@@ -158,13 +173,11 @@ void place_workspace(const char* op, DecodeParams& p, int64_t slots, const Tenso
   const int64_t items = int64_t{p.batch} * p.heads_kv * p.row_blocks;
   const int64_t rows = std::min<int64_t>(p.rows, 16 * p.row_tiles);
   const int64_t pieces = p.invariant ? items * p.max_pieces : 2 * slots;
-  const int64_t num_counters =
-      p.invariant ? items * (1 + (p.max_pieces + cuda::kMergeFan - 1) / cuda::kMergeFan)
-                  : 3 * slots;
+  const int64_t num_counters = p.invariant ? items : slots;
   FI_CHECK(pieces <= INT32_MAX && num_counters <= INT32_MAX, op,
            ": batch, heads and cache capacity are too large for batch_invariant, got ", items,
            " items of up to ", p.max_pieces, " pieces; split the batch");
-  const int64_t floats = pieces * rows * (p.dim + 2);
+  const int64_t floats = pieces * rows * (p.dim + 2) + num_counters;
   char* counter_data = nullptr;
   float* partial_data = nullptr;
   const bool given = t.workspace && num_counters * 4 <= kCounterBytes;
@@ -188,6 +201,7 @@ void place_workspace(const char* op, DecodeParams& p, int64_t slots, const Tenso
   p.counters = reinterpret_cast<int32_t*>(counter_data);
   p.partial = partial_data;
   p.partial_ml = partial_data + pieces * rows * p.dim;
+  p.claims = reinterpret_cast<int32_t*>(p.partial_ml + pieces * rows * 2);
 }
 
 int launch_attention(const DecodeParams& p, int slots, void* stream) {
@@ -225,6 +239,7 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
     p.q = own_q->const_data_ptr();
     p.q_head = s.head_dim, p.q_token = s.head_dim * s.heads_q;
     p.q_batch = p.q_token * t.q.size(1);
+    p.query_packs = true;
   }
   if (p.append > 0 || own_q)
     check_launch(

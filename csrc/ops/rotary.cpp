@@ -118,7 +118,7 @@ void check_positions_on_device([[maybe_unused]] const char* op,
                                [[maybe_unused]] const Tensor* positions,
                                [[maybe_unused]] int64_t batch, [[maybe_unused]] int64_t max_pos) {
 #ifdef FASTINFER_WITH_CUDA
-  if (!positions || !validate_data()) return;
+  if (!positions) return;
   const CudaLaunch device(*positions);
   const HostCopy host(op, "positions", *positions, device.stream());
   RotaryParams copied = p;
@@ -134,7 +134,7 @@ void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k
   if (q.numel() == 0 && (!k || k->numel() == 0)) return;
   const int64_t batch = q.dim() == 4 ? q.size(0) : 1;
   if (!q.is_cpu()) {
-    check_positions_on_device(op, p, positions, batch, cos.size(0));
+    if (validate_data()) check_positions_on_device(op, p, positions, batch, cos.size(0));
     FI_CUDA(op, q, cuda::rotary(p, nullptr, batch * p.seq, stream));
     return;
   }
@@ -143,24 +143,26 @@ void run(const char* op, const RotaryParams& p, const Tensor& q, const Tensor* k
                               [&](int64_t begin, int64_t end) { FI_PICK(rotary)(p, begin, end); });
 }
 
-void apply_rotary(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
-                  bool interleaved, Tensor q_out, OptTensor k_out) {
+void apply_rotary(const Tensor& q, const OptTensor& k, const Tensor& cos, const Tensor& sin,
+                  const OptTensor& positions, bool interleaved, const Tensor& q_out,
+                  const OptTensor& k_out) {
   const char* op = "apply_rotary";
   const RotaryParams p =  // checks cos before its size is asked for
       params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q_out, ptr(k_out));
   run(op, p, q, ptr(k), cos, ptr(positions));
 }
 
-void apply_rotary_inplace(Tensor q, OptTensor k, Tensor cos, Tensor sin, OptTensor positions,
-                          bool interleaved) {
+void apply_rotary_inplace(const Tensor& q, const OptTensor& k, const Tensor& cos, const Tensor& sin,
+                          const OptTensor& positions, bool interleaved) {
   const char* op = "apply_rotary";
   const RotaryParams p = params(op, q, ptr(k), cos, sin, ptr(positions), interleaved, q, ptr(k));
   run(op, p, q, ptr(k), cos, ptr(positions));
 }
 
-void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions,
-                            Tensor key_cache, Tensor value_cache, Tensor slot_mapping,
-                            bool interleaved, OptTensor k_scale, OptTensor v_scale) {
+void apply_rotary_and_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+                            const Tensor& sin, const Tensor& positions, const Tensor& key_cache,
+                            const Tensor& value_cache, const Tensor& slot_mapping, bool interleaved,
+                            const OptTensor& k_scale, const OptTensor& v_scale) {
   const char* op = "apply_rotary_and_cache";
   check_dim(op, "q", q, 3);
   const RotaryParams rotary = params(op, q, &k, cos, sin, &positions, interleaved, q, &k);
@@ -169,8 +171,10 @@ void apply_rotary_and_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin
   if (q.numel() == 0 && k.numel() == 0) return;
   const int64_t num_slots = key_cache.size(0) * key_cache.size(1);
   if (!q.is_cpu()) {
-    check_positions_on_device(op, rotary, &positions, 1, cos.size(0));
-    check_slots_on_device(op, write, rotary.seq, num_slots, slot_mapping, k_scale, v_scale);
+    if (validate_data()) {
+      check_positions_on_device(op, rotary, &positions, 1, cos.size(0));
+      check_slots_on_device(op, write, rotary.seq, num_slots, slot_mapping, k_scale, v_scale);
+    }
     FI_CUDA(op, q, cuda::rotary(rotary, &write, rotary.seq, stream));
     return;
   }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_ops.so")
 LOAD_ERROR: str | None = None
@@ -137,7 +138,7 @@ def check(condition: bool, message: str | Callable[[], str]) -> None:
 def require_tensors(name: str, **tensors: Any) -> None:
     """Raise TypeError for a required argument that is not a tensor."""
     for arg, t in tensors.items():
-        if not isinstance(t, torch.Tensor):
+        if not isinstance(t, Tensor):
             raise TypeError(f"{name}: {arg} must be a tensor, got {type(t).__name__}")
 
 

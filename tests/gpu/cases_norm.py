@@ -46,19 +46,22 @@ def _fused(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[str, int], M
     return make
 
 
-def _quant(shape: tuple[int, ...], dtype: torch.dtype, zeros: bool) -> Callable[[str, int], Made]:
+def _quant(
+    shape: tuple[int, ...], dtype: torch.dtype, zeros: bool, residual: bool = True
+) -> Callable[[str, int], Made]:
     def make(device: str, seed: int) -> Made:
-        x, residual, w = _inputs(device, seed, shape, dtype)
-        r = torch.full_like(x, float("nan"))
+        x, before, w = _inputs(device, seed, shape, dtype)
+        r = torch.full_like(x, float("nan")) if residual else None
         q = torch.full(shape, 77, dtype=torch.int8, device=device)
         scale = torch.full(shape[:-1], float("nan"), device=device)
         z = torch.full(shape[:-1], -7, dtype=torch.int32, device=device) if zeros else None
 
         def run() -> None:
-            r.copy_(residual)
+            if r is not None:
+                r.copy_(before)
             _ops.rms_norm_quant(x, w, 1e-6, residual=r, q=q, scale=scale, zeros=z)
 
-        return run, [q, scale, r] + ([] if z is None else [z])
+        return run, [t for t in (q, scale, r, z) if t is not None]
 
     return make
 
@@ -72,3 +75,9 @@ for _dtype in (torch.bfloat16, torch.float16, torch.float32):
             Case(f"fused_add_rms_norm-{_tail}", _fused(_shape, _dtype)),
             Case(f"rms_norm_quant-{_tail}", _quant(_shape, _dtype, bool(_i % 2))),
         ]
+    # A row per block, symmetric codes.
+    for _shape in ((2, 4096), (1, 8192), (3, 264)):
+        for _residual in (False, True):
+            _tail = f"{str(_dtype)[6:]}-{'x'.join(map(str, _shape))}"
+            _name = f"rms_norm_quant-few-{_tail}{'-residual' if _residual else ''}"
+            CASES.append(Case(_name, _quant(_shape, _dtype, False, _residual)))

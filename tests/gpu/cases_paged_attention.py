@@ -141,6 +141,7 @@ def merge(device: str, seed: int) -> Made:
 
 F16 = torch.float16
 LENGTHS = [0, 1, 70, 333, 64]
+PAIRS = [2000, 70, 0, 64, 1, 333, 17, 900, 5]
 
 CASES = [
     *(
@@ -156,6 +157,15 @@ CASES = [
     Case("decode_split", decode([3000, 5], heads=(4, 1), plan=True)),
     Case("decode_split_no_workspace", decode([1500], heads=(8, 2), workspace=False)),
     Case("decode_mqa_32_rows", decode([900, 17], heads=(32, 1), block=1)),
+    # Pieces that several CTAs merge: dealt to threads, in the order of the keys, rows of 16 lanes.
+    Case("decode_shared_merge", decode([5000], heads=(32, 1))),
+    Case("decode_shared_merge_invariant", decode([20000], heads=(32, 1), batch_invariant=True)),
+    Case("decode_shared_merge_d64", decode([5000, 70], dtype=F16, heads=(16, 1), dim=64)),
+    Case("decode_shared_merge_e4m3", decode([5000], cache=E4M3, heads=(16, 1))),
+    *(  # pairs of warps for 32 rows
+        Case(f"decode_pairs_d{dim}", decode(PAIRS, dtype=dtype, heads=(32, 1), dim=dim))
+        for dtype, dim in ((torch.bfloat16, 128), (F16, 64), (F16, 256))
+    ),
     Case("decode_64_rows", decode([700, 0], heads=(16, 1), q_len=4, causal=True)),
     Case("decode_many_rows", decode([300, 40], heads=(12, 2), q_len=21, causal=True, block=None)),
     Case("decode_d72_window", decode([500, 90], dim=72, window_size=(100, 0), sinks=True)),

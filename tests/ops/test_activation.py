@@ -19,12 +19,14 @@ from helpers import (
     FLOATS,
     assert_close_to_reference,
     assert_codes_match,
+    assert_same,
     compiles,
     devices,
     opcheck,
     poisoned,
     randn,
     refuses,
+    special_rows,
     threads,
 )
 
@@ -163,15 +165,19 @@ def test_a_row_does_not_depend_on_the_path_nor_on_its_mates(device: str) -> None
 def test_many_rows_have_the_bits_of_one(device: str) -> None:
     """Enough of them for the layouts that a launch takes for many rows."""
     for inner in (48, 4096, 14336) if device == "cuda" else (48,):
-        x = randn(600, 2 * inner, seed=inner, dtype=torch.bfloat16, device=device)
+        x = special_rows(randn(600, 2 * inner, seed=inner, dtype=torch.bfloat16, device=device))
         outputs = [run(kind, x) for kind in KINDS]
-        codes = silu_and_mul_quant(x, symmetric=False)
-        for r in (0, 5, 599):
+        codes = [silu_and_mul_quant(x, symmetric=s) for s in (False, True)]
+        for r in (*range(8), 599):
             row = x[r : r + 1]
             for kind, want in zip(KINDS, outputs, strict=True):
-                assert torch.equal(run(kind, row), want[r : r + 1])
-            for a, b in zip(silu_and_mul_quant(row, symmetric=False), codes, strict=True):
-                assert a is not None and b is not None and torch.equal(a, b[r : r + 1])
+                assert_same(run(kind, row), want[r : r + 1])
+            for symmetric in (False, True):
+                alone = silu_and_mul_quant(row, symmetric=symmetric)
+                for a, b in zip(alone, codes[symmetric], strict=True):
+                    assert (a is None) == (b is None)
+                    if a is not None and b is not None:
+                        assert_same(a, b[r : r + 1])
 
 
 @pytest.mark.parametrize("device", devices("silu_and_mul")[1:])

@@ -19,12 +19,14 @@ from helpers import (
     FLOATS,
     assert_close_to_reference,
     assert_codes_match,
+    assert_same,
     compiles,
     devices,
     opcheck,
     poisoned,
     randn,
     refuses,
+    special_rows,
     threads,
 )
 
@@ -190,17 +192,29 @@ def test_a_row_does_not_depend_on_the_path_nor_on_its_mates(device: str) -> None
 @NORM
 def test_many_rows_have_the_bits_of_one(device: str) -> None:
     """Enough of them for the layouts that a launch takes for many rows."""
-    for dim in (128, 2048, 4096, 5120) if device == "cuda" else (256,):
-        for dtype in (torch.bfloat16, torch.float32):
-            x = randn(700, dim, seed=dim, dtype=dtype, device=device)
+    for dim in (128, 2048, 4096, 5120, 8192) if device == "cuda" else (256,):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            x = special_rows(randn(700, dim, seed=dim, dtype=dtype, device=device))
             w = randn(dim, seed=3, dtype=dtype, device=device)
-            want, codes = rms_norm(x, w), rms_norm_quant(x, w, residual=x.clone(), symmetric=False)
-            for r in (0, 5, 699):
-                row = x[r : r + 1]
-                assert torch.equal(rms_norm(row, w), want[r : r + 1])
-                alone = rms_norm_quant(row, w, residual=row.clone(), symmetric=False)
-                for a, b in zip(alone, codes, strict=True):
-                    assert a is not None and b is not None and torch.equal(a, b[r : r + 1])
+            want, total = rms_norm(x, w), x.clone()
+            fused = fused_add_rms_norm(x.clone(), total, w)[0]
+            for r in (*range(8), 699):
+                row, both = x[r : r + 1], x[r : r + 1].clone()
+                assert_same(rms_norm(row, w), want[r : r + 1])
+                assert_same(fused_add_rms_norm(row.clone(), both, w)[0], fused[r : r + 1])
+                assert_same(both, total[r : r + 1])
+            for symmetric in (False, True):
+                for residual in (None, x):
+                    kw = {"symmetric": symmetric}
+                    held = None if residual is None else residual.clone()
+                    codes = rms_norm_quant(x, w, residual=held, **kw)
+                    for r in (*range(8), 699):
+                        held = None if residual is None else residual[r : r + 1].clone()
+                        alone = rms_norm_quant(x[r : r + 1], w, residual=held, **kw)
+                        for a, b in zip(alone, codes, strict=True):
+                            assert (a is None) == (b is None)
+                            if a is not None and b is not None:
+                                assert_same(a, b[r : r + 1])
 
 
 @pytest.mark.parametrize("device", devices("rms_norm")[1:])

@@ -95,63 +95,60 @@ __global__ void __maxnreg__(40) gated_quant_kernel(const __grid_constant__ Gated
 
 constexpr int kMaxCtas = 8;
 
-struct GatedHeldLaunch {
+struct GatedFewLaunch {
   const void* x;
   int8_t* q;
   float* scale;
-  int32_t* zeros;
-  int64_t stride[2];    // of x
-  uint32_t inner_rows;  // 0: one row dimension, of stride [1]
+  int64_t stride;  // of x
   int32_t inner, ctas;
 };
 
-template <class E>
+// Symmetric codes, in as little code as that takes (see QuickCodes).
+template <class E, bool kCluster>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    gated_held_kernel(const __grid_constant__ GatedHeldLaunch a) {
-  constexpr int kSize = Pack<E>::kSize;
+    gated_few_kernel(const __grid_constant__ GatedFewLaunch a) {
+  static_assert(Pack<E>::kSize == 8, "16-bit elements");
   __shared__ uint64_t scratch[32];
-  const uint32_t rank = cluster_rank(), r = blockIdx.x / a.ctas;
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, all_warps = warps * a.ctas;
-  const int at = rank * blockDim.x + threadIdx.x, packs = a.inner / kSize;
-  const bool symmetric = !a.zeros;
-  uint32_t outer = 0, inner = r;
-  if (a.inner_rows) outer = r / a.inner_rows, inner = r % a.inner_rows;
+  uint32_t rank = 0, r = blockIdx.x;
+  if (kCluster) rank = cluster_rank(), r = blockIdx.x / a.ctas;
+  const uint32_t lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const uint32_t at = rank * blockDim.x + threadIdx.x, packs = a.inner / 8;
+  const bool holds = at < packs;
   grid_launch_dependents();
   grid_wait();
-  const uint4* gate = reinterpret_cast<const uint4*>(static_cast<const E*>(a.x) +
-                                                     outer * a.stride[0] + inner * a.stride[1]);
-  const uint4* up = gate + packs;
+  const uint4* gate =
+      reinterpret_cast<const uint4*>(static_cast<const E*>(a.x) + r * a.stride) + at;
   uint4 g{}, u{};
-  if (at < packs) g = gate[at], u = up[at];
-  float y[kSize];
+  if (holds) g = gate[0], u = gate[packs];
+  float y[8];
   product<E>(y, g, u);
-  RowRange range;
-  range.add(y, symmetric);
-  uint2 bits = max_over_lanes(range_bits(range), 32, symmetric);
-  if (lane == 0) scratch[threadIdx.x / 32] = static_cast<uint64_t>(bits.y) << 32 | bits.x;
-  if (a.ctas == 1) {
-    __syncthreads();
-  } else {
+  uint32_t top = __reduce_max_sync(kAllLanes, top_of_eight(y));
+  if (lane == 0) scratch[threadIdx.x / 32] = top;
+  if (kCluster) {
     cluster_sync_shared();
+    top = 0;
+    for (uint32_t w = lane; w < warps * a.ctas; w += 32)
+      top = max(top, static_cast<uint32_t>(cluster_load(scratch + w % warps, w / warps)));
+    top = __reduce_max_sync(kAllLanes, top);
+    cluster_arrive();  // its reads are over
+  } else {
+    __syncthreads();
+    top = 0;
+    if (lane < warps) top = static_cast<uint32_t>(scratch[lane]);
+    top = __reduce_max_sync(kAllLanes, top);
   }
-  bits = make_uint2(0, 0);
-  for (int w = lane; w < all_warps; w += 32) {
-    const uint64_t other = a.ctas == 1 ? scratch[w] : cluster_load(scratch + w % warps, w / warps);
-    bits.x = max(bits.x, static_cast<uint32_t>(other));
-    bits.y = max(bits.y, static_cast<uint32_t>(other >> 32));
+  uint2 words;
+  float scale;
+  if (QuickCodes::fits(top)) {
+    const QuickCodes codes(top);
+    words = codes.words(y), scale = codes.scale;
+  } else {
+    const RareCodes codes = rare_codes(top, 1.0f, y);
+    words = codes.words, scale = codes.scale;
   }
-  bits = max_over_lanes(bits, 32, symmetric);
-  if (a.ctas > 1) cluster_arrive();  // its reads are over
-  const RowCodes codes = row_codes(range_of_bits(bits), !symmetric);
-  if (at == 0) {
-    a.scale[r] = codes.scale;
-    if (a.zeros) a.zeros[r] = codes.zero;
-  }
-  int8_t* q = a.q + static_cast<int64_t>(r) * a.inner;
-  with_mode(codes.mode, [&](auto tag) {
-    if (at < packs) codes.template store<decltype(tag)::mode>(q, at * kSize, a.inner, true, y);
-  });
-  if (a.ctas > 1) cluster_wait();
+  if (holds) reinterpret_cast<uint2*>(a.q)[static_cast<int64_t>(r) * packs + at] = words;
+  if (at == 0) a.scale[r] = scale;
+  if (kCluster) cluster_wait();
 }
 
 // Compiled for sm_90 or newer, not translated from older PTX: only then does the code know
@@ -160,36 +157,36 @@ template <class E>
 bool clusters_work() {
   static const bool yes = [] {
     cudaFuncAttributes a;
-    return cudaFuncGetAttributes(&a, gated_held_kernel<E>) == cudaSuccess && a.ptxVersion >= 90;
+    return cudaFuncGetAttributes(&a, gated_few_kernel<E, true>) == cudaSuccess &&
+           a.ptxVersion >= 90;
   }();
   return yes;
 }
 
 // CTAs that share a row, 0: a row is too long for this form.
-constexpr int held_ctas(int64_t rows, int64_t packs, int sms, bool clusters) {
-  constexpr int64_t kLeast = 128;  // packs of a CTA
+constexpr int few_ctas(int64_t rows, int64_t packs, int sms, bool clusters) {
+  constexpr int64_t kLeast = 128, kAlone = 512;  // packs of a CTA in a cluster, and of one alone
   int ctas = 1;
-  while (clusters && ctas < kMaxCtas && 2 * ctas * rows <= sms && packs >= 2 * ctas * kLeast)
+  while (clusters && packs > kAlone && ctas < kMaxCtas && 2 * ctas * rows <= sms &&
+         packs >= 2 * ctas * kLeast)
     ctas *= 2;
   return packs <= int64_t{kMaxRowThreads} * ctas ? ctas : 0;
 }
 
-static_assert(held_ctas(1, 512, 132, true) == 4 && held_ctas(1, 1792, 132, true) == 8, "one row");
-static_assert(held_ctas(100, 512, 132, true) == 1 && held_ctas(100, 1792, 132, true) == 0, "many");
+static_assert(few_ctas(1, 512, 132, true) == 1 && few_ctas(1, 1792, 132, true) == 8, "one row");
+static_assert(few_ctas(100, 512, 132, true) == 1 && few_ctas(100, 1792, 132, true) == 0, "many");
 
 template <class E>
-int launch_held(const cpu::GatedQuantParams& p, int64_t rows, int64_t packs, int ctas,
-                void* stream) {
+int launch_few(const cpu::GatedQuantParams& p, int64_t rows, int64_t packs, int ctas,
+               void* stream) {
   const cpu::GatedParams& g = p.gated;
-  const bool two = g.shape.ndim == 2;
-  GatedHeldLaunch a{g.x.data, p.q, p.scale, p.zeros};
-  a.stride[0] = g.x.stride[0], a.stride[1] = g.x.stride[two ? 1 : 0];
-  a.inner_rows = two ? static_cast<uint32_t>(g.shape.size[1]) : 0;
-  a.inner = static_cast<int32_t>(g.inner);
-  a.ctas = ctas;
-  const int64_t threads = ceil_div(ceil_div(packs, a.ctas), 32) * 32;
-  return launch_clusters(gated_held_kernel<E>, a.ctas, static_cast<unsigned>(rows * a.ctas),
-                         static_cast<unsigned>(threads), 0, stream, a);
+  const GatedFewLaunch a{g.x.data, p.q, p.scale, g.x.stride[0], static_cast<int32_t>(g.inner),
+                         ctas};
+  const auto threads = static_cast<unsigned>(ceil_div(ceil_div(packs, ctas), 32) * 32);
+  if (ctas == 1)
+    return launch(gated_few_kernel<E, false>, static_cast<unsigned>(rows), threads, 0, stream, a);
+  return launch_clusters(gated_few_kernel<E, true>, ctas, static_cast<unsigned>(rows * ctas),
+                         threads, 0, stream, a);
 }
 
 }  // namespace
@@ -210,12 +207,12 @@ int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* strea
     // Few rows: as many threads as there is work for. Many: several blocks per multiprocessor.
     const bool few = rows <= 2 * device_facts().sms;
     if constexpr (sizeof(E) == 2) {
-      if (few && a.packs && a.code_packs && g.shape.ndim <= 2) {
+      if (few && a.packs && a.code_packs && g.shape.ndim == 1 && !p.zeros) {
         const DeviceFacts& facts = device_facts();
         const bool clusters =
             facts.compute_capability >= 90 && !force_portable() && clusters_work<E>();
-        const int ctas = held_ctas(rows, packs, facts.sms, clusters);
-        if (ctas > 0) return launch_held<E>(p, rows, packs, ctas, stream);
+        const int ctas = few_ctas(rows, packs, facts.sms, clusters);
+        if (ctas > 0) return launch_few<E>(p, rows, packs, ctas, stream);
       }
     }
     const int limit_threads = few ? kMaxRowThreads : 512;

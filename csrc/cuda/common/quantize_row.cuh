@@ -192,6 +192,79 @@ __device__ __forceinline__ RowCodes static_codes(float s) {
   return codes;
 }
 
+// Symmetric codes of eight values of a row whose largest magnitude has the bits `top`, in as few
+// instructions as there are: at a single row a kernel's time is that of fetching its code. Only for
+// a `top` in the middle of the range (fits); rare_codes() is for any other. The same bits as
+// RowCodes: there the library's reciprocal is this one with a check around it.
+struct QuickCodes {
+  float scale, inverse, rest;
+
+  __device__ __forceinline__ static bool fits(uint32_t top) {
+    constexpr uint32_t kLeast = 0x28000000u, kMost = 0x58000000u;  // 2^-47, 2^49
+    return top - kLeast < kMost - kLeast;
+  }
+  __device__ __forceinline__ explicit QuickCodes(uint32_t top) {
+    constexpr float d = 127.0f, r = 1.0f / d;
+    const float x = __uint_as_float(top), q = __fmul_rn(x, r);
+    scale = __fmaf_rn(__fmaf_rn(-q, d, x), r, q);
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(scale));
+    inverse = __fmaf_rn(inverse, __fmaf_rn(-scale, inverse, 1.0f), inverse);
+    rest = __fmul_rn(__fmaf_rn(-scale, inverse, 1.0f), inverse);
+  }
+  __device__ __forceinline__ uint2 words(const float (&y)[8]) const {
+    uint32_t code[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float q = __fmaf_rn(y[j], inverse, __fmul_rn(y[j], rest));
+      const float exact = __fmaf_rn(__fmaf_rn(-q, scale, y[j]), inverse, q);
+      code[j] = __float_as_uint(__fadd_rn(exact, 12582912.0f));
+    }
+    uint32_t word[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w)
+      word[w] = __byte_perm(__byte_perm(code[4 * w], code[4 * w + 1], 0x0040),
+                            __byte_perm(code[4 * w + 2], code[4 * w + 3], 0x0040), 0x5410);
+    return make_uint2(word[0], word[1]);
+  }
+};
+
+struct RareCodes {
+  uint2 words;
+  float scale;
+};
+// `factor` of a scale that has codes. Not inlined, as it would lie in the middle of the usual path;
+// values in registers, as an array would be stored on that path.
+static __device__ __noinline__ RareCodes rare_codes(uint32_t top, float factor, float y0, float y1,
+                                                    float y2, float y3, float y4, float y5,
+                                                    float y6, float y7) {
+  const float values[8] = {y0, y1, y2, y3, y4, y5, y6, y7};
+  const RowCodes codes = row_codes({__uint_as_float(top), 0.0f}, false);
+  const bool none = codes.low == codes.high;
+  RareCodes out{{0, 0}, none ? codes.scale : codes.scale * factor};
+#pragma unroll 1
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t code = codes.code<CodeMode::full>(values[j]) & 0xFFu;
+    if (j < 4) {
+      out.words.x |= code << 8 * j;
+    } else {
+      out.words.y |= code << 8 * (j - 4);
+    }
+  }
+  return out;
+}
+__device__ __forceinline__ RareCodes rare_codes(uint32_t top, float factor, const float (&y)[8]) {
+  return rare_codes(top, factor, y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]);
+}
+
+// Of eight magnitudes, NaN on top.
+__device__ __forceinline__ uint32_t top_of_eight(const float (&y)[8]) {
+  float most[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) most[j] = max_or_nan(fabsf(y[j]), fabsf(y[j + 4]));
+  return __float_as_uint(max_or_nan(max_or_nan(most[0], most[1]), max_or_nan(most[2], most[3]))) &
+         0x7FFFFFFFu;
+}
+
 // f(ModeTag): the loops over a row are compiled once per mode, each free of the other's work.
 template <class F>
 __device__ __forceinline__ void with_mode(CodeMode mode, F&& f) {

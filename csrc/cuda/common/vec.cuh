@@ -92,6 +92,22 @@ __device__ __forceinline__ uint4 pack_of(const float (&v)[Pack<T>::kSize]) {
   return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
+// Half a pack of a 16-bit type.
+template <class T>
+__device__ __forceinline__ void unpack(float (&v)[4], const uint2& raw) {
+  static_assert(sizeof(T) == 2, "four elements in eight bytes");
+  float eight[8];
+  unpack<T>(eight, make_uint4(raw.x, raw.y, 0, 0));
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v[j] = eight[j];
+}
+template <class T>
+__device__ __forceinline__ uint2 half_pack_of(const float (&v)[4]) {
+  static_assert(sizeof(T) == 2, "four elements in eight bytes");
+  const uint4 pack = pack_of<T>({v[0], v[1], v[2], v[3], 0.0f, 0.0f, 0.0f, 0.0f});
+  return make_uint2(pack.x, pack.y);
+}
+
 // Host side: may rows of n elements starting at `data` plus multiples of the strides (in elements)
 // be moved in packs?
 inline bool packs_fit(const void* data, int64_t n, int64_t element_size,

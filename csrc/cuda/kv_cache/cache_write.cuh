@@ -84,16 +84,32 @@ __device__ __forceinline__ uint32_t top_bits(const float (&x)[N]) {
   return top;
 }
 
+// Magnitudes from 2^-47 to 2^49, given as bits: no step of a division under- or overflows.
+__device__ __forceinline__ bool in_middle(uint32_t magnitude) {
+  return magnitude - 0x28000000u < 0x30000000u;
+}
+
 // Over `lanes` neighbours; every lane of the warp takes part.
 __device__ __forceinline__ uint32_t group_max(uint32_t x, int lanes) {
-  for (int lane = lanes / 2; lane > 0; lane >>= 1) x = max(x, __shfl_xor_sync(kAllLanes, x, lane));
+#pragma unroll
+  for (int lane = 16; lane > 0; lane >>= 1)
+    if (lane < lanes) x = max(x, __shfl_xor_sync(kAllLanes, x, lane));
   return x;
 }
 
-__device__ __forceinline__ float dynamic_scale(uint32_t top, bool fp8) {
+static __device__ __noinline__ float rare_dynamic_scale(uint32_t top, float divisor) {
   if (top >= 0x7F800000u) return __uint_as_float(0x7FC00000u);
-  const float s = __fdiv_rn(__uint_as_float(top), fp8 ? 448.0f : 127.0f);
+  const float s = __fdiv_rn(__uint_as_float(top), divisor);
   return s == 0.0f ? 1.0f : s;
+}
+
+// top / 448 or top / 127. In the middle of the range by the rounded reciprocal and a correction,
+// which give the IEEE quotient for these divisors (every mantissa was tried).
+__device__ __forceinline__ float dynamic_scale(uint32_t top, bool fp8) {
+  const float d = fp8 ? 448.0f : 127.0f, r = fp8 ? 1.0f / 448.0f : 1.0f / 127.0f;
+  if (!in_middle(top)) return rare_dynamic_scale(top, d);
+  const float x = __uint_as_float(top), q = __fmul_rn(x, r);
+  return __fmaf_rn(__fmaf_rn(-q, d, x), r, q);
 }
 
 // x / scale, correctly rounded, for many x: with 1 / scale = r + e (r rounded, e its error), q =
@@ -108,7 +124,9 @@ struct Quotient {
 
   __device__ __forceinline__ explicit Quotient(float s) : scale(s), r(0), e(0), limit(-1.0f) {
     if (s >= 0x1p-60f && s <= 0x1p60f) {
-      r = __frcp_rn(s);
+      // What __frcp_rn does in this range, without its check and the branch behind it.
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(s));
+      r = __fmaf_rn(r, __fmaf_rn(-s, r, 1.0f), r);
       e = __fmul_rn(__fmaf_rn(-s, r, 1.0f), r);
       limit = 1024.0f * s;
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "norm.cuh"
+#include "norm_few.cuh"
 
 namespace fastinfer::cuda {
 
@@ -138,6 +139,10 @@ int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
       a.rows = static_cast<uint32_t>(rows);
       a.inner = two ? static_cast<uint32_t>(n.shape.size[1]) : 0;
       a.packs = static_cast<int32_t>(packs), a.eps = n.eps, a.inverse_dim = inverse_dim;
+      // A float row without a residual has as little code in the general kernel.
+      if ((kQuant || a.residual) && !a.zeros && !a.inner && packs > 32 && packs <= kMaxRowThreads &&
+          rows <= device_facts().sms)
+        return launch_norm_few<E, kQuant>(a, stream);
       if (kQuant && rows * packs > int64_t{2048} * device_facts().sms)
         return launch_norm_rows<E, kQuant, kQuant ? 4 : 2>(a, stream);
       return launch_norm_rows<E, kQuant, 2>(a, stream);

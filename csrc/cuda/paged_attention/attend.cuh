@@ -43,6 +43,7 @@ template <class F, int D, bool kSoft, bool kSmall>
 struct Attend {
   using L = Layout<F, D, kSmall>;
   static constexpr bool k8 = F::kBytes == 1;
+  static constexpr int kColumns = D;
   static constexpr int kSteps = D / 16;           // of 16 columns
   static constexpr int kBlocks = L::kTokens / 8;  // of 8 keys
   // Slices that one step takes: two give the products twice the independent chains. 8-bit slices
@@ -56,7 +57,7 @@ struct Attend {
   int at[2];  // key position of the row
   int low[2], high[2];
   uint32_t q[L::kQueryInShared ? 1 : kSteps][4];
-  uint32_t q_shared;  // of this lane's fragments
+  uint32_t q_at;  // of this lane's rows of the query in shared memory
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 
@@ -69,107 +70,108 @@ struct Attend {
     for (int i = 0; i < 2; ++i) m[i] = mo[i] = kMinusInf, l[i] = 0.0f;
   }
 
-  __device__ __forceinline__ void set_query(int step, const uint32_t (&a)[4]) {
-    if constexpr (L::kQueryInShared) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(q_shared + step * 512),
-                   "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-                   : "memory");
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) q[step][j] = a[j];
-    }
-  }
+  // Fragments of 16 columns: rows r, columns 8 * (lane / 16) .. of the staged query.
   __device__ __forceinline__ void get_query(int step, uint32_t (&a)[4]) const {
     if constexpr (L::kQueryInShared) {
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                   : "r"(q_shared + step * 512)
-                   : "memory");
+      ldmatrix_x4(a, q_at + step * 32);
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) a[j] = q[step][j];
     }
   }
 
-  // Rows g and g + 8 of row tile `tile` of the block: their queries, masks and factors.
-  __device__ __forceinline__ void load_rows(const DecodeParams& p, const Item& item, int tile) {
-    const int g = lane() / 4;
-    const uint16_t* row[2];
-    bool there[2];
+  // The block's queries into shared memory, a warp per row, as fp16 or bf16 operands: zeros past
+  // the end; for an 8-bit cache columns 4t, 4t + 1 of 16 where ldmatrix expects 2t, 2t + 1, the
+  // other pairs 8 columns further. Its bf16 queries become fp16: the largest magnitude of a row
+  // goes to [1, 2), what is above 2^-24 of it is kept; `unit` takes the factor.
+  template <class P>
+  static __device__ __forceinline__ void stage_query(const P& p, const Item& item, uint32_t to,
+                                                     float* unit) {
+    constexpr int kWords = D / 64, kRows = 4;  // pairs of columns of a lane, rows at a time
+    const int block = item.row_block * p.row_tiles * 16;
+#pragma unroll 1
+    for (int first = threadIdx.x / 32; first < item.rows; first += kRows * kDecodeWarps) {
+      uint32_t x[kRows][kWords];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = first + i * kDecodeWarps, r = block + row;
+        const int token = p.q_len == 1 ? 0 : r / p.group;
+        const int head = item.head * p.group + r - token * p.group;
+        const uint16_t* from = static_cast<const uint16_t*>(p.q) + item.b * p.q_batch +
+                               token * p.q_token + head * p.q_head;
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          const int column = 2 * (lane() + 32 * w);
+          x[i][w] = 0;
+          if (row < item.rows && column < p.dim)
+            x[i][w] = *reinterpret_cast<const uint32_t*>(from + column);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = first + i * kDecodeWarps;
+        if (row >= item.rows) break;
+        if constexpr (k8)
+          if (p.q_dtype == DType::bf16) halve(x[i], unit + row);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          int word = lane() + 32 * w;
+          if constexpr (k8) word = (word & ~7) + (word & 1) * 4 + (word >> 1 & 3);
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + row * L::kQueryPitch + word * 4),
+                       "r"(x[i][w])
+                       : "memory");
+        }
+      }
+    }
+  }
+
+  template <int kWords>
+  static __device__ __forceinline__ void halve(uint32_t (&x)[kWords], float* unit) {
+    uint32_t top = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) top = max(top, max(x[w] & 0x7FFFu, x[w] >> 16 & 0x7FFFu));
+    top = __reduce_max_sync(kAllLanes, top);
+    // Exponent 1 .. 253 of fp32; zeros, subnormals, inf and NaN are left as they are.
+    const uint32_t e = top >> 7;
+    const bool scaled = e >= 1 && e <= 253;
+    const float up = scaled ? __uint_as_float((254 - e) << 23) : 1.0f;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+      x[w] = pack_half2<false>(__uint_as_float(x[w] << 16) * up,
+                               __uint_as_float(x[w] & 0xFFFF0000u) * up);
+    if (lane() == 0) *unit = scaled ? __uint_as_float(e << 23) : 1.0f;
+  }
+
+  // Rows g and g + 8 of row tile `tile` of the block: their queries, which stage_query() put to
+  // `from`, masks and factors. Rows past the end repeat the last one.
+  template <class P>
+  __device__ __forceinline__ void load_rows(const P& p, const Item& item, int tile, uint32_t from,
+                                            const float* unit) {
+    const int last = item.rows - 1;
+    q_at = from + min(tile * 16 + lane() % 16, last) * L::kQueryPitch + lane() / 16 * 16;
+    if constexpr (!L::kQueryInShared) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) ldmatrix_x4(q[s], q_at + s * 32);
+    }
     float scale = p.scale * (p.softcap > 0.0f ? 1.0f / p.softcap : kLog2e);
     if (k8 && !p.scale_per_token_k) scale *= __ldg(p.k_scale + item.head * p.ks_head);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int in_block = tile * 16 + g + 8 * i;
+      const int in_block = min(tile * 16 + lane() / 4 + 8 * i, last);
       const int r = item.row_block * p.row_tiles * 16 + in_block;
-      there[i] = in_block < item.rows;
       const int token = p.q_len == 1 ? 0 : r / p.group;
-      const int head = item.head * p.group + r - token * p.group;
-      row[i] = static_cast<const uint16_t*>(p.q);
-      if (there[i]) row[i] += item.b * p.q_batch + token * p.q_token + head * p.q_head;
       factor[i] = scale;
+      if (k8 && p.q_dtype == DType::bf16) factor[i] *= unit[in_block];
       at[i] = item.len - p.q_len + token;
       low[i] = item.first;
       high[i] = item.len;
       if (p.window_left >= 0) low[i] = max(low[i], at[i] - p.window_left);
       if (p.window_right >= 0) high[i] = min(high[i], at[i] + p.window_right + 1);
       slope[i] = 0.0f;
-      if (p.alibi && there[i])
+      if (p.alibi) {
+        const int head = item.head * p.group + r - token * p.group;
         slope[i] = __ldg(p.alibi + item.b * p.alibi_batch + head * p.alibi_head) * kLog2e;
-    }
-    // Raw 16-bit pairs in the order of the fragments, zeros past the end and for no row. In a
-    // 16-bit product a0, a1 are columns 2t, 2t + 1 and a2, a3 columns 8 further; else a0 to a3
-    // columns 4t ...
-    const int t = lane() % 4;
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      uint32_t a[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int i = j % 2, column = s * 16 + (k8 ? 4 * t + (j / 2) * 2 : 2 * t + (j / 2) * 8);
-        const bool read = there[i] && column < p.dim;
-        a[j] = read ? *reinterpret_cast<const uint32_t*>(row[i] + column) : 0;
       }
-      set_query(s, a);
-    }
-    if constexpr (k8) {
-      if (p.q_dtype == DType::bf16) halve_query();
-    }
-  }
-
-  // bf16 queries to fp16: the largest magnitude of a row goes to [1, 2), what is above 2^-24 of it
-  // is kept.
-  __device__ __forceinline__ void halve_query() {
-    uint32_t top[2] = {0, 0};
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      uint32_t a[4];
-      get_query(s, a);
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        top[j % 2] = max(top[j % 2], max(a[j] & 0x7FFFu, a[j] >> 16 & 0x7FFFu));
-    }
-    float up[2] = {1.0f, 1.0f};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      top[i] = max(top[i], __shfl_xor_sync(kAllLanes, top[i], 1));
-      top[i] = max(top[i], __shfl_xor_sync(kAllLanes, top[i], 2));
-      // Exponent 1 .. 253 of fp32; zeros, subnormals, inf and NaN are left as they are.
-      const uint32_t e = top[i] >> 7;
-      if (e >= 1 && e <= 253) {
-        up[i] = __uint_as_float((254 - e) << 23);
-        factor[i] *= __uint_as_float(e << 23);
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      uint32_t a[4];
-      get_query(s, a);
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        a[j] = pack_half2<false>(__uint_as_float(a[j] << 16) * up[j % 2],
-                                 __uint_as_float(a[j] & 0xFFFF0000u) * up[j % 2]);
-      set_query(s, a);
     }
   }
 
@@ -248,9 +250,8 @@ struct Attend {
   }
 
   // Keys first .. first + kSlices * kTokens - 1, which lie in `slice` and the one behind it.
-  template <int kSlices>
-  __device__ __forceinline__ void step(const DecodeParams& p, const Item& item, uint32_t slice,
-                                       int first) {
+  template <int kSlices, class P>
+  __device__ __forceinline__ void step(const P& p, const Item& item, uint32_t slice, int first) {
     const int t = lane() % 4;
     static_assert(kSlices == 1 || !k8, "scales are those of one slice");
     constexpr int kN = kSlices * kBlocks;
@@ -364,9 +365,10 @@ struct Attend {
     }
   }
 
-  // What the output of row g + 8 i is relative to.
-  __device__ __forceinline__ float reference(const DecodeParams& p, int i) const {
-    return k8 && p.scale_per_token_v ? mo[i] : m[i];
+  // Factor of the output of row g + 8 i that makes it relative to the row's maximum.
+  template <class P>
+  __device__ __forceinline__ float to_own_max(const P& p, int i) const {
+    return k8 && p.scale_per_token_v ? exp2_approx(mo[i] - finite_origin(m[i])) : 1.0f;
   }
 
   // Row g + 8 i, times weight, to a merge buffer (D + 4 floats apart).

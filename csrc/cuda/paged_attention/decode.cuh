@@ -10,14 +10,16 @@
 // loop.
 #pragma once
 
+#include <climits>
+
 #include "../common/launch.cuh"
 #include "finish.cuh"
 #include "stream.cuh"
 
 namespace fastinfer::cuda {
 
-__device__ __forceinline__ Item make_item(const DecodeParams& p, const Slot& slot,
-                                          const Walk& walk) {
+template <class P>
+__device__ __forceinline__ Item make_item(const P& p, const Slot& slot, const Walk& walk) {
   Item item;
   item.b = walk.b;
   const int pair = walk.pair(p, slot);
@@ -44,44 +46,68 @@ __device__ __forceinline__ Item make_item(const DecodeParams& p, const Slot& slo
   return item;
 }
 
-// A short block table on its way into the cache while the lengths are being read.
-__device__ __forceinline__ void prefetch_rows(const DecodeParams& p) {
-  if (!p.table) return;
-  const int cta = blockIdx.y * gridDim.x + blockIdx.x;
-  const int64_t line = static_cast<int64_t>(cta * kDecodeThreads + threadIdx.x) * 32;
+// What does not depend on the lengths sets out before they are there: a small block table to shared
+// memory (true), part of a larger one and the queries to the L2 cache, where a kernel that is still
+// writing them writes them, too.
+template <class L, class P>
+__device__ __forceinline__ bool start_loads(const P& p, uint32_t shared) {
+  const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * kDecodeThreads + threadIdx.x;
+  if (thread * 128 < p.q_bytes)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.q) + thread * 128));
+  if (!p.table) return false;
+  if (p.entries <= L::kTableEntries) {
+#pragma unroll 1
+    for (int i = threadIdx.x * 4; i < p.entries; i += kDecodeThreads * 4)
+      cp_async_part(shared + L::kTable + i * 4, p.table + i, min(p.entries - i, 4) * 4);
+    cp_async_commit();
+    return true;
+  }
+  const int64_t line = static_cast<int64_t>(thread) * 32;
   if (line < p.batch * p.table_stride && line < 32 * 4096)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.table + line));
+  return false;
 }
 
-template <class F, int D, bool kSoft, bool kSmall>
+template <class F, int D, bool kSoft, bool kSmall, class P>
 __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPerSm)
-    decode_kernel(const __grid_constant__ DecodeParams p) {
+    decode_kernel(const __grid_constant__ P p) {
   using L = Layout<F, D, kSmall>;
   using A = Attend<F, D, kSoft, kSmall>;
   extern __shared__ __align__(128) char shared[];
   const uint32_t ring = shared_address(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
 
-  prefetch_rows(p);
-  const Slot slot = find_slot(p, reinterpret_cast<int*>(shared + L::kInts));
+  int length = first_length(p);
+  const bool near = start_loads<L>(p, ring);
+  asm volatile("" : "+r"(length));  // not used, which is to wait for it, any earlier
+  const Slot slot = find_slot(p, length, reinterpret_cast<int*>(shared + L::kInts));
   if (slot.begin >= slot.end) {
+    cp_async_wait<0>();
     grid_wait();
     return;
   }
-  Walk walk;
+  Walk walk{};
   walk.start(p, slot);
   // The kernel right before this one may have written the newest keys, one per query: they are not
   // read before it is complete. Older keys, lengths, tables and the plan must have been complete
   // before this one could start, i.e. be written by a kernel further in front (launch.cuh). What
   // passes through L1 comes in sectors that may hold a new key's part as well: after the wait.
-  const int ahead = walk.tile * kPlanTile + (L::kStages - 1) * L::kStepTokens;
+  int ahead = walk.tile * kPlanTile + (L::kStages - 1) * L::kStepTokens;
+  if (ahead > walk.end * kPlanTile) {
+    const bool goes_on = walk.position + walk.cost < slot.end;  // with the next item
+    ahead = goes_on ? INT_MAX : walk.end * kPlanTile;
+  }
   if (p.append > 0 || !p.packs || p.scale_per_token_k || p.scale_per_token_v ||
-      ahead > min(walk.end * kPlanTile, walk.len - p.q_len))
+      ahead > walk.len - p.q_len)
     grid_wait();
-  Stream<F, D, kSmall> stream(p, slot, walk, ring);
+  if (near) {
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+  Stream<F, D, kSmall, P> stream(p, slot, walk, ring, near);
 #pragma unroll 1
   for (int s = -1; s < L::kStages - 1; ++s) {
-    if (s >= 0) stream.issue(s);
+    if (s >= 0) stream.issue(s, p.query_early);
     stream.look_up();
   }
   grid_wait();  // queries, output and workspace belong to kernels that may still run
@@ -89,7 +115,6 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
 
   const int team = warp >> p.row_shift, tile = warp & (p.row_tiles - 1);
   A a;
-  a.q_shared = ring + L::kQuery + warp * (D / 16) * 512 + lane * 16;
   int stage = 0;
 #pragma unroll 1
   do {
@@ -100,9 +125,20 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
       if (p.invariant) to = min(to, (from / kInvariantTiles + 1) * kInvariantTiles);
       const int end = min(walk.len, to * kPlanTile);
       const Pieces pieces = cut_item(p, slot, walk, from);
-      a.load_rows(p, item, tile);
-      a.clear();
       int read = stage == 0 ? L::kStages - 1 : stage - 1;  // nothing is under way to this one
+      uint32_t query = L::kQueryInShared ? ring + L::kQuery : ring + read * L::kStage;
+      float* unit = reinterpret_cast<float*>(shared + L::kStates);
+      if (stream.fetched == walk.position) {
+        cp_async_wait<L::kStages - 2>();
+        query = ring + L::kFetched;
+        stream.fetched = -1;
+      } else {
+        A::stage_query(p, item, query, unit);
+      }
+      __syncthreads();
+      a.load_rows(p, item, tile, query, unit);
+      __syncthreads();
+      a.clear();
 #pragma unroll 1
       for (int base = from * kPlanTile; base < end; base += L::kStepTokens) {
         cp_async_wait<L::kStages - 2>();
@@ -110,7 +146,7 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
           __syncwarp();
         else
           named_barrier(1 + team, 32 * p.row_tiles);
-        stream.issue(read);
+        stream.issue(read, true);
         stream.look_up();
         const int joint = p.row_tiles == 1 ? 1 : A::kJoint;
 #pragma unroll 1
@@ -126,22 +162,44 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
         read = stage;
         if (++stage == L::kStages) stage = 0;
       }
-      const Finish<A> merge{p, item, shared, shared + read * L::kStage};
-      merge.run(a, pieces);
+      const Finish<A, P> finish{p, item, shared, shared + read * L::kStage};
+      const bool idle = to >= walk.end && walk.position + walk.cost >= slot.end;
+      finish.run(a, pieces, idle);
       from = to;
       if (walk.len <= 0) break;
     }
   } while (walk.next(p, slot));
 }
 
+// One query per sequence and none of the features that PlainParams fixes: the compiler then leaves
+// most of the code out, and code has to be fetched, too. Blocks of 16 rows, or of 32 for what
+// kPairs says.
+inline bool is_plain(const DecodeParams& p) {
+  return !p.leftpad && !p.cache_rows && !p.alibi && !p.sinks && p.softcap == 0.0f &&
+         p.window_left < 0 && p.q_len == 1 && p.packs && p.out_packs && !p.scale_per_token_k &&
+         !p.scale_per_token_v && !p.invariant;
+}
+
+template <class F, int D>
+constexpr bool kPairs = F::kBytes == 2 && D <= 128;
+
 template <class F, int D, bool kSoft>
 int launch_decode_instance(const DecodeParams& p, int ctas, void* stream) {
   const dim3 grid(p.lanes, ctas / p.lanes), block(kDecodeThreads);
+  constexpr int kBytes = Layout<F, D>::kTotal;
   if constexpr (kHasSmall<F, D>)
-    if (Layout<F, D>::kTotal > device_facts().shared_bytes)
-      return launch(decode_kernel<F, D, kSoft, true>, grid, block, Layout<F, D, true>::kTotal,
-                    stream, p);
-  return launch(decode_kernel<F, D, kSoft, false>, grid, block, Layout<F, D>::kTotal, stream, p);
+    if (kBytes > device_facts().shared_bytes)
+      return launch(decode_kernel<F, D, kSoft, true, DecodeParams>, grid, block,
+                    Layout<F, D, true>::kTotal, stream, p);
+  if constexpr (!kSoft)
+    if (p.row_tiles == 1 && is_plain(p))
+      return launch(decode_kernel<F, D, kSoft, false, PlainParams<1>>, grid, block, kBytes, stream,
+                    PlainParams<1>{p});
+  if constexpr (kPairs<F, D>)
+    if (p.row_tiles == 2 && is_plain(p))
+      return launch(decode_kernel<F, D, kSoft, false, PlainParams<2>>, grid, block, kBytes, stream,
+                    PlainParams<2>{p});
+  return launch(decode_kernel<F, D, kSoft, false, DecodeParams>, grid, block, kBytes, stream, p);
 }
 
 template <class F, bool kSoft = false>

@@ -1,10 +1,12 @@
 // The end of a piece: the warps' states are merged through the stage that was read last (no copy
-// goes to it until then), and leave as output, or as a partial result in the workspace. The CTA
-// that finishes the last piece of an item merges all of them in the order of the keys, whatever the
-// order of arrival: pieces in groups of kMergeFan first, each group by whoever completes it, where
-// there are many.
+// goes to it until then), and leave as output, or as a partial result in the workspace.
+//
+// The CTA that finishes the last piece of an item opens its merge, which is done in chunks of rows;
+// CTAs that have finished other pieces of it and have nothing left to do wait for that, not for
+// long, and take chunks as well. Whoever does a chunk, the pieces are added up in the same order.
 #pragma once
 
+#include "../ptx/async_copy.cuh"
 #include "attend.cuh"
 
 namespace fastinfer::cuda {
@@ -15,101 +17,80 @@ struct Pieces {
   int base;            // CTA of the first piece; fixed pieces: its index
   int step;            // between the CTAs of neighbouring pieces
   bool fixed;
-  int fan;          // pieces of a group; all of them when one merge does
-  int32_t* done;    // counter of the item
-  int32_t* groups;  // counters of its groups
+  int32_t* done;    // pieces of the item that are complete
+  int32_t* claims;  // chunks of its merge that are taken, but for the first
 
-  // A CTA holds at most one piece that another one began (2s) and one that another goes on with.
+  // A CTA holds at most one piece that another one began (2s) and one that another goes on with:
+  // where the pieces of the item are, start() + k * apart(), but for the first.
+  __device__ __forceinline__ int start() const { return fixed ? base : 2 * base; }
+  __device__ __forceinline__ int apart() const { return fixed ? 1 : 2 * step; }
+  __device__ __forceinline__ int first_off() const { return fixed ? 0 : 1; }
   __device__ __forceinline__ int index(int k) const {
-    return fixed ? base + k : k == 0 ? 2 * base + 1 : 2 * (base + k * step);
-  }
-  __device__ __forceinline__ int32_t* group_counter(int group) const {
-    if (fixed) return groups + group;
-    // Group 0 and the others count in different thirds: a CTA can begin one item and go on with
-    // another.
-    return groups + (group > 0 ? gridDim.x * gridDim.y : 0) + group * fan * step;
+    return start() + k * apart() + (k == 0 ? first_off() : 0);
   }
 };
 
-__device__ __forceinline__ Pieces cut_item(const DecodeParams& p, const Slot& slot,
-                                           const Walk& walk, int tile) {
-  Pieces c;
+template <class P>
+__device__ __forceinline__ Pieces cut_item(const P& p, const Slot& slot, const Walk& walk,
+                                           int tile) {
+  Pieces c{};
   c.fixed = p.invariant;
+  int counter;
   if (c.fixed) {
     const int lowest = first_tile(walk.len, p.q_len, p.window_left) / kInvariantTiles;
     const int tiles = (walk.len + kPlanTile - 1) / kPlanTile;
-    const int pairs = p.heads_kv * p.row_blocks;
-    const int item = walk.b * pairs + walk.pair(p, slot);
-    const int group_counters = (p.max_pieces + kMergeFan - 1) / kMergeFan;
+    counter = walk.b * p.heads_kv * p.row_blocks + walk.pair(p, slot);
     c.count = max(1, (tiles + kInvariantTiles - 1) / kInvariantTiles - lowest);
     c.ordinal = tile / kInvariantTiles - lowest;
-    c.base = item * p.max_pieces;
+    c.base = counter * p.max_pieces;
     c.step = 1;
-    c.fan = kMergeFan;
-    c.done = p.counters + item;
-    c.groups = p.counters + p.batch * pairs + item * group_counters;
   } else {
     c.count = 1;
     if (walk.position >= slot.begin && walk.position + walk.cost <= slot.end) return c;
     const int first = walk.position / slot.share;
     c.count = (walk.position + walk.cost - 1) / slot.share - first + 1;
     c.ordinal = static_cast<int>(blockIdx.y) - first;
-    c.base = first * p.lanes + slot.lane;
+    counter = c.base = first * p.lanes + slot.lane;
     c.step = p.lanes;
-    c.done = p.counters + c.base;
-    c.groups = p.counters + gridDim.x * gridDim.y + c.base;
-    // One CTA reads about 64 bytes per clock; a second round of arrivals costs about a microsecond.
-    c.fan = c.count;
-    if (c.count * min(p.rows, 16 * p.row_tiles) * p.dim > 500 * 128) {
-      c.fan = 2;
-#pragma unroll 1
-      while (c.fan * c.fan < c.count) ++c.fan;
-    }
   }
+  c.done = p.counters + counter;
+  c.claims = p.claims + counter;
   return c;
 }
 
-template <class A>
+template <class A, class P>
 struct Finish {
   using L = typename A::L;
-  static constexpr int kColumns = L::kMergePitch - 4;  // D
-  static constexpr int kRowStep = kDecodeThreads * 4 / kColumns;
-  const DecodeParams& p;
+  static constexpr int kColumns = A::kColumns;  // D
+  static constexpr int kRowThreads = kColumns / 4;
+  static constexpr int kRowStep = kDecodeThreads / kRowThreads;
+  static constexpr int kDealt = 192;  // (piece, row) pairs that one CTA merges about as fast
+  static constexpr int kPolls = 32;   // of some 0.4 us
+  static constexpr int kNoChunk = 1 << 16;
+  static constexpr int kWidth = kRowThreads < 32 ? kRowThreads : 32;
+  static constexpr int kMostStaged = kColumns == 64 ? 144 : 288;  // maxima and sums of a row
+  static constexpr int kPairs = kDecodeThreads / kWidth * kMostStaged * 8;
+  static constexpr int kStep = kDecodeThreads * 16;
+  static_assert(kPairs + kStep <= L::kStage);
+  const P& p;
   const Item& item;
   char* shared;
   char* stage;  // first slice of the stage that is free
 
-  __device__ __forceinline__ float* maxima() const {
-    return reinterpret_cast<float*>(shared + L::kMax);
-  }
-  __device__ __forceinline__ float* sums() const {
-    return reinterpret_cast<float*>(shared + L::kSum);
-  }
-  __device__ __forceinline__ float* tops() const {
-    return reinterpret_cast<float*>(shared + L::kTop);
+  __device__ __forceinline__ float2* states() const {
+    return reinterpret_cast<float2*>(shared + L::kStates);
   }
   __device__ __forceinline__ int* flag() const {
     return reinterpret_cast<int*>(shared + L::kInts) + 6;
   }
   __device__ __forceinline__ int block_rows() const { return min(p.rows, 16 * p.row_tiles); }
 
-  // A thread has four columns of every kRowStep-th row of the block; body(row, column) is given
-  // every kRows-th of those.
-  template <int kRows = 1, class Body>
-  __device__ __forceinline__ void for_units(Body&& body) const {
-    const int column = threadIdx.x % (kColumns / 4) * 4;
-    if (column >= p.dim) return;
-#pragma unroll 1
-    for (int row = threadIdx.x / (kColumns / 4); row < item.rows; row += kRows * kRowStep)
-      body(row, column);
-  }
-
   // Four columns of a row: o / sum, with the sink as one more term of the sum.
   __device__ __forceinline__ void emit(int row, int column, float4 o, float top, float sum) const {
     emit_row(p, item.b, item.head, item.row_block * p.row_tiles * 16 + row, column, o, top, sum);
   }
-  static __device__ __forceinline__ void emit_row(const DecodeParams& p, int b, int head_kv, int r,
-                                                  int column, float4 o, float top, float sum) {
+  static __device__ __forceinline__ void emit_row(const P& p, int b, int head_kv, int r, int column,
+                                                  float4 o, float top, float sum) {
     const int token = p.q_len == 1 ? 0 : r / p.group;
     const int head = head_kv * p.group + r - token * p.group;
     float weight = 1.0f;
@@ -136,7 +117,8 @@ struct Finish {
     else
       packed = make_uint2(pack_half2<false>(x[0], x[1]), pack_half2<false>(x[2], x[3]));
     if (p.out_packs) {
-      *reinterpret_cast<uint2*>(out) = packed;
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(out), "r"(packed.x), "r"(packed.y)
+                   : "memory");
     } else {
       out[0] = static_cast<uint16_t>(packed.x);
       out[1] = static_cast<uint16_t>(packed.x >> 16);
@@ -164,165 +146,241 @@ struct Finish {
                    : "=r"(before)
                    : "l"(counter)
                    : "memory");
-      const bool last = before == expected - 1;
-      if (last) *counter = 0;
-      *flag() = last;
+      *flag() = before == expected - 1;
     }
     __syncthreads();
     return *flag() != 0;
   }
 
-  // `count` partial results, `step` apart from piece `begin` on, into one: the output, or the place
-  // of the first. Each thread reads all it needs, maxima and sums of its rows included: kRows rows
-  // of kRound pieces at once, because nothing else hides the latency. Otherwise the loops stay
-  // rolled: this runs once, and instructions have to be fetched too.
-  template <int kRows, int kRound>
-  __device__ __forceinline__ void merge(const Pieces& c, int begin, int count, int step,
-                                        bool last) const {
-    const int first = c.index(begin);
-    // What lies between neighbours; piece 0 of an unfixed item is out of line.
-    const int between = (c.fixed ? 1 : 2 * c.step) * step;
-    const int start = begin == 0 && !c.fixed ? 2 * c.base : first;
-    const int64_t apart = static_cast<int64_t>(between) * block_rows() * p.dim;
-    const int64_t ml_apart = static_cast<int64_t>(between) * block_rows() * 2;
-    for_units<kRows>([&](int first_row, int column) {
-      float top[kRows], sum[kRows];
-      float4 o[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        top[r] = kMinusInf, sum[r] = 0.0f, o[r] = make_float4(0, 0, 0, 0);
-      const int at = first_row * p.dim + column;
-      const float* x_at = partial(start) + at;
-      const float* ml_at = partial_ml(start) + 2 * first_row;
+  // The next chunk, once every piece is complete. Helpers, who are not the CTA that saw to that, do
+  // not wait for ever: nobody relies on them. A counter that is 0 again says that all is taken.
+  __device__ __forceinline__ int claim(const Pieces& c, bool helper) const {
+    __syncthreads();  // the flag has been read, and so has the chunk before
+    if (threadIdx.x == 0) {
+      int chunk = kNoChunk, seen = helper ? 1 : c.count;
 #pragma unroll 1
-      for (int left = count; left > 0; left -= kRound) {
-        float4 x[kRound][kRows];
-        float2 ml[kRound][kRows];
-#pragma unroll
-        for (int j = 0; j < kRound; ++j) {
-          const bool other = j == 0 && left == count;
-          const float* x_from = other ? partial(first) + at : x_at;
-          const float* ml_from = other ? partial_ml(first) + 2 * first_row : ml_at;
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            ml[j][r] = make_float2(kMinusInf, 0.0f);
-            x[j][r] = make_float4(0, 0, 0, 0);
-            if (j < left && (r == 0 || first_row + r * kRowStep < item.rows)) {
-              ml[j][r] = __ldcg(reinterpret_cast<const float2*>(ml_from + 2 * r * kRowStep));
-              x[j][r] = __ldcg(reinterpret_cast<const float4*>(x_from + r * kRowStep * p.dim));
-            }
-          }
-          x_at += apart;
-          ml_at += ml_apart;
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          float m = top[r];
-#pragma unroll
-          for (int j = 0; j < kRound; ++j) m = fmaxf(m, ml[j][r].x);
-          const float origin = finite_origin(m), keep = exp2_approx(top[r] - origin);
-          sum[r] *= keep, o[r].x *= keep, o[r].y *= keep, o[r].z *= keep, o[r].w *= keep;
-          top[r] = m;
-#pragma unroll
-          for (int j = 0; j < kRound; ++j) {
-            const float weight = exp2_approx(ml[j][r].x - origin);
-            sum[r] += weight * ml[j][r].y;
-            o[r].x += weight * x[j][r].x;
-            o[r].y += weight * x[j][r].y;
-            o[r].z += weight * x[j][r].z;
-            o[r].w += weight * x[j][r].w;
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int row = first_row + r * kRowStep;
-        if (r > 0 && row >= item.rows) break;
-        if (last) {
-          emit(row, column, o[r], top[r], sum[r]);
-        } else {
-          // The maxima and sums of the first result are still being read: they go elsewhere for
-          // now.
-          *reinterpret_cast<float4*>(partial(first) + row * p.dim + column) = o[r];
-          if (column == 0) tops()[row] = top[r], sums()[row] = sum[r];
-        }
-      }
-    });
-    if (last) return;
-    __syncthreads();
-    if (threadIdx.x < item.rows)
-      *reinterpret_cast<float2*>(partial_ml(first) + 2 * threadIdx.x) =
-          make_float2(tops()[threadIdx.x], sums()[threadIdx.x]);
-  }
-
-  __device__ __forceinline__ void combine(const Pieces& c) const {
-    const int group = c.ordinal / c.fan, groups = (c.count + c.fan - 1) / c.fan;
-#pragma unroll 1
-    for (bool last = groups == 1;; last = true) {
-      int begin = 0, count = groups, step = c.fan;
-      if (!last || groups == 1)
-        begin = group * c.fan, count = min(c.fan, c.count - begin), step = 1;
-      if (!arrive(last ? c.done : c.group_counter(group), count)) return;
-      // The order of the sums must not depend on the number of rows: rounds of eight in both.
-      if (item.rows <= kRowStep)
-        merge<1, 8>(c, begin, count, step, last);
-      else
-        merge<2, 8>(c, begin, count, step, last);
-      if (last) return;
+      for (int i = 0; i < kPolls && seen != c.count && seen != 0; ++i)
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(c.done) : "memory");
+      if (seen == c.count) chunk = atomicAdd(c.claims, 1) + 1;
+      *flag() = chunk;
     }
+    __syncthreads();
+    return *flag();
   }
 
-  __device__ __forceinline__ void run(A& a, const Pieces& c) const {
+  // A thread has four columns of every kRowStep-th row.
+  __device__ __forceinline__ void run(A& a, const Pieces& c, bool idle) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int tile = warp & (p.row_tiles - 1);
-    float* top = maxima();
-    float* sum = sums();
     a.close();
-    if (lane % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) top[warp * 16 + g + 8 * i] = a.m[i];
-    }
-    __syncthreads();
-    // The max of a row over the teams; outputs and sums relative to it.
+    if (p.row_tiles == 1)  // the others of the team may still read the stage
+      __syncwarp();
+    else
+      named_barrier(1 + (warp >> p.row_shift), 32 * p.row_tiles);
     float* own = reinterpret_cast<float*>(stage + warp * L::kSlice);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = g + 8 * i;
       if (tile * 16 + row >= item.rows) continue;
-      float m = kMinusInf;
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w)
-        if ((w & (p.row_tiles - 1)) == tile) m = fmaxf(m, top[w * 16 + row]);
-      const float origin = finite_origin(m);
-      a.store(own, i, exp2_approx(a.reference(p, i) - origin));
-      if (lane % 4 == 0) {
-        sum[warp * 16 + row] = a.l[i] * exp2_approx(a.m[i] - origin);
-        if (warp < p.row_tiles) tops()[tile * 16 + row] = m;  // the same in every team
+      a.store(own, i, a.to_own_max(p, i));
+      if (lane % 4 == 0) states()[warp * 16 + row] = make_float2(a.m[i], a.l[i]);
+    }
+    if (threadIdx.x == 0 && c.count > 1 && c.ordinal == 0) *c.claims = 0;
+    __syncthreads();
+    add_warps(c);
+    if (c.count > 1) {
+      const bool last = arrive(c.done, c.count);
+      // Chunks of what goes into an idle ring, or of one row whose pieces are dealt to the teams of
+      // threads that otherwise have a row each.
+      const bool deal = !c.fixed && c.count >= 16 && c.count * item.rows > kDealt;
+      constexpr int kRing = (L::kStages * L::kStage - kPairs) / kStep;
+      const int rows = deal ? 1 : max(kRing / c.count, 1) * kRowStep;
+      if (last || (idle && rows < item.rows)) {
+#pragma unroll 1
+        for (int first = last ? 0 : claim(c, true) * rows; first < item.rows;) {
+          merge_chunk(c, first, rows, deal, idle);
+          first = rows < item.rows ? claim(c, false) * rows : item.rows;
+        }
+        if (last && threadIdx.x == 0) *c.done = 0;
       }
     }
-    __syncthreads();
-    for_units([&](int row, int column) {
-      const float m = tops()[row];
+    __syncthreads();  // the stage, the states and the flag may be written again
+  }
+
+  __device__ __forceinline__ void add_warps(const Pieces& c) const {
+    const int column = threadIdx.x % kRowThreads * 4, count = kDecodeWarps >> p.row_shift;
+    const uint32_t pair_step = 16 * 8 << p.row_shift, x_step = L::kSlice << p.row_shift;
+    const int index = c.index(c.ordinal);
+    if (column >= p.dim) return;
+#pragma unroll 1
+    for (int row = threadIdx.x / kRowThreads; row < item.rows; row += kRowStep) {
+      const uint32_t pair = shared_address(states()) + row * 8;
+      const uint32_t x =
+          shared_address(stage) + row / 16 * L::kSlice + (row % 16 * L::kMergePitch + column) * 4;
+      float top = kMinusInf, sum = 0.0f;
       float4 o = make_float4(0, 0, 0, 0);
-      float s = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) {
-        if ((w & (p.row_tiles - 1)) != row / 16) continue;
-        s += sum[w * 16 + row % 16];
-        const float4 x = *reinterpret_cast<const float4*>(stage + w * L::kSlice +
-                                                          (row % 16 * L::kMergePitch + column) * 4);
-        o.x += x.x, o.y += x.y, o.z += x.z, o.w += x.w;
+#pragma unroll 4
+      for (int k = 0; k < count; ++k) top = fmaxf(top, A::shared_pair(pair + k * pair_step).x);
+      const float origin = finite_origin(top);
+#pragma unroll 4
+      for (int k = 0; k < count; ++k) {
+        const float2 s = A::shared_pair(pair + k * pair_step);
+        const float weight = exp2_approx(s.x - origin);
+        sum += weight * s.y;
+        add(weight, x + k * x_step, o);
       }
       if (c.count == 1) {
-        emit(row, column, o, m, s);
-        return;
+        emit(row, column, o, top, sum);
+      } else {
+        // As assignments of a float4 and a float2 these are six stores.
+        asm volatile(
+            "st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(partial(index) + row * p.dim + column),
+            "f"(o.x), "f"(o.y), "f"(o.z), "f"(o.w)
+            : "memory");
+        if (column == 0)
+          asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(partial_ml(index) + 2 * row),
+                       "f"(top), "f"(sum)
+                       : "memory");
       }
-      const int index = c.index(c.ordinal);
-      *reinterpret_cast<float4*>(partial(index) + row * p.dim + column) = o;
-      if (column == 0) *reinterpret_cast<float2*>(partial_ml(index) + 2 * row) = make_float2(m, s);
-    });
-    if (c.count > 1) combine(c);
-    __syncthreads();  // the stage, the maxima and the flag may be written again
+    }
+  }
+
+  static __device__ __forceinline__ void add(float weight, uint32_t x, float4& o) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(x)
+                 : "memory");
+    o.x += weight * v.x, o.y += weight * v.y, o.z += weight * v.z, o.w += weight * v.w;
+  }
+
+  // All pieces of the rows of a chunk, as many rows at a time as fit, or one row in several rounds.
+  // Maxima and sums come first: the lanes of a row (a warp at most) make weights of them, one piece
+  // each, while the outputs, of which every thread fetches what it adds up, are on their way.
+  __device__ __forceinline__ void merge_chunk(const Pieces& c, int first_row, int rows, bool deal,
+                                              bool idle) const {
+    const int team = threadIdx.x / kRowThreads, column = threadIdx.x % kRowThreads * 4;
+    const int sub = deal ? team : 0, every = deal ? kRowStep : 1;
+    const uint32_t area = shared_address(idle ? shared : stage);
+    const uint32_t pairs = area + threadIdx.x / kWidth * kMostStaged * 8;
+    const uint32_t data = area + kPairs + threadIdx.x * 16;
+    const int slots = ((idle ? L::kStages : 1) * L::kStage - kPairs) / kStep;
+    const int batch = deal ? 1 : max(slots / c.count, 1);
+    const int lane = threadIdx.x % kWidth;
+    const unsigned lanes = kWidth == 32 ? kAllLanes : 0xFFFFu << (threadIdx.x & 16);
+    const int piece_size = block_rows() * p.dim;
+    const int64_t apart = static_cast<int64_t>(c.apart()) * every * piece_size;
+    const int end_row = min(first_row + rows, item.rows);
+    float top = kMinusInf, sum = 0.0f;
+    float4 o = make_float4(0, 0, 0, 0);
+    int row = first_row + (deal ? 0 : team);
+#pragma unroll 1
+    while (row < end_row) {
+      const int stop = min(row + batch * kRowStep, end_row);
+#pragma unroll 1
+      for (int block = 0; block < c.count; block += kMostStaged) {
+        const int end = min(block + kMostStaged, c.count), count = end - block;
+#pragma unroll 1
+        for (int from = block + sub; from < end || from == block + sub; from += slots * every) {
+          const int to = min(end, from + slots * every);
+          const bool head = from == block + sub;
+          if (head) {
+            uint32_t at = pairs;
+#pragma unroll 1
+            for (int r = row; r < stop; r += kRowStep, at += count * 8)
+#pragma unroll 1
+              for (int k = lane; k < count; k += kWidth)
+                cp_async_8(at + k * 8, partial_ml(c.index(block + k)) + 2 * r);
+          }
+          cp_async_commit();
+          uint32_t at = data;
+#pragma unroll 1
+          for (int r = row; r < stop && column < p.dim; r += kRowStep) {
+            const float* source = partial(c.start() + from * c.apart()) + r * p.dim + column;
+            const float* piece = from == 0 ? source + c.first_off() * piece_size : source;
+#pragma unroll 4
+            for (int k = from; k < to; k += every) {
+              cp_async_16(at, piece, true);
+              source += apart;
+              piece = source;
+              at += kStep;
+            }
+          }
+          cp_async_commit();
+          cp_async_wait<1>();
+          __syncwarp(lanes);
+          at = data;
+          uint32_t weights = pairs;
+#pragma unroll 1
+          for (int r = row; r < stop; r += kRowStep, weights += count * 8) {
+            if (head) {
+              const float before = block == 0 ? kMinusInf : top;
+              if (block == 0) top = kMinusInf, sum = 0.0f, o = make_float4(0, 0, 0, 0);
+              weigh(lane, lanes, count, weights, top, sum);
+              const float keep = exp2_approx(before - finite_origin(top));
+              o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
+            }
+            cp_async_wait<0>();
+            const uint32_t weight = weights - block * 8;
+#pragma unroll 4
+            for (int k = from; k < to; k += every) {
+              add(shared_float(weight + k * 8), at, o);
+              at += kStep;
+            }
+            if (!deal && block + count == c.count && to == end && column < p.dim)
+              emit(r, column, o, top, sum);
+          }
+        }
+        __syncwarp(lanes);  // the weights have been read
+      }
+      row = deal ? end_row : row + batch * kRowStep;
+    }
+    if (!deal) return;
+    float4* all = reinterpret_cast<float4*>((idle ? shared : stage) + kPairs);
+    all[threadIdx.x] = o;  // where this thread's first piece was
+    __syncthreads();
+    if (team > 0 || column >= p.dim) return;
+#pragma unroll
+    for (int i = 1; i < kRowStep; ++i) {
+      const float4 other = all[threadIdx.x + i * kRowThreads];
+      o.x += other.x, o.y += other.y, o.z += other.z, o.w += other.w;
+    }
+    emit(first_row, column, o, top, sum);
+  }
+
+  // Brings top and sum of a row up to date with `count` pairs, which become their weights.
+  static __device__ __forceinline__ void weigh(int lane, unsigned lanes, int count, uint32_t pairs,
+                                               float& top, float& sum) {
+    float own_top = kMinusInf, own_sum = 0.0f;
+#pragma unroll 1
+    for (int k = lane; k < count; k += kWidth) {
+      const float2 s = A::shared_pair(pairs + k * 8);
+      const float higher = fmaxf(own_top, s.x), origin = finite_origin(higher);
+      own_sum = own_sum * exp2_approx(own_top - origin) + s.y * exp2_approx(s.x - origin);
+      own_top = higher;
+    }
+    float higher = own_top;
+#pragma unroll
+    for (int i = 1; i < kWidth; i *= 2) higher = fmaxf(higher, __shfl_xor_sync(lanes, higher, i));
+    higher = fmaxf(higher, top);
+    const float origin = finite_origin(higher);
+    own_sum *= exp2_approx(own_top - origin);
+#pragma unroll
+    for (int i = 1; i < kWidth; i *= 2) own_sum += __shfl_xor_sync(lanes, own_sum, i);
+    sum = sum * exp2_approx(top - origin) + own_sum;
+    top = higher;
+#pragma unroll 1
+    for (int k = lane; k < count; k += kWidth)
+      store_shared(pairs + k * 8, exp2_approx(shared_float(pairs + k * 8) - origin));
+    __syncwarp(lanes);
+  }
+  static __device__ __forceinline__ float shared_float(uint32_t address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+    return x;
+  }
+  static __device__ __forceinline__ void store_shared(uint32_t address, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
   }
 };
 

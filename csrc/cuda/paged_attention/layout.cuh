@@ -42,19 +42,25 @@ struct Layout {
   static constexpr int kSlice = kScales + (F::kBytes == 1 ? kTokens * 8 : 0);
   static constexpr int kStages = D == 64 ? (kSmall ? 4 : 5) : D == 128 ? (kSmall ? 2 : 3) : 2;
   static constexpr int kStage = kDecodeWarps * kSlice;
-  static constexpr int kMergePitch = D + 4;  // floats
+  static constexpr int kMergePitch = D + (F::kBytes == 1 ? 16 : 8);  // floats; no bank conflicts
   static_assert(16 * kMergePitch * 4 <= kScales, "the merge buffer must fit into a slice");
 
   static constexpr bool kQueryInShared = D == 256;  // registers would not do
   static constexpr int kQuery = kStages * kStage;
-  static constexpr int kQueryBytes = kQueryInShared ? kDecodeWarps * (D / 16) * 512 : 0;
-  static constexpr int kMax = kQuery + kQueryBytes;      // float [warp][16]
-  static constexpr int kSum = kMax + kDecodeWarps * 64;  // float [warp][16]
-  static constexpr int kTop = kSum + kDecodeWarps * 64;  // float [row of the block]
-  static constexpr int kInts = kTop + 256;               // int [8]
-  static constexpr int kTotal = kInts + 32;
+  static constexpr int kQueryPitch = D * 2 + 16;
+  static constexpr int kQueryBytes = kQueryInShared ? 64 * kQueryPitch : 0;
+  static_assert(64 * kQueryPitch <= kStage, "the queries of a block must fit into a stage");
+  // Queries of 16 rows that come with the first keys of their item.
+  static constexpr bool kFetches = F::kBytes == 2 && D <= 128;
+  static constexpr int kFetched = kQuery + kQueryBytes;
+  static constexpr int kStates = kFetched + (kFetches ? 16 * kQueryPitch : 0);  // float2 [warp][16]
+  static constexpr int kInts = kStates + kDecodeWarps * 128;                    // int [8]
+  static constexpr int kTable = kInts + 32;  // a small block table
+  static constexpr int kTableEntries = F::kBytes == 1 && D == 128 ? 256 : 1024;
+  static constexpr int kTotal = kTable + kTableEntries * 4;
   static_assert(!kSmall || kTotal <= kSmallShared, "the small layout must fit small GPUs");
   static constexpr int kCtasPerSm = D == 256 ? 1 : 2;
+  static_assert(kCtasPerSm * (kTotal + 1024) <= 228 * 1024, "shared memory of sm_90");
 };
 
 // Does this format and head dim have a small layout of its own? D = 256 cannot have one: its query

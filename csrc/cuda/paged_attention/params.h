@@ -8,8 +8,8 @@
 // the sequences and, within one, over the lane's pairs. An item, (b, pair), costs max(1, tiles of
 // 64 visible keys). CTA (lane, g) works on cost [g * share, (g + 1) * share) of its lane's list,
 // share = ceil(total / CTAs per lane): neighbouring CTAs read neighbouring heads of the same keys
-// at the same time. An item cut by such borders is summed up from partial results by whichever CTA
-// finishes last, in the order of the keys. Batch-invariant: an item consists of pieces of 1024 keys
+// at the same time. An item cut by such borders is summed up from partial results once the last
+// of them is there (finish.cuh). Batch-invariant: an item consists of pieces of 1024 keys
 // at absolute positions, a piece belongs to the CTA of its first tile.
 #pragma once
 
@@ -22,45 +22,73 @@ namespace fastinfer::cuda {
 constexpr int kPlanTile = 64;        // keys per unit of cost
 constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
 constexpr int kPlanHeader = 8;       // see csrc/ops/paged_attention.cpp
-constexpr int kMergeFan = 16;        // fixed pieces that are merged in one go
 
+// Kernels read this from constant memory, where every line of 64 bytes that is not there yet takes
+// time: what most calls need comes first, in the order in which it is needed.
 struct DecodeParams {
-  const void* q;  // 4-byte aligned, as are its strides
-  void* out;
-  float* lse;  // may be nullptr
+  const int32_t* lengths;  // [B], nullptr: `capacity` each
+  const int32_t* plan;     // may be nullptr
+  const int32_t* table;    // nullptr: dense
+  const void* q;           // 4-byte aligned, as are its strides
+  int64_t lengths_stride, table_stride;
+  int32_t batch, capacity, append;
+  int32_t q_bytes;            // of a contiguous q; 0: not contiguous, or large
+  int32_t entries;            // of a contiguous table, aligned to 16 bytes; else INT32_MAX
+  int32_t lanes, lane_items;  // lane_items = heads_kv * row_blocks / lanes
+  int32_t min_share;
+  int32_t columns;                // of the table
+  int32_t page_size, page_shift;  // page_shift: -1 where page_size is not a power of two
+  int32_t rows, row_blocks, group, dim, heads_kv;
   const void* k;
   const void* v;
-  const float* k_scale;  // of 8-bit codes
-  const float* v_scale;
-  const int32_t* lengths;  // [B], nullptr: `capacity` each
-  const int32_t* cache_rows;
-  const int32_t* leftpad;
-  const int32_t* table;  // nullptr: dense
-  const int32_t* plan;   // may be nullptr
-  const float* alibi;
-  const void* sinks;
-  float* partial;     // [piece][block rows][D]
-  float* partial_ml;  // [piece][block rows][2]: max in the log2 domain, sum
-  int32_t* counters;  // zero before and after every launch
-  int64_t q_batch, q_token, q_head, out_batch, out_token, out_head, lse_batch, lse_token, lse_head;
-  int64_t k_page, k_token, k_head, v_page, v_token, v_head;  // elements
-  int64_t ks_page, ks_token, ks_head, vs_page, vs_token, vs_head;
-  int64_t lengths_stride, cache_rows_stride, leftpad_stride, table_stride;
-  int64_t alibi_batch, alibi_head, sinks_stride;
   uint32_t page16, token16, head16;  // strides of K and V in 16-byte units, where `packs`
-  int32_t batch, q_len, append, capacity, heads_kv, group, dim;
-  int32_t page_size, page_shift;  // page_shift: -1 where page_size is not a power of two
-  int32_t rows, row_tiles, row_shift, row_blocks;  // row_tiles = 1 << row_shift
-  int32_t lanes, lane_items;                       // lane_items = heads_kv * row_blocks / lanes
-  int32_t min_share;
-  int32_t window_left, window_right;  // -1: unlimited
-  int32_t max_pieces;                 // per item, batch-invariant mode
-  float scale, softcap;
+  float scale;
+  int64_t q_batch, q_head;
   DType q_dtype, kv_dtype, sinks_dtype;
-  bool packs;      // K and V rows: same strides, 16-byte aligned, less than 64 GiB apart
-  bool out_packs;  // out may be written 8 bytes at a time
+  bool query_packs;  // q may be read 16 bytes at a time
+  bool query_early;  // and right away: nothing in front of this launch still runs
+  bool packs;        // K and V rows: same strides, 16-byte aligned, less than 64 GiB apart
+  bool out_packs;    // out may be written 8 bytes at a time
   bool scale_per_token_k, scale_per_token_v;
   bool invariant;
+  int32_t* counters;  // zero before and after every launch
+  int32_t* claims;    // as many
+  float* partial;     // [piece][block rows][D]
+  float* partial_ml;  // [piece][block rows][2]: max in the log2 domain, sum
+  void* out;
+  float* lse;  // may be nullptr
+  int64_t out_batch, out_head;
+  const float* k_scale;  // of 8-bit codes
+  const float* v_scale;
+  int64_t ks_head, vs_head;
+  int32_t q_len, row_tiles, row_shift;  // row_tiles = 1 << row_shift
+  int32_t window_left, window_right;    // -1: unlimited
+  int32_t max_pieces;                   // per item, batch-invariant mode
+  float softcap;
+  const int32_t* cache_rows;
+  const int32_t* leftpad;
+  const float* alibi;
+  const void* sinks;
+  int64_t q_token, out_token, lse_batch, lse_token, lse_head;
+  int64_t k_page, k_token, k_head, v_page, v_token, v_head;  // elements
+  int64_t ks_page, ks_token, vs_page, vs_token;
+  int64_t cache_rows_stride, leftpad_stride, alibi_batch, alibi_head, sinks_stride;
+  static constexpr bool kPlain = false;
+};
+
+// What most calls have in common, known when the kernel is compiled; see is_plain().
+template <int kRowTiles>
+struct PlainParams : DecodeParams {
+  static constexpr const int32_t* cache_rows = nullptr;
+  static constexpr const int32_t* leftpad = nullptr;
+  static constexpr const float* alibi = nullptr;
+  static constexpr const void* sinks = nullptr;
+  static constexpr int32_t q_len = 1, row_tiles = kRowTiles, row_shift = kRowTiles / 2;
+  static constexpr int32_t window_left = -1, window_right = -1;
+  static constexpr float softcap = 0.0f;
+  static constexpr bool kPlain = true;
+  static constexpr bool packs = true, out_packs = true, invariant = false;
+  static constexpr bool scale_per_token_k = false, scale_per_token_v = false;
 };
 
 // New keys and values into the cache, and q rotated, before the decode kernel runs.

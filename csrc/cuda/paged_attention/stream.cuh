@@ -1,6 +1,8 @@
 // The loader: keys and values of the slot's tiles into a ring of shared memory stages, kStages - 1
 // steps ahead of the arithmetic and across the borders of items. Every warp loads its own slice,
-// one lane per key looks the page up, one step before the copy needs it.
+// one lane per key looks the page up, one step before the copy needs it. With the first keys of an
+// item come its queries, for which there is one buffer: behind those of later steps they would have
+// to queue. Whoever finds them missing there loads them when they are needed.
 //
 // Keys outside [low, min(len, end of the piece)) are not touched; their rows become 0.
 #pragma once
@@ -11,30 +13,42 @@
 
 namespace fastinfer::cuda {
 
-template <class F, int D, bool kSmall>
+template <class F, int D, bool kSmall, class P>
 struct Stream {
   using L = Layout<F, D, kSmall>;
 
-  const DecodeParams& p;
+  const P& p;
   const Slot& slot;
   uint32_t shared;  // of the ring
+  uint32_t table;   // in shared memory
+  bool near;        // the table is there
   Walk walk;
-  int base;  // first key of the next step of the CTA
-  bool more;
+  int base;          // first key of the next step of the CTA
+  bool more, fresh;  // fresh: the next step is the first one of its item
+  int fetched;       // item whose queries are in the buffer: its position, or -1
   // Key of this lane in the next step.
   int page, place, head;
   bool valid, any;
+  bool starts;  // an item
+  int sequence, row_block, position;
 
-  __device__ __forceinline__ Stream(const DecodeParams& params, const Slot& s, const Walk& start,
-                                    uint32_t ring)
-      : p(params), slot(s), shared(ring), walk(start) {
-    more = true;
+  __device__ __forceinline__ Stream(const P& params, const Slot& s, const Walk& start,
+                                    uint32_t ring, bool table_near)
+      : p(params), slot(s), shared(ring), table(ring + L::kTable), near(table_near), walk(start) {
+    more = fresh = true;
+    fetched = -1;
     while (more && !walk.has_tiles()) more = walk.next(p, slot);
     base = walk.tile * kPlanTile;
   }
 
   static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+
+  static __device__ __forceinline__ int shared_int(uint32_t address) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+  }
 
   // Where the keys of the next step are.
   __device__ __forceinline__ void look_up() {
@@ -46,14 +60,24 @@ struct Stream {
     const int key = base + warp() * L::kTokens + lane() % L::kTokens;
     valid = key >= walk.low && key < end;
     head = walk.pair(p, slot);
-    if (p.row_blocks > 1) head /= p.row_blocks;
+    row_block = 0;
+    if (p.row_blocks > 1) {
+      const int pair = head;
+      head /= p.row_blocks;
+      row_block = pair - head * p.row_blocks;
+    }
+    starts = fresh;
+    fresh = false;
+    sequence = walk.b;
+    position = walk.position;
     page = walk.row;
     place = key;
     if (p.table && valid) {
       const uint32_t size = p.page_size;
       const uint32_t column =
           p.page_shift >= 0 ? key >> p.page_shift : static_cast<uint32_t>(key) / size;
-      page = __ldg(p.table + walk.b * p.table_stride + column);
+      page = near ? shared_int(table + (walk.b * p.columns + column) * 4)
+                  : __ldg(p.table + walk.b * p.table_stride + column);
       place = key - column * size;
       valid = page >= 0;  // a padded row of the batch: zeros, not an address
     }
@@ -63,15 +87,19 @@ struct Stream {
         more = walk.next(p, slot);
       } while (more && !walk.has_tiles());
       base = walk.tile * kPlanTile;
+      fresh = true;
     }
   }
 
   // Copies the step that look_up() prepared into `stage`, which every warp of the team has left.
-  __device__ __forceinline__ void issue(int stage) {
+  // `query`: queries may be read.
+  __device__ __forceinline__ void issue(int stage, bool query) {
     if (!any) {
       cp_async_commit();  // the arithmetic counts groups
       return;
     }
+    if constexpr (L::kFetches)
+      if (starts && query && fetched < 0 && p.row_tiles == 1 && p.query_packs) fetch_query();
     const uint32_t slice = shared + (stage * kDecodeWarps + warp()) * L::kSlice;
     if (p.packs)
       issue_packs(slice);
@@ -80,6 +108,24 @@ struct Stream {
     if constexpr (F::kBytes == 1)
       if (p.scale_per_token_k || p.scale_per_token_v) issue_scales(slice);
     cp_async_commit();
+  }
+
+  // Every warp fetches its part, and waits for it with its first keys.
+  __device__ __forceinline__ void fetch_query() {
+    constexpr int kPacks = D / 8;
+    const int rows = min(p.rows - row_block * 16, 16);
+    fetched = position;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * kPacks; i += kDecodeThreads) {
+      const int row = i / kPacks, column = i % kPacks * 8, r = row_block * 16 + row;
+      const int token = p.q_len == 1 ? 0 : r / p.group;
+      const int at = head * p.group + r - token * p.group;
+      const uint16_t* from = static_cast<const uint16_t*>(p.q) + sequence * p.q_batch +
+                             token * p.q_token + at * p.q_head;
+      const bool inside = column < p.dim;
+      cp_async_16(shared + L::kFetched + row * L::kQueryPitch + column * 2,
+                  from + (inside ? column : 0), inside);
+    }
   }
 
   __device__ __forceinline__ void issue_packs(uint32_t slice) {
@@ -121,8 +167,8 @@ struct Stream {
   }
 
   // Any strides and alignment, any distance: element by element.
-  static __device__ __noinline__ void copy_elements(const DecodeParams& p, uint32_t slice, int page,
-                                                    int place, int head, bool valid) {
+  static __device__ __noinline__ void copy_elements(const P& p, uint32_t slice, int page, int place,
+                                                    int head, bool valid) {
 #pragma unroll 1
     for (int row = 0; row < L::kTokens; ++row) {
       const int64_t row_page = __shfl_sync(kAllLanes, page, row);

@@ -14,7 +14,8 @@ namespace fastinfer::cuda {
 constexpr int kDecodeThreads = 128;
 constexpr int kDecodeWarps = kDecodeThreads / 32;
 
-__device__ __forceinline__ int sequence_length(const DecodeParams& p, int b) {
+template <class P>
+__device__ __forceinline__ int sequence_length(const P& p, int b) {
   return (p.lengths ? __ldg(p.lengths + b * p.lengths_stride) : p.capacity) + p.append;
 }
 
@@ -34,24 +35,35 @@ struct Slot {
   int b, first_cost;  // sequence at `begin`, cost of those before it
 };
 
-__device__ __forceinline__ void set_share(const DecodeParams& p, int total, Slot& s) {
+template <class P>
+__device__ __forceinline__ void set_share(const P& p, int total, Slot& s) {
   const int slots = gridDim.y;
   s.lane = blockIdx.x;
   s.share = max(p.min_share, (total + slots - 1) / static_cast<unsigned>(slots));
-  // Half the pieces to merge are worth more than twice the CTAs.
-  if (s.share == 1 && total > 16 * p.batch * p.lane_items) s.share = 2;
+  // Fewer pieces to merge are worth more than more CTAs.
+  const int items = p.batch * p.lane_items;
+  if (s.share == 1 && total > 16 * items) s.share = total > 24 * items ? 3 : 2;
   s.begin = blockIdx.y * s.share;
   s.end = min(s.begin + s.share, total);
 }
 
+// Sets out for the lengths before anything else: of sequence threadIdx.x % 32 where find_slot()
+// needs no more.
+template <class P>
+__device__ __forceinline__ int first_length(const P& p) {
+  const int b = threadIdx.x % 32;
+  return p.batch <= 32 && !p.plan && b < p.batch ? sequence_length(p, b) : 0;
+}
+
 // Every thread calls. `scratch`: 8 ints of shared memory. A slot without work has begin >= end.
-__device__ __forceinline__ Slot find_slot(const DecodeParams& p, int* scratch) {
+template <class P>
+__device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) {
   const int items = p.lane_items, tid = threadIdx.x;
   Slot s{};
   if (p.batch <= 32 && !p.plan) {  // every warp by itself, without a barrier
     const int b = tid % 32;
     int own = 0;
-    if (b < p.batch) own = sequence_cost(sequence_length(p, b), p.q_len, p.window_left);
+    if (b < p.batch) own = sequence_cost(length, p.q_len, p.window_left);
     int sum = own;
     if (p.batch > 1) {
 #pragma unroll
@@ -128,7 +140,8 @@ struct Walk {
       row;  // keys of the sequence, first one that is visible to some row, cache row
   int tile, end;
 
-  __device__ __forceinline__ void load_sequence(const DecodeParams& p) {
+  template <class P>
+  __device__ __forceinline__ void load_sequence(const P& p) {
     len = sequence_length(p, b);
     low = p.window_left < 0 ? 0 : max(len - p.q_len - p.window_left, 0);
     if (p.leftpad) low = max(low, __ldg(p.leftpad + b * p.leftpad_stride));
@@ -136,7 +149,8 @@ struct Walk {
     cost = sequence_cost(len, p.q_len, p.window_left);
   }
 
-  __device__ __forceinline__ void cut(const DecodeParams& p, const Slot& s) {
+  template <class P>
+  __device__ __forceinline__ void cut(const P& p, const Slot& s) {
     const int lowest = first_tile(len, p.q_len, p.window_left);
     const int tiles = (len + kPlanTile - 1) / kPlanTile - lowest;
     tile = max(s.begin - position, 0);
@@ -158,7 +172,8 @@ struct Walk {
     if (tiles <= 0) end = tile = 0;
   }
 
-  __device__ __forceinline__ void start(const DecodeParams& p, const Slot& s) {
+  template <class P>
+  __device__ __forceinline__ void start(const P& p, const Slot& s) {
     b = s.b;
     load_sequence(p);
     item = p.lane_items == 1 ? 0 : (s.begin - s.first_cost * p.lane_items) / cost;
@@ -167,7 +182,8 @@ struct Walk {
   }
 
   // False when the slot holds no further item.
-  __device__ __forceinline__ bool next(const DecodeParams& p, const Slot& s) {
+  template <class P>
+  __device__ __forceinline__ bool next(const P& p, const Slot& s) {
     position += cost;
     if (position >= s.end) return false;
     if (++item == p.lane_items) {
@@ -180,7 +196,8 @@ struct Walk {
   }
 
   // kv head * row_blocks + row block
-  __device__ __forceinline__ int pair(const DecodeParams& p, const Slot& s) const {
+  template <class P>
+  __device__ __forceinline__ int pair(const P& p, const Slot& s) const {
     return item * p.lanes + s.lane;
   }
   __device__ __forceinline__ bool has_tiles() const { return tile < end; }

@@ -1,5 +1,5 @@
-// Asynchronous copies from global to shared memory (sm_80: 4 or 16 bytes, zero fill) and barriers
-// of part of a block.
+// Asynchronous copies from global to shared memory (sm_80: 4, 8 or 16 bytes, zero fill) and
+// barriers of part of a block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,6 +13,15 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
+}
+// The first `bytes` of 16, zeros behind them.
+__device__ __forceinline__ void cp_async_part(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
 }
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),

@@ -193,6 +193,7 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
     a.packs = half % kSize == 0 && tensor_packs<E>(p.q, p.dim, tokens, p.seq) &&
               (!p.k.in || tensor_packs<E>(p.k, p.dim, tokens, p.seq));
     a.cached = write != nullptr;
+    bool soft = false;
     if (write) {
       const cpu::CacheSide& v = write->value;
       a.tensor[2] = {v.tokens,
@@ -205,8 +206,9 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
                      v.token_head_stride,
                      write->heads};
       a.packs = a.packs && tensor_packs<E>(a.tensor[2], p.dim, tokens, p.seq);
-      a.cache[0] = cache_store(write->key, *write, kSize, force_portable());
-      a.cache[1] = cache_store(write->value, *write, kSize, force_portable());
+      soft = write->key.scale.data && force_portable();
+      a.cache[0] = cache_store(write->key, *write, kSize, soft);
+      a.cache[1] = cache_store(write->value, *write, kSize, soft);
       if (half % kSize != 0) a.cache[0].packs = false;  // its packs start at any element
       a.slots = write->slots, a.slot_stride = write->slot_stride, a.slot_dtype = write->slot_dtype;
       a.block_size = write->block_size;
@@ -215,7 +217,7 @@ int rotary(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64
     const int64_t table_size = dtype_size(p.table_dtype);
     a.table_packs = half % kSize == 0 && packs_fit(p.cos, half, table_size, {p.cos_stride}) &&
                     packs_fit(p.sin, half, table_size, {p.sin_stride});
-    const RotaryFit fit{a.packs, a.table_packs, a.cache[0].packs && a.cache[1].packs};
+    const RotaryFit fit{a.packs, a.table_packs, a.cache[0].packs && a.cache[1].packs, soft};
     int error = 0;
     if (rotary_dense(p, write, tokens, fit, stream, error)) return error;
     const int64_t rotated = ceil_div(half, kSize);

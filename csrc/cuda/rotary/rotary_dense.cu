@@ -55,58 +55,96 @@ __device__ __forceinline__ int64_t index_of(const void* p, bool wide, int64_t i)
   return wide ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
 }
 
-template <class E>
-__device__ __forceinline__ void load_table(float (&c)[Pack<E>::kSize], const void* table,
-                                           bool is_float, int64_t row, int i) {
+// A lane's part of a head: twice 16 bytes, or (little work, and so less code) twice 8.
+template <class E, class V>
+struct Part {
+  static constexpr int kSize = sizeof(V) / sizeof(E), kWords = sizeof(V) / 2;
+  V first, second;
+
+  __device__ __forceinline__ void rotate_by(const float (&c)[kSize], const float (&s)[kSize],
+                                            bool interleaved) {
+    if constexpr (kSize == 8) {
+      rotate<E>(first, second, c, s, interleaved);
+    } else {
+      float x[kSize], y[kSize];
+      unpack<E>(x, first);
+      unpack<E>(y, second);
+      rotate(x, y, c, s, interleaved);
+      first = half_pack_of<E>(x);
+      second = half_pack_of<E>(y);
+    }
+  }
+  __device__ __forceinline__ HalfWords<kWords> words() const {
+    HalfWords<kWords> row;
+    reinterpret_cast<V*>(&row)[0] = first;
+    reinterpret_cast<V*>(&row)[1] = second;
+    return row;
+  }
+};
+
+template <class E, int kSize>
+__device__ __forceinline__ void load_table(float (&c)[kSize], const void* table, bool is_float,
+                                           int64_t row, int i) {
   if (is_float) {
     load_as(c, static_cast<const float*>(table) + row, i, 0, true);
-  } else {
+  } else if constexpr (kSize == 8) {
     load_as(c, static_cast<const E*>(table) + row, i, 0, true);
+  } else {
+    unpack<E>(c, *reinterpret_cast<const uint2*>(static_cast<const E*>(table) + row + i));
   }
 }
 
-// Head `head` of k (which == 1) or v (which == 2), as a lane holds it, to its slot. Every lane of
-// the warp calls.
+// Where head `head` of k (which == 1) or v (which == 2) goes; null where it does not.
+struct Target {
+  char* row = nullptr;
+  float* scale = nullptr;
+};
 template <class E, class A>
-__device__ __forceinline__ void cache_head(const A& a, int which, int64_t slot, int head,
-                                           const uint4& first, const uint4& second, int at_first,
-                                           int at_second, int lane) {
-  HalfRow row;
-  reinterpret_cast<uint4*>(&row)[0] = first;
-  reinterpret_cast<uint4*>(&row)[1] = second;
-  uint32_t top = 0;
-  if (a.codes) top = top_bits<E>(row);
-  if (a.dynamic) top = group_max(top, 1 << a.lane_bits);
-  if (slot < 0 || (which != 1 && which != 2)) return;
-  const int dim = (2 * Pack<E>::kSize) << a.lane_bits;
+__device__ __forceinline__ Target target_of(const A& a, int which, int64_t slot, int head,
+                                            int dim) {
+  if (slot < 0 || (which != 1 && which != 2)) return {};
   const Slot where = split_slot(slot, a.block_size);
   const int64_t at = where.block * a.block_stride +
                      where.position * static_cast<int64_t>(a.cache_position) + head * dim;
-  char* cache = which == 1 ? a.key_cache : a.value_cache;
+  return {(which == 1 ? a.key_cache : a.value_cache) + at * (a.codes ? 1 : sizeof(E)),
+          (which == 1 ? a.k_scale : a.v_scale) + slot * a.scale_slot + head * a.scale_head};
+}
+
+// A head, as a lane holds it, to its place. Every lane of the warp calls.
+template <class E, class V, class A>
+__device__ __forceinline__ void cache_head(const A& a, const Target& target, const Part<E, V>& part,
+                                           int at_first, int at_second, int lane) {
+  using Codes = std::conditional_t<sizeof(V) == 16, uint2, uint32_t>;
+  constexpr int kWords = Part<E, V>::kWords;
+  const HalfWords<kWords> row = part.words();
+  uint32_t top = 0;
+  if (a.codes) top = top_bits<E>(row);
+  if (a.dynamic) top = group_max(top, 1 << a.lane_bits);
+  if (!target.row) return;
   if (!a.codes) {
-    E* to = reinterpret_cast<E*>(cache) + at;
-    *reinterpret_cast<uint4*>(to + at_first) = first;
-    *reinterpret_cast<uint4*>(to + at_second) = second;
+    E* to = reinterpret_cast<E*>(target.row);
+    *reinterpret_cast<V*>(to + at_first) = part.first;
+    *reinterpret_cast<V*>(to + at_second) = part.second;
     return;
   }
-  float* scales = (which == 1 ? a.k_scale : a.v_scale) + slot * a.scale_slot + head * a.scale_head;
   float scale;
   if (a.dynamic) {
     scale = dynamic_scale(top, a.fp8);
-    if (lane == 0) *scales = scale;
+    if (lane == 0) *target.scale = scale;
   } else {
-    scale = *scales;
+    scale = *target.scale;
   }
-  uint32_t code[4];
+  alignas(8) uint32_t code[kWords / 2];
   half_codes<E>(code, row, Quotient(scale), top, a.fp8, a.soft);
-  *reinterpret_cast<uint2*>(cache + at + at_first) = make_uint2(code[0], code[1]);
-  *reinterpret_cast<uint2*>(cache + at + at_second) = make_uint2(code[2], code[3]);
+  *reinterpret_cast<Codes*>(target.row + at_first) = reinterpret_cast<const Codes*>(code)[0];
+  *reinterpret_cast<Codes*>(target.row + at_second) = reinterpret_cast<const Codes*>(code)[1];
 }
 
-template <class E, class A>
+// kHeads: of a thread, at most. V: what it loads and stores at a time.
+template <class E, class A, class V, int kHeads>
 __global__ void __launch_bounds__(kRotaryThreads, 4)
     rotary_dense_kernel(const __grid_constant__ A a) {
-  constexpr int kSize = Pack<E>::kSize;
+  constexpr int kSize = Part<E, V>::kSize;
   const int lanes = 1 << a.lane_bits, lane = threadIdx.x & (lanes - 1);
   const int group = (blockIdx.y * blockDim.x + threadIdx.x) >> a.lane_bits;
   const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -123,10 +161,10 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
     if (live) slot = index_of(a.slots, a.wide_slots, t * a.slot_stride);
   }
 
-  uint4 first[kRotaryHeads] = {}, second[kRotaryHeads] = {};
-  int head[kRotaryHeads], which[kRotaryHeads];  // 0, 1, 2: q, k, v; 3: none
+  Part<E, V> part[kHeads] = {};
+  int head[kHeads], which[kHeads];  // 0, 1, 2: q, k, v; 3: none
 #pragma unroll
-  for (int j = 0; j < kRotaryHeads; ++j) {
+  for (int j = 0; j < kHeads; ++j) {
     const int h = group + j * a.groups;
     head[j] = h, which[j] = 0;
     const E* from = static_cast<const E*>(a.q) + t * a.q_token;
@@ -143,8 +181,8 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
     if (!live || h >= heads) which[j] = 3;
     if (which[j] == 3) continue;
     from += head[j] * dim;
-    first[j] = *reinterpret_cast<const uint4*>(from + at_first);
-    second[j] = *reinterpret_cast<const uint4*>(from + at_second);
+    part[j].first = *reinterpret_cast<const V*>(from + at_first);
+    part[j].second = *reinterpret_cast<const V*>(from + at_second);
   }
   float c[kSize], sine[kSize];
   if (which[0] < 2) {  // the first head of a thread is the one of the lower number
@@ -152,19 +190,25 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
     load_table<E>(c, a.cos, a.table_is_float, row, lane * kSize);
     load_table<E>(sine, a.sin, a.table_is_float, row, lane * kSize);
   }
+  Target early;
+  if constexpr (A::kCached && kHeads == 1) early = target_of<E>(a, which[0], slot, head[0], dim);
 #pragma unroll
-  for (int j = 0; j < kRotaryHeads; ++j) {
+  for (int j = 0; j < kHeads; ++j) {
     if (which[j] < 2) {
-      rotate<E>(first[j], second[j], c, sine, a.interleaved);
+      part[j].rotate_by(c, sine, a.interleaved);
       E* to = a.template target<E>(which[j], t) + head[j] * dim;
-      *reinterpret_cast<uint4*>(to + at_first) = first[j];
-      *reinterpret_cast<uint4*>(to + at_second) = second[j];
+      *reinterpret_cast<V*>(to + at_first) = part[j].first;
+      *reinterpret_cast<V*>(to + at_second) = part[j].second;
     }
   }
   if constexpr (A::kCached) {
 #pragma unroll
-    for (int j = 0; j < kRotaryHeads; ++j)
-      cache_head<E>(a, which[j], slot, head[j], first[j], second[j], at_first, at_second, lane);
+    for (int j = 0; j < kHeads; ++j) {
+      // With one head its place is known while the table is on its way; with two, registers are
+      // short.
+      const Target target = kHeads == 1 ? early : target_of<E>(a, which[j], slot, head[j], dim);
+      cache_head(a, target, part[j], at_first, at_second, lane);
+    }
   }
 }
 
@@ -214,7 +258,7 @@ template <class E>
 bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t tokens,
          const RotaryFit& fit, void* stream, int& error) {
   constexpr int kSize = Pack<E>::kSize;
-  const int64_t lanes = p.half / kSize;
+  int64_t lanes = p.half / kSize;
   if (!fit.packs || !fit.table_packs || p.dim != 2 * p.half || lanes > 32 ||
       (lanes & (lanes - 1)) != 0)
     return false;
@@ -223,11 +267,15 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
   if (!one_stride(p.q, p, tokens) || (p.k.in && !one_stride(p.k, p, tokens)) ||
       p.cos_stride != p.sin_stride || !small({tokens, p.cos_stride, p.position_token}))
     return false;
+  const int64_t heads = p.q.heads + p.k.heads + (write ? write->heads : 0);
+  RotaryLayout layout = rotary_layout(tokens, heads, static_cast<int>(lanes), device_facts().sms);
+  const bool few = layout.groups == heads && lanes <= 16;
+  if (few) {  // twice the lanes, each with half as much
+    lanes *= 2;
+    layout = rotary_layout(1, heads, static_cast<int>(lanes), device_facts().sms);
+  }
   int lane_bits = 0;
   while (1 << lane_bits < lanes) ++lane_bits;
-  const int64_t heads = p.q.heads + p.k.heads + (write ? write->heads : 0);
-  const RotaryLayout layout =
-      rotary_layout(tokens, heads, static_cast<int>(lanes), device_facts().sms);
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, layout.tokens)),
                   static_cast<unsigned>(layout.parts));
   const dim3 block(layout.width, layout.tokens);
@@ -236,7 +284,9 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
     fill(a, p, tokens, lane_bits, layout.groups);
     a.q_out = p.q.out, a.k_out = p.k.out;
     a.q_out_token = p.q.out_token, a.k_out_token = p.k.out_token;
-    error = launch(rotary_dense_kernel<E, DenseRotary>, grid, block, 0, stream, a);
+    error = launch(few ? rotary_dense_kernel<E, DenseRotary, uint2, 1>
+                       : rotary_dense_kernel<E, DenseRotary, uint4, kRotaryHeads>,
+                   grid, block, 0, stream, a);
     return true;
   }
   const cpu::CacheSide& v = write->value;
@@ -257,8 +307,10 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
   a.scale_slot = static_cast<int32_t>(v.scale.position);
   a.scale_head = static_cast<int32_t>(v.scale.head);
   a.codes = v.scale.data != nullptr, a.fp8 = write->cache_dtype == DType::f8e4m3;
-  a.soft = force_portable(), a.dynamic = v.scale.dynamic;
-  error = launch(rotary_dense_kernel<E, DenseRotaryCache>, grid, block, 0, stream, a);
+  a.soft = fit.soft, a.dynamic = v.scale.dynamic;
+  error = launch(few ? rotary_dense_kernel<E, DenseRotaryCache, uint2, 1>
+                     : rotary_dense_kernel<E, DenseRotaryCache, uint4, kRotaryHeads>,
+                 grid, block, 0, stream, a);
   return true;
 }
 

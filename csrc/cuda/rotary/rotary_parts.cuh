@@ -28,37 +28,48 @@ constexpr RotaryLayout rotary_layout(int64_t tokens, int64_t heads, int lanes, i
 static_assert(rotary_layout(1, 40, 8, 132).parts == 5, "one token: five blocks");
 static_assert(rotary_layout(8192, 40, 8, 132).width == 160, "20 groups of 8 lanes, 2 heads each");
 
-template <class E>
-__device__ __forceinline__ void rotate(uint4& first, uint4& second,
-                                       const float (&c)[Pack<E>::kSize],
-                                       const float (&s)[Pack<E>::kSize], bool interleaved) {
-  constexpr int kSize = Pack<E>::kSize;
-  float x[kSize], y[kSize], u[kSize], v[kSize];
-  unpack<E>(x, first);
-  unpack<E>(y, second);
+// Pairs of (x, y), or with `interleaved` of neighbours within x and within y, turned by the angles
+// of c and s.
+template <int kSize>
+__device__ __forceinline__ void rotate(float (&x)[kSize], float (&y)[kSize],
+                                       const float (&c)[kSize], const float (&s)[kSize],
+                                       bool interleaved) {
   if (interleaved) {
 #pragma unroll
     for (int j = 0; j < kSize / 2; ++j) {
-      u[2 * j] = x[2 * j] * c[j] - x[2 * j + 1] * s[j];
-      u[2 * j + 1] = x[2 * j + 1] * c[j] + x[2 * j] * s[j];
       const int k = j + kSize / 2;
-      v[2 * j] = y[2 * j] * c[k] - y[2 * j + 1] * s[k];
-      v[2 * j + 1] = y[2 * j + 1] * c[k] + y[2 * j] * s[k];
+      const float u = x[2 * j] * c[j] - x[2 * j + 1] * s[j];
+      x[2 * j + 1] = x[2 * j + 1] * c[j] + x[2 * j] * s[j];
+      const float v = y[2 * j] * c[k] - y[2 * j + 1] * s[k];
+      y[2 * j + 1] = y[2 * j + 1] * c[k] + y[2 * j] * s[k];
+      x[2 * j] = u, y[2 * j] = v;
     }
   } else {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      u[j] = x[j] * c[j] - y[j] * s[j];
-      v[j] = y[j] * c[j] + x[j] * s[j];
+      const float u = x[j] * c[j] - y[j] * s[j];
+      y[j] = y[j] * c[j] + x[j] * s[j];
+      x[j] = u;
     }
   }
-  first = pack_of<E>(u);
-  second = pack_of<E>(v);
+}
+
+template <class E>
+__device__ __forceinline__ void rotate(uint4& first, uint4& second,
+                                       const float (&c)[Pack<E>::kSize],
+                                       const float (&s)[Pack<E>::kSize], bool interleaved) {
+  float x[Pack<E>::kSize], y[Pack<E>::kSize];
+  unpack<E>(x, first);
+  unpack<E>(y, second);
+  rotate(x, y, c, s, interleaved);
+  first = pack_of<E>(x);
+  second = pack_of<E>(y);
 }
 
 // Can everything of its kind be moved in packs of 16 bytes?
 struct RotaryFit {
   bool packs, table_packs, cache_packs;  // tensors, tables, both caches
+  bool soft;                             // e4m3 by integer arithmetic
 };
 
 // rotary_dense.cu: launches where its form fits and returns true; `error` is then what the launch

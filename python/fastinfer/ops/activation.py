@@ -40,7 +40,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     _lib.refuse_grad("silu_and_mul", x)
     if out is None:
         out = _empty_half("silu_and_mul", x)
-    _silu_and_mul(x, out=out)
+    _silu_and_mul(x, out)
     return out
 
 
@@ -73,7 +73,7 @@ def gelu_and_mul(x: Tensor, approximate: str = "none", *, out: Tensor | None = N
         )
     if out is None:
         out = _empty_half("gelu_and_mul", x)
-    _gelu_and_mul(x, tanh_approximation=approximate == "tanh", out=out)
+    _gelu_and_mul(x, approximate == "tanh", out)
     return out
 
 
@@ -103,7 +103,7 @@ def silu_and_mul_quant(
     _lib.require_tensors("silu_and_mul_quant", x=x)
     _lib.refuse_grad("silu_and_mul_quant", x)
     q, scale, zeros = _empty_codes(x, _half_shape("silu_and_mul_quant", x), symmetric)
-    _silu_and_mul_quant(x, q=q, scale=scale, zeros=zeros)
+    _silu_and_mul_quant(x, q, scale, zeros)
     return q, scale, zeros
 
 
@@ -152,16 +152,16 @@ def _check(name: str, x: Tensor, out: Tensor) -> None:
 
 
 @_lib.register_fake("silu_and_mul")
-def _(x: Tensor, *, out: Tensor) -> None:
+def _(x: Tensor, out: Tensor) -> None:
     _check("silu_and_mul", x, out)
 
 
 @_lib.register_fake("gelu_and_mul")
-def _(x: Tensor, *, tanh_approximation: bool, out: Tensor) -> None:
+def _(x: Tensor, tanh_approximation: bool, out: Tensor) -> None:
     _check("gelu_and_mul", x, out)
 
 
 @_lib.register_fake("silu_and_mul_quant")
-def _(x: Tensor, *, q: Tensor, scale: Tensor, zeros: Tensor | None) -> None:
+def _(x: Tensor, q: Tensor, scale: Tensor, zeros: Tensor | None) -> None:
     _lib.check_dtype("silu_and_mul_quant", "x", x, _lib.FLOATS)
     _check_codes("silu_and_mul_quant", _half_shape("silu_and_mul_quant", x), q, scale, zeros)

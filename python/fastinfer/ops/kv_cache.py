@@ -60,18 +60,19 @@ def reshape_and_cache(
 
     Reference: Kwon et al. 2023 (PagedAttention).
     """
-    _lib.require_tensors(
-        "reshape_and_cache",
-        key=key,
-        value=value,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        slot_mapping=slot_mapping,
-    )
-    _lib.refuse_grad("reshape_and_cache", key, value, key_cache, value_cache)
-    _reshape_and_cache(
-        key, value, key_cache, value_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
-    )
+    try:
+        _lib.refuse_grad("reshape_and_cache", key, value, key_cache, value_cache)
+        _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    except Exception:  # five tensors: looked at only when something was wrong
+        _lib.require_tensors(
+            "reshape_and_cache",
+            key=key,
+            value=value,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            slot_mapping=slot_mapping,
+        )
+        raise
 
 
 def gather_cache(
@@ -150,11 +151,11 @@ def gather_cache(
         value_cache,
         block_table,
         cu_seqlens,
-        seq_starts=seq_starts,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        key_out=out[0],
-        value_out=out[1],
+        seq_starts,
+        k_scale,
+        v_scale,
+        out[0],
+        out[1],
     )
     return out
 
@@ -239,7 +240,7 @@ def repeat_kv(x: Tensor, n_rep: int, *, dim: int = -2, out: Tensor | None = None
     _lib.refuse_grad("repeat_kv", x)
     if out is None:
         out = torch.empty(_repeated_shape(x, n_rep, dim), dtype=x.dtype, device=x.device)
-    _repeat_kv(x, n_rep, dim=dim, out=out)
+    _repeat_kv(x, n_rep, dim, out)
     return out
 
 
@@ -348,7 +349,6 @@ def _(
     key_cache: Tensor,
     value_cache: Tensor,
     slot_mapping: Tensor,
-    *,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
@@ -363,7 +363,6 @@ def _(
     value_cache: Tensor,
     block_table: Tensor,
     cu_seqlens: Tensor,
-    *,
     seq_starts: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
@@ -415,6 +414,6 @@ def _(src: list[Tensor], dst: list[Tensor], block_mapping: Tensor) -> None:
 
 
 @_lib.register_fake("repeat_kv")
-def _(x: Tensor, n_rep: int, *, dim: int, out: Tensor) -> None:
+def _(x: Tensor, n_rep: int, dim: int, out: Tensor) -> None:
     _lib.check_dtype("repeat_kv", "out", out, (x.dtype,))
     _check_shape("repeat_kv", "out", out, tuple(_repeated_shape(x, n_rep, dim)))

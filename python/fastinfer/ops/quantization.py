@@ -269,7 +269,7 @@ def quantize_per_token(
     _lib.refuse_grad(name, x, scale)
     x2 = _rows(name, "x", x)
     if out is None:
-        out = x.new_empty(x.shape, dtype=torch.int8)
+        out = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     else:
         _lib.check(
             out.shape == x.shape and (out.dim() == 2 or out.is_contiguous()),
@@ -278,13 +278,11 @@ def quantize_per_token(
                 f"got {_lib.describe(out)}"
             ),
         )
-    row_scale = x.new_empty(x2.shape[0], dtype=torch.float32)
+    row_scale = x.new_empty([x2.shape[0]], dtype=torch.float32)
     zeros = None
     if not symmetric:
-        zeros = x.new_empty(x2.shape[0], dtype=torch.int32)
-    _quantize_per_token(
-        x2, static_scale=scale, q=_rows(name, "out", out), scale=row_scale, zeros=zeros
-    )
+        zeros = x.new_empty([x2.shape[0]], dtype=torch.int32)
+    _quantize_per_token(x2, scale, _rows(name, "out", out), row_scale, zeros)
     return out, row_scale, zeros
 
 
@@ -352,7 +350,6 @@ def _(
 @_lib.register_fake("quantize_per_token")
 def _(
     x: Tensor,
-    *,
     static_scale: Tensor | None,
     q: Tensor,
     scale: Tensor,

@@ -62,11 +62,11 @@ def apply_rotary(
     )
     _lib.refuse_grad("apply_rotary", q, k, cos, sin)
     if inplace:
-        _apply_rotary_inplace(q, k, cos, sin, positions, interleaved=interleaved)
+        _apply_rotary_inplace(q, k, cos, sin, positions, interleaved)
         return q, k
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = None if k is None else torch.empty_like(k, memory_format=torch.contiguous_format)
-    _apply_rotary(q, k, cos, sin, positions, interleaved=interleaved, q_out=q_out, k_out=k_out)
+    _apply_rotary(q, k, cos, sin, positions, interleaved, q_out, k_out)
     return q_out, k_out
 
 
@@ -109,33 +109,36 @@ def apply_rotary_and_cache(
     References: Su et al. 2021 (rotary embedding); Kwon et al., "Efficient Memory Management for
     Large Language Model Serving with PagedAttention", 2023 (paged cache).
     """
-    _lib.require_tensors(
-        "apply_rotary_and_cache",
-        q=q,
-        k=k,
-        v=v,
-        cos=cos,
-        sin=sin,
-        positions=positions,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        slot_mapping=slot_mapping,
-    )
-    _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin, key_cache, value_cache)
-    _apply_rotary_and_cache(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        positions,
-        key_cache,
-        value_cache,
-        slot_mapping,
-        interleaved=interleaved,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+    try:
+        _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin, key_cache, value_cache)
+        _apply_rotary_and_cache(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            positions,
+            key_cache,
+            value_cache,
+            slot_mapping,
+            interleaved,
+            k_scale,
+            v_scale,
+        )
+    except Exception:  # nine tensors: looked at only when something was wrong
+        _lib.require_tensors(
+            "apply_rotary_and_cache",
+            q=q,
+            k=k,
+            v=v,
+            cos=cos,
+            sin=sin,
+            positions=positions,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            slot_mapping=slot_mapping,
+        )
+        raise
 
 
 def rotary_reference(
@@ -246,7 +249,6 @@ def _(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
-    *,
     interleaved: bool,
     q_out: Tensor,
     k_out: Tensor | None,
@@ -268,7 +270,6 @@ def _(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
-    *,
     interleaved: bool,
 ) -> None:
     _check("apply_rotary", q, k, cos, sin, positions)
@@ -285,7 +286,6 @@ def _(
     key_cache: Tensor,
     value_cache: Tensor,
     slot_mapping: Tensor,
-    *,
     interleaved: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
