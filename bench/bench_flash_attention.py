@@ -22,6 +22,7 @@ GRID = {
     (64, 8, 128): [(1, 8192), (4, 4096), (1, 2048), (1, 32768), (32, 512), (1, 131072)],
     (32, 32, 128): [(1, 8192), (1, 2048), (1, 512), (1, 32768), (32, 512)],
     (32, 8, 64): [(1, 8192), (4, 4096), (1, 2048), (1, 512), (1, 32768), (32, 512)],
+    (32, 8, 192): [(1, 8192), (1, 2048)],
     (16, 8, 256): [(1, 8192)],
     (32, 8, 256): [(1, 8192)],
 }  # fmt: skip
@@ -29,6 +30,7 @@ VARLEN = [1301, 4131, 466, 3193, 913, 911, 7919, 1385, 1134, 2455, 3652, 1147, 2
 CHUNKS = [(512, 8192), (2048, 8192), (2048, 32768), (512, 131072), (2048, 131072)]
 LONG = 32768
 MAX_PORTABLE_FLOPS = 10**13  # longer ones say nothing new
+INVARIANT = "fastinfer_batch_invariant"  # what that mode costs
 BACKENDS = {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -68,10 +70,10 @@ class Cases:
         def inputs() -> list[torch.Tensor]:
             return [self.random(batch, length, h, d) for h in (hq, hkv, hkv)]
 
-        def ours() -> Call:
+        def ours(**options: bool) -> Call:
             q, k, v = inputs()
             out = torch.empty_like(q)
-            return lambda: fastinfer.flash_attn_func(q, k, v, causal=causal, out=out)
+            return lambda: fastinfer.flash_attn_func(q, k, v, causal=causal, out=out, **options)
 
         def sdpa(backend: SDPBackend | None) -> Call:
             q, k, v = (x.transpose(1, 2) for x in inputs())
@@ -91,6 +93,8 @@ class Cases:
         else:
             for name, backend in BACKENDS.items():
                 peers[name] = lambda backend=backend: sdpa(backend)
+            if length <= 8192:
+                peers[INVARIANT] = lambda: ours(batch_invariant=True)
         flops = 4 * batch * hq * length * length * d // (2 if causal else 1)
         keys = {"op": "prefill", "kind": "dense", "batch": batch, "seqlen": length}
         keys |= {"hq": hq, "hkv": hkv, "d": d, "causal": causal}
@@ -140,7 +144,7 @@ class Cases:
 def main() -> None:
     def flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--portable", action="store_true", help="also time the sm_80 kernels")
-        parser.add_argument("--peers", default=",".join(BACKENDS), help="of torch, on a GPU")
+        parser.add_argument("--peers", default=",".join([*BACKENDS, INVARIANT]), help="on a GPU")
 
     bench = Bench("flash_attention", __doc__, flags)
     cases = Cases(bench)

@@ -244,6 +244,7 @@ void flash_attn_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor out, OptTensor l
   device_ints(block_table, c.table, c.table_stride);
   c.batch = length(op, "the batch size", batch);
   c.len_q = length(op, "max_seqlen_q", std::min(max_seqlen_q, tokens));
+  c.len_k = static_cast<int32_t>(std::min(max_seqlen_k, cuda::kMaxKeys));
   c.tokens_q = length(op, "the number of tokens of q", tokens);
   c.tokens_k = block_table ? 0 : length(op, "the number of tokens of k", k.size(0));
   if (block_table) {

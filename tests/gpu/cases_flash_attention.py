@@ -38,10 +38,10 @@ def options(names: str, heads: int, device: str, seed: int) -> dict[str, Any]:
 
 def dense(
     features: str, dtype: torch.dtype, dim: int, kv: torch.dtype | None, shift: int,
-    device: str, seed: int,
+    device: str, seed: int, len_k: int = 300,
 ) -> Made:  # fmt: skip
     """`shift` elements off 16-byte alignment."""
-    batch, len_q, len_k, heads, heads_kv = 2, 130, 300, 4, 2
+    batch, len_q, heads, heads_kv = 2, 130, 4, 2
     q, k, v = (
         random(batch, n, h, dim + shift, dtype=t, device=device, seed=seed + i)[..., shift:]
         for i, (n, h, t) in enumerate(
@@ -103,6 +103,11 @@ CASES = [
         Case(f"flash codes d{dim} {dtype}", partial(dense, "window sinks", dtype, dim, kv, 0))
         for dim in (64, 128, 256)
         for dtype, kv in ((FP16, torch.int8), (BF16, FP8))
+    ),
+    *(  # too many keys for the tiles of short sequences
+        Case(f"flash long d{dim} {dtype}", partial(dense, "causal", dtype, dim, None, 0, len_k=600))
+        for dim in (64, 128)
+        for dtype in (FP16, BF16)
     ),
     Case("flash unaligned d80", partial(dense, "alibi", FP16, 80, None, 3)),
     Case("flash packed d128", partial(packed, "causal sinks", BF16, 128, 0)),

@@ -151,11 +151,13 @@ def test_varlen(seed: int, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 128, 192, 256])
-def test_same_bits_every_time(dim: int) -> None:
-    """200 repeats of many short tiles, where rings and turns wrap all the time."""
+@pytest.mark.parametrize(("batch", "len_k"), [(7, 555), (6, 500)])
+def test_same_bits_every_time(dim: int, batch: int, len_k: int) -> None:
+    """200 repeats of many short tiles, where rings and turns wrap all the time; 500 keys: in tiles
+    of short sequences."""
     q, k, v = (
-        draw(7, n, h, dim, dtype=torch.bfloat16, seed=dim)
-        for n, h in [(300, 8), (555, 2), (555, 2)]
+        draw(batch, n, h, dim, dtype=torch.bfloat16, seed=dim)
+        for n, h in [(300, 8), (len_k, 2), (len_k, 2)]
     )
     first = flash_attn_func(q, k, v, causal=True)
     out = torch.empty_like(first)
@@ -233,3 +235,26 @@ def test_fp32_is_refused() -> None:
     q = torch.zeros(1, 4, 2, 64, device="cuda")
     with pytest.raises(RuntimeError, match=r"q must be torch.float16 or torch.bfloat16 on CUDA"):
         flash_attn_func(q, q, q)
+
+
+@pytest.mark.parametrize("arch", ["", "80"], ids=["native", "portable"])
+@pytest.mark.parametrize("dim", [64, 72, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_of_short_calls_give_the_same_bits(
+    dim: int, causal: bool, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sequence alone, and its last rows alone, run in smaller tiles than twelve sequences."""
+    monkeypatch.setenv("FASTINFER_FORCE_ARCH", arch)
+    q, k, v = (
+        draw(12, 500, h, dim, dtype=torch.bfloat16, seed=dim + i) for i, h in enumerate((32, 8, 8))
+    )
+    whole, lse, _ = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
+    for rows in (500, 100):
+        one, one_lse, _ = flash_attn_func(
+            q[7:8, 500 - rows :], k[7:8], v[7:8], causal=causal, return_attn_probs=True
+        )
+        assert torch.equal(one, whole[7:8, 500 - rows :])
+        assert torch.equal(one_lse, lse[7:8, :, 500 - rows :])
+    cu = torch.tensor([0, 500], dtype=torch.int32, device="cuda")
+    packed = flash_attn_varlen_func(q[7], k[7], v[7], cu, cu, 500, 500, causal=causal)
+    assert torch.equal(packed, whole[7])

@@ -21,7 +21,7 @@ int launch_flash_attention(const FlashAttentionParams& call, void* stream) {
     case flash::Kernel::sm90: {
       // Scores that are not just scale * q . k with a positive scale need another pass.
       const bool modify = p.softcap != 0.0f || p.alibi || !(p.scale > 0.0f);
-      switch (flash::sm90_dim(p.head_dim)) {
+      switch (modify ? flash::sm90_modify_dim(p.head_dim) : flash::sm90_dim(p.head_dim)) {
         case 64:
           return half ? flash::sm90_d64_f16(p, modify, stream)
                       : flash::sm90_d64_bf16(p, modify, stream);
@@ -29,8 +29,7 @@ int launch_flash_attention(const FlashAttentionParams& call, void* stream) {
           return half ? flash::sm90_d128_f16(p, modify, stream)
                       : flash::sm90_d128_bf16(p, modify, stream);
         case 192:
-          return half ? flash::sm90_d192_f16(p, modify, stream)
-                      : flash::sm90_d192_bf16(p, modify, stream);
+          return half ? flash::sm90_d192_f16(p, stream) : flash::sm90_d192_bf16(p, stream);
         default:
           return half ? flash::sm90_d256_f16(p, modify, stream)
                       : flash::sm90_d256_bf16(p, modify, stream);

@@ -27,7 +27,7 @@ struct FlashAttentionParams {
   int64_t q_batch, q_token, q_head, out_batch, out_token, out_head;
   int64_t lse_batch, lse_token, lse_head;
   int32_t batch, heads_q, heads_kv, group, head_dim;
-  int32_t len_q, len_k;        // dense: of every sequence; packed: len_q bounds every sequence
+  int32_t len_q, len_k;        // dense: of every sequence; packed: bounds for every sequence
   int64_t tokens_q, tokens_k;  // rows of packed tensors
   const int32_t* cu_q;         // nullptr: dense
   const int32_t* cu_k;

@@ -1,5 +1,5 @@
-// Which kernel serves a call: pure host code. Lengths and batch play no part, so that neither do
-// they in the bits of a result.
+// Which kernel serves a call: pure host code. Lengths and batch only choose between tiles that give
+// the same bits.
 #pragma once
 
 #include "flash_attention.h"
@@ -12,13 +12,34 @@ enum class Kernel {
   sm90,          // TMA and wgmma
 };
 
-// Head dimension of the instance that serves head_dim.
+// Head dimension of the instance that serves head_dim. `modify` (see flash_instances.h) has none
+// of 192.
 constexpr int sm90_dim(int head_dim) { return (head_dim + 63) / 64 * 64; }
+constexpr int sm90_modify_dim(int head_dim) {
+  return sm90_dim(head_dim) == 192 ? 256 : sm90_dim(head_dim);
+}
 constexpr int portable_dim(int head_dim) {
   return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
 }
 // Keys per tile of the sm_90a kernel: what fits shared memory twice, in steps of 16.
 constexpr int sm90_keys(int dim) { return dim <= 128 ? 128 : dim <= 192 ? 96 : 80; }
+
+// Tiles of 64 query rows of a call; of packed sequences, at most.
+inline int64_t tiles_of_64(const FlashAttentionParams& p) {
+  const int64_t tiles =
+      p.cu_q ? (p.tokens_q + 63 * int64_t{p.batch}) / 64 : (p.len_q + 63) / 64 * int64_t{p.batch};
+  return tiles * p.heads_q;
+}
+// Tiles of 64 rows, two CTAs per SM, instead of 128 rows: where all of them run at once and there
+// are few keys. The same bits.
+constexpr bool short_tiles(int64_t tiles, int64_t len_k, int64_t sms) {
+  return tiles <= 2 * sms && len_k <= 512;
+}
+static_assert(short_tiles(256, 512, 132) && !short_tiles(512, 512, 132) &&
+                  !short_tiles(256, 1024, 132),
+              "1x512 with 32 heads");
+// The portable kernel at 64 columns: 64 rows per CTA in small grids. The same bits.
+constexpr bool portable_short_tiles(int64_t tiles, int64_t sms) { return tiles <= 8 * sms; }
 
 // Rows of the TMA boxes that both tiles and pages consist of; 8 rows are the unit of the swizzle.
 constexpr int box_rows(int page_size, int keys) {
@@ -75,8 +96,9 @@ static_assert(sm90_dim(16) == 64 && sm90_dim(72) == 128 && sm90_dim(128) == 128 
                   sm90_dim(136) == 192 && sm90_dim(256) == 256,
               "the next multiple of 64");
 static_assert(box_rows(16, 128) == 16 && box_rows(64, 128) == 64 && box_rows(256, 128) == 128 &&
-                  box_rows(64, 80) == 16 && box_rows(80, 80) == 80 && box_rows(24, 96) == 24 &&
-                  page_suits_tma(8, 80) && !page_suits_tma(4, 128) && !page_suits_tma(20, 80),
+                  sm90_modify_dim(192) == 256 && box_rows(64, 80) == 16 && box_rows(80, 80) == 80 &&
+                  box_rows(24, 96) == 24 && page_suits_tma(8, 80) && !page_suits_tma(4, 128) &&
+                  !page_suits_tma(20, 80),
               "whole boxes per tile and per page");
 
 }  // namespace fastinfer::cuda::flash

@@ -3,9 +3,8 @@
 
 namespace fastinfer::cuda::flash {
 
-int sm90_d192_f16(const FlashAttentionParams& p, bool modify, void* stream) {
-  return modify ? launch_sm90<__half, 192, true>(p, stream)
-                : launch_sm90<__half, 192, false>(p, stream);
+int sm90_d192_f16(const FlashAttentionParams& p, void* stream) {
+  return launch_sm90<__half, 192, false>(p, stream);
 }
 
 }  // namespace fastinfer::cuda::flash

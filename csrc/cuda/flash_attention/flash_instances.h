@@ -16,8 +16,8 @@ int sm90_d64_f16(const FlashAttentionParams& p, bool modify, void* stream);
 int sm90_d64_bf16(const FlashAttentionParams& p, bool modify, void* stream);
 int sm90_d128_f16(const FlashAttentionParams& p, bool modify, void* stream);
 int sm90_d128_bf16(const FlashAttentionParams& p, bool modify, void* stream);
-int sm90_d192_f16(const FlashAttentionParams& p, bool modify, void* stream);
-int sm90_d192_bf16(const FlashAttentionParams& p, bool modify, void* stream);
+int sm90_d192_f16(const FlashAttentionParams& p, void* stream);
+int sm90_d192_bf16(const FlashAttentionParams& p, void* stream);
 int sm90_d256_f16(const FlashAttentionParams& p, bool modify, void* stream);
 int sm90_d256_bf16(const FlashAttentionParams& p, bool modify, void* stream);
 

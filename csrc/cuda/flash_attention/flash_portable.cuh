@@ -16,6 +16,7 @@
 #include "../common/launch.cuh"
 #include "../ptx/async_copy.cuh"
 #include "../ptx/mma.cuh"
+#include "flash_choice.h"
 #include "flash_work.cuh"
 
 namespace fastinfer::cuda::flash {
@@ -33,11 +34,11 @@ constexpr int portable_rows(int dim, bool codes) {
 }
 constexpr int kPortableKeys = 64;
 constexpr size_t kSharedBytes = 128;  // struct Shared
-constexpr size_t portable_shared_bytes(int dim, bool codes) {
-  return static_cast<size_t>(portable_rows(dim, codes) + 2 * kPortableKeys) * dim * 2 +
+constexpr size_t portable_shared_bytes(int dim, int rows) {
+  return static_cast<size_t>(rows + 2 * kPortableKeys) * dim * 2 +
          2 * kPortableKeys * sizeof(float) + kSharedBytes;
 }
-static_assert(portable_shared_bytes(256, true) <= 99 * 1024,
+static_assert(portable_shared_bytes(256, portable_rows(256, true)) <= 99 * 1024,
               "must fit the GPUs with 99 KiB (sm_86, 89)");
 
 // Byte offset of chunk c (8 elements) of row r.
@@ -185,10 +186,10 @@ __device__ __forceinline__ int64_t scale_at(const FlashAttentionParams& p, const
   return head + at.pages[page] * t.scale_page + (key - page * p.page_size) * t.scale_token;
 }
 
-template <class T, int kD, bool kAny>
+template <class T, int kD, int kRows, bool kAny>
 __global__ void __launch_bounds__(kPortableThreads)
     flash_portable_kernel(const __grid_constant__ FlashAttentionParams p, const bool packed_out) {
-  constexpr int kRows = portable_rows(kD, kAny), kKeys = kPortableKeys;
+  constexpr int kKeys = kPortableKeys;
   constexpr int kBlocks = kRows / 64;  // 16-row blocks of a warp
   constexpr int kScores = kKeys / 2;   // per thread and block
   extern __shared__ __align__(1024) char shared[];
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(kPortableThreads)
     uint32_t probabilities[kBlocks][kScores / 2];
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      constexpr int kChains = kBlocks == 1 ? 2 : 1;
+      constexpr int kChains = portable_rows(kD, kAny) == 64 ? 2 : 1;  // whatever kRows: same bits
       float origin[2], keep[2];
       state[m].template raise<kChains>(s[m], factor, origin, keep);
       state[m].template exponents<kChains>(s[m], factor, origin, keep);
@@ -370,15 +371,24 @@ __global__ void __launch_bounds__(kPortableThreads)
   }
 }
 
-template <class T, int kD, bool kAny>
-int launch_portable(const FlashAttentionParams& p, void* stream) {
-  constexpr int kRows = portable_rows(kD, kAny);
+template <class T, int kD, int kRows, bool kAny>
+int launch_portable_rows(const FlashAttentionParams& p, void* stream) {
   const int64_t tiles =
       p.cu_q ? p.tokens_q / kRows + p.batch : ceil_div(p.len_q, kRows) * int64_t{p.batch};
   if (tiles * p.heads_q > kMaxTiles) return cudaErrorInvalidConfiguration;
-  return launch(flash_portable_kernel<T, kD, kAny>, dim3(static_cast<unsigned>(tiles * p.heads_q)),
-                dim3(kPortableThreads), portable_shared_bytes(kD, kAny), stream, p,
+  return launch(flash_portable_kernel<T, kD, kRows, kAny>,
+                dim3(static_cast<unsigned>(tiles * p.heads_q)), dim3(kPortableThreads),
+                portable_shared_bytes(kD, kRows), stream, p,
                 aligned16(p.out, {p.out_batch, p.out_token, p.out_head}));
+}
+
+template <class T, int kD, bool kAny>
+int launch_portable(const FlashAttentionParams& p, void* stream) {
+  if constexpr (kD == 64 && !kAny) {
+    if (portable_short_tiles(tiles_of_64(p), device_facts().sms))
+      return launch_portable_rows<T, 64, 64, false>(p, stream);
+  }
+  return launch_portable_rows<T, kD, portable_rows(kD, kAny), kAny>(p, stream);
 }
 
 }  // namespace fastinfer::cuda::flash

@@ -1,8 +1,8 @@
 // Hopper kernel (sm_90a): TMA, wgmma, warp-specialised and persistent.
 //
-// One CTA per SM: a producer warpgroup and kGroups consumer warpgroups of 64 query rows each. Warp
-// 1 of the producer deals out tiles of work, warps 0 and 2 load Q and stream K and V tiles of kKeys
-// keys through two rings of kStages buffers; the consumers hold S, P and O in registers.
+// A CTA is a producer warpgroup and kGroups consumer warpgroups of 64 query rows each. Warp 1 of
+// the producer deals out tiles of work, warps 0 and 2 load Q and stream K and V tiles of kKeys keys
+// through two rings of kStages buffers; the consumers hold S, P and O in registers.
 //
 //   S_j = Q K_j^T          runs together with   O += P_{j-1} V_{j-1}
 //   softmax of S_j         runs under that product and, since the consumer groups take turns at
@@ -22,7 +22,7 @@
 namespace fastinfer::cuda::flash {
 
 template <class T, class Tile, bool kModify>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     flash_sm90_kernel(const __grid_constant__ FlashAttentionParams p,
                       const __grid_constant__ CUtensorMap q_map,
                       const __grid_constant__ CUtensorMap k_map,
@@ -30,14 +30,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                       const __grid_constant__ CUtensorMap out_map, const int64_t total,
                       const bool packed_out, const bool tma_out) {
   constexpr int kStages = Tile::kStages, kConsumerWarps = 4 * Tile::kGroups;
-  extern __shared__ char raw[];
-  const uint32_t base = (ptx::shared_address(raw) + 1023) & ~1023u;
-  const uint32_t q_tile = base, k_tiles = q_tile + Tile::kStagesQ * Tile::kQBytes;
+  extern __shared__ __align__(1024) char raw[];
+  const uint32_t q_tile = ptx::shared_address(raw),
+                 k_tiles = q_tile + Tile::kStagesQ * Tile::kQBytes;
   const uint32_t v_tiles = k_tiles + kStages * Tile::kTileBytes;
   auto& barriers = *reinterpret_cast<Sm90Barriers<Tile>*>(
-      raw + (v_tiles + Tile::kStagesV * Tile::kTileBytes - ptx::shared_address(raw)));
+      raw + (v_tiles + Tile::kStagesV * Tile::kTileBytes - q_tile));
   static_assert(sizeof(Sm90Barriers<Tile>) <= 512, "reserved in kSharedBytes");
 
+  // The first dense unit of work needs nothing from memory.
+  if (threadIdx.x == 32 && !p.cu_q) {
+    Slot& slot = barriers.slots[0];
+    slot.w = dense_work(p, blockIdx.x, Tile::kRows);
+    slot.keys = visible(p, slot.w, slot.w.row, Tile::kRows);
+    slot.valid = 1;
+  }
   if (threadIdx.x == 0) {
     ptx::tma_prefetch(&q_map);
     ptx::tma_prefetch(&k_map);
@@ -83,9 +90,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 }
 
-template <class T, int kD, bool kModify>
-int launch_sm90(const FlashAttentionParams& call, void* stream) {
-  using Tile = Sm90Tile<kD>;
+template <class T, class Tile, bool kModify>
+int launch_sm90_tiles(const FlashAttentionParams& call, void* stream) {
   FlashAttentionParams p = call;
   p.box_rows = p.table ? box_rows(p.page_size, Tile::kKeys) : Tile::kKeys;
   CUtensorMap q, k, v, out;
@@ -113,10 +119,20 @@ int launch_sm90(const FlashAttentionParams& call, void* stream) {
                                : ceil_div(p.len_q, Tile::kRows) * int64_t{p.batch};
   const int64_t total = tiles * p.heads_q;
   if (total > kMaxTiles) return cudaErrorInvalidConfiguration;
-  const int64_t ctas = total < device_facts().sms ? total : device_facts().sms;
+  const int64_t room = Tile::kCtasPerSm * device_facts().sms;
+  const int64_t ctas = total < room ? total : room;
   return launch(flash_sm90_kernel<T, Tile, kModify>, dim3(static_cast<unsigned>(ctas)),
                 dim3(Tile::kThreads), Tile::kSharedBytes, stream, p, q, k, v, tma_out ? out : q,
                 total, packed_out, tma_out);
+}
+
+template <class T, int kD, bool kModify>
+int launch_sm90(const FlashAttentionParams& p, void* stream) {
+  if constexpr (kD <= 128 && !kModify) {
+    if (short_tiles(tiles_of_64(p), p.len_k, device_facts().sms))
+      return launch_sm90_tiles<T, Sm90Tile<kD, true>, false>(p, stream);
+  }
+  return launch_sm90_tiles<T, Sm90Tile<kD>, kModify>(p, stream);
 }
 
 }  // namespace fastinfer::cuda::flash

@@ -115,9 +115,12 @@ struct Consumer {
   static constexpr uint32_t kTurnBarrier = 1, kCleanBarrier = 1 + Tile::kGroups,
                             kStoreBarrier = 2 + Tile::kGroups;
 
-  __device__ __forceinline__ void wait_turn() { ptx::named_sync(kTurnBarrier + group, 256); }
+  __device__ __forceinline__ void wait_turn() {
+    if constexpr (Tile::kGroups > 1) ptx::named_sync(kTurnBarrier + group, 256);
+  }
   __device__ __forceinline__ void pass_turn() {
-    ptx::named_arrive(kTurnBarrier + (group + 1) % Tile::kGroups, 256);
+    if constexpr (Tile::kGroups > 1)
+      ptx::named_arrive(kTurnBarrier + (group + 1) % Tile::kGroups, 256);
   }
 
   // The assembler would wait for O before it looks for the maximum. It does not move the wait over

@@ -12,8 +12,13 @@ __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
                                           Sm90Barriers<Tile>& barriers, int64_t total) {
   Ring<kSlots> ring;
   SortedTiles<Tile::kRows, Tile::kKeys> sorted{p, 0};
-  if (p.cu_q) sorted.start();
-  for (int64_t round = 0;; ++round) {
+  if (p.cu_q) {
+    sorted.start();
+  } else {  // the first unit lies there already
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&barriers.slot_full[0]);
+    ring.next();
+  }
+  for (int64_t round = p.cu_q ? 0 : 1;; ++round) {
     const int64_t place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int64_t index = round * gridDim.x + place;
     Slot slot{};
@@ -102,7 +107,11 @@ __device__ __forceinline__ void stream_tiles(const TileLoader<Tile>& loader, con
   }
 }
 
-// The loading warps: one for Q and K, one for V, so that each has half of the boxes to issue.
+// The loading warps: one for Q and K, one for V, so that each has half of the boxes to issue. In
+// short tiles the very first V waits until the first Q and K have been asked for: they are what
+// everything waits for, and come in the order of the requests.
+constexpr uint32_t kOrderBarrier = 8;
+
 template <class Tile>
 __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams& p,
                                                       const CUtensorMap* q_map,
@@ -114,6 +123,7 @@ __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams
   Ring<kSlots> work;
   Ring<Tile::kStages> ring;
   Ring<Tile::kStagesQ> q_ring;
+  bool begun = Tile::kCtasPerSm == 1;
   while (true) {
     const Slot& slot = take_work(barriers, work);
     if (!slot.valid) return;
@@ -139,6 +149,8 @@ __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams
       if constexpr (Tile::kStagesQ > 1) load_queries();
       stream_tiles(loader, k_map, k_tiles, barriers.k_full, barriers.k_empty, ring, slot, [&] {
         if constexpr (Tile::kStagesQ == 1) load_queries();
+        if (!begun) ptx::named_arrive(kOrderBarrier, 64);
+        begun = true;
       });
     }
     return_slot(barriers, work.index);
@@ -152,10 +164,14 @@ __device__ __forceinline__ void load_values(const FlashAttentionParams& p, const
   const TileLoader<Tile> loader{p, ptx::policy_evict_last()};
   Ring<kSlots> work;
   Ring<Tile::kStagesV> ring;
+  bool begun = Tile::kCtasPerSm == 1;
   while (true) {
     const Slot& slot = take_work(barriers, work);
     if (!slot.valid) return;
-    if (slot.keys.begin < slot.keys.end)
+    const bool some = slot.keys.begin < slot.keys.end;
+    if (some && !begun) ptx::named_sync(kOrderBarrier, 64);
+    begun = begun || some;
+    if (some)
       stream_tiles(loader, v_map, v_tiles, barriers.v_full, barriers.v_empty, ring, slot, [] {});
     return_slot(barriers, work.index);
     work.next();

@@ -8,28 +8,31 @@
 
 namespace fastinfer::cuda::flash {
 
-// Tile shape of a head dimension; the same for every call, so that bits never depend on lengths.
-template <int kD>
+// Tile shape of a head dimension. Keys per tile are the same for every call, so that bits never
+// depend on lengths. kShort: one group of 64 rows, two CTAs per SM, for short sequences.
+template <int kD, bool kShort = false>
 struct Sm90Tile {
   static_assert(kD % 64 == 0 && kD <= 256, "whole slabs of 64 columns");
   static constexpr int kDim = kD;
-  static constexpr int kGroups = 2;
+  static constexpr int kCtasPerSm = kShort ? 2 : 1;
+  static constexpr int kGroups = kShort ? 1 : 2;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kKeys = sm90_keys(kD);
-  static constexpr int kStages = kD <= 64 ? 4 : kD <= 128 ? 3 : 2;  // of K
-  static constexpr int kStagesV = kD <= 64 ? 4 : 2;
-  static constexpr int kStagesQ = kD <= 128 ? 2 : 1;
+  static constexpr int kStages = (kD <= 64 ? 4 : kD <= 128 ? 3 : 2) - kShort;  // of K
+  static constexpr int kStagesV = kShort ? (kD <= 64 ? 2 : 1) : kD <= 64 ? 4 : 2;
+  static constexpr int kStagesQ = kD <= 128 && !kShort ? 2 : 1;
   static constexpr int kSlabs = kD / 64;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kConsumerRegisters = kShort ? 216 : 232;
   static constexpr uint32_t kQBytes = kRows * kD * 2, kTileBytes = kKeys * kD * 2;
   static constexpr size_t kSharedBytes =
-      kStagesQ * kQBytes + (kStages + kStagesV) * kTileBytes + 1024 + 512;
-  static_assert(kSharedBytes <= 227 * 1024, "shared memory of an SM");
-  // What the block got at launch (65536 / kThreads, in eights) is all that there is to share out.
+      kStagesQ * kQBytes + (kStages + kStagesV) * kTileBytes + 512;
+  // 1 KiB of every block is the system's.
+  static_assert(kCtasPerSm * (kSharedBytes + 1024) <= 228 * 1024, "shared memory of an SM");
+  // What the block got at launch (65536 / threads, in eights) is all that there is to share out.
   static_assert(kProducerRegisters + kGroups * kConsumerRegisters <=
-                    (kGroups + 1) * (65536 / kThreads / 8 * 8),
+                    (kGroups + 1) * (65536 / kCtasPerSm / kThreads / 8 * 8),
                 "setmaxnreg would wait for ever");
 };
 
