@@ -149,7 +149,10 @@ __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams
       if constexpr (Tile::kStagesQ > 1) load_queries();
       stream_tiles(loader, k_map, k_tiles, barriers.k_full, barriers.k_empty, ring, slot, [&] {
         if constexpr (Tile::kStagesQ == 1) load_queries();
-        if (!begun) ptx::named_arrive(kOrderBarrier, 64);
+        if (!begun) {
+          __syncwarp();  // named barriers are for whole warps
+          ptx::named_arrive(kOrderBarrier, 64);
+        }
         begun = true;
       });
     }
@@ -169,7 +172,10 @@ __device__ __forceinline__ void load_values(const FlashAttentionParams& p, const
     const Slot& slot = take_work(barriers, work);
     if (!slot.valid) return;
     const bool some = slot.keys.begin < slot.keys.end;
-    if (some && !begun) ptx::named_sync(kOrderBarrier, 64);
+    if (some && !begun) {
+      __syncwarp();
+      ptx::named_sync(kOrderBarrier, 64);
+    }
     begun = begun || some;
     if (some)
       stream_tiles(loader, v_map, v_tiles, barriers.v_full, barriers.v_empty, ring, slot, [] {});
