@@ -20,30 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from common import Bench
+from shapes import SHAPES
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.bench.drive import LoadResult, run_load
 from fastinfer.bench.workloads import Conversation, Turn, make_workload
 from fastinfer.engine.sampler import DrawnTokens
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 4096,
-    },
-}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # (requests at once, prompt tokens, new tokens)
 BATCHES = [(b, n, 128) for b in (1, 8, 64) for n in (512, 2048)]

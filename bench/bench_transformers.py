@@ -25,32 +25,21 @@ from typing import Any
 import torch
 import transformers
 from common import Bench
+from shapes import SHAPES
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.initialization import no_init_weights
 
 from fastinfer.integrations.transformers import ATTENTION, enable
 from fastinfer.quant import quantize_model
 
-SHAPES: dict[str, dict[str, Any]] = {
+# What a transformers config needs beyond the sizes.
+POSITIONS: dict[str, dict[str, Any]] = {
     "llama3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
         "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 4096,
-        "max_position_embeddings": 1024,
-    },
+    "tiny": {"max_position_embeddings": 1024},
 }
 PEERS = ("sdpa", "sdpa compiled", "fastinfer bf16", "fastinfer int4")
 
@@ -59,7 +48,7 @@ def make_model(
     shape: str, layers: int | None, dtype: torch.dtype, device: str
 ) -> transformers.PreTrainedModel:
     """A model with random weights, made where it lives: nothing is copied or drawn on the CPU."""
-    sizes = dict(SHAPES[shape])
+    sizes: dict[str, Any] = SHAPES[shape] | POSITIONS[shape]
     sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
     config = transformers.LlamaConfig(
         **sizes, eos_token_id=None, bos_token_id=None, pad_token_id=0, tie_word_embeddings=False
@@ -67,7 +56,7 @@ def make_model(
     start, default = time.perf_counter(), torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device), transformers.initialization.no_init_weights():
+        with torch.device(device), no_init_weights():
             model = transformers.LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -152,7 +153,7 @@ class Bench:
             "threads": torch.get_num_threads(),
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
-            "command": " ".join(["python", *sys.argv]),
+            "command": shlex.join(["python", *sys.argv]),
             "ceilings": {"gbs": round(self.gb_s, 1), "tflops": round(self.tflops, 3)}
             | ({"read_gbs": round(self.read_gbs, 1)} if self.read_gbs else {}),
             "rows": self.rows,
