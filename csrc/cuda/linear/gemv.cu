@@ -35,7 +35,7 @@ struct Params {
   void* out;
   int64_t out_stride;
   const void* bias;
-  int m, n, k, steps;
+  int m, n, k, steps, stages;
   bool x_packs, weights_first;
 };
 
@@ -65,6 +65,28 @@ __device__ __forceinline__ void deal_sums(float (&v)[kCount], int lane, int mask
     for (; mask > 0; mask /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], mask);
   }
 }
+// At most `count` of this thread's newest groups are under way: that of one of the rings.
+__device__ __forceinline__ void wait_pending(int count) {
+  switch (count) {
+    case 11:
+      return cp_async_wait<11>();
+    case 10:
+      return cp_async_wait<10>();
+    case 7:
+      return cp_async_wait<7>();
+    case 6:
+      return cp_async_wait<6>();
+    case 5:
+      return cp_async_wait<5>();
+    case 4:
+      return cp_async_wait<4>();
+    case 3:
+      return cp_async_wait<3>();
+    default:
+      return cp_async_wait<2>();
+  }
+}
+
 constexpr int log2_of(int n) { return n == 1 ? 0 : 1 + log2_of(n / 2); }
 
 // The weights of a lane: its 16 bytes of four rows per step, through a ring of its own.
@@ -94,11 +116,11 @@ struct Weights {
 };
 
 template <class E, int kTokens>
-__global__ void __launch_bounds__(kThreads, 2) gemv_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ Params p) {
   constexpr int kSums = kGemvRows * kTokens;
   extern __shared__ __align__(128) unsigned char shared[];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const GemvShared at = gemv_shared(kTokens, p.steps);
+  const GemvShared at = gemv_shared(kTokens, p.steps, p.stages);
   const int x_pitch = p.steps * kGemvColumns;
   const uint32_t x_base = ptx::shared_address(shared);
   const int first = static_cast<int>(static_cast<int64_t>(p.n) * blockIdx.x / gridDim.x),
@@ -140,25 +162,25 @@ __global__ void __launch_bounds__(kThreads, 2) gemv_kernel(const __grid_constant
   // weights first, as they may be read while the kernel in front still writes x.
   if (!p.weights_first) stage_x();
 #pragma unroll 1
-  for (int i = 0; i < kGemvStages - 1; ++i) weights.load(i);
+  for (int i = 0; i < p.stages - 1; ++i) weights.load(i);
   if (p.weights_first) {
     stage_x();
     cp_async_wait<0>();
   } else {
-    cp_async_wait<kGemvStages - 1>();
+    wait_pending(p.stages - 1);
   }
   __syncthreads();
 
   float* const all_sums = reinterpret_cast<float*>(shared + at.sums);
   const uint32_t x_lane = x_base + thread * 16;
-  int slot = 0, previous = kGemvStages - 1, buffer = 0;
+  int slot = 0, previous = p.stages - 1, buffer = 0;
 #pragma unroll 1
   for (int row = first; row < last; row += kGemvRows) {
     float sums[kSums] = {};
     uint32_t x_at = x_lane;
 #pragma unroll 1
     for (int step = 0; step < p.steps; ++step) {
-      cp_async_wait<kGemvStages - 2>();
+      wait_pending(p.stages - 2);
       weights.load(previous);  // all of it was read in the last step, by this lane
       const uint32_t from = weights.ring + slot * kGemvStageBytes;
       uint4 w[kGemvRows];
@@ -179,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemv_kernel(const __grid_constant
       }
       x_at += kGemvColumns * 2;
       previous = slot;
-      slot = slot + 1 == kGemvStages ? 0 : slot + 1;
+      slot = slot + 1 == p.stages ? 0 : slot + 1;
     }
     deal_sums<kSums / 2>(sums, lane);
     constexpr int kShift = 5 - log2_of(kSums);
@@ -207,7 +229,8 @@ int run(const Params& p, int tokens, void* stream) {
                       : tokens == 2 ? gemv_kernel<E, 2>
                                     : gemv_kernel<E, 4>;
   const dim3 grid(static_cast<unsigned>(p.n < sms ? p.n : sms));
-  return launch(kernel, grid, dim3(kThreads), gemv_shared(tokens, p.steps).bytes, stream, p);
+  return launch(kernel, grid, dim3(kThreads), gemv_shared(tokens, p.steps, p.stages).bytes, stream,
+                p);
 }
 
 }  // namespace
@@ -215,7 +238,7 @@ int run(const Params& p, int tokens, void* stream) {
 bool gemv_dense_fits(const DenseLinear& p) {
   return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.n > 0 && p.n <= INT32_MAX / 2 &&
          p.k % 8 == 0 && packs_fit(p.w, p.k, 2, {p.w_stride}) &&
-         gemv_fits(p.m, p.k, device_facts().shared_bytes);
+         gemv_stages(p.m, p.k, false, device_facts().shared_bytes) > 0;
 }
 
 int gemv_dense(const DenseLinear& p, void* stream) {
@@ -224,7 +247,8 @@ int gemv_dense(const DenseLinear& p, void* stream) {
   s.w = p.w, s.w_stride = p.w_stride;
   s.out = p.out, s.out_stride = p.out_stride, s.bias = p.bias;
   s.m = static_cast<int>(p.m), s.n = static_cast<int>(p.n), s.k = static_cast<int>(p.k);
-  s.steps = static_cast<int>((p.k + kGemvColumns - 1) / kGemvColumns);
+  s.steps = static_cast<int>(gemv_steps(p.k));
+  s.stages = gemv_stages(p.m, p.k, programmatic_launch(), device_facts().shared_bytes);
   s.x_packs = packs_fit(p.x, p.k, 2, {p.x_stride});
   s.weights_first = programmatic_launch();
   const int tokens = gemv_instance(p.m);
