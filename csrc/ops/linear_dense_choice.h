@@ -24,8 +24,8 @@ constexpr DenseKernel choose_dense_kernel(const DenseCall& c) {
   if (c.batch_invariant) return DenseKernel::skinny;
   if (c.m <= 4) return DenseKernel::gemv;
   if (c.m <= 16 && c.n * c.k <= 65536) return DenseKernel::skinny;
-  return c.programmatic && c.m <= 8 && c.m * c.k <= 32768 ? DenseKernel::skinny
-                                                          : DenseKernel::cublas;
+  return c.programmatic && c.m <= 8 && c.n * c.k <= 30'000'000 ? DenseKernel::skinny
+                                                               : DenseKernel::cublas;
 }
 static_assert(choose_dense_kernel({1, 4096, 14336, false, false}) == DenseKernel::gemv);
 static_assert(choose_dense_kernel({13, 40, 96, false, false}) == DenseKernel::skinny);
