@@ -147,6 +147,20 @@ def test_cuda_few_tokens_exactly(dtype: torch.dtype, m: int, programmatic: bool)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_cuda_few_tokens_keep_their_bits(dtype: torch.dtype) -> None:
+    """Up to four tokens are one kernel with one order of summation, whatever their number."""
+    like = {"dtype": dtype, "device": "cuda"}
+    for n, k in ((4096, 4096), (300, 14336), (65, 2056)):
+        x, w = randn(4, k, seed=3, **like), randn(n, k, seed=4, **like)
+        whole = linear(x, w)
+        for m in (1, 2, 3):
+            assert torch.equal(linear(x[:m], w), whole[:m]), (n, k, m)
+        with _lib.programmatic_launch(True):
+            assert torch.equal(linear(x, w), whole), (n, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS[1:])
 def test_cuda_batch_invariant_rows_keep_their_bits(dtype: torch.dtype) -> None:
     like = {"dtype": dtype, "device": "cuda"}
     for n, k in ((70, 200), (4096, 4096), (300, 14336)):

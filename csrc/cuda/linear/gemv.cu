@@ -1,20 +1,19 @@
 // Y[M, N] = X[M, K] W[N, K]^T + bias for one to four tokens and 16-bit weights: plain fp32 FMAs, no
 // tensor cores; the weights pass once, at memory speed.
 //
-// A persistent CTA per multiprocessor takes an even, contiguous part of the rows, four at a time.
-// Its 8 warps split the columns: in a step of 2048 columns, lane l of warp w owns the 8 at
-// 256 w + 8 l, so that every load of a warp is 512 contiguous bytes. What a lane multiplies it
-// copied itself: the ring of cp.async stages (96 KiB) needs no barrier, and runs across rows. X
-// lies in shared memory in its own type, read once per step and four rows.
+// A persistent CTA per multiprocessor takes rows, eight neighbours at a time. Its 8 warps split the
+// columns: in a step of 2048 columns, lane l of warp w owns the 8 at 256 w + 8 l, so that every
+// load of a warp is 512 contiguous bytes. What a lane multiplies it copied itself: the ring of
+// cp.async stages needs no barrier, and runs across rows. X lies in shared memory in its own type,
+// read and converted once per step for eight rows.
 //
-// At the end of four rows a lane's sums are added across the warp by a butterfly that also deals
-// them out (6 shuffles for 4 sums instead of 20), then across warps in order through shared memory:
+// At the end of eight rows a lane's sums are added across the warp by a butterfly that also deals
+// them out (9 shuffles for 8 sums instead of 40), then across warps in order through shared memory:
 // two buffers, one barrier. The order of every sum is fixed by K.
 //
-// Half a multiprocessor is enough (96 KiB and X; 256 threads): under programmatic launch the next
-// linear lies beside this one with its ring full of weights while this one runs, and its successor
-// fills the memory's idle time between the two. Weights are read before grid_wait(): they are older
-// than the launch (launch.cuh).
+// Under programmatic launch a CTA starts where one of the kernel in front has ended, and fills its
+// ring while others still run. Weights are read before grid_wait(): they are older than the launch
+// (launch.cuh).
 #include "../common/launch.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
@@ -35,7 +34,8 @@ struct Params {
   void* out;
   int64_t out_stride;
   const void* bias;
-  int m, n, k, steps, stages;
+  int m, n, k, steps;
+  GemvDeal deal;
   bool x_packs, weights_first;
 };
 
@@ -65,66 +65,53 @@ __device__ __forceinline__ void deal_sums(float (&v)[kCount], int lane, int mask
     for (; mask > 0; mask /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], mask);
   }
 }
-// At most `count` of this thread's newest groups are under way: that of one of the rings.
-__device__ __forceinline__ void wait_pending(int count) {
-  switch (count) {
-    case 11:
-      return cp_async_wait<11>();
-    case 10:
-      return cp_async_wait<10>();
-    case 7:
-      return cp_async_wait<7>();
-    case 6:
-      return cp_async_wait<6>();
-    case 5:
-      return cp_async_wait<5>();
-    case 4:
-      return cp_async_wait<4>();
-    case 3:
-      return cp_async_wait<3>();
-    default:
-      return cp_async_wait<2>();
-  }
-}
-
 constexpr int log2_of(int n) { return n == 1 ? 0 : 1 + log2_of(n / 2); }
 
-// The weights of a lane: its 16 bytes of four rows per step, through a ring of its own.
+// The weights of a lane: its 16 bytes of eight rows per step, through a ring of its own.
 struct Weights {
+  const Params& p;
   const char* from;
   int64_t stride;  // bytes
   uint32_t ring;   // this lane's first 16 bytes
-  int row, last, column, k, steps, step;
+  int first, column, round;
+  GemvRange rows;
 
+  __device__ __forceinline__ Weights(const Params& params, uint32_t at)
+      : p(params), stride(params.w_stride * 2), ring(at + threadIdx.x * 16) {
+    first = static_cast<int>(threadIdx.x) * 8;
+    round = -1;
+    next_rows();
+  }
+  __device__ __forceinline__ void next_rows() {
+    rows =
+        gemv_rows(p.deal, p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), ++round);
+    column = first;
+    from = static_cast<const char*>(p.w) + rows.begin * stride + column * 2;
+  }
+  // Nothing is read of absent rows and columns; zeros stand for them.
   __device__ __forceinline__ void load(int slot) {
-    if (row < last) {
+    if (rows.begin < rows.end) {
       const uint32_t to = ring + slot * kGemvStageBytes;
+      const int present = column < p.k ? rows.end - rows.begin : 0;
 #pragma unroll
-      for (int r = 0; r < kGemvRows; ++r) {
-        const bool there = column < k && row + r < last;
-        cp_async_zero(to + r * (kGemvColumns * 2), there ? from + r * stride : from,
-                      there ? 16 : 0);
-      }
+      for (int r = 0; r < kGemvRows; ++r)
+        cp_async_zero(to + r * (kGemvColumns * 2), r < present ? from + r * stride : p.w,
+                      r < present ? 16 : 0);
       column += kGemvColumns, from += kGemvColumns * 2;
-      if (++step == steps) {
-        step = 0, column -= steps * kGemvColumns, row += kGemvRows;
-        from += kGemvRows * stride - static_cast<int64_t>(steps) * (kGemvColumns * 2);
-      }
+      if (column - first == p.steps * kGemvColumns) next_rows();
     }
     cp_async_commit();
   }
 };
 
 template <class E, int kTokens>
-__global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ Params p) {
-  constexpr int kSums = kGemvRows * kTokens;
+__global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant__ Params p) {
+  constexpr int kSums = kGemvRows * kTokens, kStages = gemv_stages(kTokens);
   extern __shared__ __align__(128) unsigned char shared[];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const GemvShared at = gemv_shared(kTokens, p.steps, p.stages);
+  const GemvShared at = gemv_shared(kTokens, p.steps);
   const int x_pitch = p.steps * kGemvColumns;
   const uint32_t x_base = ptx::shared_address(shared);
-  const int first = static_cast<int>(static_cast<int64_t>(p.n) * blockIdx.x / gridDim.x),
-            last = static_cast<int>(static_cast<int64_t>(p.n) * (blockIdx.x + 1) / gridDim.x);
 
   grid_launch_dependents();
 
@@ -148,39 +135,33 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
     }
     cp_async_commit();
   };
-  Weights weights{static_cast<const char*>(p.w) + (first * p.w_stride + warp * 256 + lane * 8) *
-                                                      static_cast<int64_t>(sizeof(E)),
-                  p.w_stride * static_cast<int64_t>(sizeof(E)),
-                  x_base + at.ring + thread * 16,
-                  first,
-                  last,
-                  warp * 256 + lane * 8,
-                  p.k,
-                  p.steps,
-                  0};
+  Weights weights(p, x_base + at.ring);
   // x first: its loads would wait behind those of the weights. Under programmatic launch the
   // weights first, as they may be read while the kernel in front still writes x.
   if (!p.weights_first) stage_x();
 #pragma unroll 1
-  for (int i = 0; i < p.stages - 1; ++i) weights.load(i);
+  for (int i = 0; i < kStages - 1; ++i) weights.load(i);
   if (p.weights_first) {
     stage_x();
     cp_async_wait<0>();
   } else {
-    wait_pending(p.stages - 1);
+    cp_async_wait<kStages - 1>();
   }
   __syncthreads();
 
   float* const all_sums = reinterpret_cast<float*>(shared + at.sums);
   const uint32_t x_lane = x_base + thread * 16;
-  int slot = 0, previous = p.stages - 1, buffer = 0;
+  int slot = 0, previous = kStages - 1, buffer = 0;
 #pragma unroll 1
-  for (int row = first; row < last; row += kGemvRows) {
+  for (int round = 0;; ++round) {
+    const GemvRange rows =
+        gemv_rows(p.deal, p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), round);
+    if (rows.begin >= rows.end) break;
     float sums[kSums] = {};
     uint32_t x_at = x_lane;
 #pragma unroll 1
     for (int step = 0; step < p.steps; ++step) {
-      wait_pending(p.stages - 2);
+      cp_async_wait<kStages - 2>();
       weights.load(previous);  // all of it was read in the last step, by this lane
       const uint32_t from = weights.ring + slot * kGemvStageBytes;
       uint4 w[kGemvRows];
@@ -201,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
       }
       x_at += kGemvColumns * 2;
       previous = slot;
-      slot = slot + 1 == p.stages ? 0 : slot + 1;
+      slot = slot + 1 == kStages ? 0 : slot + 1;
     }
     deal_sums<kSums / 2>(sums, lane);
     constexpr int kShift = 5 - log2_of(kSums);
@@ -209,11 +190,11 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
     if (lane % (1 << kShift) == 0) mine[warp * kSums + (lane >> kShift)] = sums[0];
     __syncthreads();  // who writes this buffer again has passed the next one
     if (thread < kSums) {
-      const int n = row + thread / kTokens, t = thread % kTokens;
+      const int n = rows.begin + thread / kTokens, t = thread % kTokens;
       float v = mine[thread];
 #pragma unroll
       for (int i = 1; i < kGemvWarps; ++i) v += mine[i * kSums + thread];
-      if (n < last && t < p.m) {
+      if (n < rows.end && t < p.m) {
         if (p.bias) v = __fadd_rn(v, to_float(static_cast<const E*>(p.bias)[n]));
         static_cast<E*>(p.out)[t * p.out_stride + n] = from_float<E>(v);
       }
@@ -223,14 +204,12 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
 }
 
 template <class E>
-int run(const Params& p, int tokens, void* stream) {
-  const int sms = device_facts().sms;
+int run(const Params& p, int tokens, int ctas, void* stream) {
   const auto kernel = tokens == 1   ? gemv_kernel<E, 1>
                       : tokens == 2 ? gemv_kernel<E, 2>
                                     : gemv_kernel<E, 4>;
-  const dim3 grid(static_cast<unsigned>(p.n < sms ? p.n : sms));
-  return launch(kernel, grid, dim3(kThreads), gemv_shared(tokens, p.steps, p.stages).bytes, stream,
-                p);
+  return launch(kernel, dim3(static_cast<unsigned>(ctas)), dim3(kThreads),
+                gemv_shared(tokens, p.steps).bytes, stream, p);
 }
 
 }  // namespace
@@ -238,22 +217,24 @@ int run(const Params& p, int tokens, void* stream) {
 bool gemv_dense_fits(const DenseLinear& p) {
   return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.n > 0 && p.n <= INT32_MAX / 2 &&
          p.k % 8 == 0 && packs_fit(p.w, p.k, 2, {p.w_stride}) &&
-         gemv_stages(p.m, p.k, false, device_facts().shared_bytes) > 0;
+         gemv_tokens(p.m, p.k, device_facts().shared_bytes) > 0;
 }
 
 int gemv_dense(const DenseLinear& p, void* stream) {
+  const DeviceFacts& facts = device_facts();
+  const int ctas = static_cast<int>(p.n < facts.sms ? p.n : facts.sms);
   Params s{};
   s.x = p.x, s.x_stride = p.x_stride;
   s.w = p.w, s.w_stride = p.w_stride;
   s.out = p.out, s.out_stride = p.out_stride, s.bias = p.bias;
   s.m = static_cast<int>(p.m), s.n = static_cast<int>(p.n), s.k = static_cast<int>(p.k);
   s.steps = static_cast<int>(gemv_steps(p.k));
-  s.stages = gemv_stages(p.m, p.k, programmatic_launch(), device_facts().shared_bytes);
+  s.deal = gemv_deal(s.n, ctas);
   s.x_packs = packs_fit(p.x, p.k, 2, {p.x_stride});
   s.weights_first = programmatic_launch();
-  const int tokens = gemv_instance(p.m);
-  return p.dtype == DType::bf16 ? run<__nv_bfloat16>(s, tokens, stream)
-                                : run<__half>(s, tokens, stream);
+  const int tokens = gemv_tokens(p.m, p.k, facts.shared_bytes);
+  return p.dtype == DType::bf16 ? run<__nv_bfloat16>(s, tokens, ctas, stream)
+                                : run<__half>(s, tokens, ctas, stream);
 }
 
 }  // namespace fastinfer::cuda

@@ -13,46 +13,70 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kGemvTokens = 4;  // at most
-constexpr int kGemvWarps = 8, kGemvRows = 4;
+constexpr int kGemvWarps = 8, kGemvRows = 8;
 constexpr int kGemvColumns = 256 * kGemvWarps;  // of a step: 16 bytes per lane
 constexpr int kGemvStageBytes = kGemvRows * kGemvColumns * 2;
+// More than half a multiprocessor: then one CTA lies on each. Where two fit, a launch whose
+// predecessor ends early on some multiprocessors has two CTAs there, and none on others.
+constexpr int kGemvLeastShared = 116 * 1024;
 
-// Tokens of the instance that serves m.
-constexpr int gemv_instance(int64_t m) { return m <= 1 ? 1 : m <= 2 ? 2 : 4; }
+// Stages of the ring; tokens: of the instance. More tokens leave less room beside X.
+constexpr int gemv_stages(int tokens) { return tokens == 1 ? 5 : 3; }
 constexpr int64_t gemv_steps(int64_t k) { return (k + kGemvColumns - 1) / kGemvColumns; }
 
 struct GemvShared {
   int ring, sums, bytes;  // offsets; x comes first
 };
-FI_GEMV_BOTH constexpr GemvShared gemv_shared(int tokens, int steps, int stages) {
+FI_GEMV_BOTH constexpr GemvShared gemv_shared(int tokens, int steps) {
   GemvShared s{};
   s.ring = tokens * steps * kGemvColumns * 2;
-  s.sums = s.ring + stages * kGemvStageBytes;
+  s.sums = s.ring + gemv_stages(tokens) * kGemvStageBytes;
   s.bytes = s.sums + 2 * kGemvWarps * kGemvRows * tokens * 4;
+  if (s.bytes < kGemvLeastShared) s.bytes = kGemvLeastShared;
   return s;
 }
 
-// Stages of the ring; 0: X of all columns does not fit beside a ring. Under programmatic launch as
-// many as fit: so much has been read when the kernel in front ends, and no two CTAs of a launch
-// come to lie on one multiprocessor while another has none. Alone a deep ring only starts later.
-constexpr int gemv_stages(int64_t m, int64_t k, bool programmatic, int shared_bytes) {
-  if (m < 1 || m > kGemvTokens || k < 1 || k > (1 << 20)) return 0;
-  for (int stages : {12, 8, 6, 4}) {
-    if (stages > 6 && !programmatic) continue;
-    const int steps = static_cast<int>(gemv_steps(k));
-    if (gemv_shared(gemv_instance(m), steps, stages).bytes <= shared_bytes) return stages;
-  }
+// Tokens of the instance that serves m; 0: X of all columns does not fit beside a ring.
+constexpr int gemv_tokens(int64_t m, int64_t k, int shared_bytes) {
+  if (m < 1 || k < 1 || k > (1 << 20)) return 0;
+  for (int tokens : {1, 2, 4})
+    if (m <= tokens && gemv_shared(tokens, static_cast<int>(gemv_steps(k))).bytes <= shared_bytes)
+      return tokens;
   return 0;
 }
-static_assert(gemv_stages(1, 4096, false, 227 * 1024) == 6);
-static_assert(gemv_stages(1, 14336, true, 227 * 1024) == 12);
-static_assert(gemv_stages(4, 4096, true, 227 * 1024) == 12);
-static_assert(gemv_stages(4, 14336, true, 227 * 1024) == 6);
-static_assert(gemv_stages(2, 28672, true, 227 * 1024) == 6);
-static_assert(gemv_stages(4, 28672, true, 227 * 1024) == 0);
-static_assert(gemv_stages(1, 4096, false, 99 * 1024) == 4);
-static_assert(gemv_stages(5, 64, true, 227 * 1024) == 0);
+static_assert(gemv_tokens(1, 28672, 227 * 1024) == 1 && gemv_tokens(2, 28672, 227 * 1024) == 2);
+static_assert(gemv_tokens(3, 14336, 227 * 1024) == 4 && gemv_tokens(3, 28672, 227 * 1024) == 0);
+static_assert(gemv_tokens(1, 4096, 163 * 1024) == 2, "sm_80: the smaller ring");
+static_assert(gemv_tokens(1, 4096, 99 * 1024) == 0 && gemv_tokens(5, 64, 227 * 1024) == 0);
+
+// Rows in rounds of kGemvRows neighbours per CTA; what is left after whole rounds as evenly as
+// single rows allow.
+struct GemvDeal {
+  int full;   // whole rounds
+  int begin;  // of the rows after them
+};
+constexpr GemvDeal gemv_deal(int n, int ctas) {
+  const int full = n / (kGemvRows * ctas);
+  return {full, full * kGemvRows * ctas};
+}
+struct GemvRange {
+  int begin, end;  // rows
+};
+FI_GEMV_BOTH constexpr GemvRange gemv_rows(const GemvDeal& deal, int n, int ctas, int cta,
+                                           int round) {
+  if (round < deal.full) {
+    const int begin = (round * ctas + cta) * kGemvRows;
+    return {begin, begin + kGemvRows};
+  }
+  if (round > deal.full) return {0, 0};
+  const int rest = n - deal.begin;  // below kGemvRows * ctas
+  return {deal.begin + rest * cta / ctas, deal.begin + rest * (cta + 1) / ctas};
+}
+static_assert(gemv_rows(gemv_deal(6144, 132), 6144, 132, 131, 4).end == 5280, "whole rounds");
+static_assert(gemv_rows(gemv_deal(6144, 132), 6144, 132, 0, 5).begin == 5280);
+static_assert(gemv_rows(gemv_deal(6144, 132), 6144, 132, 131, 5).end == 6144);
+static_assert(gemv_rows(gemv_deal(6144, 132), 6144, 132, 131, 6).end == 0);
+static_assert(gemv_rows(gemv_deal(3, 3), 3, 3, 2, 0).begin == 2);
 
 bool gemv_dense_fits(const DenseLinear& p);
 int gemv_dense(const DenseLinear& p, void* stream);
