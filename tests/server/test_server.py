@@ -1,4 +1,4 @@
-"""What a server meets: broken bodies, large ones, clients that leave or do not read, full queues."""
+"""What a server meets: broken and large bodies, clients that leave or do not read, full queues."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_client_that_leaves_ends_its_request(server: Running, stream: bool):
 
 
 def test_a_client_that_does_not_read_does_not_hold_up_others(server: Running):
-    # Tokens with many log-probabilities fill the buffers of a connection; then the stall limit ends it.
+    # Many log-probabilities fill the buffers of a connection; then the stall limit ends it.
     body = {**LONG, "stream": True, "logprobs": 100, "n": 8, "temperature": 1}
     lazy = send_raw(server, body)
     assert post(server, SHORT).json()["usage"]["completion_tokens"] == 4

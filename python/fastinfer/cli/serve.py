@@ -19,8 +19,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="an OpenAI-compatible HTTP server",
-        description="Serve a model under /v1/completions and /v1/chat/completions, with /v1/models, "
-        "/health and /metrics (Prometheus). Listens on this machine only unless told otherwise. "
+        description="Serve a model under /v1/completions and /v1/chat/completions, with "
+        "/v1/models, /health and /metrics (Prometheus). Listens on this machine only unless told otherwise. "
         "Needs the `serve` extra: pip install 'fastinfer[serve]'.",
     )
     group = parser.add_argument_group("server")

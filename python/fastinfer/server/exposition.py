@@ -83,7 +83,7 @@ class Exposition:
         lines: list[str] = []
         for kind, rows in (("gauge", gauges), ("counter", counters)):
             for name, text, value in rows:
-                lines += _head(name, text, kind) + [f"fastinfer_{name} {value:.9g}"]
+                lines += [*_head(name, text, kind), f"fastinfer_{name} {value:.9g}"]
         lines += _head("completions_total", "Ended completions by reason.", "counter")
         lines += [
             f'fastinfer_completions_total{{reason="{reason}"}} {count}'
