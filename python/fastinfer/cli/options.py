@@ -47,10 +47,10 @@ def _add(
         group.add_argument(flag, type=kind, metavar=metavar, help=text, default=defaults.get(name))
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, *, model_required: bool = True) -> None:
     """--model and the settings of `LLM`."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    group.add_argument("--model", required=model_required, metavar="DIR", help="checkpoint folder")
     _add(group, _ENGINE)
     group.add_argument(
         "--batch-invariant", action="store_true", help="tokens do not depend on what else runs"

@@ -20,8 +20,8 @@ def add_parser(commands: Any) -> None:
         "serve",
         help="an OpenAI-compatible HTTP server",
         description="Serve a model under /v1/completions and /v1/chat/completions, with "
-        "/v1/models, /health and /metrics (Prometheus). Listens on this machine only unless told otherwise. "
-        "Needs the `serve` extra: pip install 'fastinfer[serve]'.",
+        "/v1/models, /health and /metrics (Prometheus). Listens on this machine only unless told "
+        "otherwise. Needs the `serve` extra: pip install 'fastinfer[serve]'.",
     )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")

@@ -166,7 +166,12 @@ class _Service:
                 503,
                 headers={"retry-after": "1"},
             )
-        reply = Reply(self.settings.model_name, chat=ask.chat, n=ask.params.n)
+        reply = Reply(
+            self.settings.model_name,
+            chat=ask.chat,
+            n=ask.params.n,
+            return_token_ids=ask.return_token_ids,
+        )
         echoes = [self._echo(ask, each) for each in parsed]
         if ask.stream:
             events = self._events(ask, reply, streams, echoes)

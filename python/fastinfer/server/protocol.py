@@ -43,6 +43,7 @@ _SHARED = {
     "stop_token_ids",
     "skip_special_tokens",
     "include_stop_str_in_output",
+    "return_token_ids",
 }
 _COMPLETION = _SHARED | {"prompt", "echo", "logprobs", "best_of", "suffix", "logit_bias"}
 _CHAT = _SHARED | {
@@ -98,6 +99,7 @@ class Ask:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    return_token_ids: bool = False
     template_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -185,6 +187,7 @@ def _check(body: Any, known: set[str], models: tuple[str, ...]) -> dict[str, Any
 
 def _shared(given: dict[str, Any]) -> Ask:
     ask = Ask(stream=_bool(given, "stream"))
+    ask.return_token_ids = _bool(given, "return_token_ids")
     options = given.get("stream_options", {})
     if not isinstance(options, Mapping) or set(options) - {
         "include_usage",

@@ -20,12 +20,13 @@ class Reply:
     Args:
         model: Name to show.
         chat: Chat completion or completion.
-        prompts: Number of prompts; choice `n * prompt + completion` is its index.
-        n: Completions per prompt.
+        n: Completions per prompt; a choice's index is `n * prompt + completion`.
+        return_token_ids: Choices also hold `token_ids`, as vLLM's do.
     """
 
-    def __init__(self, model: str, *, chat: bool, n: int) -> None:
+    def __init__(self, model: str, *, chat: bool, n: int, return_token_ids: bool = False) -> None:
         self.chat = chat
+        self._return_token_ids = return_token_ids
         self.n = n
         kind = "chat.completion" if chat else "text_completion"
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
@@ -95,7 +96,8 @@ class Reply:
         self.count(prompt, output)
         made = []
         for completion in output.outputs:
-            if not (completion.text or completion.logprobs or completion.finished):
+            told = completion.text or completion.logprobs or completion.finished
+            if not (told or self._return_token_ids):
                 continue  # half a character: its text comes with a later token
             choice = self._choice(prompt, completion)
             if self.chat:
@@ -133,6 +135,8 @@ class Reply:
             "logprobs": logprobs,
             "finish_reason": completion.finish_reason,
         }
+        if self._return_token_ids:
+            choice["token_ids"] = completion.token_ids
         if completion.stop_reason is not None:
             choice["stop_reason"] = completion.stop_reason
         return choice
