@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
         help="all requests at once",
         description="Tokens per second when all requests are there from the start.",
     )
-    _add_workload(throughput)
+    add_workload_options(throughput)
     serve = kinds.add_parser(
         "serve",
         help="requests that arrive over time",
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
         "soon as one of a fixed number of clients is free (closed loop). Several rates make a "
         "sweep and a plot of latency against load.",
     )
-    _add_workload(serve)
+    add_workload_options(serve)
     load = serve.add_argument_group("load")
     load.add_argument(
         "--request-rate",
@@ -101,7 +101,8 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_workload(parser: argparse.ArgumentParser) -> None:
+def add_workload_options(parser: argparse.ArgumentParser, *, goodput: bool = True) -> None:
+    """What is asked for; `goodput` also adds the limits to count by."""
     group = parser.add_argument_group("workload")
     listed = "; ".join(f"{name}: {what}" for name, (_, _, what) in SHAPES.items())
     group.add_argument("--workload", default="random", metavar="NAME", help=f"{listed}")
@@ -114,13 +115,14 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-prefixes", type=int, default=8, metavar="N", help="default: 8")
     group.add_argument("--prefix-len", type=int, default=512, metavar="N", help="default: 512")
     group.add_argument("--turns", type=int, default=4, metavar="N", help="of chat (default: 4)")
-    group.add_argument(
-        "--goodput",
-        nargs="+",
-        default=[],
-        metavar="KEY:MS",
-        help="count requests within limits: ttft:200 tpot:50 e2el:5000",
-    )
+    if goodput:
+        group.add_argument(
+            "--goodput",
+            nargs="+",
+            default=[],
+            metavar="KEY:MS",
+            help="count requests within limits: ttft:200 tpot:50 e2el:5000",
+        )
 
 
 def run(args: argparse.Namespace) -> int:
