@@ -63,7 +63,7 @@ async def traffic(server: Running, seconds: float, seed: int) -> int:
 @pytest.mark.full
 def test_memory_and_blocks_stay_flat():
     engine = {"max_num_seqs": 32, "num_blocks": 256}
-    with serving(engine=engine, max_requests=CLIENTS) as server:
+    with serving(engine=engine, max_requests=4 * CLIENTS) as server:
         seconds = MINUTES * 60 / 10
         sizes, total = [], 0
         for part in range(10):
@@ -72,7 +72,9 @@ def test_memory_and_blocks_stay_flat():
             gc.collect()
             sizes.append(resident_mb())
         threads = threading.active_count()
-        print(f"{total} requests in {MINUTES:g} minutes, resident MB: {[round(s) for s in sizes]}")
+        print(
+            f"\n{total} requests in {MINUTES:g} minutes, resident MB: {[round(s) for s in sizes]}"
+        )
         # after the first parts have filled caches and pools
         assert sizes[-1] - sizes[3] < 16, sizes
         assert threading.active_count() == threads
