@@ -39,9 +39,10 @@ struct Params {
   bool x_packs, weights_first;
 };
 
+// Volatile: ptxas would move the loads of a step between its arithmetic, two or three at a time.
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
@@ -222,7 +223,9 @@ bool gemv_dense_fits(const DenseLinear& p) {
 
 int gemv_dense(const DenseLinear& p, void* stream) {
   const DeviceFacts& facts = device_facts();
-  const int ctas = static_cast<int>(p.n < facts.sms ? p.n : facts.sms);
+  // Under programmatic launch one multiprocessor is left to the small kernels between linears.
+  const int most = facts.sms - (programmatic_launch() && facts.sms > 1 ? 1 : 0);
+  const int ctas = static_cast<int>(p.n < most ? p.n : most);
   Params s{};
   s.x = p.x, s.x_stride = p.x_stride;
   s.w = p.w, s.w_stride = p.w_stride;
