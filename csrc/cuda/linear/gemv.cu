@@ -35,14 +35,12 @@ struct Params {
   int64_t out_stride;
   const void* bias;
   int m, n, k, steps;
-  GemvDeal deal;
   bool x_packs, weights_first;
 };
 
-// Volatile: ptxas would move the loads of a step between its arithmetic, two or three at a time.
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
-  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
@@ -84,8 +82,7 @@ struct Weights {
     next_rows();
   }
   __device__ __forceinline__ void next_rows() {
-    rows =
-        gemv_rows(p.deal, p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), ++round);
+    rows = gemv_rows(p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), ++round);
     column = first;
     from = static_cast<const char*>(p.w) + rows.begin * stride + column * 2;
   }
@@ -118,20 +115,26 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
 
   const auto stage_x = [&] {
     grid_wait();
-#pragma unroll 1
-    for (int token = 0; token < kTokens; ++token) {
-      const E* row = static_cast<const E*>(p.x) + token * p.x_stride;
-      E* to = reinterpret_cast<E*>(shared) + token * x_pitch;
-#pragma unroll 1
+    const E* const x = static_cast<const E*>(p.x);
+    if (p.x_packs) {
+#pragma unroll 4
       for (int c = thread * 8; c < x_pitch; c += kThreads * 8) {
-        const bool there = c < p.k && token < p.m;
-        if (p.x_packs) {
-          cp_async_zero(ptx::shared_address(to + c), there ? row + c : static_cast<const E*>(p.x),
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          const bool there = c < p.k && t < p.m;
+          cp_async_zero(x_base + (t * x_pitch + c) * 2, there ? x + t * p.x_stride + c : x,
                         there ? 16 : 0);
-        } else {
-          *reinterpret_cast<uint4*>(to + c) =
-              there ? load_pack(row, c, p.k, false) : make_uint4(0, 0, 0, 0);
         }
+      }
+    } else {
+#pragma unroll 1
+      for (int t = 0; t < kTokens; ++t) {
+        E* const to = reinterpret_cast<E*>(shared) + t * x_pitch;
+#pragma unroll 1
+        for (int c = thread * 8; c < x_pitch; c += kThreads * 8)
+          *reinterpret_cast<uint4*>(to + c) = c < p.k && t < p.m
+                                                  ? load_pack(x + t * p.x_stride, c, p.k, false)
+                                                  : make_uint4(0, 0, 0, 0);
       }
     }
     cp_async_commit();
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
 #pragma unroll 1
   for (int round = 0;; ++round) {
     const GemvRange rows =
-        gemv_rows(p.deal, p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), round);
+        gemv_rows(p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), round);
     if (rows.begin >= rows.end) break;
     float sums[kSums] = {};
     uint32_t x_at = x_lane;
@@ -225,14 +228,14 @@ int gemv_dense(const DenseLinear& p, void* stream) {
   const DeviceFacts& facts = device_facts();
   // Under programmatic launch one multiprocessor is left to the small kernels between linears.
   const int most = facts.sms - (programmatic_launch() && facts.sms > 1 ? 1 : 0);
-  const int ctas = static_cast<int>(p.n < most ? p.n : most);
+  const int64_t strips = ceil_div(p.n, kGemvRows);
+  const int ctas = static_cast<int>(strips < most ? strips : most);
   Params s{};
   s.x = p.x, s.x_stride = p.x_stride;
   s.w = p.w, s.w_stride = p.w_stride;
   s.out = p.out, s.out_stride = p.out_stride, s.bias = p.bias;
   s.m = static_cast<int>(p.m), s.n = static_cast<int>(p.n), s.k = static_cast<int>(p.k);
   s.steps = static_cast<int>(gemv_steps(p.k));
-  s.deal = gemv_deal(s.n, ctas);
   s.x_packs = packs_fit(p.x, p.k, 2, {p.x_stride});
   s.weights_first = programmatic_launch();
   const int tokens = gemv_tokens(p.m, p.k, facts.shared_bytes);

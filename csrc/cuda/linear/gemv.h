@@ -49,34 +49,17 @@ static_assert(gemv_tokens(3, 14336, 227 * 1024) == 4 && gemv_tokens(3, 28672, 22
 static_assert(gemv_tokens(1, 4096, 163 * 1024) == 2, "sm_80: the smaller ring");
 static_assert(gemv_tokens(1, 4096, 99 * 1024) == 0 && gemv_tokens(5, 64, 227 * 1024) == 0);
 
-// Rows in rounds of kGemvRows neighbours per CTA; what is left after whole rounds as evenly as
-// single rows allow.
-struct GemvDeal {
-  int full;   // whole rounds
-  int begin;  // of the rows after them
-};
-constexpr GemvDeal gemv_deal(int n, int ctas) {
-  const int full = n / (kGemvRows * ctas);
-  return {full, full * kGemvRows * ctas};
-}
+// Rows in rounds: kGemvRows neighbours per CTA, CTAs in turn.
 struct GemvRange {
-  int begin, end;  // rows
+  int begin, end;  // rows; none where end <= begin
 };
-FI_GEMV_BOTH constexpr GemvRange gemv_rows(const GemvDeal& deal, int n, int ctas, int cta,
-                                           int round) {
-  if (round < deal.full) {
-    const int begin = (round * ctas + cta) * kGemvRows;
-    return {begin, begin + kGemvRows};
-  }
-  if (round > deal.full) return {0, 0};
-  const int rest = n - deal.begin;  // below kGemvRows * ctas
-  return {deal.begin + rest * cta / ctas, deal.begin + rest * (cta + 1) / ctas};
+FI_GEMV_BOTH constexpr GemvRange gemv_rows(int n, int ctas, int cta, int round) {
+  const int begin = (round * ctas + cta) * kGemvRows;
+  return {begin, begin + kGemvRows < n ? begin + kGemvRows : n};
 }
-static_assert(gemv_rows(gemv_deal(6144, 132), 6144, 132, 131, 4).end == 5280, "whole rounds");
-static_assert(gemv_rows(gemv_deal(6144, 132), 6144, 132, 0, 5).begin == 5280);
-static_assert(gemv_rows(gemv_deal(6144, 132), 6144, 132, 131, 5).end == 6144);
-static_assert(gemv_rows(gemv_deal(6144, 132), 6144, 132, 131, 6).end == 0);
-static_assert(gemv_rows(gemv_deal(3, 3), 3, 3, 2, 0).begin == 2);
+static_assert(gemv_rows(6144, 132, 131, 4).end == 5280 && gemv_rows(6144, 132, 0, 5).begin == 5280);
+static_assert(gemv_rows(61, 132, 7, 0).begin == 56 && gemv_rows(61, 132, 7, 0).end == 61);
+static_assert(gemv_rows(61, 132, 8, 0).end <= gemv_rows(61, 132, 8, 0).begin, "no row");
 
 bool gemv_dense_fits(const DenseLinear& p);
 int gemv_dense(const DenseLinear& p, void* stream);
