@@ -15,8 +15,8 @@
 #pragma once
 
 #include "../common/launch.cuh"
-#include "flash_sm90_consume.cuh"
 #include "flash_sm90_load.cuh"
+#include "flash_sm90_twin.cuh"
 #include "tensor_map.h"
 
 namespace fastinfer::cuda::flash {
@@ -36,13 +36,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
   const uint32_t v_tiles = k_tiles + kStages * Tile::kTileBytes;
   auto& barriers = *reinterpret_cast<Sm90Barriers<Tile>*>(
       raw + (v_tiles + Tile::kStagesV * Tile::kTileBytes - q_tile));
-  static_assert(sizeof(Sm90Barriers<Tile>) <= 512, "reserved in kSharedBytes");
+  static_assert(sizeof(Sm90Barriers<Tile>) <= 768, "reserved in kSharedBytes");
 
   // The first dense unit of work needs nothing from memory.
   if (threadIdx.x == 32 && !p.cu_q) {
     Slot& slot = barriers.slots[0];
     slot.w = dense_work(p, blockIdx.x, Tile::kRows);
-    slot.keys = visible(p, slot.w, slot.w.row, Tile::kRows);
+    set_keys<Tile>(p, slot);
     slot.valid = 1;
   }
   if (threadIdx.x == 0) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       ptx::mbarrier_init(&barriers.v_full[i], 1);
       ptx::mbarrier_init(&barriers.v_empty[i], kConsumerWarps);
     }
-    for (int i = 0; i < kSlots; ++i) {
+    for (int i = 0; i < Tile::kSlots; ++i) {
       ptx::mbarrier_init(&barriers.slot_full[i], 1);
       ptx::mbarrier_init(&barriers.slot_empty[i], kConsumerWarps + 2);  // and two loaders
     }
@@ -84,8 +84,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       load_values(p, &v_map, barriers, v_tiles);
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
-    Consumer<T, Tile, kModify> consumer{p,      barriers, out_map, packed_out,   tma_out,
-                                        q_tile, k_tiles,  v_tiles, warpgroup - 1};
+    // Softcap and ALiBi leave no registers for a second tile of scores.
+    using Kind = std::conditional_t<Tile::kTwin && !kModify, TwinConsumer<T, Tile>,
+                                    Consumer<T, Tile, kModify>>;
+    Kind consumer{p,      barriers, out_map, packed_out,   tma_out,
+                  q_tile, k_tiles,  v_tiles, warpgroup - 1};
     consumer.run();
   }
 }

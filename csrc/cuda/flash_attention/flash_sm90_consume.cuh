@@ -90,11 +90,6 @@ struct Consumer {
         mask_left(s, column, low.begin, high.begin);
     }
   }
-  // Tiles all of whose keys are seen by all rows of the group of 64 that starts at `top`.
-  __device__ __forceinline__ Range open_tiles(const Work& w, int32_t top) const {
-    return {(max(row_limits(p, w, top + 63).begin, 0) + kKeys - 1) / kKeys,
-            max(row_limits(p, w, top).end, 0) / kKeys};
-  }
 
   // Zeros in the rows of the current V tile that no row of the work sees. All consumers.
   __device__ __forceinline__ void clean_values(Range keys, int32_t tile) {
@@ -178,7 +173,7 @@ struct Consumer {
   __device__ __forceinline__ void remaining_tiles(float (&s)[kKeys / 2], const Slot& slot,
                                                   float factor) {
     const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
-    const int32_t top = slot.w.row + 64 * group, row = first_row(slot.w);
+    const int32_t row = first_row(slot.w);
     int32_t tile = last - 1;
     if constexpr (kD > 192) {
       // One body, masked: registers are short, and the products long enough to hide the mask.
@@ -187,7 +182,7 @@ struct Consumer {
     } else {
       // Masked tiles at the right, open tiles, masked tiles at the left. Two bodies: with a branch
       // around the mask in a single one, the assembler waits for O before the softmax.
-      const Range open = open_tiles(slot.w, top);
+      const Range open = slot.open[group];
 #pragma unroll 1
       for (int side = 0; side < 2; ++side) {
         for (const int32_t stop = side ? first : max(first, open.end); tile >= stop; --tile)
@@ -310,7 +305,7 @@ struct Consumer {
   // scores of the next, so that the tensor cores have no gap in between.
   __device__ __forceinline__ void run() {
     const float factor = kModify ? 1.0f : p.scale * kLog2e;
-    Ring<kSlots> work;
+    Ring<Tile::kSlots> work;
     float s[kKeys / 2], origin[2], keep[2];
     if (group == 1) pass_turn();  // the first group goes first
     if constexpr (Tile::kStagesQ == 1) {
