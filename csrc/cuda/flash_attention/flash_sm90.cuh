@@ -15,8 +15,8 @@
 #pragma once
 
 #include "../common/launch.cuh"
+#include "flash_sm90_flat.cuh"
 #include "flash_sm90_load.cuh"
-#include "flash_sm90_twin.cuh"
 #include "tensor_map.h"
 
 namespace fastinfer::cuda::flash {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     for (int i = 0; i < Tile::kStagesQ; ++i)
       for (int g = 0; g < Tile::kGroups; ++g) {
         ptx::mbarrier_init(&barriers.q_full[i][g], 1);
-        ptx::mbarrier_init(&barriers.q_empty[i][g], Tile::kStagesQ == 1 ? 4 : 1);
+        ptx::mbarrier_init(&barriers.q_empty[i][g], 4);
       }
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&barriers.k_full[i], 1);
@@ -84,8 +84,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       load_values(p, &v_map, barriers, v_tiles);
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
-    // Softcap and ALiBi leave no registers for a second tile of scores.
-    using Kind = std::conditional_t<Tile::kTwin && !kModify, TwinConsumer<T, Tile>,
+    using Kind = std::conditional_t<Tile::kFlat && !kModify, FlatConsumer<T, Tile>,
                                     Consumer<T, Tile, kModify>>;
     Kind consumer{p,      barriers, out_map, packed_out,   tma_out,
                   q_tile, k_tiles,  v_tiles, warpgroup - 1};
@@ -116,7 +115,7 @@ int launch_sm90_tiles(const FlashAttentionParams& call, void* stream) {
                        stride_suits_tma(p.out_batch, p.cu_q ? 1 : p.batch);
   if (!error && tma_out)
     error = tensor_map(out, p.out, p.dtype, p.head_dim, rows_q, p.heads_q, p.cu_q ? 1 : p.batch,
-                       p.out_token, p.out_head, p.out_batch, 64);
+                       p.out_token, p.out_head, p.out_batch, 16);
   if (error) return error;
   const int64_t tiles = p.cu_q ? p.tokens_q / Tile::kRows + p.batch
                                : ceil_div(p.len_q, Tile::kRows) * int64_t{p.batch};
