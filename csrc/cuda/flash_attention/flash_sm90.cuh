@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     ptx::registers_take<Tile::kConsumerRegisters>();
     using Kind = std::conditional_t<Tile::kFlat && !kModify, FlatConsumer<T, Tile>,
                                     Consumer<T, Tile, kModify>>;
-    Kind consumer{p,      barriers, out_map, packed_out,   tma_out,
-                  q_tile, k_tiles,  v_tiles, warpgroup - 1};
+    Kind consumer(k_tiles, v_tiles, p, barriers, out_map, packed_out, tma_out, q_tile,
+                  warpgroup - 1);
     consumer.run();
   }
 }

@@ -1,29 +1,31 @@
-// The consumer warpgroups of the sm_90a kernel: products, softmax, output.
+// The consumer warpgroups of the sm_90a kernel: products and softmax.
 #pragma once
 
-#include "flash_sm90_tile.cuh"
+#include "flash_sm90_output.cuh"
 
 namespace fastinfer::cuda::flash {
 
 template <class T, class Tile, bool kModify>
-struct Consumer {
+struct Consumer : OutputRows<T, Tile> {
   static constexpr int kD = Tile::kDim, kBuffersQ = Tile::kStagesQ;
   static constexpr int kKeys = Tile::kKeys, kStages = Tile::kStages;
-  static constexpr bool kMerged = kD <= 64 || !kModify;
+  // Softcap and ALiBi at 128 columns leave no registers for it.
+  static constexpr bool kStoreAmongExponents = kD <= 64 || !kModify;
 
-  const FlashAttentionParams& p;
-  Sm90Barriers<Tile>& barriers;
-  const CUtensorMap& out_map;
-  const bool packed_out, tma_out;  // `out` suits 16-byte stores, suits TMA
-  const uint32_t q_tile, k_tiles, v_tiles;
-  const int group;  // which consumer group this is
+  using Rows = OutputRows<T, Tile>;
+  using Rows::barriers, Rows::finish, Rows::first_row, Rows::group, Rows::leaves_by_tma, Rows::out,
+      Rows::p, Rows::q_tile, Rows::return_rows, Rows::send_rows, Rows::stage_rows, Rows::state,
+      Rows::store;
 
-  float out[kD / 2];
+  const uint32_t k_tiles, v_tiles;
   uint32_t probabilities[kKeys / 4];
-  RowState state;
   Ring<kStages> k_ring;
   Ring<Tile::kStagesV> v_ring;
   Ring<Tile::kStagesQ> q_ring;
+
+  template <class... Args>
+  __device__ __forceinline__ Consumer(uint32_t k_tiles, uint32_t v_tiles, Args&&... rows)
+      : Rows(rows...), k_tiles(k_tiles), v_tiles(v_tiles) {}
 
   static __device__ __forceinline__ void release(uint64_t* barrier) {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
@@ -107,11 +109,11 @@ struct Consumer {
   }
 
   // The same on the first tile of a unit, which may or may not need a mask.
-  __device__ __forceinline__ void treat_first(float (&s)[kKeys / 2], const Unit<Tile::kHeld>& unit,
+  __device__ __forceinline__ void treat_first(float (&s)[kKeys / 2], const Slot& slot,
                                               int32_t tile) {
-    const Range open = unit.open();
+    const Range open = slot.open[group];
     if (kModify || tile < open.begin || tile >= open.end)
-      treat<true>(s, unit.work(), tile, first_row(unit.work()));
+      treat<true>(s, slot.w, tile, first_row(slot.w));
   }
 
   // Zeros in the rows of the current V tile that no row of the work sees. All consumers.
@@ -194,107 +196,27 @@ struct Consumer {
   }
 
   // The tiles in front of the first one of a unit of work.
-  __device__ __forceinline__ void remaining_tiles(float (&s)[kKeys / 2],
-                                                  const Unit<Tile::kHeld>& unit, float factor) {
-    const int32_t first = unit.keys().begin / kKeys, last = (unit.keys().end - 1) / kKeys;
-    const int32_t row = first_row(unit.work());
+  __device__ __forceinline__ void remaining_tiles(float (&s)[kKeys / 2], const Slot& slot,
+                                                  float factor) {
+    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
+    const int32_t row = first_row(slot.w);
     int32_t tile = last - 1;
     if constexpr (kD > 192) {
       // One body, masked: registers are short, and the products long enough to hide the mask.
       for (; tile >= first; --tile)
-        step<true>(s, unit.work(), tile, first, tile == last - 1, row, factor);
+        step<true>(s, slot.w, tile, first, tile == last - 1, row, factor);
     } else {
       // Masked tiles at the right, open tiles, masked tiles at the left. Two bodies: with a branch
       // around the mask in a single one, the assembler waits for O before the softmax.
-      const Range open = unit.open();
+      const Range open = slot.open[group];
 #pragma unroll 1
       for (int side = 0; side < 2; ++side) {
         for (const int32_t stop = side ? first : max(first, open.end); tile >= stop; --tile)
-          step<true>(s, unit.work(), tile, first, tile == last - 1, row, factor);
+          step<true>(s, slot.w, tile, first, tile == last - 1, row, factor);
         for (const int32_t stop = max(first, open.begin); tile >= stop; --tile)
-          step<false>(s, unit.work(), tile, first, tile == last - 1, row, factor);
+          step<false>(s, slot.w, tile, first, tile == last - 1, row, factor);
       }
     }
-  }
-
-  // Columns [16 j, 16 j + 16) of the group's 64 rows of output to shared memory, in slabs as TMA
-  // wants them, in place of the rows of Q.
-  __device__ __forceinline__ void stage_rows(int j, int rows, const float (&weight)[2]) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-    const uint32_t at = q_tile + rows * Tile::kQBytes + group * 64 * 128 + row * 128 +
-                        ((lane / 16 ^ lane % 8) << 4);
-    const auto word = [&](int i, float by) {
-      return by == 0.0f ? 0u : pack2<T>(out[i] * by, out[i + 1] * by);
-    };
-    ptx::store_matrices((at ^ 2 * j % 8 << 4) + j / 4 * Tile::kRows * 128, word(8 * j, weight[0]),
-                        word(8 * j + 2, weight[1]), word(8 * j + 4, weight[0]),
-                        word(8 * j + 6, weight[1]));
-  }
-  // The warp's part of the Q buffer `rows` back to the loader, once the output has left it.
-  __device__ __forceinline__ void return_rows(int& rows) {
-    if (rows >= 0 && threadIdx.x % 32 == 0) {
-      ptx::tma_store_wait_read();
-      ptx::mbarrier_arrive(&barriers.q_empty[rows][group]);
-    }
-    rows = -1;
-  }
-
-  // This thread's first row of a unit of work; the second is 8 further.
-  __device__ __forceinline__ int32_t first_row(const Work& w) const {
-    return w.row + 64 * group + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-  }
-  // What the output is multiplied by; stores the LSE. `total`: sums of the two rows.
-  __device__ __forceinline__ void finish(const Work& w, float factor, const float (&total)[2],
-                                         float (&weight)[2]) {
-    if (!p.lse && !p.sinks) {  // without branches
-#pragma unroll
-      for (int r = 0; r < 2; ++r) weight[r] = total[r] == 0.0f ? 0.0f : __fdividef(1.0f, total[r]);
-      return;
-    }
-    const int64_t batch = p.cu_q ? 0 : w.batch, start = w.start_q, head = w.head;
-    const int32_t row = first_row(w);
-    const float sink = sink_logit(p, w.head);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float lse;
-      weight[r] = state.finish(r, total[r], factor, p, sink, lse);
-      if (p.lse && threadIdx.x % 4 == 0 && row + 8 * r < w.len_q)
-        p.lse[batch * p.lse_batch + head * p.lse_head + (start + row + 8 * r) * p.lse_token] = lse;
-    }
-  }
-  // Whether the output leaves by TMA, through the Q buffer `rows` of the unit (-1: has none).
-  __device__ __forceinline__ bool leaves_by_tma(const Work& w, int rows) const {
-    return rows >= 0 && tma_out && (!p.cu_q || w.row + 64 * group + 64 <= w.len_q);
-  }
-  // Sends the 16 rows that the warp has staged. `stored`: what return_rows() is still to do for.
-  __device__ __forceinline__ void send_rows(const Work& w, int rows, int stored) {
-    ptx::proxy_fence_shared();
-    __syncwarp();
-    if (threadIdx.x % 32 != 0) return;
-    return_rows(stored);
-    const int32_t row = 64 * group + threadIdx.x / 32 % 4 * 16;
-#pragma unroll
-    for (int i = 0; i < Tile::kSlabs; ++i)
-      ptx::tma_store(&out_map, q_tile + rows * Tile::kQBytes + (i * Tile::kRows + row) * 128,
-                     64 * i, w.start_q + w.row + row, w.head, p.cu_q ? 0 : w.batch);
-    ptx::tma_store_commit();
-  }
-  __device__ __forceinline__ void store(const Work& w, float factor, const float (&total)[2],
-                                        int rows) {
-    float weight[2];
-    finish(w, factor, total, weight);
-    if (leaves_by_tma(w, rows)) {
-#pragma unroll
-      for (int j = 0; j < kD / 16; ++j) stage_rows(j, rows, weight);
-      send_rows(w, rows, -1);
-      return;
-    }
-    const int64_t batch = p.cu_q ? 0 : w.batch, start = w.start_q, head = w.head;
-    const int32_t row = first_row(w);
-    T* const to =
-        static_cast<T*>(p.out) + batch * p.out_batch + head * p.out_head + start * p.out_token;
-    store_rows<T, kD>(to, p.out_token, p.head_dim, packed_out, out, row, row + 8, w.len_q,
-                      weight[0], weight[1]);
   }
 
   // O += P V of the first tile of keys, on its own.
@@ -308,10 +230,10 @@ struct Consumer {
   }
 
   // S of the last tile of keys and its maxima, on its own.
-  __device__ __forceinline__ void first_scores(float (&s)[kKeys / 2], const Unit<Tile::kHeld>& unit,
+  __device__ __forceinline__ void first_scores(float (&s)[kKeys / 2], const Slot& slot,
                                                RowState& rows, float factor, float (&origin)[2],
                                                float (&keep)[2]) {
-    const int32_t first = unit.keys().begin / kKeys, last = (unit.keys().end - 1) / kKeys;
+    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
     ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
     ptx::mbarrier_wait(&barriers.k_full[k_ring.index], k_ring.phase);
     ptx::wgmma_fence();
@@ -319,32 +241,30 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::hold(s);
     scores_done(last == first);
-    treat_first(s, unit, last);
+    treat_first(s, slot, last);
     rows.template raise<2>(s, factor, origin, keep);
   }
   // The same together with the last product of the unit of work before.
-  __device__ __forceinline__ void joined_scores(float (&s)[kKeys / 2],
-                                                const Unit<Tile::kHeld>& unit, bool fresh,
+  __device__ __forceinline__ void joined_scores(float (&s)[kKeys / 2], const Slot& slot, bool fresh,
                                                 RowState& rows, float factor, float (&origin)[2],
                                                 float (&keep)[2], float (&total)[2]) {
-    const int32_t first = unit.keys().begin / kKeys, last = (unit.keys().end - 1) / kKeys;
+    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
     const uint32_t v = v_tile();
     ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
     both_products(s, v, fresh);
     scores_done(last == first);
-    treat_first(s, unit, last);
+    treat_first(s, slot, last);
     rows.template raise<2>(s, factor, origin, keep);
     state.totals(total);
     pin(origin[0] + origin[1]);
     finish_output();
   }
   // From the first probabilities of a unit to all but its last product.
-  __device__ __forceinline__ void attend(float (&s)[kKeys / 2], const Unit<Tile::kHeld>& unit,
-                                         float factor) {
-    const int32_t first = unit.keys().begin / kKeys, last = (unit.keys().end - 1) / kKeys;
-    clean_values(unit.keys(), last);
-    remaining_tiles(s, unit, factor);
-    if (first < last) clean_values(unit.keys(), first);
+  __device__ __forceinline__ void attend(float (&s)[kKeys / 2], const Slot& slot, float factor) {
+    const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
+    clean_values(slot.keys, last);
+    remaining_tiles(s, slot, factor);
+    if (first < last) clean_values(slot.keys, first);
   }
 
   // One unit of work after the other. The last product of a unit runs together with the first
@@ -358,15 +278,14 @@ struct Consumer {
       // Not with one buffer for Q: the next rows come too late.
       while (true) {
         const Slot& slot = take_work(barriers, work);
-        const Unit<Tile::kHeld> unit(slot, work.index, group);
-        if (!unit.valid()) return;
+        if (!slot.valid) return;
         state = RowState{};  // without keys: weight 0, and `out` is not looked at
-        if (unit.keys().begin < unit.keys().end) {
-          first_scores(s, unit, state, factor, origin, keep);
+        if (slot.keys.begin < slot.keys.end) {
+          first_scores(s, slot, state, factor, origin, keep);
           state.template exponents<2>(s, factor, origin, keep);
           pack(s);
-          attend(s, unit, factor);
-          last_output(unit.keys().begin / kKeys == (unit.keys().end - 1) / kKeys);
+          attend(s, slot, factor);
+          last_output(slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys);
         }
         const Work w = slot.w;
         return_slot(barriers, work.index);  // now: it would wait for the stores
@@ -379,21 +298,18 @@ struct Consumer {
       int old = -1;                        // slot of the unit that is still to be stored
       int rows = -1, stored = -1;          // its Q buffer; the one that the last store went through
       bool product = false, fresh = true;  // it has keys; no product is in its O yet
-      const auto take = [&] {
-        const Unit<Tile::kHeld> unit(take_work(barriers, work), work.index, group);
-        work.next();
-        return unit;
-      };
-      for (Unit<Tile::kHeld> unit = take(); old >= 0 || unit.valid();) {
-        const bool some = unit.valid() && unit.keys().begin < unit.keys().end;
+      while (true) {
+        const Slot& slot = take_work(barriers, work);
+        if (old < 0 && !slot.valid) break;
+        const bool some = slot.valid && slot.keys.begin < slot.keys.end;
         const int rows_of_unit = q_ring.index;
         RowState next;
         float total[2];
         if (some && product) {
-          joined_scores(s, unit, fresh, next, factor, origin, keep, total);
+          joined_scores(s, slot, fresh, next, factor, origin, keep, total);
         } else {
           if (some)
-            first_scores(s, unit, next, factor, origin, keep);
+            first_scores(s, slot, next, factor, origin, keep);
           else if (product)
             last_output(fresh);
           state.totals(total);
@@ -401,7 +317,7 @@ struct Consumer {
         bool to_do = some;  // the exponentials
         if (old >= 0) {
           const Work& w = barriers.slots[old].w;
-          if (kMerged && some && product && leaves_by_tma(w, rows)) {
+          if (kStoreAmongExponents && some && product && leaves_by_tma(w, rows)) {
             // What there is to multiply, to round and to send is done between the exponentials.
             float weight[2];
             finish(w, factor, total, weight);
@@ -427,12 +343,12 @@ struct Consumer {
         }
         old = -1;
         product = some;
-        if (!unit.valid()) continue;
-        old = unit.index;
+        if (!slot.valid) continue;
+        old = work.index;
+        work.next();
         if (!some) {
           state = next;
           return_rows(stored);
-          unit = take();
           continue;
         }
         if (to_do) {
@@ -441,17 +357,9 @@ struct Consumer {
         }
         rows = rows_of_unit;
         pack(s);
-        if (kBuffersQ == 2) return_rows(stored);
-        if constexpr (Tile::kHeld) {  // ahead of its use: it takes a while to read
-          const Unit<true> behind = take();
-          attend(s, unit, factor);
-          fresh = unit.keys().begin / kKeys == (unit.keys().end - 1) / kKeys;
-          unit = behind;
-        } else {
-          attend(s, unit, factor);
-          fresh = unit.keys().begin / kKeys == (unit.keys().end - 1) / kKeys;
-          unit = take();
-        }
+        if (kBuffersQ == 2) return_rows(stored);  // with more there is time until the next store
+        attend(s, slot, factor);
+        fresh = slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys;
       }
       ptx::tma_store_wait();  // the last output has left shared memory before the CTA ends
     }

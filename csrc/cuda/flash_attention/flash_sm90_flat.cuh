@@ -1,7 +1,14 @@
 // The consumer warpgroups for head dimensions up to 64: the tiles of all units of work form one
-// sequence, and one copy of the code does a step of it, whatever unit it belongs to.
+// sequence, and one copy of the code does every step of it.
 //
-// At 64 columns a step takes as long as 30 cold instructions per softmax row... (see run)
+//   S_j = Q K_j^T   together with   O += P_{j-1} V_{j-1}     the products of a step
+//   softmax of S_j                                           the rest of it
+//
+// whether tile j - 1 belongs to the same unit of work or to the one before; that one's output is
+// then stored between the maximum and the exponentials. At 64 columns a unit of four tiles takes
+// 5 us, and what runs once per unit runs from a cold instruction cache, at about four clocks per
+// instruction: the less code there is, the better. Order and rounding are those of Consumer::step:
+// the same bits.
 #pragma once
 
 #include "flash_sm90_consume.cuh"
@@ -11,29 +18,16 @@ namespace fastinfer::cuda::flash {
 template <class T, class Tile>
 struct FlatConsumer : Consumer<T, Tile, false> {
   using Base = Consumer<T, Tile, false>;
-  using Base::barriers, Base::group, Base::k_ring, Base::kKeys, Base::out, Base::p,
-      Base::probabilities, Base::q_ring, Base::state, Base::v_ring;
+  using Base::barriers, Base::group, Base::kKeys, Base::out, Base::p, Base::probabilities,
+      Base::q_ring, Base::state, Base::v_ring;
+  using Base::Base;
 
   Ring<Tile::kSlots> work;
-  int slot = -1;        // of the unit at work; -1: no more
-  int32_t tile, first;  // the tile at work, the last one of the unit in order of work
-  Range keys, open;
-  int rows;  // its Q buffer
+  int slot = -1;        // of the unit at work; -1: there is no more
+  int rows;             // its Q buffer
+  int32_t tile, first;  // the tile at work and the unit's last one in order of work
+  Range keys, open;     // of the unit; tiles without a mask
 
-  // Zeros for rows that see no key.
-  __device__ __forceinline__ void store_nothing(const Work& w) {
-    const int64_t batch = p.cu_q ? 0 : w.batch, start = w.start_q, head = w.head;
-    T* const to =
-        static_cast<T*>(p.out) + batch * p.out_batch + head * p.out_head + start * p.out_token;
-#pragma unroll 1
-    for (int i = threadIdx.x % 128; i < 64 * p.head_dim; i += 128) {
-      const int32_t row = w.row + 64 * group + i / p.head_dim, column = i % p.head_dim;
-      if (row >= w.len_q) return;
-      to[row * p.out_token + column] = from_float<T>(0.0f);
-      if (p.lse && column == 0)
-        p.lse[batch * p.lse_batch + head * p.lse_head + (start + row) * p.lse_token] = -INFINITY;
-    }
-  }
   // The next unit that has keys.
   __device__ __forceinline__ void open_unit() {
     while (true) {
@@ -44,7 +38,7 @@ struct FlatConsumer : Consumer<T, Tile, false> {
       keys = next.keys;
       open = next.open[group];
       if (keys.begin < keys.end) break;
-      store_nothing(next.w);
+      this->store_nothing(next.w);
       return_slot(barriers, slot);
     }
     first = keys.begin / kKeys;
@@ -58,12 +52,16 @@ struct FlatConsumer : Consumer<T, Tile, false> {
     if (group == 1) this->pass_turn();  // the first group goes first
     open_unit();
     if (slot < 0) return;
-    int old = -1, old_rows = -1, stored = -1;  // unit to be stored, its Q buffer; the one before
-    bool opens = true, product = false, fresh = true;
+    int old = -1, old_rows = -1;  // slot and Q buffer of the unit that is still to be stored
+    int stored = -1;              // the Q buffer of the one before that
+    // The very first step has no tile before it: its second product is one with zeros, into an O
+    // that the next step overwrites. A branch around it would serialise the products.
+    bool product = false;
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) probabilities[i] = 0;
 #pragma unroll
     for (int i = 0; i < Tile::kDim / 2; ++i) out[i] = 0.0f;
+    bool opens = true, fresh = true;  // tile j, tile j - 1 is the first one of a unit
 #pragma unroll 1
     while (true) {
       const uint32_t v = this->v_tile();
@@ -78,7 +76,6 @@ struct FlatConsumer : Consumer<T, Tile, false> {
       if (opens) next = RowState{};
       next.template raise<2>(s, factor, origin, keep);
       this->pin(origin[0] + origin[1] + keep[0] + keep[1]);
-      // Not before the first tile of all, whose product was one with zeros.
       ptx::wgmma_wait<0>();
       ptx::hold(out);
       ptx::hold(probabilities);
@@ -115,10 +112,9 @@ struct FlatConsumer : Consumer<T, Tile, false> {
       this->clean_values(keys, tile);
       opens = tile == first;
       --tile;
-      if (opens) {
-        open_unit();
-        if (slot < 0) break;
-      }
+      if (!opens) continue;
+      open_unit();
+      if (slot < 0) break;
     }
     this->last_output(fresh);
     state.totals(total);

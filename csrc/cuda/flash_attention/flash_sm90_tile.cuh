@@ -9,11 +9,13 @@
 namespace fastinfer::cuda::flash {
 
 // Tile shape of a head dimension. Keys per tile are the same for every call, so that bits never
-// depend on lengths. kShort: one group of 64 rows, two CTAs per SM, for short sequences.
+// depend on lengths. kShort: one group of 64 rows, two CTAs per SM, for short sequences. kFlat: the
+// consumers of flash_sm90_flat.cuh.
 template <int kD, bool kShort = false>
 struct Sm90Tile {
   static_assert(kD % 64 == 0 && kD <= 256, "whole slabs of 64 columns");
   static constexpr int kDim = kD;
+  static constexpr bool kFlat = kD <= 64 && !kShort;
   static constexpr int kCtasPerSm = kShort ? 2 : 1;
   static constexpr int kGroups = kShort ? 1 : 2;
   static constexpr int kRows = 64 * kGroups;
@@ -23,8 +25,6 @@ struct Sm90Tile {
   static constexpr int kStagesQ = kShort ? 1 : kD <= 64 ? 4 : kD <= 128 ? 2 : 1;
   // Units of work known at a time: one to be stored, one to work on, others to load for.
   static constexpr int kSlots = kStagesQ > 2 ? 5 : 3;
-  static constexpr bool kFlat = kD <= 64 && !kShort;
-  static constexpr bool kHeld = kD <= 64;  // units of work in the consumers' registers
   static constexpr int kSlabs = kD / 64;
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = 40;
@@ -81,7 +81,8 @@ struct Ring {
   }
 };
 
-// The next unit of work, and back to the dealer when the warp has no more use for it.
+// The next unit of work, and back to the dealer when the warp has no more use for it. It stays in
+// shared memory: the accumulators need the registers.
 template <class Tile>
 __device__ __forceinline__ const Slot& take_work(Sm90Barriers<Tile>& barriers,
                                                  const Ring<Tile::kSlots>& ring) {
@@ -93,32 +94,5 @@ __device__ __forceinline__ void return_slot(Sm90Barriers<Tile>& barriers, int in
   __syncwarp();
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&barriers.slot_empty[index]);
 }
-
-// A unit of work as a consumer group sees it: in registers, or, where the accumulators need those,
-// in shared memory.
-template <bool kHeld>
-struct Unit {
-  int index;  // its slot
-  Slot slot;
-  Range open_tiles;
-  __device__ __forceinline__ Unit(const Slot& from, int at, int group)
-      : index(at), slot(from), open_tiles(from.open[group]) {}
-  __device__ __forceinline__ bool valid() const { return slot.valid; }
-  __device__ __forceinline__ const Work& work() const { return slot.w; }
-  __device__ __forceinline__ Range keys() const { return slot.keys; }
-  __device__ __forceinline__ Range open() const { return open_tiles; }
-};
-template <>
-struct Unit<false> {
-  int index;
-  const Slot* slot;
-  int group;
-  __device__ __forceinline__ Unit(const Slot& from, int at, int group)
-      : index(at), slot(&from), group(group) {}
-  __device__ __forceinline__ bool valid() const { return slot->valid; }
-  __device__ __forceinline__ const Work& work() const { return slot->w; }
-  __device__ __forceinline__ Range keys() const { return slot->keys; }
-  __device__ __forceinline__ Range open() const { return slot->open[group]; }
-};
 
 }  // namespace fastinfer::cuda::flash
