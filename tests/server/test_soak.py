@@ -84,8 +84,7 @@ def test_memory_and_blocks_stay_flat():
         print(
             f"\n{total} requests in {MINUTES:g} minutes, resident MB: {[round(s) for s in sizes]}"
         )
-        # after the first parts have filled caches and pools
-        assert sizes[-1] - sizes[3] < 16, sizes
+        assert sizes[-1] - sizes[5] < 12, sizes  # the first half fills caches and pools
         assert threading.active_count() == threads
         assert server.llm.failed_steps == 0
 
