@@ -123,8 +123,10 @@ def test_tokens(name: str, cache: str) -> None:
     check_tokens(on_gpu(name, torch.float16, "fastinfer"), options if cache == "static" else {})
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_window"])
-def test_tokens_of_a_compiled_step(name: str) -> None:
+# transformers' sliding cache counts tokens in Python and compares the count with the window: one
+# more graph, whatever the attention.
+@pytest.mark.parametrize(("name", "graphs"), [("llama", 1), ("qwen3_window", 2)])
+def test_tokens_of_a_compiled_step(name: str, graphs: int) -> None:
     """transformers compiles the step by itself: CUDA graphs of inductor, linears in 4 bits."""
     model = quantize_model(on_gpu(name, torch.float16, "fastinfer"), 4, 32)
     torch._dynamo.reset()
@@ -132,7 +134,7 @@ def test_tokens_of_a_compiled_step(name: str) -> None:
     for _ in range(2):
         check_tokens(model, {"cache_implementation": "static"})
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 

@@ -91,15 +91,13 @@ class Block:
         self, config: ModelConfig, index: int, checkpoint: Checkpoint, *, streamed: bool = False
     ) -> None:
         self.index = index
-        with torch.device("meta" if streamed else "cpu"):
-            self.layer = DecoderLayer(config, index, dtype=torch.float32)
-        if streamed:
+        self.layer = DecoderLayer(config, index, dtype=torch.float32)
+        if streamed:  # nothing has touched the memory of these weights
             for name in MODULES:
                 owner, _, attribute = name.rpartition(".")
                 linear = self.linear(name)
                 new = StreamedLinear(linear.in_features, linear.parts, bias=linear.bias is not None)
                 setattr(self.layer.get_submodule(owner), attribute, new)
-            self.layer.to_empty(device="cpu")
         ours = f"layers.{index}."
         self.targets: dict[str, Target] = {
             name: Target(target.module.removeprefix(ours), target.param, target.parts)

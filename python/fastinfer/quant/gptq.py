@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .canonical import CanonicalWeight, QuantError
-from .memory import all_finite, row_chunks
+from .memory import all_finite, row_chunks, trim_heap
 from .rtn import Grid, GridOptions, checked, find_grid
 
 STRIP = 128  # columns that are rounded between two matrix products
@@ -219,7 +219,8 @@ def gptq(
             codes[begin + i] = code.to(torch.uint8)
             column -= (code - zero).mul_(scale)
             carried[i + 1 :].addr_(corner[i, i + 1 :], column)
-    del errors
+    del errors, carried, corner
+    trim_heap()
     restored = torch.empty(weight.shape, dtype=torch.uint8)
     restored.t()[torch.arange(columns) if permuted else order] = codes
     perm = order.to(torch.int32) if permuted else None
