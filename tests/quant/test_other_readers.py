@@ -158,23 +158,27 @@ def int8_parameters(n: int, k: int, *_: Any, **__: Any) -> dict[str, tuple]:
     return {"weight": (torch.int8, (n, k)), "weight_scale": (torch.float32, (n, 1))}
 
 
+PARAMETERS = {
+    "gptq": gptq_parameters,
+    "awq": awq_parameters,
+    "pack-quantized": packed_parameters,
+    "int-quantized": int8_parameters,
+}
 VLLM = [
-    ("gptq", gptq_parameters, {"method": "rtn", "format": "gptq"}),
-    ("gptq", gptq_parameters, {"method": "rtn", "format": "gptq", "bits": 8}),
+    ("gptq", {"method": "rtn", "format": "gptq"}),
+    ("gptq", {"method": "rtn", "format": "gptq", "bits": 8}),
     (
         "gptq",
-        gptq_parameters,
         {"method": "gptq", "format": "gptq", "act_order": True, "static_groups": False},
     ),
-    ("gptq", gptq_parameters, {"method": "rtn", "format": "gptq_v2", "symmetric": False}),
-    ("awq", awq_parameters, {"method": "rtn", "format": "awq", "symmetric": False}),
-    ("compressed-tensors", packed_parameters, {"method": "rtn"}),
-    ("compressed-tensors", packed_parameters, {"method": "rtn", "bits": 8}),
-    ("compressed-tensors", packed_parameters, {"method": "rtn", "group_size": -1}),
-    ("compressed-tensors", packed_parameters, {"method": "rtn", "symmetric": False}),
+    ("gptq", {"method": "rtn", "format": "gptq_v2", "symmetric": False}),
+    ("awq", {"method": "rtn", "format": "awq", "symmetric": False}),
+    ("pack-quantized", {"method": "rtn"}),
+    ("pack-quantized", {"method": "rtn", "bits": 8}),
+    ("pack-quantized", {"method": "rtn", "group_size": -1}),
+    ("pack-quantized", {"method": "rtn", "symmetric": False}),
     (
-        "compressed-tensors",
-        packed_parameters,
+        "pack-quantized",
         {
             "method": "gptq",
             "format": "compressed-tensors",
@@ -182,13 +186,13 @@ VLLM = [
             "static_groups": False,
         },
     ),
-    ("compressed-tensors", int8_parameters, {"method": "smoothquant"}),
+    ("int-quantized", {"method": "smoothquant"}),
 ]
 
 
-@pytest.mark.parametrize(("method", "parameters", "options"), VLLM, ids=str)
+@pytest.mark.parametrize(("kind", "options"), VLLM, ids=str)
 def test_names_shapes_and_dtypes_are_those_vllm_registers(
-    method: str, parameters: Any, options: dict, tmp_path: Path
+    kind: str, options: dict, tmp_path: Path
 ) -> None:
     calib = tmp_path / "calib.txt"
     calib.write_text(calibration_text(20_000), encoding="utf-8")
@@ -197,16 +201,10 @@ def test_names_shapes_and_dtypes_are_those_vllm_registers(
     quantized(out, calib if needs_text else None, **({"samples": 4, "seqlen": 64} | options))
     plain, found = (load_file(folder / "model.safetensors") for folder in (MODEL, out))
     config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == method
-    check = {
-        gptq_parameters: check_gptq_config,
-        awq_parameters: check_awq_config,
-        packed_parameters: check_packed_config,
-        int8_parameters: check_int8_config,
-    }[parameters]
-    check(config, options)
+    assert config["quant_method"] == (kind if kind in ("gptq", "awq") else "compressed-tensors")
+    CHECKS[kind](config, options)
 
-    bits = options.get("bits", 8 if parameters is int8_parameters else 4)
+    bits = options.get("bits", 8 if kind == "int-quantized" else 4)
     act_order = options.get("act_order", False) and not options.get("static_groups", True)
     wanted: dict[str, tuple] = {}
     for name, tensor in plain.items():
@@ -215,7 +213,7 @@ def test_names_shapes_and_dtypes_are_those_vllm_registers(
             wanted[name] = (tensor.dtype, tuple(tensor.shape))
             continue
         size = options.get("group_size", 64)
-        of_layer = parameters(
+        of_layer = PARAMETERS[kind](
             n,
             k[0],
             bits,
@@ -274,3 +272,11 @@ def check_int8_config(config: dict[str, Any], options: dict) -> None:
         args = group[side]
         assert (args["num_bits"], args["type"], args["symmetric"]) == (8, "int", True)
         assert (args["strategy"], args["dynamic"]) == (strategy, dynamic)
+
+
+CHECKS = {
+    "gptq": check_gptq_config,
+    "awq": check_awq_config,
+    "pack-quantized": check_packed_config,
+    "int-quantized": check_int8_config,
+}

@@ -129,3 +129,5 @@ def test_peak_memory(method: str, options: dict, limit: float, model: Path, tmp_
     peak = int(done.stdout)
     print(f"{method}: {peak / MB:.0f} MB; a block {BLOCK / MB:.0f}, limit {limit / MB:.0f} + fixed")
     assert peak < limit + FIXED
+    if method == "rtn":
+        assert peak < BLOCK
