@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingAsyncIOs
 
-from fastinfer.quant import QuantLinear, quantize_model
+from fastinfer.integrations import _fallback
+from fastinfer.quant import QuantLinear, load_quantized, quantize_model
 from helpers import devices
 from integrations.hf_models import FAMILIES, generate, logits, prompts, tiny
 from integrations.test_continuous_batching import NEW, batch, new_prompts
+from integrations.test_transformers_checkpoints import (
+    CASES,
+    FORMATS,
+    dequantised,
+    write_checkpoint,
+)
 from integrations.test_transformers_quantizer import CONFIGS, load
 
 pytestmark = [
@@ -136,6 +144,43 @@ def test_tokens_of_a_compiled_step(name: str, graphs: int) -> None:
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_fp32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, mask = (t.cuda() for t in prompts(2, 13, [4, 0]))
+    model = on_gpu("llama", torch.float32, "fastinfer")
+    with pytest.raises(RuntimeError, match=r"float32 on cuda has no kernel"):
+        logits(model, ids, mask)
+    monkeypatch.delenv("FASTINFER_STRICT")
+    monkeypatch.setattr(_fallback, "_said", set())
+    with pytest.warns(UserWarning, match=r"float32 on cuda has no kernel"):
+        got = logits(model, ids, mask)[mask.bool()]
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(got, logits(model, ids, mask)[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_checkpoints_of_others(name: str, tmp_path: Path) -> None:
+    """GPTQ and AWQ inside of a transformers model: the tokens of the same weights in nn.Linear."""
+    write_checkpoint(CASES[name], tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    del config.quantization_config
+    ours, twin = (
+        load_quantized(
+            transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention),
+            tmp_path,
+            progress=False,
+        )
+        for attention in ("fastinfer", "eager")
+    )
+    # The layers keep the scales of the file, whatever the dtype of the rest.
+    ours, twin = ours.half().cuda(), dequantised(twin).float().cuda()
+    ids, mask = (t.cuda() for t in prompts(2, 11, [3, 0]))
+    real = mask.bool()
+    got, want = logits(ours, ids, mask)[real].float(), logits(twin, ids, mask)[real]
+    assert (got - want).norm() <= 0.01 * want.norm()
+    check_tokens(ours, {})
+    check_tokens(ours, {"cache_implementation": "static", "disable_compile": True})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
