@@ -154,9 +154,16 @@ class DecodeGraphs:
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
         # what `_tables` holds: the requests' rows, and the version of their tables
         self._sent, self._sent_rows = -1, np.empty(0, dtype=np.int64)
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool: Any = None
+        self._side: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+            self._side = torch.cuda.Stream(device)  # steps are tried and captured on it
         # the largest first: smaller ones then find their memory in the pool
         self._buckets = {rows: self._make(rows) for rows in reversed(self._sizes)}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # of what the trials needed
 
     def accepts(self, plan: SchedulePlan) -> bool:
         """Whether a step qualifies."""
@@ -255,16 +262,21 @@ class DecodeGraphs:
 
         if self._device.type != "cuda":
             return run
-        with torch.cuda.device(self._device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                run()  # libraries make their handles and workspaces now
-            torch.cuda.current_stream().wait_stream(side)
+        # Not `torch.cuda.graph`, which gives all unused memory back to the driver every time.
+        # "thread_local": weights may be arriving through other threads meanwhile.
+        side, current = self._side, torch.cuda.current_stream(self._device)
+        assert side is not None
+        side.wait_stream(current)
+        with torch.cuda.device(self._device), torch.cuda.stream(side):
+            run()  # libraries make their handles and workspaces now
+            current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-            with capture, _lib.programmatic_launch(PROGRAMMATIC_LAUNCH):
-                run()
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                with _lib.programmatic_launch(PROGRAMMATIC_LAUNCH):
+                    run()
+            finally:
+                graph.capture_end()
         return graph.replay
 
     @torch.inference_mode()
