@@ -23,6 +23,10 @@ class Slot {
   Slot(py::handle type, const char* name);
 
   PyObject* get(PyObject* object) const;  // borrowed
+  // The same without an error: null where it is not set.
+  PyObject* peek(PyObject* object) const {
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+  }
   int64_t integer(PyObject* object) const;
   Py_ssize_t length(PyObject* object) const;          // of a list
   void put(PyObject* object, PyObject* value) const;  // takes over the reference
@@ -51,8 +55,10 @@ class DecodeLoop {
 
  private:
   void register_blocks(PyObject* request, int64_t computed);
+  void fetch_for_plan(const py::list& running, int64_t i) const;
+  void fetch_for_commit(const py::list& chunks, int64_t i) const;
 
-  py::type request_type_, chunk_type_;
+  py::type request_type_, metrics_type_, chunk_type_;
   py::object running_, pool_object_;
   BlockPool& pool_;
   int64_t block_size_;
@@ -71,10 +77,11 @@ class DecodePacker {
   bool plain(const py::list& chunks) const;
 
   // Row, position and input token (-1: still on the device) of every chunk, each of one token.
-  // Appends to `news` the requests whose block table has grown since it was last sent; returns the
-  // length of the longest table.
-  int64_t pack(const py::list& chunks, py::array_t<int64_t> rows, py::array_t<int64_t> starts,
-               py::array_t<int64_t> ids, const py::list& news) const;
+  // Brings the rows of `tables` up to date with block tables that have changed since they were last
+  // sent; requests of which nothing was sent yet go to `news` instead. Returns the length of the
+  // longest table, and how many rows were written.
+  py::tuple pack(const py::list& chunks, py::array_t<int64_t> rows, py::array_t<int64_t> starts,
+                 py::array_t<int64_t> ids, py::array_t<int32_t> tables, const py::list& news) const;
 
   // Turns that into the columns of the step, in one pass: the input token or where the device has
   // it (`drawn_at` of the row; else `own`), position, slot of the cache, length. From now on the

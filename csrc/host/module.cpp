@@ -98,7 +98,8 @@ PYBIND11_MODULE(_host, m) {
       .def(py::init<py::type, py::type>(), py::arg("request"), py::arg("chunk"))
       .def("plain", &DecodePacker::plain, py::arg("chunks"))
       .def("pack", &DecodePacker::pack, py::arg("chunks"), py::arg("rows").noconvert(),
-           py::arg("starts").noconvert(), py::arg("ids").noconvert(), py::arg("news"))
+           py::arg("starts").noconvert(), py::arg("ids").noconvert(), py::arg("tables").noconvert(),
+           py::arg("news"))
       .def_static("fill", &DecodePacker::fill, py::arg("rows").noconvert(),
                   py::arg("starts").noconvert(), py::arg("ids").noconvert(),
                   py::arg("own").noconvert(), py::arg("drawn_at").noconvert(),

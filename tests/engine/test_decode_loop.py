@@ -68,12 +68,23 @@ def check_packers(hosts: list[ModuleType], plan: SchedulePlan) -> None:
     plain = [packer.plain(plan.chunks) for packer in packers]
     assert plain[0] == plain[1]
     results = []
+    requests = [chunk.request for chunk in plan.chunks]
+    before = [request.blocks_sent for request in requests]
     for packer in packers:
+        for request, sent in zip(requests, before, strict=True):
+            request.blocks_sent = sent
         arrays = [np.full(len(plan.chunks) + 1, -7) for _ in range(3)]
+        tables = np.full((8, 64), -7, dtype=np.int32)
         news: list[Request] = []
-        width = packer.pack(plan.chunks, *arrays, news)
-        results.append((width, [a.tolist() for a in arrays], [r.request_id for r in news]))
+        told = packer.pack(plan.chunks, *arrays, tables, news)
+        sent_now = [request.blocks_sent for request in requests]
+        new_ids = [request.request_id for request in news]
+        results.append((told, [a.tolist() for a in (*arrays, tables)], new_ids, sent_now))
     assert results[0] == results[1]
+    for request in news:
+        request.blocks_sent = len(request.block_table)
+    for request in requests:
+        assert request.blocks_sent == len(request.block_table)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -118,6 +129,7 @@ def test_misuse_is_an_error() -> None:
     packer = host.DecodePacker(Request, ScheduledChunk)
     request = make_request(make_scheduler(), 3)
     chunk = ScheduledChunk(request, 0, 1, 0, True)
+    tables = np.zeros((1, 1), dtype=np.int32)
     with pytest.raises(TypeError, match="must hold objects of"):
         loop.plan([chunk], 0, 5, [])
     with pytest.raises(TypeError, match="must hold objects of"):
@@ -125,10 +137,10 @@ def test_misuse_is_an_error() -> None:
     with pytest.raises(ValueError, match="tokens for every chunk"):
         loop.commit([chunk], [], 0, 0.0, True, [])
     with pytest.raises(ValueError, match="one number per chunk"):
-        packer.pack([chunk], *(np.empty(0, dtype=np.int64) for _ in range(3)), [])
+        packer.pack([chunk], *(np.empty(0, dtype=np.int64) for _ in range(3)), tables, [])
     with pytest.raises(TypeError):  # the arrays are written to: no copies
-        packer.pack([chunk], *(np.empty(1, dtype=np.int32) for _ in range(3)), [])
-    one, tables = np.zeros(1, dtype=np.int64), np.zeros((1, 1), dtype=np.int32)
+        packer.pack([chunk], *(np.empty(1, dtype=np.int32) for _ in range(3)), tables, [])
+    one = np.zeros(1, dtype=np.int64)
     names = ("input_ids", "source", "positions", "slots", "seq_lens", "temperature")
     columns = {name: np.zeros(1, dtype=np.int64) for name in names}
     floats = np.zeros(1, dtype=np.float32)
@@ -143,9 +155,14 @@ def test_misuse_is_an_error() -> None:
         packer.fill(one, one, one, one, one, tables, floats, 4, columns)
     with pytest.raises(TypeError, match="__slots__"):
         host.DecodePacker(RequestStatus, ScheduledChunk)
+    request.block_table, request.blocks_sent = [1, 2], 1
+    for row in (-1, 0, 1):  # no such row, too long, no such row
+        request.row = row
+        with pytest.raises(ValueError, match="not in the tables"):
+            packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), tables, [])
     request.block_table = (1, 2)  # type: ignore[assignment]
     with pytest.raises(TypeError, match="block_table must be a list"):
-        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), [])
+        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), tables, [])
     del request.block_table
     with pytest.raises(TypeError, match="block_table must be set"):
-        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), [])
+        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), tables, [])
