@@ -372,4 +372,19 @@ bool DecodePacker::fill(const py::array_t<int64_t>& rows, const py::array_t<int6
   return greedy;
 }
 
+void DecodePacker::gather(const py::array_t<int32_t>& tables, const py::array_t<int64_t>& rows,
+                          int64_t width, py::array_t<int32_t> out) {
+  const int64_t count = rows.size();
+  const auto row = rows.unchecked<1>();
+  const auto table = tables.unchecked<2>();
+  auto to = out.mutable_unchecked<1>();
+  if (width < 0 || width > table.shape(1) || count * width > to.shape(0))
+    throw py::value_error("DecodePacker.gather: the tables or their target are too small");
+  for (int64_t i = 0; i < count; ++i) {
+    if (row(i) < 0 || row(i) >= table.shape(0))
+      throw py::value_error("DecodePacker.gather: a row is not in the tables");
+    for (int64_t at = 0; at < width; ++at) to(i * width + at) = table(row(i), at);
+  }
+}
+
 }  // namespace fastinfer::host

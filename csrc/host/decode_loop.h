@@ -92,6 +92,10 @@ class DecodePacker {
                    const py::array_t<float>& temperatures, int64_t block_size,
                    const py::dict& columns);
 
+  // The first `width` entries of these rows of `tables`, one after the other, to `out`.
+  static void gather(const py::array_t<int32_t>& tables, const py::array_t<int64_t>& rows,
+                     int64_t width, py::array_t<int32_t> out);
+
  private:
   py::type request_type_, chunk_type_;
   Slot tokens_, block_table_, in_flight_, row_, blocks_sent_, wants_only_tokens_;  // of Request

@@ -104,7 +104,9 @@ PYBIND11_MODULE(_host, m) {
                   py::arg("starts").noconvert(), py::arg("ids").noconvert(),
                   py::arg("own").noconvert(), py::arg("drawn_at").noconvert(),
                   py::arg("tables").noconvert(), py::arg("temperatures").noconvert(),
-                  py::arg("block_size"), py::arg("columns"));
+                  py::arg("block_size"), py::arg("columns"))
+      .def_static("gather", &DecodePacker::gather, py::arg("tables").noconvert(),
+                  py::arg("rows").noconvert(), py::arg("width"), py::arg("out").noconvert());
 
   m.def("extend_block_hashes", &fastinfer::host::extend_block_hashes, py::arg("tokens"),
         py::arg("block_size"), py::arg("hashes"), py::arg("salt") = py::bytes());

@@ -360,3 +360,8 @@ class DecodePacker:
         columns["temperature"][:count] = temperatures[rows]
         drawn_at[rows] = range(count)
         return not columns["temperature"][:count].any()
+
+    @staticmethod
+    def gather(tables: Any, rows: Any, width: int, out: Any) -> None:
+        """The first `width` entries of these rows of `tables`, one after the other, to `out`."""
+        out[: len(rows) * width] = tables[rows, :width].reshape(-1)

@@ -114,6 +114,19 @@ def test_both_hosts_fill_the_same_columns(seed: int) -> None:
     assert results[0][0] == (not temperatures[arguments[0]].any())
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_both_hosts_gather_the_same_tables(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tables = rng.integers(0, 2**31, (9, 7), dtype=np.int32)
+    rows, width = rng.permutation(9)[: rng.integers(0, 9)], int(rng.integers(0, 8))
+    for name in ("python", "native"):
+        out = np.full(9 * 7, -7, dtype=np.int32)
+        load_host_module(name).DecodePacker.gather(tables, rows, width, out)
+        size = len(rows) * width
+        assert out[:size].reshape(len(rows), width).tolist() == tables[rows, :width].tolist()
+        assert (out[size:] == -7).all()
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_both_hosts_do_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     load_host_module("native")
@@ -150,6 +163,11 @@ def test_misuse_is_an_error() -> None:
     for row, start in ((1, 0), (-1, 0), (0, 4), (0, -1)):
         with pytest.raises(ValueError, match="not in the tables"):
             packer.fill(one + row, one + start, one, one, one, tables, floats, 4, columns)
+    for rows, width, size in ((one, 2, 9), (one, -1, 9), (one, 1, 0), (one + 1, 1, 9)):
+        with pytest.raises(ValueError, match="gather"):
+            packer.gather(tables, rows, width, np.empty(size, dtype=np.int32))
+    with pytest.raises(TypeError):
+        packer.gather(tables, one, 1, np.empty(9, dtype=np.int64))
     columns["slots"] = one[:0]
     with pytest.raises(ValueError, match="column slots must hold one number per chunk"):
         packer.fill(one, one, one, one, one, tables, floats, 4, columns)
