@@ -129,7 +129,6 @@ DecodeLoop::DecodeLoop(py::type request, py::type metrics, py::type chunk, py::o
 py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budget,
                            const py::list& chunks) {
   const auto size = static_cast<int64_t>(running.size());
-  auto* chunk_type = reinterpret_cast<PyTypeObject*>(chunk_type_.ptr());
   int64_t planned = 0, i = begin;
   for (int64_t first = begin - kFar; first < begin; ++first) fetch_for_plan(running, first);
   for (; i < size && planned < budget; ++i) {
@@ -145,10 +144,9 @@ py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budge
       if (pool_.num_free() < 1) break;
       append(block_table_.get(request), owned(PyLong_FromLongLong(pool_.allocate(1)[0])));
     }
-    PyObject* chunk = owned(chunk_type->tp_alloc(chunk_type, 0));
-    const py::object holder = py::reinterpret_steal<py::object>(chunk);
+    PyObject* chunk = next_chunk();
     request_.put(chunk, Py_NewRef(request));
-    start_.put(chunk, computed);
+    start_.put(chunk, Py_NewRef(num_computed_.get(request)));
     count_.put(chunk, 1);
     num_drafts_.put(chunk, int64_t{0});
     samples_.put(chunk, Py_NewRef(Py_True));
@@ -158,6 +156,16 @@ py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budge
     ++planned;
   }
   return py::make_tuple(i, planned);
+}
+
+PyObject* DecodeLoop::next_chunk() {
+  if (next_ >= chunks_.size()) next_ = 0;
+  if (next_ >= chunks_.size() || Py_REFCNT(chunks_[next_].ptr()) != 1) {
+    auto* type = reinterpret_cast<PyTypeObject*>(chunk_type_.ptr());
+    chunks_.insert(chunks_.begin() + static_cast<std::ptrdiff_t>(next_),
+                   py::reinterpret_steal<py::object>(owned(type->tp_alloc(type, 0))));
+  }
+  return chunks_[next_++].ptr();
 }
 
 int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int64_t begin,

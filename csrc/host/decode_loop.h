@@ -11,6 +11,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "block_pool.h"
 
 namespace fastinfer::host {
@@ -55,6 +57,7 @@ class DecodeLoop {
 
  private:
   void register_blocks(PyObject* request, int64_t computed);
+  PyObject* next_chunk();  // borrowed
   void fetch_for_plan(const py::list& running, int64_t i) const;
   void fetch_for_commit(const py::list& chunks, int64_t i) const;
 
@@ -62,6 +65,11 @@ class DecodeLoop {
   py::object running_, pool_object_;
   BlockPool& pool_;
   int64_t block_size_;
+  // Chunks of earlier plans, in the order in which they were made: used again when nobody else
+  // holds them. Making and freeing them costs more than filling them, and a round of garbage
+  // collection every few steps. As many as the plans in flight have; their requests live as long.
+  std::vector<py::object> chunks_;
+  size_t next_ = 0;
   // of Request
   Slot tokens_, num_computed_, block_table_, block_hashes_, num_registered_, draft_tokens_,
       in_flight_, status_, max_total_, stop_ids_, metrics_, followed_;

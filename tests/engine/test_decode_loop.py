@@ -184,3 +184,26 @@ def test_misuse_is_an_error() -> None:
     del request.block_table
     with pytest.raises(TypeError, match="block_table must be set"):
         packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), tables, [])
+
+
+def test_chunks_are_used_again_when_nobody_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTINFER_HOST", "native")
+    load_host_module("native")
+    scheduler = make_scheduler(num_blocks=40, max_num_batched_tokens=64, max_num_seqs=8)
+    for request in [make_request(scheduler, 2, 30) for _ in range(3)]:
+        scheduler.add(request)
+    model = FakeModel(scheduler)
+
+    def step() -> SchedulePlan:
+        plan = scheduler.schedule()
+        scheduler.commit(plan, model.run(plan))
+        return plan
+
+    step()  # the prompts
+    held = [step() for _ in range(4)]
+    assert len({id(chunk) for plan in held for chunk in plan.chunks}) == 12
+    starts = [[chunk.start for chunk in plan.chunks] for plan in held]
+    del held[1:]
+    seen = {id(chunk) for _ in range(9) for chunk in step().chunks}
+    assert len(seen) <= 9 and not seen & {id(chunk) for chunk in held[0].chunks}
+    assert [chunk.start for chunk in held[0].chunks] == starts[0]  # a plan that is held stays
