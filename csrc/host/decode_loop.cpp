@@ -130,6 +130,7 @@ py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budge
                            const py::list& chunks) {
   const auto size = static_cast<int64_t>(running.size());
   int64_t planned = 0, i = begin;
+  if (begin == 0) turn_ ^= 1, next_ = 0;  // a new plan
   for (int64_t first = begin - kFar; first < begin; ++first) fetch_for_plan(running, first);
   for (; i < size && planned < budget; ++i) {
     fetch_for_plan(running, i);
@@ -159,13 +160,14 @@ py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budge
 }
 
 PyObject* DecodeLoop::next_chunk() {
-  if (next_ >= chunks_.size()) next_ = 0;
-  if (next_ >= chunks_.size() || Py_REFCNT(chunks_[next_].ptr()) != 1) {
+  std::vector<py::object>& made = chunks_[turn_];
+  if (next_ == made.size()) made.emplace_back();
+  py::object& chunk = made[next_++];
+  if (!chunk || Py_REFCNT(chunk.ptr()) != 1) {
     auto* type = reinterpret_cast<PyTypeObject*>(chunk_type_.ptr());
-    chunks_.insert(chunks_.begin() + static_cast<std::ptrdiff_t>(next_),
-                   py::reinterpret_steal<py::object>(owned(type->tp_alloc(type, 0))));
+    chunk = py::reinterpret_steal<py::object>(owned(type->tp_alloc(type, 0)));
   }
-  return chunks_[next_++].ptr();
+  return chunk.ptr();
 }
 
 int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int64_t begin,

@@ -65,11 +65,11 @@ class DecodeLoop {
   py::object running_, pool_object_;
   BlockPool& pool_;
   int64_t block_size_;
-  // Chunks of earlier plans, in the order in which they were made: used again when nobody else
-  // holds them. Making and freeing them costs more than filling them, and a round of garbage
-  // collection every few steps. As many as the plans in flight have; their requests live as long.
-  std::vector<py::object> chunks_;
-  size_t next_ = 0;
+  // The chunks of the last two plans, used again when nobody else holds them: making and freeing
+  // them costs more than filling them, and a round of garbage collection every few steps. Two,
+  // because one plan is in flight while the next is made.
+  std::vector<py::object> chunks_[2];
+  size_t turn_ = 0, next_ = 0;
   // of Request
   Slot tokens_, num_computed_, block_table_, block_hashes_, num_registered_, draft_tokens_,
       in_flight_, status_, max_total_, stop_ids_, metrics_, followed_;
