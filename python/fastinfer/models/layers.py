@@ -129,6 +129,20 @@ class Embedding(Layer):
         return torch.nn.functional.embedding(input_ids, self.weight)
 
 
+def give_memory(model: nn.Module, device: torch.device) -> None:
+    """Uninitialised memory for every parameter and buffer of a model on the meta device.
+
+    `Module.to_empty` does the same, but first imports some 500 modules, sympy among them: one to
+    two and a half seconds.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+
+
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 

@@ -31,7 +31,7 @@ from .config import ModelConfig, load_config
 from .decoder import CausalLM
 from .device_read import BackgroundRead, can_send, read_to_device
 from .dummy import fill_random
-from .layers import Layer, RowParts
+from .layers import Layer, RowParts, give_memory
 from .quantized import QuantizedLinear
 from .weights import EMBEDDING, HEAD, TensorPlan, plan_tensors
 
@@ -236,7 +236,7 @@ class _Filler:
         for target in self.plan.quantized.values():
             _exchange(model, target.module, config, device)
         _check_complete(model, {(t.module, t.param) for t in self.plan.plain.values()})
-        model.to_empty(device=device)
+        give_memory(model, device)
         # Tensor name -> the layer it belongs to, and what has been read of each layer so far.
         self.owner = {n: name for name, t in self.plan.quantized.items() for n in t.tensors}
         self.waiting: dict[str, dict[str, Tensor]] = {}
@@ -339,7 +339,7 @@ def _check_zero(name: str, bias: Tensor) -> None:
 
 
 def _check_complete(model: CausalLM, filled: set[tuple[str, str]]) -> None:
-    """A parameter that no tensor of the map fills would keep the garbage of `to_empty`."""
+    """A parameter that no tensor of the map fills would keep whatever its memory held."""
     names = {f"{module}.{param}" for module, param in filled}
     left = [name for name, _ in model.named_parameters() if name not in names]
     if left:
