@@ -70,8 +70,17 @@ def test_nothing_to_read_is_no_error(tmp_path: Path) -> None:
     thread.join()
 
 
-def test_free_memory() -> None:
-    assert 0 <= module._free_memory() < 1 << 50
+def test_free_memory_heeds_the_limit_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(module, "_LIMITS", (str(limit), str(tmp_path / "absent")))
+    free = module._free_memory()
+    assert 0 < free < 1 << 50
+    limit.write_text("max\n")
+    assert module._free_memory() > free // 2
+    limit.write_text("12345\n")
+    assert module._free_memory() == 12345
 
 
 def test_importing_it_is_cheap() -> None:

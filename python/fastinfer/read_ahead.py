@@ -12,6 +12,8 @@ from pathlib import Path
 
 _PIECE = 8 << 20  # bytes asked for at once
 _MARGIN = 4 << 30  # bytes of memory left alone
+# Where a container's limit stands, if there is one.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _started: set[str] = set()
 
 
@@ -58,11 +60,20 @@ def _ask(files: list[Path], budget: int) -> None:
 
 def _free_memory() -> int:
     """Bytes the page cache may take; 0 where the system does not say."""
+    free = 0
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    for path in _LIMITS:
+        for line in _lines(path):
+            if line.strip().isdecimal():  # not "max"
+                free = min(free, int(line))
+    return free
+
+
+def _lines(path: str) -> list[str]:
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        with open(path, encoding="ascii") as file:
+            return file.readlines()
     except (OSError, ValueError):
-        pass
-    return 0
+        return []
