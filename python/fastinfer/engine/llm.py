@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..read_ahead import read_ahead
 from .config import EngineConfig, SamplingParams
 from .core import EngineCore
 from .device import choose_device
@@ -99,8 +100,29 @@ class LLM:
             progress=progress,
             **options,
         )
+        if config.load_format == "auto":
+            read_ahead(config.model)
         runner = ModelRunner(config, choose_device(config.device))
         self._start(config, runner, find_tokenizer(config))
+
+    @classmethod
+    def from_config(
+        cls, model: str | os.PathLike[str], file: str | os.PathLike[str], **options: Any
+    ) -> LLM:
+        """An engine with the settings of a file that `fastinfer tune` wrote.
+
+        Args:
+            model: Checkpoint folder.
+            file: JSON with the settings.
+            **options: Of `LLM`; they come before those of the file.
+
+        Raises:
+            FileNotFoundError: There is no such file, or no such model.
+            ValueError: The file holds no settings, or one that does not fit the model.
+        """
+        from .settings_file import read_settings
+
+        return cls(model, **{**read_settings(file), **options})
 
     @classmethod
     def from_runner(cls, config: EngineConfig, runner: ModelRunner, tokenizer: Any = None) -> LLM:
