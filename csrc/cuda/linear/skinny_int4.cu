@@ -4,9 +4,12 @@
 
 namespace fastinfer::cuda {
 
-int skinny_linear_int4(const PackedLinear& p, void* stream) { return run_skinny<4>(p, stream); }
+int skinny_linear_int4(const PackedLinear& p, void* stream) {
+  return direct_fits(p) ? direct_linear(p, stream) : run_skinny<4>(p, stream);
+}
 
 int64_t skinny_workspace_int4(const PackedLinear& p) {
+  if (direct_fits(p)) return 0;
   return skinny_generic(p) ? skinny_workspace_of<4, true>(p) : skinny_workspace_of<4, false>(p);
 }
 
