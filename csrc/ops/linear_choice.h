@@ -36,11 +36,10 @@ constexpr LinearKernel choose_packed_kernel(const PackedCall& c) {
   if (c.batch_invariant || c.k == 0) return LinearKernel::skinny;
   const bool wide =
       c.arch == 90 && groups_suit_wide(c.group_columns, c.k) && c.zeros != ZeroKind::floating;
-  // From 9 tokens on the skinny kernel with its ring is the slower one, unless columns are very
-  // long; the one without (cuda/linear/direct.cuh) takes 16.
-  const bool whole = c.group_columns >= c.k || c.group_columns % 128 == 0;
+  // From 9 tokens on the skinny kernel is the slower one, unless columns are very long. At 256
+  // tokens scales of another type cost more.
   const bool long_columns = c.bits == 4 && c.k > 16384;
-  const int64_t few = !wide ? 256 : c.perm || long_columns || (c.bits == 4 && whole) ? 16 : 8;
+  const int64_t few = !wide ? 256 : c.perm || long_columns ? 16 : 8;
   if (c.m <= few) return LinearKernel::skinny;
   return wide && (c.half || c.m <= 3072) ? LinearKernel::wide : LinearKernel::dequantise;
 }
@@ -143,13 +142,9 @@ static_assert(choose_packed_kernel({90, DType::bf16, 4, 64, 4096, 4096, 128, Zer
                                         false}) == LinearKernel::dequantise,
               "what the wgmma kernel does not take");
 
-static_assert(choose_packed_kernel({90, DType::bf16, 4, 16, 4096, 4096, 128, ZeroKind::none,
+static_assert(choose_packed_kernel({90, DType::bf16, 4, 8, 4096, 4096, 128, ZeroKind::none,
                                     false}) == LinearKernel::skinny &&
-                  choose_packed_kernel({90, DType::bf16, 4, 17, 4096, 4096, 128, ZeroKind::none,
-                                        false}) == LinearKernel::wide &&
-                  choose_packed_kernel({90, DType::bf16, 4, 9, 4096, 4096, 64, ZeroKind::none,
-                                        false}) == LinearKernel::wide &&
-                  choose_packed_kernel({90, DType::bf16, 8, 9, 4096, 4096, 128, ZeroKind::none,
+                  choose_packed_kernel({90, DType::bf16, 4, 9, 4096, 4096, 128, ZeroKind::none,
                                         false}) == LinearKernel::wide,
               "few tokens");
 static_assert(choose_packed_kernel({90, DType::bf16, 4, 16, 4096, 4096, 128, ZeroKind::none, false,

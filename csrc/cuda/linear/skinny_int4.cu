@@ -1,5 +1,5 @@
-// 4-bit instances of the skinny kernel: bf16 and fp16; 8, 16 and 32 tokens; 16 with groups of any
-// multiple of 8, float zeros.
+// 4-bit instances of the skinny kernel: bf16 and fp16, groups of a multiple of 64 columns, or of
+// any multiple of 8 and float zeros. What the direct kernel takes does not come here.
 #include "skinny_launch.cuh"
 
 namespace fastinfer::cuda {

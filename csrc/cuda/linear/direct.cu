@@ -1,22 +1,19 @@
-// Launch of the direct kernel: bf16 and fp16, scales of 16 or 32 bits.
+// Launch of the direct kernel. Instances: bf16 and fp16, 4 and 8 bits.
 #include "direct.cuh"
 #include "skinny_launch.cuh"
 
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kDirectAhead = 4;
-using DirectKernel = void (*)(SkinnyParams, int);
+using DirectKernel = void (*)(SkinnyParams);
 
-template <bool kBf16, bool kWide>
-DirectKernel kernel_of(int64_t m) {
-  return m <= 8 ? direct_kernel<kBf16, kWide, 1, 2, 16, 1, 1>
-                : direct_kernel<kBf16, kWide, 2, 2, 16, 1, 1>;
+template <bool kBf16>
+DirectKernel kernel_of(int bits) {
+  return bits == 4 ? direct_kernel<kBf16, 4, direct_strips(4), 1>
+                   : direct_kernel<kBf16, 8, direct_strips(8), 1>;
 }
 DirectKernel kernel_of(const PackedLinear& p) {
-  const bool wide = p.scale_dtype == DType::f32;
-  if (p.dtype == DType::bf16) return wide ? kernel_of<true, true>(p.m) : kernel_of<true, false>(p.m);
-  return wide ? kernel_of<false, true>(p.m) : kernel_of<false, false>(p.m);
+  return p.dtype == DType::bf16 ? kernel_of<true>(p.bits) : kernel_of<false>(p.bits);
 }
 
 // Clusters of 1, 2, 4, 8 CTAs that run at the same time, one CTA per multiprocessor.
@@ -35,16 +32,17 @@ void most_teams(int (&most)[4], DirectKernel kernel) {
 DirectSplit split_of(const PackedLinear& p) {
   int most[4];
   most_teams(most, kernel_of(p));
-  const int room = device_facts().shared_bytes < kMaxShared ? device_facts().shared_bytes
-                                                            : kMaxShared;
-  return choose_direct_split(p.n, p.k, static_cast<int>(p.m), room, most);
+  const int room =
+      device_facts().shared_bytes < kMaxShared ? device_facts().shared_bytes : kMaxShared;
+  return choose_direct_split(p.bits, p.n, p.k, static_cast<int>(p.m), room, most);
 }
 
 }  // namespace
 
 bool direct_fits(const PackedLinear& p) {
   if (p.batch_invariant || p.m > kDirectTokens || p.m == 0 || p.n == 0 || p.k == 0) return false;
-  if (p.zeros && p.zero_dtype != DType::u8) return false;
+  if (p.perm || !packs_fit(p.x, 0, 2, {p.x_stride})) return false;
+  if (p.zeros && (p.bits == 8 || p.zero_dtype != DType::u8)) return false;
   if (p.groups > 1 && p.group_columns % 128 != 0) return false;
   // Offsets of scales have 32 bits.
   if ((p.n + 63) / 64 * 64 * p.groups > UINT32_MAX) return false;
@@ -53,19 +51,19 @@ bool direct_fits(const PackedLinear& p) {
 
 int direct_linear(const PackedLinear& q, void* stream) {
   const DirectSplit split = split_of(q);
-  SkinnyParams p = skinny_params<4, false>(q);
+  SkinnyParams p = q.bits == 4 ? skinny_params<4, false>(q) : skinny_params<8, false>(q);
   p.x = q.x, p.out = q.out, p.m = static_cast<int>(q.m);
-  p.x_packs = !q.perm && packs_fit(q.x, 0, 2, {q.x_stride});
   p.steps = (p.k + 63) / 64, p.tiles = (p.n + 63) / 64;
   p.rank_shift = split.rank_shift, p.ranks = 1 << split.rank_shift;
   p.row_shift = split.row_shift, p.teams = split.teams, p.x_pitch = split.x_pitch;
+  const int strips = (p.n + 15) / 16;
+  p.deal.full = strips / p.teams, p.deal.rest = strips % p.teams;
   p.weights_first = programmatic_launch();
   const DirectKernel kernel = kernel_of(q);
   const int error = allow_shared(reinterpret_cast<const void*>(kernel), split.bytes);
   if (error) return error;
   return launch_clusters(kernel, p.ranks, dim3(static_cast<unsigned>(p.teams << p.rank_shift)),
-                         dim3(32 * kDirectWarps), split.bytes, stream, p,
-                         p.weights_first ? kDirectAhead : 0);
+                         dim3(32 * kDirectWarps), split.bytes, stream, p);
 }
 
 }  // namespace fastinfer::cuda
