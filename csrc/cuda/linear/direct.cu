@@ -1,4 +1,4 @@
-// Launch of the direct kernel. Instances: bf16 and fp16, 4 and 8 bits.
+// Launch of the direct kernel. Instances: bf16 and fp16.
 #include "direct.cuh"
 #include "skinny_launch.cuh"
 
@@ -7,13 +7,9 @@ namespace {
 
 using DirectKernel = void (*)(SkinnyParams);
 
-template <bool kBf16>
-DirectKernel kernel_of(int bits) {
-  return bits == 4 ? direct_kernel<kBf16, 4, direct_strips(4), 1>
-                   : direct_kernel<kBf16, 8, direct_strips(8), 1>;
-}
 DirectKernel kernel_of(const PackedLinear& p) {
-  return p.dtype == DType::bf16 ? kernel_of<true>(p.bits) : kernel_of<false>(p.bits);
+  return p.dtype == DType::bf16 ? direct_kernel<true, kDirectStrips, 0>
+                                : direct_kernel<false, kDirectStrips, 0>;
 }
 
 // Clusters of 1, 2, 4, 8 CTAs that run at the same time, one CTA per multiprocessor.
@@ -34,7 +30,7 @@ DirectSplit split_of(const PackedLinear& p) {
   most_teams(most, kernel_of(p));
   const int room =
       device_facts().shared_bytes < kMaxShared ? device_facts().shared_bytes : kMaxShared;
-  return choose_direct_split(p.bits, p.n, p.k, static_cast<int>(p.m), room, most);
+  return choose_direct_split(p.n, p.k, static_cast<int>(p.m), room, most);
 }
 
 }  // namespace
@@ -42,7 +38,7 @@ DirectSplit split_of(const PackedLinear& p) {
 bool direct_fits(const PackedLinear& p) {
   if (p.batch_invariant || p.m > kDirectTokens || p.m == 0 || p.n == 0 || p.k == 0) return false;
   if (p.perm || !packs_fit(p.x, 0, 2, {p.x_stride})) return false;
-  if (p.zeros && (p.bits == 8 || p.zero_dtype != DType::u8)) return false;
+  if (p.zeros && p.zero_dtype != DType::u8) return false;
   if (p.groups > 1 && p.group_columns % 128 != 0) return false;
   // Offsets of scales have 32 bits.
   if ((p.n + 63) / 64 * 64 * p.groups > UINT32_MAX) return false;
@@ -51,7 +47,7 @@ bool direct_fits(const PackedLinear& p) {
 
 int direct_linear(const PackedLinear& q, void* stream) {
   const DirectSplit split = split_of(q);
-  SkinnyParams p = q.bits == 4 ? skinny_params<4, false>(q) : skinny_params<8, false>(q);
+  SkinnyParams p = skinny_params<4, false>(q);
   p.x = q.x, p.out = q.out, p.m = static_cast<int>(q.m);
   p.steps = (p.k + 63) / 64, p.tiles = (p.n + 63) / 64;
   p.rank_shift = split.rank_shift, p.ranks = 1 << split.rank_shift;

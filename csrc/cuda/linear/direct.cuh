@@ -17,35 +17,28 @@
 
 namespace fastinfer::cuda {
 
-// Codes pass once. 8-bit ones are loaded in halves of a lane's 32 bytes: the first-level cache has
-// the second half.
-template <bool kKeep>
 __device__ __forceinline__ uint4 load_codes(const void* from) {
   uint4 v;
-  if constexpr (kKeep) {
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
-  } else {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
-  }
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
   return v;
 }
+__device__ __forceinline__ void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // A pair of 64-column blocks of kStrips strips, as a lane holds it.
-template <int kBits, int kStrips>
+template <int kStrips>
 struct DirectSlot {
-  uint4 w[kStrips][2][kBits / 4];
+  uint4 w[kStrips][2];
   uint2 scale[kStrips];  // rows g8, g8 + 8: two 16-bit values, or two floats
   uint32_t zero[kStrips];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
-#pragma unroll
-      for (int i = 0; i < kBits / 2; ++i)
-        w[s][i / (kBits / 4)][i % (kBits / 4)] = make_uint4(0, 0, 0, 0);
+      w[s][0] = w[s][1] = make_uint4(0, 0, 0, 0);
       scale[s] = make_uint2(0, 0);
       zero[s] = 0x0808;
     }
@@ -55,17 +48,16 @@ struct DirectSlot {
     int r;
     asm("lop3.b32 %0, %1, %2, %3, 0x80;"
         : "=r"(r)
-        : "r"(w[0][0][0].x), "r"(p.nothing), "r"(__float_as_uint(after)));
+        : "r"(w[0][0].x), "r"(p.nothing), "r"(__float_as_uint(after)));
     return r;
   }
 };
 
 // What a warp reads: pairs [first, first + count) of strip `strip`, then of the strip of the next
 // round.
-template <int kBits, int kStrips>
+template <int kStrips, int kAhead>
 struct DirectStream {
-  static constexpr int kBlock = 512 * kBits, kStrip = kBlock / 4;  // bytes
-  static constexpr int kLane = 4 * kBits;
+  static constexpr int kBlock = 2048, kStrip = kBlock / 4;  // bytes
   const SkinnyParams& p;
   const int first, count, end, lane, group;
   const char* w;
@@ -83,7 +75,7 @@ struct DirectStream {
     strip = begin, inside = begin % 4;
     w = static_cast<const char*>(p.w) +
         (static_cast<int64_t>(begin / 4) * p.steps + 2 * first) * kBlock + inside * kStrip +
-        lane * kLane;
+        lane * 16;
     entry = begin / 4 * 64 + lane / 4 * 8 + 2 * inside;
     left = count, step = 2 * first;
   }
@@ -106,19 +98,29 @@ struct DirectStream {
       }
     }
   }
+  // Asks the second-level cache for the pair `ahead` pairs from here.
+  __device__ __forceinline__ void prefetch(int ahead) const {
+    const int d = min(ahead, count);
+    const bool wraps = d >= left;
+    const int row = strip + (wraps ? group : 0), in = inside + (wraps ? group : 0);
+    const int block = lane / 4 % 2, at = step + 2 * d - (wraps ? 2 * count : 0) + block;
+    if (row >= end || lane >= 8 * kStrips || at >= p.steps) return;
+    int offset = 2 * d * kBlock + in / 4 * (p.steps - 1) * kBlock + block * kBlock +
+                 lane % 4 * 128 - lane * 16;
+    if (wraps) offset += group * kStrip - 2 * count * kBlock;
+    if (lane >= 8 && row + 1 < end) offset += in % 4 == 3 ? p.steps * kBlock - 3 * kStrip : kStrip;
+    prefetch_l2(w + offset);
+  }
   // `nothing` is 0 but comes out of data that have to be here first.
-  __device__ __forceinline__ void load(DirectSlot<kBits, kStrips>& to, int nothing) {
+  __device__ __forceinline__ void load(DirectSlot<kStrips>& to, int nothing) {
     if (strip >= end + nothing) return;
     const int second = step + 1 < p.steps ? kBlock : 0;
     const uint32_t e = entry + group_of(step, p.group_magic) * (p.tiles * 64);
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       const int d = s ? delta() : 0;
-#pragma unroll
-      for (int i = 0; i < kBits / 2; ++i)
-        to.w[s][i / (kBits / 4)][i % (kBits / 4)] =
-            load_codes < kBits ==
-            8 > (w + (d + i % (kBits / 4) * 16 + (i / (kBits / 4) ? second : 0)));
+      to.w[s][0] = load_codes(w + d);
+      to.w[s][1] = load_codes(w + (d + second));
       const uint32_t at = e + (s == 0 || d == 0 ? 0 : d == kStrip ? 2 : 64 - 6);
       const char* const scale = static_cast<const char*>(p.scales);
       if (p.scale_dtype == DType::f32) {
@@ -130,7 +132,7 @@ struct DirectStream {
                      : "=r"(to.scale[s].x)
                      : "l"(scale + uint64_t{at} * 2));
       }
-      if (kBits == 4 && p.zeros) {
+      if (p.zeros) {
         uint16_t z;
         asm volatile("ld.global.nc.u16 %0, [%1];"
                      : "=h"(z)
@@ -138,12 +140,13 @@ struct DirectStream {
         to.zero[s] = z;
       }
     }
+    if constexpr (kAhead > 0) prefetch(kAhead);
     next();
   }
 };
 
-template <bool kBf16, int kBits, int kStrips, int kCtas>
-__global__ void __launch_bounds__(32 * kDirectWarps, kCtas)
+template <bool kBf16, int kStrips, int kAhead>
+__global__ void __launch_bounds__(32 * kDirectWarps, 1)
     direct_kernel(const __grid_constant__ SkinnyParams p) {
   using E = std::conditional_t<kBf16, __nv_bfloat16, __half>;
   constexpr int kThreads = 32 * kDirectWarps, kPitch = 20;
@@ -164,9 +167,9 @@ __global__ void __launch_bounds__(32 * kDirectWarps, kCtas)
   static_assert(kDirectWarps == 16, "shift");
   const int group = kStrips << p.row_shift;  // strips of a round
 
-  DirectStream<kBits, kStrips> stream(p, slice + skipped, count, begin + row_part * kStrips, end,
-                                      group, lane);
-  DirectSlot<kBits, kStrips> slot[2];
+  DirectStream<kStrips, kAhead> stream(p, slice + skipped, count, begin + row_part * kStrips, end,
+                                       group, lane);
+  DirectSlot<kStrips> slot[2];
 #pragma unroll
   for (auto& s : slot) s.clear();
   // x in front of the weights, which would keep it waiting; one or two tokens come soon enough, and
@@ -176,6 +179,18 @@ __global__ void __launch_bounds__(32 * kDirectWarps, kCtas)
   for (int turn = 0; turn < 2; ++turn) {
     if ((turn == 0) == (both || p.m <= 2)) {
       stream.load(slot[0], 0);
+      if constexpr (kAhead > 0) {
+        // The next pairs, and all scales of the team's rows.
+#pragma unroll 1
+        for (int i = 0; i < kAhead - 1; ++i) stream.prefetch(i);
+        const int first = begin / 4, lines = p.scale_dtype == DType::f32 ? 2 : 1,
+                  all = ((end - 1) / 4 + 1 - first) * lines;
+        const char* const scales =
+            static_cast<const char*>(p.scales) + int64_t{first} * lines * 128;
+#pragma unroll 1
+        for (int e = threadIdx.x; e < all * p.groups; e += kThreads)
+          prefetch_l2(scales + (static_cast<int64_t>(e / all) * p.tiles * lines + e % all) * 128);
+      }
       if (both && count > 1) stream.load(slot[1], 0);
     } else {
       grid_wait();
@@ -205,9 +220,9 @@ __global__ void __launch_bounds__(32 * kDirectWarps, kCtas)
   for (int s = 0; s < kStrips; ++s) zero[s].set(0, 8), zero[s].set(1, 8);
   float total[kStrips][4] = {};
 
-  const auto multiply = [&](const DirectSlot<kBits, kStrips>& from) {
+  const auto multiply = [&](const DirectSlot<kStrips>& from) {
     float acc[kStrips][4] = {};
-    if (kBits == 4 && p.zeros) {
+    if (p.zeros) {
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
         zero[s].set(0, from.zero[s] & 0xFF);
@@ -224,13 +239,10 @@ __global__ void __launch_bounds__(32 * kDirectWarps, kCtas)
         for (int j = 0; j < 2; ++j)
 #pragma unroll
           for (int s = 0; s < kStrips; ++s) {
-            const uint4& w = from.w[s][block][kBits == 8 ? h : 0];
+            const uint4& w = from.w[s][block];
             const uint32_t words[4] = {w.x, w.y, w.z, w.w};
             uint32_t a[4];
-            if constexpr (kBits == 4)
-              dequantize_int4<kBf16>(a, words[2 * h + j], zero[s]);
-            else
-              dequantize_int8<kBf16>(a, words[2 * j], words[2 * j + 1]);
+            dequantize_int4<kBf16>(a, words[2 * h + j], zero[s]);
             mma_16816<kBf16>(acc[s], a, b[2 * j], b[2 * j + 1]);
           }
       }

@@ -5,20 +5,19 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kDirectWarps = 16;
-constexpr int direct_strips(int bits) { return bits == 4 ? 2 : 1; }  // of a warp and round
+constexpr int kDirectWarps = 16, kDirectStrips = 2;  // strips of a warp and round
 
 struct DirectShared {
   int x, partial, sums, bytes;  // offsets
 };
-// strips_per_warp: in a round. strips: most of a team, where ranks exchange sums.
+// strips_kDirectStrips: in a round. strips: most of a team, where ranks exchange sums.
 #ifdef __CUDACC__
 __host__ __device__
 #endif
     constexpr DirectShared
-    direct_shared(int m, int x_pitch, int row_shift, int strips_per_warp, int strips) {
+    direct_shared(int m, int x_pitch, int row_shift, int strips_kDirectStrips, int strips) {
   DirectShared s{};
-  const int group = strips_per_warp << row_shift, buffers = 2 * (group < 2 ? 2 : group);
+  const int group = strips_kDirectStrips << row_shift, buffers = 2 * (group < 2 ? 2 : group);
   s.partial = (m * x_pitch * 2 + 127) / 128 * 128;
   s.sums = s.partial + buffers * (kDirectWarps >> row_shift) * m * 20 * 4;
   s.bytes = s.sums + strips * m * 64;
@@ -33,9 +32,8 @@ struct DirectSplit {
 };
 
 // most_teams[i]: clusters of 2^i CTAs that run at the same time; room: bytes of shared memory.
-constexpr DirectSplit choose_direct_split(int bits, int64_t n, int64_t k, int m, int room,
+constexpr DirectSplit choose_direct_split(int64_t n, int64_t k, int m, int room,
                                           const int (&most_teams)[4]) {
-  const int per_warp = direct_strips(bits), pair_bytes = 256 * bits;
   const int64_t strips = (n + 15) / 16, pairs = (k + 127) / 128;
   DirectSplit best{};
   int64_t least = INT64_MAX;
@@ -48,15 +46,15 @@ constexpr DirectSplit choose_direct_split(int bits, int64_t n, int64_t k, int m,
     for (int r = 0; r < 3; ++r) {
       const int pitch = static_cast<int>(slice * 128 + 8);
       const DirectShared at =
-          direct_shared(m, pitch, r, per_warp, i > 0 ? static_cast<int>(deal) : 0);
+          direct_shared(m, pitch, r, kDirectStrips, i > 0 ? static_cast<int>(deal) : 0);
       if (at.bytes > room) continue;
       // Bytes that the slowest warp has its multiprocessor wait for; x comes from the second-level
       // cache, at half the price; ends of rounds and the exchange of sums.
-      const int64_t parts = kDirectWarps >> r, group = per_warp << r,
+      const int64_t parts = kDirectWarps >> r, group = kDirectStrips << r,
                     rounds = (deal + group - 1) / group;
       const int64_t busy =
-          rounds * ((slice + parts - 1) / parts) * kDirectWarps * per_warp * pair_bytes;
-      const int64_t real = deal * slice * pair_bytes;
+          rounds * ((slice + parts - 1) / parts) * kDirectWarps * kDirectStrips * 1024;
+      const int64_t real = deal * slice * 1024;
       const int64_t cost =
           (busy + real) / 2 + m * slice * 128 + rounds * 1024 + (i > 0 ? 24 * 1024 : 0);
       if (cost < least) {
@@ -69,16 +67,15 @@ constexpr DirectSplit choose_direct_split(int bits, int64_t n, int64_t k, int m,
 }
 
 constexpr int kTeamsOfH100[4] = {132, 66, 30, 15};
-constexpr bool direct_split_is(int bits, int64_t n, int64_t k, int m, int rank_shift,
-                               int row_shift) {
-  const DirectSplit s = choose_direct_split(bits, n, k, m, 227 * 1024, kTeamsOfH100);
+constexpr bool direct_split_is(int64_t n, int64_t k, int m, int rank_shift, int row_shift) {
+  const DirectSplit s = choose_direct_split(n, k, m, 227 * 1024, kTeamsOfH100);
   return s.teams > 0 && s.rank_shift == rank_shift && s.row_shift == row_shift;
 }
-static_assert(direct_split_is(4, 4096, 4096, 1, 0, 0), "two strips each");
-static_assert(direct_split_is(4, 6144, 4096, 1, 0, 1), "three: one round of four");
-static_assert(direct_split_is(4, 4096, 14336, 8, 1, 1), "x fits by halves");
-static_assert(direct_split_is(4, 8192, 28672, 8, 3, 2), "x fits by eighths");
-static_assert(choose_direct_split(4, 8192, 65536, 8, 160 * 1024, {108, 0, 0, 0}).teams == 0,
+static_assert(direct_split_is(4096, 4096, 1, 0, 0), "two strips each");
+static_assert(direct_split_is(6144, 4096, 1, 0, 1), "three: one round of four");
+static_assert(direct_split_is(4096, 14336, 8, 1, 1), "x fits by halves");
+static_assert(direct_split_is(8192, 28672, 8, 3, 2), "x fits by eighths");
+static_assert(choose_direct_split(8192, 65536, 8, 160 * 1024, {108, 0, 0, 0}).teams == 0,
               "x does not fit");
 
 }  // namespace fastinfer::cuda

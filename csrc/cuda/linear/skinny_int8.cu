@@ -1,15 +1,12 @@
 // 8-bit instances of the skinny kernel: bf16 and fp16, groups of a multiple of 64 columns, or of
-// any multiple of 8 and zero points. What the direct kernel takes does not come here.
+// any multiple of 8 and zero points.
 #include "skinny_launch.cuh"
 
 namespace fastinfer::cuda {
 
-int skinny_linear_int8(const PackedLinear& p, void* stream) {
-  return direct_fits(p) ? direct_linear(p, stream) : run_skinny<8>(p, stream);
-}
+int skinny_linear_int8(const PackedLinear& p, void* stream) { return run_skinny<8>(p, stream); }
 
 int64_t skinny_workspace_int8(const PackedLinear& p) {
-  if (direct_fits(p)) return 0;
   return skinny_generic(p) ? skinny_workspace_of<8, true>(p) : skinny_workspace_of<8, false>(p);
 }
 
