@@ -8,8 +8,8 @@ namespace {
 using DirectKernel = void (*)(SkinnyParams);
 
 DirectKernel kernel_of(const PackedLinear& p) {
-  return p.dtype == DType::bf16 ? direct_kernel<true, kDirectStrips, 0>
-                                : direct_kernel<false, kDirectStrips, 0>;
+  return p.dtype == DType::bf16 ? direct_kernel<true, kDirectStrips>
+                                : direct_kernel<false, kDirectStrips>;
 }
 
 // Clusters of 1, 2, 4, 8 CTAs that run at the same time, one CTA per multiprocessor.

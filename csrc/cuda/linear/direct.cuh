@@ -1,4 +1,4 @@
-// Y[M, N] = X[M, K] W[N, K]^T + bias, packed W, few tokens: codes go from memory straight to the
+// Y[M, N] = X[M, K] W[N, K]^T + bias, 4-bit W, up to 8 tokens: codes go from memory straight to the
 // registers that are fragments of W (skinny.cuh has the arithmetic and why W is operand A).
 //
 // A team of `ranks` CTAs (a cluster; mostly one CTA) owns a run of strips of 16 rows, a rank a part
@@ -23,9 +23,6 @@ __device__ __forceinline__ uint4 load_codes(const void* from) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from));
   return v;
-}
-__device__ __forceinline__ void prefetch_l2(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 // A pair of 64-column blocks of kStrips strips, as a lane holds it.
@@ -55,7 +52,7 @@ struct DirectSlot {
 
 // What a warp reads: pairs [first, first + count) of strip `strip`, then of the strip of the next
 // round.
-template <int kStrips, int kAhead>
+template <int kStrips>
 struct DirectStream {
   static constexpr int kBlock = 2048, kStrip = kBlock / 4;  // bytes
   const SkinnyParams& p;
@@ -98,19 +95,6 @@ struct DirectStream {
       }
     }
   }
-  // Asks the second-level cache for the pair `ahead` pairs from here.
-  __device__ __forceinline__ void prefetch(int ahead) const {
-    const int d = min(ahead, count);
-    const bool wraps = d >= left;
-    const int row = strip + (wraps ? group : 0), in = inside + (wraps ? group : 0);
-    const int block = lane / 4 % 2, at = step + 2 * d - (wraps ? 2 * count : 0) + block;
-    if (row >= end || lane >= 8 * kStrips || at >= p.steps) return;
-    int offset = 2 * d * kBlock + in / 4 * (p.steps - 1) * kBlock + block * kBlock +
-                 lane % 4 * 128 - lane * 16;
-    if (wraps) offset += group * kStrip - 2 * count * kBlock;
-    if (lane >= 8 && row + 1 < end) offset += in % 4 == 3 ? p.steps * kBlock - 3 * kStrip : kStrip;
-    prefetch_l2(w + offset);
-  }
   // `nothing` is 0 but comes out of data that have to be here first.
   __device__ __forceinline__ void load(DirectSlot<kStrips>& to, int nothing) {
     if (strip >= end + nothing) return;
@@ -140,12 +124,11 @@ struct DirectStream {
         to.zero[s] = z;
       }
     }
-    if constexpr (kAhead > 0) prefetch(kAhead);
     next();
   }
 };
 
-template <bool kBf16, int kStrips, int kAhead>
+template <bool kBf16, int kStrips>
 __global__ void __launch_bounds__(32 * kDirectWarps, 1)
     direct_kernel(const __grid_constant__ SkinnyParams p) {
   using E = std::conditional_t<kBf16, __nv_bfloat16, __half>;
@@ -167,8 +150,8 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
   static_assert(kDirectWarps == 16, "shift");
   const int group = kStrips << p.row_shift;  // strips of a round
 
-  DirectStream<kStrips, kAhead> stream(p, slice + skipped, count, begin + row_part * kStrips, end,
-                                       group, lane);
+  DirectStream<kStrips> stream(p, slice + skipped, count, begin + row_part * kStrips, end, group,
+                               lane);
   DirectSlot<kStrips> slot[2];
 #pragma unroll
   for (auto& s : slot) s.clear();
@@ -179,18 +162,6 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
   for (int turn = 0; turn < 2; ++turn) {
     if ((turn == 0) == (both || p.m <= 2)) {
       stream.load(slot[0], 0);
-      if constexpr (kAhead > 0) {
-        // The next pairs, and all scales of the team's rows.
-#pragma unroll 1
-        for (int i = 0; i < kAhead - 1; ++i) stream.prefetch(i);
-        const int first = begin / 4, lines = p.scale_dtype == DType::f32 ? 2 : 1,
-                  all = ((end - 1) / 4 + 1 - first) * lines;
-        const char* const scales =
-            static_cast<const char*>(p.scales) + int64_t{first} * lines * 128;
-#pragma unroll 1
-        for (int e = threadIdx.x; e < all * p.groups; e += kThreads)
-          prefetch_l2(scales + (static_cast<int64_t>(e / all) * p.tiles * lines + e % all) * 128);
-      }
       if (both && count > 1) stream.load(slot[1], 0);
     } else {
       grid_wait();
