@@ -141,7 +141,7 @@ def merge(device: str, seed: int) -> Made:
 
 F16 = torch.float16
 LENGTHS = [0, 1, 70, 333, 64]
-PAIRS = [2000, 70, 0, 64, 1, 333, 17, 900, 5]
+PAIRS = [4000, 70, 0, 64, 1, 333, 17, 900, 5]
 
 CASES = [
     *(

@@ -72,6 +72,9 @@ struct Finish {
   static constexpr int kPairs = kDecodeThreads / kWidth * kMostStaged * 8;
   static constexpr int kStep = kDecodeThreads * 16;
   static_assert(kPairs + kStep <= L::kStage);
+  // So few pieces a thread weighs by itself, which needs no shuffles: they fit into one stage, so
+  // that all that merge an item do.
+  static constexpr int kFew = (L::kStage - kPairs) / kStep < 12 ? (L::kStage - kPairs) / kStep : 12;
   const P& p;
   const Item& item;
   char* shared;
@@ -213,36 +216,66 @@ struct Finish {
     const int index = c.index(c.ordinal);
     if (column >= p.dim) return;
 #pragma unroll 1
-    for (int row = threadIdx.x / kRowThreads; row < item.rows; row += kRowStep) {
-      const uint32_t pair = shared_address(states()) + row * 8;
-      const uint32_t x =
-          shared_address(stage) + row / 16 * L::kSlice + (row % 16 * L::kMergePitch + column) * 4;
-      float top = kMinusInf, sum = 0.0f;
-      float4 o = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-      for (int k = 0; k < count; ++k) top = fmaxf(top, A::shared_pair(pair + k * pair_step).x);
-      const float origin = finite_origin(top);
-#pragma unroll 4
-      for (int k = 0; k < count; ++k) {
-        const float2 s = A::shared_pair(pair + k * pair_step);
-        const float weight = exp2_approx(s.x - origin);
-        sum += weight * s.y;
-        add(weight, x + k * x_step, o);
+    for (int first = threadIdx.x / kRowThreads; first < item.rows; first += kRows * kRowStep) {
+      uint32_t pair[kRows], x[kRows];
+      Sum s[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = min(first + i * kRowStep, item.rows - 1);
+        pair[i] = shared_address(states()) + row * 8;
+        x[i] =
+            shared_address(stage) + row / 16 * L::kSlice + (row % 16 * L::kMergePitch + column) * 4;
       }
-      if (c.count == 1) {
-        emit(row, column, o, top, sum);
-      } else {
+      add_pieces(count, pair, pair_step, x, x_step, s);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = first + i * kRowStep;
+        if (row >= item.rows) break;
+        if (c.count == 1) {
+          emit(row, column, s[i].o, s[i].top, s[i].sum);
+          continue;
+        }
         // As assignments of a float4 and a float2 these are six stores.
         asm volatile(
             "st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(partial(index) + row * p.dim + column),
-            "f"(o.x), "f"(o.y), "f"(o.z), "f"(o.w)
+            "f"(s[i].o.x), "f"(s[i].o.y), "f"(s[i].o.z), "f"(s[i].o.w)
             : "memory");
         if (column == 0)
           asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(partial_ml(index) + 2 * row),
-                       "f"(top), "f"(sum)
+                       "f"(s[i].top), "f"(s[i].sum)
                        : "memory");
       }
     }
+  }
+
+  // Four columns of a row, relative to its maximum.
+  struct Sum {
+    float4 o;
+    float top, sum;
+  };
+  static constexpr int kRows = P::kRowsAtOnce;  // of a thread, for the latency of each step
+
+  // Pieces in shared memory of kRows rows; `pair`: maximum and sum of the first piece of each, `x`:
+  // its output.
+  static __device__ __forceinline__ void add_pieces(int count, const uint32_t (&pair)[kRows],
+                                                    uint32_t pair_step, const uint32_t (&x)[kRows],
+                                                    uint32_t x_step, Sum (&s)[kRows]) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) s[i] = {make_float4(0, 0, 0, 0), kMinusInf, 0.0f};
+#pragma unroll 4
+    for (int k = 0; k < count; ++k)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        s[i].top = fmaxf(s[i].top, A::shared_pair(pair[i] + k * pair_step).x);
+#pragma unroll 4
+    for (int k = 0; k < count; ++k)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const float2 piece = A::shared_pair(pair[i] + k * pair_step);
+        const float weight = exp2_approx(piece.x - finite_origin(s[i].top));
+        s[i].sum += weight * piece.y;
+        add(weight, x[i] + k * x_step, s[i].o);
+      }
   }
 
   static __device__ __forceinline__ void add(float weight, uint32_t x, float4& o) {
@@ -307,6 +340,12 @@ struct Finish {
             }
           }
           cp_async_commit();
+          if (!deal && c.count <= kFew) {
+            cp_async_wait<0>();
+            __syncwarp(lanes);
+            if (column < p.dim) add_few(c.count, pairs, data, row, stop, column);
+            continue;
+          }
           cp_async_wait<1>();
           __syncwarp(lanes);
           at = data;
@@ -346,6 +385,29 @@ struct Finish {
       o.x += other.x, o.y += other.y, o.z += other.z, o.w += other.w;
     }
     emit(first_row, column, o, top, sum);
+  }
+
+  // Rows first, first + kRowStep .. below `stop` of a chunk, whose `count` pieces are all there.
+  __device__ __forceinline__ void add_few(int count, uint32_t pairs, uint32_t data, int first,
+                                          int stop, int column) const {
+#pragma unroll 1
+    for (; first < stop; first += kRows * kRowStep) {
+      uint32_t pair[kRows], x[kRows];
+      Sum s[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const bool there = first + i * kRowStep < stop;
+        pair[i] = pairs + (there ? i * count * 8 : 0);
+        x[i] = data + (there ? i * count * kStep : 0);
+      }
+      add_pieces(count, pair, 8, x, kStep, s);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        if (first + i * kRowStep < stop)
+          emit(first + i * kRowStep, column, s[i].o, s[i].top, s[i].sum);
+      pairs += kRows * count * 8;
+      data += kRows * count * kStep;
+    }
   }
 
   // Brings top and sum of a row up to date with `count` pairs, which become their weights.
