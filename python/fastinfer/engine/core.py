@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import EngineConfig, SamplingParams
+from .drafting import Speculator, tokens_that_stand
 from .generation import Completion, Generation
 from .interrupt import interrupts_deferred
 from .metrics import EngineStats, RequestMetrics
@@ -41,8 +42,14 @@ class _Launched:
     """A step that runs, or has run, and whose results nobody has looked at."""
 
     plan: SchedulePlan
-    sampling: list[Request]
+    sampling: list[Request]  # whose row it is, of each row of the logits
     drawn: DrawnTokens
+
+    @property
+    def needed_now(self) -> bool:
+        """Whether the next step cannot be built before this one's tokens are known."""
+        drafted = self.drawn.first_rows is not None
+        return drafted or any(request.sampling.has_penalties for request in self.sampling)
 
 
 class EngineCore:
@@ -81,6 +88,9 @@ class EngineCore:
         self.lock = threading.RLock()
         self.records: deque[RequestMetrics] = deque(maxlen=KEPT_RECORDS)
         self.num_steps = 0
+        self.speculator: Speculator | None = None
+        if runner.drafter is not None:
+            self.speculator = Speculator(config, runner.drafter, runner.vocab_size)
         self.num_ended = 0  # completions, for whatever reason
         self._completions: dict[str, tuple[Generation, Completion]] = {}
         self._abandoned: deque[Generation] = deque()
@@ -199,13 +209,26 @@ class EngineCore:
         """Run one step for whoever is due. After an exception its requests have ended."""
         with self.lock, interrupts_deferred():
             self._drop_abandoned()
-            if self._launched is not None and _needs_tokens(self._launched.sampling):
+            speculates = self.speculator is not None and self.speculator.wants(
+                self.scheduler.running
+            )
+            if self._launched is not None and (speculates or self._launched.needed_now):
                 self._finish_launched()
+            if speculates:
+                self._propose()
             launched = self._launch()
             previous, self._launched = self._launched, launched
             self._finish(previous)
             if not self.overlap:
                 self._finish_launched()
+
+    def _propose(self) -> None:
+        assert self.speculator is not None
+        try:
+            self.speculator.propose(self.scheduler.running)
+        except BaseException as error:
+            self._fail(None, error)
+            raise
 
     def _launch(self) -> _Launched | None:
         plan: SchedulePlan | None = None
@@ -237,12 +260,15 @@ class EngineCore:
         self, plan: SchedulePlan, result: SampleResult, sampled: Sequence[Request]
     ) -> None:
         tokens: list[Any] = result.token_ids
-        if len(tokens) != len(plan.chunks):
+        if result.first_rows is not None:
+            tokens = tokens_that_stand(plan, result.token_ids, result.first_rows)
+        elif len(tokens) != len(plan.chunks):
             drawn = iter(result.token_ids)  # in the order of the chunks that are sampled from
             tokens = [[next(drawn)] if chunk.samples else [] for chunk in plan.chunks]
         rows: dict[str, int] = {}
         if result.logprobs is not None:
-            rows = {request.request_id: row for row, request in enumerate(sampled)}
+            for row, request in enumerate(sampled):
+                rows.setdefault(request.request_id, row)
         for request in self.scheduler.commit(plan, tokens):
             _, completion = self._completions[request.request_id]
             stop = completion.take(result, rows.get(request.request_id, -1))
@@ -310,9 +336,7 @@ class EngineCore:
                 num_preemptions=scheduler.num_preemptions,
                 prefix_hit_tokens=scheduler.prefix_hit_tokens,
                 prefix_query_tokens=scheduler.prefix_query_tokens,
+                num_draft_tokens=scheduler.num_draft_tokens,
+                num_accepted_tokens=scheduler.num_accepted_tokens,
+                num_verifications=scheduler.num_verifications,
             )
-
-
-def _needs_tokens(requests: Sequence[Request]) -> bool:
-    """Whether the next step of one of these cannot be built before its latest token is known."""
-    return any(request.sampling.has_penalties for request in requests)

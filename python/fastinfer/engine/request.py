@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from .config import SamplingParams
 from .metrics import RequestMetrics
@@ -75,6 +76,9 @@ class Request:
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None
 
+    acceptance: Any = None  # what the speculator has learnt about its drafts
+    draft_state: Any = None  # of the drafter
+
     wants_only_tokens: bool = True  # no log-probabilities, no change to the logits
     followed: bool = True  # something (text, log-probabilities) is made of every single token
 
@@ -130,6 +134,12 @@ class Request:
                 f"Request: {self.request_id} must not go from {self.status.value} to {status.value}"
             )
         self.status = status
+
+    def drop_last(self, count: int) -> None:
+        """Take back tokens of the latest delivery."""
+        if count:
+            del self.tokens[-count:]
+            self.metrics.token_counts[-1] -= count
 
     def append(self, token: int) -> bool:
         """Take one generated token; True when it ends the request (which the caller then does)."""

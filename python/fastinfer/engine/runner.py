@@ -12,6 +12,7 @@ from ..models import load_model
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
+from .drafting import Drafter, NGramDrafter
 from .graphs import DecodeGraphs
 from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks, must_fit
 from .metrics import RequestMetrics
@@ -91,6 +92,9 @@ class ModelRunner:
             device=device,
         )
         max_len = min(self.max_model_len, self.num_blocks * config.block_size)
+        self.drafter: Drafter | None = None
+        if config.speculative == "ngram":
+            self.drafter = NGramDrafter(config.prompt_lookup_min, config.prompt_lookup_max)
         self._rows = RequestRows(config.max_num_seqs, -(-max_len // config.block_size))
         self._graphs: DecodeGraphs | None = None
         wanted = config.cuda_graphs
@@ -145,8 +149,11 @@ class ModelRunner:
                 return DrawnTokens(None)
             logits = self.model.compute_logits(hidden.index_select(0, batch.logits_index))
         out = sample_tokens(logits, batch.sampling, batch.options)
-        self._drawn[: len(batch.sampling)].copy_(out.token_ids)
-        return DrawnTokens(out)
+        drawn = DrawnTokens(out)
+        drawn.first_rows = batch.first_rows
+        if batch.first_rows is None:  # else the host has to see them before the next step
+            self._drawn[: len(batch.sampling)].copy_(out.token_ids)
+        return drawn
 
     def _copy_blocks(self, pairs: Tensor) -> None:
         sides = [(c.k, c.v, c.k_scale, c.v_scale) for c in self.layers]
@@ -213,7 +220,8 @@ class ModelRunner:
         )
         self._rows = RequestRows(count, per_prompt)
         batch = self.build(plan)
-        sampled = min(config.max_num_seqs, plan.num_tokens)
+        drafts = config.num_speculative_tokens if config.speculative else 0
+        sampled = min(config.max_num_seqs * (1 + drafts), plan.num_tokens)
         batch.logits_index = batch.logits_index[:1].expand(sampled).contiguous()
         batch.sampling = batch.sampling[:1] * sampled
         columns = batch.options.columns

@@ -95,6 +95,9 @@ class Scheduler:
         self.running: list[Request] = []  # in order of arrival
         self.requests: dict[str, Request] = {}  # all that are not finished
         self.num_preemptions = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
+        self.num_verifications = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
         self.peak_blocks = 0
@@ -231,6 +234,12 @@ class Scheduler:
             if self.config.enable_prefix_caching and computed >= full:
                 self._register(request, computed)
         if request.draft_tokens:
+            if chunk.num_drafts:
+                accepted = len(tokens) - 1
+                request.metrics.record_drafts(chunk.num_drafts, accepted)
+                self.num_draft_tokens += chunk.num_drafts
+                self.num_accepted_tokens += accepted
+                self.num_verifications += 1
             request.draft_tokens = []
         if taken:
             request.metrics.record_tokens(taken, now)
