@@ -29,6 +29,7 @@ class Guesser:
     """Knows the greedy answer, and spoils some of it; `wrong` is the chance of each token."""
 
     def __init__(self, seed: int = 0, wrong: float = 0.3, invalid: bool = False) -> None:
+        self.uses_blocks = False
         self.random, self.wrong = random.Random(seed), wrong
         self.invalid = invalid
         self.asked: list[int] = []
@@ -186,6 +187,8 @@ def test_streams_and_cancellation() -> None:
 
 def test_a_drafter_that_fails_ends_the_requests_and_nothing_else() -> None:
     class Broken:
+        uses_blocks = False
+
         def propose(self, wanted: object) -> list[list[int]]:
             raise OSError("no")
 

@@ -189,8 +189,9 @@ class EngineConfig:
             does so on CUDA. The tokens are the same.
         cuda_graphs: Replay decode steps as CUDA graphs; None does so on CUDA. On the CPU the same
             step runs without a graph.
-        speculative: "ngram" proposes tokens from earlier text, a checkpoint folder is a draft model;
-            several tokens are then checked in one step. None is off. The tokens are the same.
+        speculative: "ngram" proposes tokens from earlier text, a checkpoint folder is that of a
+            draft model; several tokens are then checked in one step. The tokens are the same.
+            None is off.
         num_speculative_tokens: Most drafts per request and step, 0..16.
         adaptive_speculation: Draft fewer tokens, or none, where the measured acceptance and the
             measured time of a step say that it is faster. False always drafts what it can.

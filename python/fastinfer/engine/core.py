@@ -90,7 +90,9 @@ class EngineCore:
         self.num_steps = 0
         self.speculator: Speculator | None = None
         if runner.drafter is not None:
-            self.speculator = Speculator(config, runner.drafter, runner.vocab_size)
+            rows = config.max_num_seqs if runner.max_draft_rows is None else runner.max_draft_rows
+            self.speculator = Speculator(config, runner.drafter, runner.vocab_size, rows)
+        self._finished_at = 0.0  # of the step before; 0: nothing ran just before
         self.num_ended = 0  # completions, for whatever reason
         self._completions: dict[str, tuple[Generation, Completion]] = {}
         self._abandoned: deque[Generation] = deque()
@@ -225,7 +227,7 @@ class EngineCore:
     def _propose(self) -> None:
         assert self.speculator is not None
         try:
-            self.speculator.propose(self.scheduler.running)
+            self.speculator.propose(self.scheduler)
         except BaseException as error:
             self._fail(None, error)
             raise
@@ -235,6 +237,7 @@ class EngineCore:
         try:
             plan = self.scheduler.schedule()
             if not plan.chunks:
+                self._finished_at = 0.0
                 return None
             launched = _Launched(plan, *self.runner.step(plan))
             self.num_steps += 1
@@ -269,6 +272,9 @@ class EngineCore:
         if result.logprobs is not None:
             for row, request in enumerate(sampled):
                 rows.setdefault(request.request_id, row)
+        if self.speculator is not None:
+            before, self._finished_at = self._finished_at, self.clock()
+            self.speculator.learn(plan, tokens, self._finished_at - before if before else 0.0)
         for request in self.scheduler.commit(plan, tokens):
             _, completion = self._completions[request.request_id]
             stop = completion.take(result, rows.get(request.request_id, -1))

@@ -12,8 +12,8 @@ the same tokens with and without drafts. A draft model draws its guesses with th
 numbers, so the two agree wherever their distributions do. For a certain guess (n-gram) the chance
 of acceptance, p(x), is that of rejection sampling (Leviathan et al. 2023, Chen et al. 2023).
 
-Keys and values of rejected drafts are overwritten by the next step; `num_computed` says what counts,
-and only tokens that stand are ever registered in the prefix index.
+Keys and values of rejected drafts are overwritten by the next step; `num_computed` says what
+counts, and only tokens that stand are ever registered in the prefix index.
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ from typing import Protocol
 
 from .._host_loader import load_host
 from .config import EngineConfig
+from .pace import Pace
 from .request import Request, RequestStatus
-from .scheduler import SchedulePlan
+from .scheduler import SchedulePlan, Scheduler
 
 
 class Drafter(Protocol):
-    """Guesses tokens. What it returns is checked: it may be wrong, too long or nonsense."""
+    """Guesses tokens. What it returns is checked: it may be wrong, too long or nonsense.
+
+    Attributes:
+        uses_blocks: Whether it writes keys and values of the drafts into the request's blocks.
+    """
+
+    uses_blocks: bool
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[list[int]]:
         """For each request at most so many tokens that may follow its own."""
@@ -44,6 +51,8 @@ class NGramDrafter:
     A repetition shorter than the draft is continued: after "a b a b" come "a b a b ...".
     Reference: Saxena, "Prompt Lookup Decoding" (2023).
     """
+
+    uses_blocks = False
 
     def __init__(self, min_n: int, max_n: int) -> None:
         self.min_n, self.max_n = min_n, max_n
@@ -67,33 +76,72 @@ class Speculator:
         config: num_speculative_tokens and the token budget of a step.
         drafter: Where drafts come from.
         vocab_size: Of the target; a draft ends before the first id that is not in it.
+        max_rows: With more running requests nothing is drafted.
     """
 
-    def __init__(self, config: EngineConfig, drafter: Drafter, vocab_size: int) -> None:
+    def __init__(
+        self, config: EngineConfig, drafter: Drafter, vocab_size: int, max_rows: int
+    ) -> None:
+        self.max_rows = max_rows if config.num_speculative_tokens else 0
         self.drafter = drafter
         self.max_drafts = config.num_speculative_tokens
         self.budget = config.max_num_batched_tokens
         self.vocab_size = vocab_size
+        self.pace = Pace(self.max_drafts) if config.adaptive_speculation else None
+        self._drafts = self.max_drafts  # per request, in the next step
+        self._asked: list[Request] = []
 
     def wants(self, running: Sequence[Request]) -> bool:
         """Whether the next step may have drafts: then the tokens of this one are needed first."""
-        return self.max_drafts > 0 and bool(running)
+        if not running or not 0 < len(running) <= self.max_rows:
+            return False
+        self._drafts = self.max_drafts if self.pace is None else self.pace.drafts(running)
+        return self._drafts > 0
 
-    def propose(self, running: Sequence[Request]) -> None:
+    def propose(self, scheduler: Scheduler) -> None:
         """Set `draft_tokens` of the requests that decode next."""
+        running = scheduler.running
         room = self.budget - len(running)  # a draft never takes the place of somebody's token
         wanted: list[tuple[Request, int]] = []
         for request in running:
             left = request.max_total_tokens - len(request.tokens) - 1
-            count = min(self.max_drafts, left, room)
+            count = min(self._drafts, left, room)
             if count > 0 and _decodes_next(request):
+                if self.drafter.uses_blocks:
+                    count = scheduler.look_ahead(request, count)
+                if count <= 0:
+                    continue
                 wanted.append((request, count))
                 room -= count
+        self._asked = [request for request, _ in wanted]
         if not wanted:
             return
         drafts = self.drafter.propose(wanted)
         for (request, count), tokens in zip(wanted, drafts, strict=True):
             request.draft_tokens = self._valid(tokens[:count])
+
+    def learn(self, plan: SchedulePlan, tokens: Sequence[Sequence[int]], seconds: float) -> None:
+        """Note what a step yielded, before the scheduler takes it.
+
+        Args:
+            plan: What was run.
+            tokens: Per chunk, see `tokens_that_stand`.
+            seconds: Since the results of the step before; 0 if there was none just before.
+        """
+        asked, self._asked = self._asked, []
+        if self.pace is None:
+            return
+        longest = max(chunk.count for chunk in plan.chunks)
+        decodes = all(chunk.count == 1 + chunk.num_drafts for chunk in plan.chunks)
+        if seconds > 0 and decodes:
+            self.pace.observe(len(plan.chunks), longest, bool(asked), seconds)
+        if longest > 1:
+            for chunk, yielded in zip(plan.chunks, tokens, strict=True):
+                if chunk.num_drafts and yielded:
+                    self.pace.learn(chunk.request, chunk.num_drafts, len(yielded) - 1)
+        for request in asked:
+            if not request.draft_tokens:
+                self.pace.learn(request, 0, 0)
 
     def _valid(self, tokens: list[int]) -> list[int]:
         for at, token in enumerate(tokens):

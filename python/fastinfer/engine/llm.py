@@ -41,6 +41,9 @@ class LLM:
         mode: "balanced", "latency" or "throughput": defaults of the two settings below.
         max_num_seqs: Most requests that run at once.
         max_num_batched_tokens: Token budget of one step; longer prompts are cut into chunks.
+        speculative: "ngram", or the folder of a draft model: check several guessed tokens per
+            step. The tokens are the same as without.
+        num_speculative_tokens: Most guesses per request and step.
         seed: Where requests without a seed get theirs from.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
         batch_invariant: A request's tokens and log-probabilities do not depend, to the last bit,
@@ -73,6 +76,8 @@ class LLM:
         mode: str = "balanced",
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
+        speculative: str | os.PathLike[str] | None = None,
+        num_speculative_tokens: int = 4,
         seed: int = 0,
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
@@ -93,6 +98,8 @@ class LLM:
             mode=mode,
             max_num_seqs=max_num_seqs,  # type: ignore[arg-type]
             max_num_batched_tokens=max_num_batched_tokens,  # type: ignore[arg-type]
+            speculative=None if speculative is None else os.fspath(speculative),
+            num_speculative_tokens=num_speculative_tokens,
             seed=seed,
             enable_prefix_caching=enable_prefix_caching,
             batch_invariant=batch_invariant,

@@ -150,7 +150,8 @@ def sample_tokens(logits: Tensor, requests: Sequence[Request], options: SampleOp
 
     Args:
         logits: [B, V], one row per request, with drafts one more for each; may be changed.
-        requests: B of them, that of each row. Those with penalties must have all their tokens on the host.
+        requests: B of them, that of each row. Those with penalties must have all their tokens on
+            the host.
         options: Of these requests.
 
     Returns:

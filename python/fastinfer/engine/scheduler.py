@@ -248,6 +248,16 @@ class Scheduler:
         if request.finish_reason is not None:
             self.finish(request, request.finish_reason, request.stop_reason)
 
+    def look_ahead(self, request: Request, count: int) -> int:
+        """Take the blocks of the pending token and `count` drafts now, as far as nobody else needs
+        them: how many drafts there is room for."""
+        size = self.config.block_size
+        missing = self._blocks_for(request.num_computed + 1 + count) - len(request.block_table)
+        missing = min(missing, self.pool.num_free - len(self.running))
+        if missing > 0:
+            request.block_table += self.pool.allocate(missing)
+        return min(count, len(request.block_table) * size - request.num_computed - 1)
+
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
@@ -394,6 +404,7 @@ class Scheduler:
         self.pool.release(request.block_table[::-1])
         request.block_table = []
         request.blocks_sent = 0
+        request.draft_state = None
         if request.row >= 0:
             self._rows.append(request.row)
             request.row = -1
