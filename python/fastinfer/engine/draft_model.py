@@ -33,7 +33,7 @@ from .config import EngineConfig
 from .graphs import PROGRAMMATIC_LAUNCH
 from .kv_cache import allocate_cache, must_fit
 from .request import Request
-from .static_step import Capturer, StaticBuffer, row_buckets
+from .static_step import Capturer, StaticBuffer, make_workspace, row_buckets
 from .verify_graphs import MAX_ROWS
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds")
@@ -135,7 +135,13 @@ class ModelDrafter:
             dtype=dtype,
             device=device,
         )
-        cache.view(torch.uint8).zero_()  # a slot may be read that was never written, but not NaN
+        # A slot may be read that was never written: it must not be NaN.
+        cache.view(torch.uint8).zero_()
+        for layer in self._layers:
+            for scale in (layer.k_scale, layer.v_scale):
+                if scale is not None:
+                    scale.zero_()
+        self._workspace = make_workspace(model.config.head_dim, device)
         self._content: dict[int, bytes] = {}  # block -> hash of what the draft model has in it
         self._rows = row_buckets(min(config.max_num_seqs, MAX_ROWS))
         most = config.num_speculative_tokens
@@ -363,6 +369,7 @@ class ModelDrafter:
                 max_seqlen_k=self._max_len,
                 num_decodes=rows,
                 decode_len=count,
+                workspace=self._workspace,
             )
             hidden = self._model(ids, meta, self._layers)
             if not i:

@@ -16,6 +16,8 @@ from torch import Tensor
 from .. import _lib
 
 _ALIGN = 16  # bytes; every column starts at a multiple
+# Of the decode kernel for any number of queries: 64 rows of 128 channels for two CTAs per SM.
+_WORKSPACE_BYTES, _WORKSPACE_HEAD_DIM = 32 << 20, 128
 
 
 class StaticBuffer:
@@ -83,6 +85,13 @@ class Capturer:
                 graph.capture_end()
         current.wait_stream(self._side)
         return graph.replay
+
+
+def make_workspace(head_dim: int, device: torch.device) -> Tensor | None:
+    """Scratch of the decode kernel for several tokens per sequence; None where it is not used."""
+    if device.type != "cuda" or head_dim > _WORKSPACE_HEAD_DIM:
+        return None
+    return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def row_buckets(limit: int) -> list[int]:

@@ -28,11 +28,9 @@ from .batch import RequestRows
 from .graphs import PLANNED_ROWS, PROGRAMMATIC_LAUNCH
 from .sampler import DrawnTokens
 from .scheduler import SchedulePlan
-from .static_step import Capturer, StaticBuffer, query_lengths, row_buckets
+from .static_step import Capturer, StaticBuffer, make_workspace, query_lengths, row_buckets
 
 MAX_ROWS = 128  # with more requests nothing is drafted: decoding is far from memory bound then
-# Of the decode kernel for any number of queries: 64 rows of 128 channels for two CTAs per SM.
-WORKSPACE_BYTES, WORKSPACE_HEAD_DIM = 32 << 20, 128
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
 
 
@@ -79,9 +77,7 @@ class VerifyGraphs:
         self._rows = row_buckets(min(max_rows, MAX_ROWS))
         self._lengths = query_lengths(max_drafts)
         self._capturer = Capturer(device)
-        self._workspace: Tensor | None = None
-        if device.type == "cuda" and model.config.head_dim <= WORKSPACE_HEAD_DIM:
-            self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._workspace = make_workspace(model.config.head_dim, device)
         self._buckets: dict[tuple[int, int], _Bucket] = {}
 
     @property
