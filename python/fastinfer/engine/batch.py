@@ -26,7 +26,7 @@ from .._host_loader import load_host
 from ..models import AttentionMetadata
 from .request import Request
 from .sampler import SampleOptions, early_stops, sampling_columns
-from .scheduler import ScheduledChunk, SchedulePlan
+from .step_plan import ScheduledChunk, SchedulePlan
 
 _ALIGN = 16  # bytes; every array of the buffer starts at a multiple
 

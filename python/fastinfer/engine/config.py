@@ -181,6 +181,8 @@ class EngineConfig:
         max_num_seqs: Most requests that run at once; None is the mode's.
         max_num_batched_tokens: Token budget of one step; longer prompts are cut into chunks. None
             is the mode's.
+        swap_space: Bytes of host memory for the blocks of preempted requests; they are moved there
+            and back where that is faster than computing them again. 0 always recomputes.
         long_prefill_token_threshold: Most tokens of one prompt per step; 0 is only the budget.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
         batch_invariant: The tokens and log-probabilities of a request do not depend, to the last
@@ -218,6 +220,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = None  # type: ignore[assignment]  # the mode's, filled in below
     max_num_batched_tokens: int = None  # type: ignore[assignment]
+    swap_space: int = 0
     long_prefill_token_threshold: int = 0
     enable_prefix_caching: bool = True
     batch_invariant: bool = False
@@ -243,6 +246,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _integer(me, name, getattr(self, name), 1)
         _integer(me, "long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
+        _integer(me, "swap_space", self.swap_space, 0)
         _integer(me, "seed", self.seed, 0)
         if not 0.0 < _number(me, "gpu_memory_utilization", self.gpu_memory_utilization) <= 1.0:
             raise ValueError(

@@ -32,7 +32,8 @@ from .metrics import EngineStats, RequestMetrics
 from .request import Request
 from .runner import ModelRunner
 from .sampler import DrawnTokens, SampleResult
-from .scheduler import SchedulePlan, Scheduler
+from .scheduler import Scheduler
+from .step_plan import SchedulePlan
 
 KEPT_RECORDS = 10_000  # timelines kept for `metrics`, the latest ones
 
@@ -84,6 +85,7 @@ class EngineCore:
             num_blocks=runner.num_blocks,
             max_model_len=runner.max_model_len,
             clock=clock,
+            swap=runner.swap,
         )
         self.lock = threading.RLock()
         self.records: deque[RequestMetrics] = deque(maxlen=KEPT_RECORDS)
@@ -131,24 +133,40 @@ class EngineCore:
         prompts: Sequence[tuple[str | None, list[int], SamplingParams]],
         *,
         arrival_time: float | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> list[Generation]:
         """Queue prompts (text if known, token ids, parameters): all of them, or none.
 
         Args:
             prompts: As `parse_prompts` returns them.
             arrival_time: When they arrived, on the engine's clock; None is now.
+            priority: One for all or one per prompt; lower is served first, equal ones as they came.
 
         Raises:
-            ValueError: One of them could never run.
+            ValueError: One of them could never run, or the numbers of prompts and priorities
+                differ.
         """
         with self.lock, interrupts_deferred():
             for _, token_ids, params in prompts:
                 self.check(token_ids, params)
             now = self.clock() if arrival_time is None else arrival_time
-            return [self._add(*prompt, now) for prompt in prompts]
+            each = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
+            if len(each) != len(prompts):
+                raise ValueError(
+                    f"LLM: priority must be one number or one per prompt ({len(prompts)}), got "
+                    f"{len(each)}"
+                )
+            return [
+                self._add(*prompt, now, first) for prompt, first in zip(prompts, each, strict=True)
+            ]
 
     def _add(
-        self, text: str | None, token_ids: list[int], params: SamplingParams, now: float
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        now: float,
+        priority: int,
     ) -> Generation:
         generation = Generation(str(self._next_id), text, token_ids)
         self._next_id += 1
@@ -172,6 +190,7 @@ class EngineCore:
                 metrics=RequestMetrics(arrival_time=now),
                 stop_ids=stop_ids,
                 fork_of=first,
+                priority=priority,
             )
             first = first or request
             completion = Completion(request, index, self._detokenizer(params, token_ids))
@@ -237,6 +256,7 @@ class EngineCore:
         try:
             plan = self.scheduler.schedule()
             if not plan.chunks:
+                self.runner.move_blocks(plan)
                 self._finished_at = 0.0
                 return None
             launched = _Launched(plan, *self.runner.step(plan))
@@ -272,9 +292,12 @@ class EngineCore:
         if result.logprobs is not None:
             for row, request in enumerate(sampled):
                 rows.setdefault(request.request_id, row)
+        before, self._finished_at = self._finished_at, self.clock()
+        seconds = self._finished_at - before if before else 0.0
         if self.speculator is not None:
-            before, self._finished_at = self._finished_at, self.clock()
-            self.speculator.learn(plan, tokens, self._finished_at - before if before else 0.0)
+            self.speculator.learn(plan, tokens, seconds)
+        if self.scheduler.swap is not None:
+            self.scheduler.swap.observe(plan.num_tokens - len(plan.chunks), seconds)
         for request in self.scheduler.commit(plan, tokens):
             _, completion = self._completions[request.request_id]
             stop = completion.take(result, rows.get(request.request_id, -1))
@@ -330,7 +353,7 @@ class EngineCore:
         """What is in the engine now."""
         with self.lock:
             self._drop_abandoned()
-            scheduler = self.scheduler
+            scheduler, spec = self.scheduler, self.speculator
             return EngineStats(
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting),
@@ -342,7 +365,8 @@ class EngineCore:
                 num_preemptions=scheduler.num_preemptions,
                 prefix_hit_tokens=scheduler.prefix_hit_tokens,
                 prefix_query_tokens=scheduler.prefix_query_tokens,
-                num_draft_tokens=scheduler.num_draft_tokens,
-                num_accepted_tokens=scheduler.num_accepted_tokens,
-                num_verifications=scheduler.num_verifications,
+                num_draft_tokens=spec.num_draft_tokens if spec else 0,
+                num_accepted_tokens=spec.num_accepted_tokens if spec else 0,
+                num_verifications=spec.num_verifications if spec else 0,
+                num_swapped=scheduler.num_swapped,
             )

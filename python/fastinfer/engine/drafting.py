@@ -25,7 +25,8 @@ from .._host_loader import load_host
 from .config import EngineConfig
 from .pace import Pace
 from .request import Request, RequestStatus
-from .scheduler import SchedulePlan, Scheduler
+from .scheduler import Scheduler
+from .step_plan import ScheduledChunk, SchedulePlan
 
 
 class Drafter(Protocol):
@@ -88,6 +89,9 @@ class Speculator:
         self.budget = config.max_num_batched_tokens
         self.vocab_size = vocab_size
         self.pace = Pace(self.max_drafts) if config.adaptive_speculation else None
+        self.num_draft_tokens = 0  # checked so far
+        self.num_accepted_tokens = 0
+        self.num_verifications = 0  # requests times steps
         self._drafts = self.max_drafts  # per request, in the next step
         self._asked: list[Request] = []
 
@@ -120,7 +124,7 @@ class Speculator:
         for (request, count), tokens in zip(wanted, drafts, strict=True):
             request.draft_tokens = self._valid(tokens[:count])
 
-    def learn(self, plan: SchedulePlan, tokens: Sequence[Sequence[int]], seconds: float) -> None:
+    def learn(self, plan: SchedulePlan, tokens: Sequence[int | list[int]], seconds: float) -> None:
         """Note what a step yielded, before the scheduler takes it.
 
         Args:
@@ -129,19 +133,26 @@ class Speculator:
             seconds: Since the results of the step before; 0 if there was none just before.
         """
         asked, self._asked = self._asked, []
+        for chunk, yielded in zip(plan.chunks, tokens, strict=True):
+            if chunk.num_drafts and isinstance(yielded, list):
+                self._record(chunk, len(yielded) - 1)
         if self.pace is None:
             return
         longest = max(chunk.count for chunk in plan.chunks)
         decodes = all(chunk.count == 1 + chunk.num_drafts for chunk in plan.chunks)
         if seconds > 0 and decodes:
             self.pace.observe(len(plan.chunks), longest, bool(asked), seconds)
-        if longest > 1:
-            for chunk, yielded in zip(plan.chunks, tokens, strict=True):
-                if chunk.num_drafts and yielded:
-                    self.pace.learn(chunk.request, chunk.num_drafts, len(yielded) - 1)
         for request in asked:
             if not request.draft_tokens:
                 self.pace.learn(request, 0, 0)
+
+    def _record(self, chunk: ScheduledChunk, accepted: int) -> None:
+        chunk.request.metrics.record_drafts(chunk.num_drafts, accepted)
+        self.num_draft_tokens += chunk.num_drafts
+        self.num_accepted_tokens += accepted
+        self.num_verifications += 1
+        if self.pace is not None:
+            self.pace.learn(chunk.request, chunk.num_drafts, accepted)
 
     def _valid(self, tokens: list[int]) -> list[int]:
         for at, token in enumerate(tokens):

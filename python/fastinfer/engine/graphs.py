@@ -33,7 +33,7 @@ from ..models import AttentionMetadata, LayerCache
 from .batch import RequestRows
 from .request import Request
 from .sampler import DrawnTokens
-from .scheduler import SchedulePlan
+from .step_plan import SchedulePlan
 
 _ALIGN = 16
 _COLUMNS: dict[str, type] = {

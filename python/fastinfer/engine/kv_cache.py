@@ -118,6 +118,7 @@ def allocate_cache(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    pinned: bool = False,
 ) -> tuple[Tensor, list[LayerCache]]:
     """The cache and each layer's views of it.
 
@@ -131,9 +132,9 @@ def allocate_cache(
     shape = (2, model.num_layers, num_blocks, block_size, model.num_kv_heads, model.head_dim)
     scales = None
     with must_fit(what, device, "lower num_blocks or kv_cache_memory"):
-        cache = torch.empty(shape, dtype=dtype, device=device)
+        cache = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
         if dtype in EIGHT_BIT.values():
-            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device, pin_memory=pinned)
     layers = [LayerCache(k=k, v=v) for k, v in zip(*cache.unbind(0), strict=True)]
     if scales is not None:
         for layer, k_scale, v_scale in zip(layers, *scales.unbind(0), strict=True):

@@ -158,6 +158,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Complete one prompt or many; they share the engine's steps.
 
@@ -166,6 +167,7 @@ class LLM:
                 a list of these.
             sampling_params: One for all prompts or one per prompt; None is `SamplingParams()`.
             use_tqdm: Progress bar; None shows it for several prompts on a terminal.
+            priority: One for all or one per prompt; lower is served first, equal ones as they came.
 
         Returns:
             One output per prompt, in their order.
@@ -176,7 +178,7 @@ class LLM:
             RuntimeError: A step failed. Requests of this call have ended, others go on.
         """
         core = self._engine
-        generations = core.add(self._prompts(prompts, sampling_params))
+        generations = core.add(self._prompts(prompts, sampling_params), priority=priority)
         if use_tqdm is None:
             use_tqdm = len(generations) > 1 and sys.stderr.isatty()
         left = generations
@@ -235,12 +237,19 @@ class LLM:
         ids = encode_chat(self.tokenizer, messages, **template_options)
         return {"prompt_token_ids": ids}
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TextStream:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> TextStream:
         """Complete one prompt, handing out what is new after every step.
 
         Args:
             prompt: As in `generate`, a single one.
             sampling_params: None is `SamplingParams()`.
+            priority: As in `generate`.
 
         Returns:
             An iterator of `RequestOutput` whose `outputs` hold only new text and tokens; the last
@@ -251,7 +260,7 @@ class LLM:
             ValueError: The prompt could never run.
         """
         core = self._engine
-        (generation,) = core.add(self._prompts([prompt], sampling_params))
+        (generation,) = core.add(self._prompts([prompt], sampling_params), priority=priority)
         return TextStream(core, generation)
 
     def stats(self) -> EngineStats:

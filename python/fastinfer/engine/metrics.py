@@ -149,6 +149,7 @@ class EngineStats:
     num_draft_tokens: int = 0  # proposed and checked since the engine started
     num_accepted_tokens: int = 0
     num_verifications: int = 0
+    num_swapped: int = 0  # preemptions that moved blocks to the host
 
     @property
     def kv_cache_usage(self) -> float:

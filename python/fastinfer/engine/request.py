@@ -72,6 +72,9 @@ class Request:
     blocks_sent: int = 0  # entries of the block table that the row's holder has seen
     fork_of: Request | None = None  # same prompt: share its blocks as soon as they are computed
     arrival_order: int = 0
+    priority: int = 0  # lower is served first
+    host_blocks: list[int] = field(default_factory=list)  # where its K/V waits, if it was swapped
+    num_on_host: int = 0  # tokens whose K/V is there
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None
@@ -89,6 +92,11 @@ class Request:
         )
         self.num_prompt = len(self.tokens)
         self.metrics.num_prompt_tokens = self.num_prompt
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Requests are served by priority, then as they came."""
+        return self.priority, self.arrival_order
 
     @property
     def num_tokens(self) -> int:

@@ -19,7 +19,8 @@ from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_block
 from .metrics import RequestMetrics
 from .request import Request
 from .sampler import DrawnTokens, sample_tokens
-from .scheduler import ScheduledChunk, SchedulePlan
+from .step_plan import ScheduledChunk, SchedulePlan
+from .swap import HostCache, SwapSpace
 from .verify_graphs import VerifyGraphs
 
 # What the decode kernel needs for up to 32 queries per key head of up to 128 channels.
@@ -96,6 +97,14 @@ class ModelRunner:
             dtype=self.cache_dtype,
             device=device,
         )
+        self._host: HostCache | None = None
+        self.swap: SwapSpace | None = None
+        own_bytes = block_bytes(model.config, config.block_size, self.cache_dtype)
+        if config.swap_space >= own_bytes:
+            count = min(config.swap_space // own_bytes, self.num_blocks)
+            with must_fit(f"swap_space of {config.swap_space} bytes", device, "lower swap_space"):
+                self._host = HostCache(model.config, self.layers, count, config.block_size)
+            self.swap = SwapSpace(count, own_bytes, self._host.measure_bandwidth())
         max_len = min(self.max_model_len, self.num_blocks * config.block_size)
         self.drafter: Drafter | None = None
         if config.speculative == "ngram":
@@ -139,6 +148,12 @@ class ModelRunner:
             )
             self._verify.prepare(rows=4 if device.type == "cuda" else 0)
 
+    def move_blocks(self, plan: SchedulePlan) -> None:
+        """The block copies of a plan, in front of its step."""
+        if plan.swap_out or plan.swap_in:
+            assert self._host is not None
+            self._host.move(plan.swap_out, plan.swap_in)
+
     @property
     def max_draft_rows(self) -> int | None:
         """Most requests of a step with drafts, where these run over static buffers."""
@@ -152,6 +167,7 @@ class ModelRunner:
             The requests it draws tokens for, if one of them wants more than a token or has
             penalties (else none), and the tokens to come.
         """
+        self.move_blocks(plan)
         if self._graphs is not None and self._graphs.accepts(plan):
             if plan.copies:
                 self._copy_blocks(torch.tensor(plan.copies).to(self.device))
@@ -204,7 +220,7 @@ class ModelRunner:
 
     def release(self) -> None:
         """Let go of the model and the cache."""
-        self._graphs = self._verify = self.drafter = None
+        self._graphs = self._verify = self.drafter = self._host = None
         del self.model, self.cache, self.layers
 
     def _measure_peak(self, config: EngineConfig) -> int:

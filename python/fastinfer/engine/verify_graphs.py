@@ -27,8 +27,8 @@ from ..models import AttentionMetadata, LayerCache
 from .batch import RequestRows
 from .graphs import PLANNED_ROWS, PROGRAMMATIC_LAUNCH
 from .sampler import DrawnTokens
-from .scheduler import SchedulePlan
 from .static_step import Capturer, StaticBuffer, make_workspace, query_lengths, row_buckets
+from .step_plan import SchedulePlan
 
 MAX_ROWS = 128  # with more requests nothing is drafted: decoding is far from memory bound then
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
