@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -16,6 +17,7 @@ from engine_toy import (
     tokens_of,
     toy_greedy,
     toy_llm,
+    toy_logits,
 )
 
 from fastinfer import LLM, SamplingParams
@@ -239,3 +241,46 @@ def test_figures() -> None:
     with toy_llm() as llm:
         llm.generate(PROMPTS, greedy(5))
         assert "draft_acceptance_rate" not in llm.metrics()
+
+
+class LikelyGuesser(Guesser):
+    """One of the likeliest four tokens at every place, at random."""
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[list[int]]:
+        out = []
+        for request, count in wanted:
+            tokens = list(request.tokens)
+            for _ in range(count):
+                tokens.append(self.random.choice(toy_logits(tokens).topk(4).indices.tolist()))
+            out.append(tokens[len(request.tokens) :])
+        return out
+
+
+def test_the_distribution_of_sampled_tokens() -> None:
+    """Chi-square of all continuations of three tokens; drafts for the second and the third."""
+    count, prompt, k = 2500, [4, 2], 4
+    drafter = LikelyGuesser(7)
+    with guessing_llm(drafter, 2, num_blocks=400, max_num_seqs=100) as llm:
+        params = SamplingParams(n=count, top_k=k, temperature=1.3, max_tokens=3)
+        (output,) = llm.generate([prompt], params)
+        drawn = Counter(tuple(c.token_ids) for c in output.outputs)
+        assert llm.stats().num_accepted_tokens > count // 10
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for tokens, chance in expected.items():
+            top = toy_logits([*prompt, *tokens]).topk(k)
+            for token, p in zip(top.indices, (top.values / 1.3).softmax(0), strict=True):
+                longer[(*tokens, int(token))] = chance * float(p)
+        expected = longer
+    assert set(drawn) <= set(expected)
+    rare = [t for t, p in expected.items() if p * count < 5]
+    cells = [(drawn[t], p * count) for t, p in expected.items() if p * count >= 5]
+    if rare:
+        cells.append((sum(drawn[t] for t in rare), sum(expected[t] for t in rare) * count))
+    chi2 = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    freedom = len(cells) - 1
+    assert freedom > 30
+    # Wilson and Hilferty: the cube root is nearly normal; 3.3 deviations is one in 2,000
+    z = ((chi2 / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / (2 / (9 * freedom)) ** 0.5
+    assert abs(z) < 3.3

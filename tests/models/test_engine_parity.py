@@ -39,6 +39,38 @@ SPECULATIVE = {
 }
 
 
+def check_speculation(
+    folder: Path, runs: list[str], prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
+    for run in runs:
+        options = {"num_blocks": 40, **SPECULATIVE[run]}
+        if options["speculative"] == "self":
+            options["speculative"] = str(folder)
+        with LLM(folder, device="cpu", **options) as llm:
+            for chosen in (range(4), [1], [2]):
+                outputs = llm.generate([prompts[i] for i in chosen], params)
+                got = [output.outputs[0].token_ids for output in outputs]
+                assert got == [expected[i] for i in chosen], run
+            stats = llm.stats()
+            if "draft" in run:
+                assert stats.num_accepted_tokens > 0.8 * stats.num_draft_tokens > 0, run
+            if "swapped" in run:
+                assert stats.num_swapped > 0
+            assert stats.kv_blocks_used == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", TINY)
+def test_speculation_in_every_mode(name: str, tmp_path: Path) -> None:
+    save(name, build_reference(name), tmp_path)
+    prompts = [random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
+    with LLM(tmp_path, device="cpu", num_blocks=40) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    check_speculation(tmp_path, list(SPECULATIVE), prompts, expected)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     reference = build_reference(name)
@@ -67,19 +99,8 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
                     assert tokens(llm, [prompt]) == [answer]
                 assert llm.stats().prefix_hit_tokens > 0
             assert llm.stats().kv_blocks_used == 0
-    for run, settings in SPECULATIVE.items():
-        options = {"num_blocks": 40, **settings}
-        if options["speculative"] == "self":
-            options["speculative"] = str(tmp_path)
-        with LLM(tmp_path, device="cpu", **options) as llm:
-            assert tokens(llm, prompts) == expected, run
-            for prompt, answer in zip(prompts[1:3], expected[1:3], strict=True):
-                assert tokens(llm, [prompt]) == [answer], run
-            stats = llm.stats()
-            if "draft" in run:
-                assert stats.num_accepted_tokens > 0.8 * stats.num_draft_tokens > 0, run
-            if "swapped" in run:
-                assert stats.num_swapped > 0
-            assert stats.kv_blocks_used == 0
+    # every family with both drafters; all the modes over the families, and each with `full`
+    first, names = list(TINY).index(name), list(SPECULATIVE)
+    check_speculation(tmp_path, [names[first % 4], names[4 + first % 6]], prompts, expected)
     with LLM(tmp_path, device="cpu", num_blocks=40, enable_prefix_caching=False) as llm:
         assert [tokens(llm, [prompt])[0] for prompt in prompts] == expected

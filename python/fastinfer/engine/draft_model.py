@@ -201,11 +201,16 @@ class ModelDrafter:
             else:
                 break
         state.tail = []
+        self._note_content(request)
+        return state
+
+    def _note_content(self, request: Request) -> None:
+        """Remember the full blocks that are certain."""
+        state = request.draft_state
         full = min(state.computed // self._block_size, len(request.block_hashes))
         for i in range(state.marked, full):
             self._content[request.block_table[i]] = request.block_hashes[i]
         state.marked = max(state.marked, full)
-        return state
 
     def _catch_up(self, behind: Sequence[tuple[Request, int, int]]) -> None:
         """Run (request, from, how many) tokens that the target has run already."""
@@ -241,6 +246,7 @@ class ModelDrafter:
         self._model(put["ids"], meta, self._layers)
         for request, _, count in behind:
             request.draft_state.computed += count
+            self._note_content(request)
 
     def _tables(self, requests: Sequence[Request]) -> np.ndarray:
         tables = np.zeros((len(requests), self._width), dtype=np.int32)

@@ -95,14 +95,15 @@ class Pace:
         if plain is None or not plain.known:
             return 0
         measured = [q for q in self._lengths if self._known(q)]
-        if not measured:
+        if not measured and not self._known(0):
             return self.max_drafts
         if self._drafts:
             self._since_plain += HOLD
             if self._since_plain >= RECHECK:
                 self._since_plain = 0
                 return 0
-        best = self._best(running, plain.seconds, measured)
+        # (nothing was found in all the steps so far: there is nothing to measure, nor to gain)
+        best = self._best(running, plain.seconds, measured) if measured else 0
         if best:
             self._wait = 0
             return best

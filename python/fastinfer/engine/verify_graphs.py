@@ -39,6 +39,7 @@ class _Bucket:
     rows: int
     length: int  # Q
     buffer: StaticBuffer
+    cu_seqlens: Tensor  # kept here: a graph does not keep what it reads
     drawn: Tensor  # int64 [rows * Q]
     tokens: Tensor  # the same on the host
     done: torch.cuda.Event | None
@@ -190,28 +191,28 @@ class VerifyGraphs:
             rows,
             length,
             buffer,
+            torch.arange(0, n + 1, length, dtype=torch.int32, device=self._device),
             torch.zeros(n, dtype=torch.int64, device=self._device),
             torch.zeros(n, dtype=torch.int64, pin_memory=on_cuda),
             torch.cuda.Event() if on_cuda else None,
             0,
             {},
         )
-        cu_seqlens = torch.arange(0, n + 1, length, dtype=torch.int32, device=self._device)
         for greedy in (True, False):
 
             def run(greedy: bool = greedy) -> None:
-                self._step(bucket, cu_seqlens, greedy)
+                self._step(bucket, greedy)
 
             bucket.replay[greedy] = self._capturer.capture(run, programmatic=PROGRAMMATIC_LAUNCH)
         return bucket
 
     @torch.inference_mode()
-    def _step(self, bucket: _Bucket, cu_seqlens: Tensor, greedy: bool) -> None:
+    def _step(self, bucket: _Bucket, greedy: bool) -> None:
         inputs = bucket.buffer.device
         meta = AttentionMetadata(
             positions=inputs["positions"],
             slot_mapping=inputs["slots"],
-            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_q=bucket.cu_seqlens,
             seq_lens=inputs["seq_lens"],
             block_table=inputs["tables"].view(bucket.rows, -1),
             max_seqlen_q=bucket.length,
