@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._host_loader import load_host
 from ..models import AttentionMetadata, load_model
 from .batch import upload
 from .config import EngineConfig
@@ -142,6 +143,8 @@ class ModelDrafter:
                 if scale is not None:
                     scale.zero_()
         self._workspace = make_workspace(model.config.head_dim, device)
+        self._caching = config.enable_prefix_caching
+        self._extend_hashes = load_host().extend_block_hashes
         self._content: dict[int, bytes] = {}  # block -> hash of what the draft model has in it
         self._rows = row_buckets(min(config.max_num_seqs, MAX_ROWS))
         most = config.num_speculative_tokens
@@ -189,6 +192,8 @@ class ModelDrafter:
         tokens = request.tokens
         if state is None:
             state = request.draft_state = _State(0)
+            if self._caching:
+                self._extend_hashes(tokens, self._block_size, request.block_hashes)
             for block, name in zip(request.block_table, request.block_hashes, strict=False):
                 if self._content.get(block) != name:
                     break

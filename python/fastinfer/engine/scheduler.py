@@ -160,9 +160,9 @@ class Scheduler:
     def schedule(self) -> SchedulePlan:
         """Plan the next step and take the blocks it needs. An empty plan means nothing waits."""
         plan = SchedulePlan()
-        if self._held_up and self.waiting and self.running:
-            if self.running[-1].priority > self.waiting[0].priority:
-                self._preempt(self.running[-1], plan)
+        held = self._held_up and self.waiting and self.running
+        if held and self.running[-1].priority > self.waiting[0].priority:
+            self._preempt(self.running[-1], plan)
         self._held_up = False
         budget = self.config.max_num_batched_tokens
         limit = self.config.long_prefill_token_threshold or budget
