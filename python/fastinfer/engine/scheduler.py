@@ -160,9 +160,9 @@ class Scheduler:
     def schedule(self) -> SchedulePlan:
         """Plan the next step and take the blocks it needs. An empty plan means nothing waits."""
         plan = SchedulePlan()
-        held = self._held_up and self.waiting and self.running
-        if held and self.running[-1].priority > self.waiting[0].priority:
-            self._preempt(self.running[-1], plan)
+        last = self.running[-1] if self._held_up and self.waiting and self.running else None
+        if last is not None and last.priority > self.waiting[0].priority:
+            self._preempt(last, plan)
         self._held_up = False
         budget = self.config.max_num_batched_tokens
         limit = self.config.long_prefill_token_threshold or budget
