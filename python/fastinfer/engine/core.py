@@ -27,7 +27,7 @@ from typing import Any
 from .config import EngineConfig, SamplingParams
 from .drafting import Speculator, tokens_that_stand
 from .generation import Completion, Generation
-from .interrupt import interrupts_deferred
+from .interrupt import InterruptsDeferred
 from .metrics import EngineStats, RequestMetrics
 from .request import Request
 from .runner import ModelRunner
@@ -146,7 +146,7 @@ class EngineCore:
             ValueError: One of them could never run, or the numbers of prompts and priorities
                 differ.
         """
-        with self.lock, interrupts_deferred():
+        with self.lock, InterruptsDeferred():
             for _, token_ids, params in prompts:
                 self.check(token_ids, params)
             now = self.clock() if arrival_time is None else arrival_time
@@ -228,7 +228,7 @@ class EngineCore:
 
     def step(self) -> None:
         """Run one step for whoever is due. After an exception its requests have ended."""
-        with self.lock, interrupts_deferred():
+        with self.lock, InterruptsDeferred():
             self._drop_abandoned()
             speculates = self.speculator is not None and self.speculator.wants(
                 self.scheduler.running
@@ -329,7 +329,7 @@ class EngineCore:
 
     def abort(self, generations: Sequence[Generation]) -> None:
         """End these generations, if they have not ended, and free their blocks."""
-        with self.lock, interrupts_deferred():
+        with self.lock, InterruptsDeferred():
             for generation in generations:
                 for completion in generation.completions:
                     if not completion.request.finished:
