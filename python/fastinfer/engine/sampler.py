@@ -60,7 +60,9 @@ class DrawnTokens:
             self._ready.record(torch.cuda.current_stream(out.token_ids.device))
 
     @classmethod
-    def in_buffer(cls, token_ids: np.ndarray, ready: torch.cuda.Event | None) -> DrawnTokens:
+    def in_buffer(
+        cls, token_ids: np.ndarray | Tensor, ready: torch.cuda.Event | None
+    ) -> DrawnTokens:
         """Tokens that are in this host memory once the event has happened."""
         tokens = cls(None)
         tokens._parts[0], tokens._ready = token_ids, ready
