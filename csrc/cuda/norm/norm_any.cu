@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const RowCodes codes =
         norm_codes(all.range, inv, a.p.scale, a.p.zeros, r, active && group.thread == 0);
     int8_t* q = a.p.q + r * dim;
-    with_mode(codes.mode, [&](auto tag) {
+    with_norm_mode(codes.mode, [&](auto tag) {
       for (int i = first; i < dim; i += step) {
         float y[kSize];
         unpack<E>(y, load_pack(x, i, dim, a.packs));

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     float scale;
     if (QuickCodes::fits(top) && inv != 0.0f) {
       const QuickCodes codes(top);
-      words = codes.words(y);
+      words = codes.words<true>(y);
       scale = codes.scale * inv;
     } else {
       // A sum beyond fp32 makes a row of zeros, unless the row holds inf or NaN.

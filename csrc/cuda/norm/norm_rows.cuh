@@ -1,5 +1,5 @@
 // The kernel of norm.cuh for rows of 16-bit elements in registers, and the choice between it and
-// the one for any row. kPacks: 2, and 4 for codes where there are many rows.
+// the one for any row. kPacks: 2, and 4 where there are many rows without a residual.
 #pragma once
 
 #include "norm.cuh"
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const RowCodes codes =
         norm_codes(all.range, inv, a.scale, a.zeros, r, r < a.rows && group.thread == 0);
     int8_t* q = static_cast<int8_t*>(a.out) + static_cast<int64_t>(r) * (a.packs * kSize);
-    with_mode(codes.mode, [&](auto tag) {
+    with_norm_mode(codes.mode, [&](auto tag) {
 #pragma unroll
       for (int k = 0; k < kPacks; ++k)
         if (holds(k))
@@ -143,8 +143,9 @@ int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
       if ((kQuant || a.residual) && !a.zeros && !a.inner && packs > 32 && packs <= kMaxRowThreads &&
           rows <= device_facts().sms)
         return launch_norm_few<E, kQuant>(a, stream);
-      if (kQuant && rows * packs > int64_t{2048} * device_facts().sms)
-        return launch_norm_rows<E, kQuant, kQuant ? 4 : 2>(a, stream);
+      // Many rows: four packs per thread. A residual doubles what is under way anyway.
+      if (!a.residual && rows * packs > int64_t{2048} * device_facts().sms)
+        return launch_norm_rows<E, kQuant, 4>(a, stream);
       return launch_norm_rows<E, kQuant, 2>(a, stream);
     }
     return 0;
