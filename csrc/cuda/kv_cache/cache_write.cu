@@ -8,7 +8,6 @@
 // The token's bytes and its slot are loaded together: a single token costs one trip to memory.
 // Writes KV, so it never lets the next kernel start early.
 #include "../common/launch.cuh"
-#include "../common/prefetch.cuh"
 #include "cache_write.cuh"
 #include "divide.cuh"
 #include "half_codes.cuh"
@@ -20,7 +19,7 @@ extern int g_tune[16];
 #endif
 namespace {
 
-constexpr int kThreads = 128, kUnroll = 4, kHeadUnroll = 1, kRowPacks = 4;
+constexpr int kThreads = 128, kUnroll = 4, kHeadUnroll = 1, kRowPacks = 4, kRowThreads = 32;
 
 // ---- float caches: bytes
 struct BytesSide {
@@ -112,7 +111,6 @@ struct RowsParams {
   RowsSide side[2];
   Indices slots;
   uint32_t tokens, dim, token_head_stride, position_stride, head_stride, scale_slot, scale_head;
-  uint32_t ahead, row_bytes;  // tokens from this one to the one that is asked for
   int32_t block_size, block_shift, lanes_log2;  // shift -1: not a power of two
   bool dynamic, fp8, soft;
   Divisor heads;
@@ -203,21 +201,10 @@ __device__ __forceinline__ void write_half_heads(const CodesParams& p, int64_t f
   }
 }
 
-// 16 bytes that are read once: the line of slots and the scales stay in L1.
-template <bool kOnce>
-__device__ __forceinline__ uint4 load_once(const uint4* p) {
-  if (!kOnce) return *p;
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
-// Much work: kRowPacks packs of 8 elements per lane, a head's packs dealt to its lanes in turn, so
+// Much work: kPacks packs of 8 elements per lane, a head's packs dealt to its lanes in turn, so
 // that what an access of the warp touches lies together. Once per thread is index arithmetic, which
 // at two packs still takes as many instructions as the codes.
-template <class T, bool kOnce>
+template <class T, int kPacks>
 __global__ void __launch_bounds__(kThreads, 12)
     write_rows_kernel(const __grid_constant__ RowsParams p) {
   const RowsSide& s = p.side[blockIdx.y];
@@ -225,22 +212,20 @@ __global__ void __launch_bounds__(kThreads, 12)
   const uint32_t item = (blockIdx.x * blockDim.x + threadIdx.x) >> p.lanes_log2;
   uint32_t head;
   const uint32_t t = p.heads(item, head);
-  const uint32_t part = p.dim / kRowPacks;
+  const uint32_t part = p.dim / kPacks;
   const bool active = t < p.tokens && lane * 8 < part;
   grid_wait();
-  HalfWords<4 * kRowPacks> row{};
+  HalfWords<4 * kPacks> row{};
   int64_t slot = -1;
   float scale = 1.0f;
   if (active) {
-    if (p.ahead && (head | lane) == 0 && t + p.ahead < p.tokens)
-      prefetch_l2(static_cast<const T*>(s.tokens) + (t + p.ahead) * s.token_stride, p.row_bytes);
     slot = p.slots[t];
     const T* from = static_cast<const T*>(s.tokens) + t * s.token_stride +
                     (head * p.token_head_stride + lane * 8);
 #pragma unroll
-    for (int k = 0; k < kRowPacks; ++k)
+    for (int k = 0; k < kPacks; ++k)
       reinterpret_cast<uint4*>(&row)[k] =
-          load_once<kOnce>(reinterpret_cast<const uint4*>(from + k * part));
+          *reinterpret_cast<const uint4*>(from + k * part);
     if (!p.dynamic) scale = s.scale[head * p.scale_head];
   }
   uint32_t top = top_bits<T>(row);
@@ -260,10 +245,10 @@ __global__ void __launch_bounds__(kThreads, 12)
   char* to =
       s.cache + at.block * s.block_stride +
       (static_cast<uint32_t>(at.position) * p.position_stride + head * p.head_stride + lane * 8);
-  uint32_t code[2 * kRowPacks];
+  uint32_t code[2 * kPacks];
   half_codes<T>(code, row, Quotient(scale), top, p.fp8, p.soft);
 #pragma unroll
-  for (int k = 0; k < kRowPacks; ++k)
+  for (int k = 0; k < kPacks; ++k)
     *reinterpret_cast<uint2*>(to + k * part) = make_uint2(code[2 * k], code[2 * k + 1]);
 }
 
@@ -365,18 +350,21 @@ int write_rows(const cpu::CacheWriteParams& p, int64_t tokens, bool soft, void* 
     if (int64_t{1} << b == p.block_size) r.block_shift = b;
   r.dynamic = k.scale.dynamic, r.fp8 = p.cache_dtype == DType::f8e4m3, r.soft = soft;
   r.heads = Divisor(p.heads);
-  const int lanes = lanes_of_head(p.dim / (8 * kRowPacks));
+#ifdef FI_LAB
+  const int packs = g_tune[6];
+#else
+  const int packs = kRowPacks;
+#endif
+  const int lanes = lanes_of_head(p.dim / (8 * packs));
   while (1 << r.lanes_log2 < lanes) ++r.lanes_log2;
 #ifdef FI_LAB
   const int threads = g_tune[7];
-  r.row_bytes = static_cast<uint32_t>(p.heads * p.dim * sizeof(T));
-  r.ahead = g_tune[8] * device_facts().sms;
   const int64_t blocks = ceil_div(tokens * p.heads, threads >> r.lanes_log2);
-  return launch(g_tune[6] == 1 ? write_rows_kernel<T, true> : write_rows_kernel<T, false>, dim3(static_cast<unsigned>(blocks), 2), threads, 0, stream, r);
+  return launch(packs == 4 ? write_rows_kernel<T, 4> : write_rows_kernel<T, 2>, dim3(static_cast<unsigned>(blocks), 2), threads, g_tune[8] * 256, stream, r);
 #else
-  const int64_t blocks = ceil_div(tokens * p.heads, kThreads >> r.lanes_log2);
-  return launch(write_rows_kernel<T, true>, dim3(static_cast<unsigned>(blocks), 2), kThreads, 0, stream,
-                r);
+  const int64_t blocks = ceil_div(tokens * p.heads, kRowThreads >> r.lanes_log2);
+  return launch(write_rows_kernel<T, kRowPacks>, dim3(static_cast<unsigned>(blocks), 2),
+                kRowThreads, 0, stream, r);
 #endif
 }
 

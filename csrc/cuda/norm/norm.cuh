@@ -131,11 +131,10 @@ __device__ __forceinline__ uint4 sum_of(const uint4& a, const uint4& b) {
   return pack_of<E>(u);
 }
 
-// The loops over a row, once for the usual way and once for the rest.
-template <class F>
-__device__ __forceinline__ void with_norm_mode(CodeMode mode, F&& f) {
-  if (mode == CodeMode::near) return f(ModeTag<CodeMode::near>{});
-  return f(ModeTag<CodeMode::full>{});
+// Are the symmetric codes of a row whose largest magnitude has the bits `top` CodeMode::near ones?
+// The same on every path.
+__device__ __forceinline__ bool norm_is_near(uint32_t top, float inv) {
+  return QuickCodes::fits(top) && inv != 0.0f;
 }
 
 // Codes of the row of x * weight. `inv` is only a factor of the scale; where it is 0 (a sum beyond
@@ -145,8 +144,8 @@ __device__ __forceinline__ RowCodes norm_codes(const RowRange& range, float inv,
   RowRange all = range;
   if (inv == 0.0f && range.top < INFINITY && range.bottom > -INFINITY) all = RowRange{};
   RowCodes codes = row_codes(all, zeros != nullptr);
-  codes.mode = !zeros && inv != 0.0f && QuickCodes::fits(range_bits(all).x) ? CodeMode::near
-                                                                            : CodeMode::full;
+  const bool near = !zeros && norm_is_near(range_bits(all).x, inv);
+  codes.mode = near ? CodeMode::near : CodeMode::full;
   if (owner) {
     const bool no_codes = codes.low == codes.high;  // scale 1 or NaN
     scale[r] = no_codes ? codes.scale : codes.scale * inv;

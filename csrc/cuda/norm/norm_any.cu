@@ -6,6 +6,13 @@
 namespace fastinfer::cuda {
 namespace {
 
+// The loops over a row, once for the usual way and once for the rest.
+template <class F>
+__device__ __forceinline__ void with_norm_mode(CodeMode mode, F&& f) {
+  if (mode == CodeMode::near) return f(ModeTag<CodeMode::near>{});
+  return f(ModeTag<CodeMode::full>{});
+}
+
 template <class E>
 __global__ void __launch_bounds__(kMaxRowThreads)
     norm_any_kernel(const __grid_constant__ NormAnyLaunch a) {

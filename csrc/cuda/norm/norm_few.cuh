@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     top = __reduce_max_sync(kAllLanes, other.y);
     uint2 words;
     float scale;
-    if (QuickCodes::fits(top) && inv != 0.0f) {
+    if (norm_is_near(top, inv)) {
       const QuickCodes codes(top);
       words = codes.words<true>(y);
       scale = codes.scale * inv;

@@ -78,16 +78,25 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       if (holds(k)) out[k * group.threads] = pack_of<E>(y[k]);
     }
   } else {
-    const RowCodes codes =
-        norm_codes(all.range, inv, a.scale, a.zeros, r, r < a.rows && group.thread == 0);
     int8_t* q = static_cast<int8_t*>(a.out) + static_cast<int64_t>(r) * (a.packs * kSize);
-    with_norm_mode(codes.mode, [&](auto tag) {
+    const bool owner = r < a.rows && group.thread == 0;
+    const uint32_t top = range_bits(all.range).x;
+    if (symmetric && norm_is_near(top, inv)) {
+      const QuickCodes codes(top);
+      if (owner) a.scale[r] = codes.scale * inv;
 #pragma unroll
       for (int k = 0; k < kPacks; ++k)
         if (holds(k))
-          codes.template store<decltype(tag)::mode>(q, (group.thread + k * group.threads) * kSize,
-                                                    0, true, y[k]);
-    });
+          reinterpret_cast<uint2*>(q)[group.thread + k * group.threads] =
+              codes.template words<true>(y[k]);
+      return;
+    }
+    const RowCodes codes = norm_codes(all.range, inv, a.scale, a.zeros, r, owner);
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k)
+      if (holds(k))
+        codes.template store<CodeMode::full>(q, (group.thread + k * group.threads) * kSize, 0, true,
+                                             y[k]);
   }
 }
 

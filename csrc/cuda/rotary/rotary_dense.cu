@@ -17,7 +17,7 @@ extern int g_tune[16];
 namespace {
 
 // Tokens between the one of a block and the one whose rows it asks for, per SM.
-constexpr int kAheadPerSm = 2;
+constexpr int kAheadPerSm = 3;
 
 // kHeads: of a thread, at most. V: what it loads and stores at a time.
 template <class E, class A, class V, int kHeads>
