@@ -166,7 +166,7 @@ def test_open_loop_counts_from_the_moment_a_request_is_due(monkeypatch: pytest.M
     assert [record.ttft for record in by_arrival] == pytest.approx([1.0, 1.5, 1.0], abs=0.06)
     assert [record.tpot for record in by_arrival] == pytest.approx([1.0, 1.0, 1.0])
     assert load.duration == pytest.approx(13.0, abs=0.06)
-    assert load.num_steps == 4 + 3
+    assert load.engine.num_steps == 4 + 3
     figures = report.describe_load(load, goodput={"ttft": 1100})
     assert figures["request_goodput"] == pytest.approx(2 / load.duration)
     assert figures["max_concurrent_requests"] == 2
@@ -198,7 +198,7 @@ def test_conversations_carry_their_past(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen == [first, second, third]
     assert [record.num_prompt_tokens for record in load.records] == [5, 12, 17]
     assert load.records[1].arrival_time == load.records[0].last_token_time
-    assert load.records[1].num_cached_tokens == 8 and load.prefix_hit_tokens > 0
+    assert load.records[1].num_cached_tokens == 8 and load.engine.prefix_hit_tokens > 0
     detailed = report.describe_load(load, detailed=True)
     assert detailed["input_lens"] == [5, 12, 17] and detailed["output_lens"] == [6, 3, 2]
     assert len(detailed["itls"][0]) == 5 and detailed["ttfts"] == [1.0, 1.0, 1.0]
@@ -207,8 +207,8 @@ def test_conversations_carry_their_past(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_same_work_twice_is_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = timed_llm(monkeypatch)
     loads = [run_load(llm.core, single(3, prompt=20), [0.0] * 3) for _ in range(2)]
-    assert [load.prefix_hit_tokens for load in loads] == [0, 0]
-    assert loads[0].kv_blocks_peak == loads[1].kv_blocks_peak == 3 * 6
+    assert [load.engine.prefix_hit_tokens for load in loads] == [0, 0]
+    assert loads[0].engine.kv_blocks_peak == loads[1].engine.kv_blocks_peak == 3 * 6
 
 
 def test_a_failing_step_ends_the_test_and_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:

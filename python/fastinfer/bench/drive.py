@@ -20,16 +20,45 @@ _NAP = 0.05  # seconds: longest sleep while nothing is due
 
 @dataclass(slots=True)
 class LoadResult:
-    """One timeline per request and what the engine did meanwhile."""
+    """One timeline per request and, where it is known, what the engine did meanwhile."""
 
     records: list[RequestMetrics]
     duration: float  # seconds, from the start to the last token
+    engine: EngineWork | None = None
+
+
+@dataclass(slots=True)
+class EngineWork:
+    """Counts over one load test, or added up over several."""
+
     num_steps: int
     num_preemptions: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
     kv_blocks_peak: int
     kv_blocks_total: int
+
+    @classmethod
+    def between(cls, before: EngineStats, after: EngineStats) -> EngineWork:
+        """What was done between two looks at an engine."""
+        return cls(
+            num_steps=after.num_steps - before.num_steps,
+            num_preemptions=after.num_preemptions - before.num_preemptions,
+            prefix_hit_tokens=after.prefix_hit_tokens - before.prefix_hit_tokens,
+            prefix_query_tokens=after.prefix_query_tokens - before.prefix_query_tokens,
+            kv_blocks_peak=after.kv_blocks_peak,
+            kv_blocks_total=after.kv_blocks_total,
+        )
+
+    def __add__(self, other: EngineWork) -> EngineWork:
+        return EngineWork(
+            num_steps=self.num_steps + other.num_steps,
+            num_preemptions=self.num_preemptions + other.num_preemptions,
+            prefix_hit_tokens=self.prefix_hit_tokens + other.prefix_hit_tokens,
+            prefix_query_tokens=self.prefix_query_tokens + other.prefix_query_tokens,
+            kv_blocks_peak=max(self.kv_blocks_peak, other.kv_blocks_peak),
+            kv_blocks_total=self.kv_blocks_total,
+        )
 
 
 class Progress:
@@ -59,6 +88,15 @@ class Progress:
             f"{seconds:.0f} s\x1b[K"
         )
         self._stream.flush()
+
+    def show_sent(self, sent: int, tokens: int, seconds: float) -> None:
+        """Draw the line of a client, which sees the requests it has sent and their tokens."""
+        if self._on:
+            self._stream.write(
+                f"\r{self._label}{sent}/{self._total} sent, "
+                f"{tokens / max(seconds, 1e-9):,.0f} tok/s, {seconds:.0f} s\x1b[K"
+            )
+            self._stream.flush()
 
     def clear(self) -> None:
         """Remove the line."""
@@ -148,16 +186,10 @@ def run_load(
         if progress is not None:
             progress.clear()
     assert len(records) == total
-    after = core.stats()
     return LoadResult(
         records=records,
         duration=max((r.last_token_time or start for r in records), default=start) - start,
-        num_steps=after.num_steps - before.num_steps,
-        num_preemptions=after.num_preemptions - before.num_preemptions,
-        prefix_hit_tokens=after.prefix_hit_tokens - before.prefix_hit_tokens,
-        prefix_query_tokens=after.prefix_query_tokens - before.prefix_query_tokens,
-        kv_blocks_peak=after.kv_blocks_peak,
-        kv_blocks_total=after.kv_blocks_total,
+        engine=EngineWork.between(before, core.stats()),
     )
 
 

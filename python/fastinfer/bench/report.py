@@ -44,13 +44,14 @@ def describe_load(
     """
     duration = load.duration if load.duration > 0 else None
     result: Result = dict(summarize(load.records, duration=duration, goodput=goodput))
-    asked = load.prefix_query_tokens
-    result |= {
-        "num_steps": load.num_steps,
-        "num_preemptions": load.num_preemptions,
-        "prefix_hit_rate": load.prefix_hit_tokens / asked if asked else 0.0,
-        "kv_cache_peak_usage": load.kv_blocks_peak / load.kv_blocks_total,
-    }
+    if (work := load.engine) is not None:
+        asked = work.prefix_query_tokens
+        result |= {
+            "num_steps": work.num_steps,
+            "num_preemptions": work.num_preemptions,
+            "prefix_hit_rate": work.prefix_hit_tokens / asked if asked else 0.0,
+            "kv_cache_peak_usage": work.kv_blocks_peak / work.kv_blocks_total,
+        }
     if detailed:
         result |= per_request(load.records)
     return result

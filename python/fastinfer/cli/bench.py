@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+import operator
+import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,7 +47,7 @@ def add_parser(commands: Any) -> None:
         help="all requests at once",
         description="Tokens per second when all requests are there from the start.",
     )
-    _add_workload(throughput)
+    add_workload_options(throughput)
     serve = kinds.add_parser(
         "serve",
         help="requests that arrive over time",
@@ -52,7 +55,7 @@ def add_parser(commands: Any) -> None:
         "soon as one of a fixed number of clients is free (closed loop). Several rates make a "
         "sweep and a plot of latency against load.",
     )
-    _add_workload(serve)
+    add_workload_options(serve)
     load = serve.add_argument_group("load")
     load.add_argument(
         "--request-rate",
@@ -70,6 +73,15 @@ def add_parser(commands: Any) -> None:
     load.add_argument(
         "--max-concurrency", type=int, metavar="N", help="closed loop: most requests at once"
     )
+    server = serve.add_argument_group("a server instead of an engine in this process")
+    server.add_argument("--url", help="OpenAI-compatible server, http://host:port")
+    server.add_argument("--served-model-name", metavar="NAME", help="default: its first model")
+    server.add_argument(
+        "--api-key", metavar="KEY", help="default: the environment's FASTINFER_API_KEY"
+    )
+    server.add_argument(
+        "--vocab-size", type=int, default=1000, metavar="N", help="prompt ids are below (1000)"
+    )
     load.add_argument("--plot", metavar="FILE", help="latency against load (needs matplotlib)")
     for kind in (latency, throughput, serve):
         kind.add_argument("--seed-workload", type=int, default=0, metavar="N", help="default: 0")
@@ -78,7 +90,7 @@ def add_parser(commands: Any) -> None:
         output.add_argument("--output", metavar="FILE", help="write the JSON there too")
         output.add_argument("--detailed", action="store_true", help="JSON with every request")
         output.add_argument("--label", metavar="TEXT", help="name of this test in its results")
-        add_engine_options(kind)
+        add_engine_options(kind, model_required=kind is not serve)
     compare = kinds.add_parser(
         "compare",
         help="two result files side by side",
@@ -89,7 +101,8 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_workload(parser: argparse.ArgumentParser) -> None:
+def add_workload_options(parser: argparse.ArgumentParser, *, goodput: bool = True) -> None:
+    """What is asked for; `goodput` also adds the limits to count by."""
     group = parser.add_argument_group("workload")
     listed = "; ".join(f"{name}: {what}" for name, (_, _, what) in SHAPES.items())
     group.add_argument("--workload", default="random", metavar="NAME", help=f"{listed}")
@@ -102,13 +115,14 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-prefixes", type=int, default=8, metavar="N", help="default: 8")
     group.add_argument("--prefix-len", type=int, default=512, metavar="N", help="default: 512")
     group.add_argument("--turns", type=int, default=4, metavar="N", help="of chat (default: 4)")
-    group.add_argument(
-        "--goodput",
-        nargs="+",
-        default=[],
-        metavar="KEY:MS",
-        help="count requests within limits: ttft:200 tpot:50 e2el:5000",
-    )
+    if goodput:
+        group.add_argument(
+            "--goodput",
+            nargs="+",
+            default=[],
+            metavar="KEY:MS",
+            help="count requests within limits: ttft:200 tpot:50 e2el:5000",
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,11 +140,12 @@ def run(args: argparse.Namespace) -> int:
         report.require_matplotlib()
     goodput = parse_goodput(getattr(args, "goodput", []))
     rates = parse_rates(getattr(args, "request_rate", "inf"))
-    with make_llm(args) as llm:
-        if args.kind == "latency":
-            results = [run_latency(args, llm)]
-        else:
-            results = [run_rate(args, llm, rate, goodput) for rate in rates]
+    if getattr(args, "url", None):
+        results = run_on_server(args, rates, goodput)
+    elif args.model is None:
+        raise ValueError("bench: --model or --url must be given")
+    else:
+        results = run_on_engine(args, rates, goodput)
     document = results if len(results) > 1 else results[0]
     if args.output:
         Path(args.output).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -141,6 +156,55 @@ def run(args: argparse.Namespace) -> int:
     if getattr(args, "plot", None):
         report.plot_sweep(results, args.plot)
     return 0
+
+
+def run_on_engine(
+    args: argparse.Namespace, rates: list[float], goodput: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The tests on an engine of this process."""
+    with make_llm(args) as llm:
+        if args.kind == "latency":
+            return [run_latency(args, llm)]
+        return [run_rate(args, llm, rate, goodput) for rate in rates]
+
+
+def run_on_server(
+    args: argparse.Namespace, rates: list[float], goodput: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The tests on a server, one per rate. Its prefix cache stays as it is."""
+    try:
+        from ..bench.http_drive import ServerLoad
+
+        key = args.api_key or os.environ.get("FASTINFER_API_KEY")
+        server = ServerLoad(args.url, model=args.served_model_name, api_key=key)
+    except ImportError:
+        raise ValueError("bench: --url needs httpx; pip install 'fastinfer[bench]'") from None
+    from ..bench import report
+    from ..bench.drive import Progress
+
+    results = []
+    for number, rate in enumerate(rates):
+        seed = (
+            args.seed_workload * 10_000 + number
+        )  # what one test left in the cache helps no other
+        work = workload(args, args.vocab_size, server.max_model_len, seed)
+        times = arrival_times(len(work), rate=rate, burstiness=args.burstiness, seed=seed)
+        total = sum(len(conversation.turns) for conversation in work)
+        label = "" if math.isinf(rate) else f"rate {rate:g}: "
+        load = server.run(
+            work, times, max_concurrency=args.max_concurrency, progress=Progress(total, label)
+        )
+        result = _named(args, rate) | {
+            "backend": "openai",
+            "model_id": server.model,
+            "device": None,
+            "endpoint": args.url,
+        }
+        result |= report.describe_load(load, goodput=goodput, detailed=args.detailed)
+        result |= {"num_prompts": total, "max_concurrency": args.max_concurrency}
+        result |= {"burstiness": args.burstiness, "goodput_limits": goodput}
+        results.append(result)
+    return results
 
 
 def parse_goodput(pairs: list[str]) -> dict[str, float]:
@@ -206,15 +270,10 @@ def run_latency(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     merged = LoadResult(
         records=[record for load in loads for record in load.records],
         duration=sum(load.duration for load in loads),
-        num_steps=sum(load.num_steps for load in loads),
-        num_preemptions=sum(load.num_preemptions for load in loads),
-        prefix_hit_tokens=sum(load.prefix_hit_tokens for load in loads),
-        prefix_query_tokens=sum(load.prefix_query_tokens for load in loads),
-        kv_blocks_peak=max(load.kv_blocks_peak for load in loads),
-        kv_blocks_total=loads[0].kv_blocks_total,
+        engine=functools.reduce(operator.add, [load.engine for load in loads]),
     )
     latencies = [load.duration for load in loads]
-    result = _described(args, llm, "latency", math.inf)
+    result = _described(args, llm, math.inf)
     result |= report.describe_load(merged, detailed=args.detailed)
     result |= {
         "avg_latency": sum(latencies) / len(latencies),
@@ -235,7 +294,7 @@ def run_rate(
     limit = getattr(args, "max_concurrency", None)
     if limit is not None and limit < 1:
         raise ValueError(f"bench: --max-concurrency must be at least 1, got {limit}")
-    work = workload(args, llm)
+    work = workload(args, llm.core.runner.vocab_size, llm.max_model_len, args.seed_workload)
     run_load(llm.core, make_warmup(llm), [0.0])  # what happens only once is not part of the test
     if args.kind == "throughput":
         for conversation in work:
@@ -245,7 +304,7 @@ def run_rate(
     label = "" if math.isinf(rate) else f"rate {rate:g}: "
     total = sum(len(conversation.turns) for conversation in work)
     load = run_load(llm.core, work, times, max_concurrency=limit, progress=Progress(total, label))
-    result = _described(args, llm, args.kind, rate)
+    result = _described(args, llm, rate)
     result |= report.describe_load(load, goodput=goodput, detailed=args.detailed)
     result |= {"num_prompts": total, "max_concurrency": limit, "burstiness": burstiness}
     result["goodput_limits"] = goodput
@@ -261,21 +320,20 @@ def run_rate(
     return result
 
 
-def workload(args: argparse.Namespace, llm: LLM) -> list[Conversation]:
+def workload(
+    args: argparse.Namespace, vocab_size: int, max_len: int | None, seed: int
+) -> list[Conversation]:
     """What the options ask for."""
-    vocab_size = llm.core.runner.vocab_size
     if args.trace:
-        return read_trace(
-            args.trace, vocab_size=vocab_size, seed=args.seed_workload, max_len=llm.max_model_len
-        )
+        return read_trace(args.trace, vocab_size=vocab_size, seed=seed, max_len=max_len)
     return make_workload(
         args.workload,
         num_requests=args.num_prompts,
         vocab_size=vocab_size,
-        seed=args.seed_workload,
+        seed=seed,
         input_len=args.input_len,
         output_len=args.output_len,
-        max_len=llm.max_model_len,
+        max_len=max_len,
         num_prefixes=args.num_prefixes,
         prefix_len=args.prefix_len,
         turns=args.turns,
@@ -295,26 +353,31 @@ def make_warmup(llm: LLM) -> list[Conversation]:
     )
 
 
-def _described(args: argparse.Namespace, llm: LLM, kind: str, rate: float) -> dict[str, Any]:
+def _named(args: argparse.Namespace, rate: float) -> dict[str, Any]:
+    """What was asked for, and when."""
+    from ..bench.report import json_rate
+
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"),
+        "version": __version__,
+        "kind": args.kind,
+        "label": args.label,
+        "command": "fastinfer " + " ".join(sys.argv[1:]),
+        "workload": None if args.kind == "latency" else args.trace or args.workload,
+        "request_rate": json_rate(rate),
+    }
+
+
+def _described(args: argparse.Namespace, llm: LLM, rate: float) -> dict[str, Any]:
     """What was tested, when, on what."""
     import torch
 
-    from ..bench.report import json_rate
-
     device = llm.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     config = llm.config
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"),
+    return _named(args, rate) | {
         "backend": "fastinfer",
-        "version": __version__,
-        "kind": kind,
-        "label": args.label,
         "model_id": args.model,
-        "device": name,
-        "command": "fastinfer " + " ".join(sys.argv[1:]),
-        "workload": None if kind == "latency" else args.trace or args.workload,
-        "request_rate": json_rate(rate),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "engine": {
             "dtype": str(llm.core.runner.model.dtype).removeprefix("torch."),
             "mode": config.mode,

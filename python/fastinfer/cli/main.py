@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import bench, chat, env, generate, inspect, plan, quantize
+from . import bench, chat, env, generate, inspect, plan, quantize, serve, tune
 
-COMMANDS = (generate, chat, bench, plan, quantize, inspect, env)
+COMMANDS = (generate, chat, serve, bench, tune, plan, quantize, inspect, env)
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 

@@ -47,10 +47,13 @@ def _add(
         group.add_argument(flag, type=kind, metavar=metavar, help=text, default=defaults.get(name))
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, *, model_required: bool = True) -> None:
     """--model and the settings of `LLM`."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
+    group.add_argument("--model", required=model_required, metavar="DIR", help="checkpoint folder")
+    group.add_argument(
+        "--config", metavar="FILE", help="settings that `fastinfer tune` wrote; options overrule"
+    )
     _add(group, _ENGINE)
     group.add_argument(
         "--batch-invariant", action="store_true", help="tokens do not depend on what else runs"
@@ -80,15 +83,22 @@ def make_llm(args: argparse.Namespace) -> LLM:
     """The engine that the options describe."""
     from ..engine import LLM
 
-    given = {name: getattr(args, name) for name in _ENGINE if getattr(args, name) is not None}
-    return LLM(
-        args.model,
-        enable_prefix_caching=not args.no_prefix_caching,
-        batch_invariant=args.batch_invariant,
-        cuda_graphs=False if args.no_cuda_graphs else None,
-        async_scheduling=False if args.no_async_scheduling else None,
-        **given,
-    )
+    return LLM(args.model, **engine_options(args))
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `LLM`: those of --config, overruled by what was given."""
+    from ..engine.settings_file import read_settings
+
+    options = read_settings(args.config) if args.config else {}
+    options |= {name: getattr(args, name) for name in _ENGINE if getattr(args, name) is not None}
+    switches = {
+        "enable_prefix_caching": (args.no_prefix_caching, False),
+        "batch_invariant": (args.batch_invariant, True),
+        "cuda_graphs": (args.no_cuda_graphs, False),
+        "async_scheduling": (args.no_async_scheduling, False),
+    }
+    return options | {name: value for name, (given, value) in switches.items() if given}
 
 
 def make_sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .async_llm import AsyncLLM, AsyncStream, EngineBusy
     from .config import EngineConfig, SamplingParams
     from .llm import LLM, TextStream
     from .metrics import EngineStats, RequestMetrics, summarize
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 _HOME = {
     "EngineConfig": "config",
     "SamplingParams": "config",
+    "AsyncLLM": "async_llm",
+    "AsyncStream": "async_llm",
+    "EngineBusy": "async_llm",
     "LLM": "llm",
     "TextStream": "llm",
     "EngineStats": "metrics",
@@ -30,7 +34,10 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "AsyncStream",
     "CompletionOutput",
+    "EngineBusy",
     "EngineConfig",
     "EngineStats",
     "Logprob",

@@ -103,6 +103,25 @@ class LLM:
         self._start(config, runner, find_tokenizer(config))
 
     @classmethod
+    def from_config(
+        cls, model: str | os.PathLike[str], file: str | os.PathLike[str], **options: Any
+    ) -> LLM:
+        """An engine with the settings of a file that `fastinfer tune` wrote.
+
+        Args:
+            model: Checkpoint folder.
+            file: JSON with the settings.
+            **options: Of `LLM`; they come before those of the file.
+
+        Raises:
+            FileNotFoundError: There is no such file, or no such model.
+            ValueError: The file holds no settings, or one that does not fit the model.
+        """
+        from .settings_file import read_settings
+
+        return cls(model, **{**read_settings(file), **options})
+
+    @classmethod
     def from_runner(cls, config: EngineConfig, runner: ModelRunner, tokenizer: Any = None) -> LLM:
         """An engine around a model built elsewhere: `ModelRunner(config, device, model)`."""
         llm = cls.__new__(cls)

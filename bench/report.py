@@ -1,0 +1,393 @@
+"""Every `bench/results/<gpu>/*.json` as `docs/performance.md`, with plots beside the peers.
+
+    python bench/report.py                     (or `make report`)
+
+Rows of ours are matched with rows of the same case in the same file (peers that ran in the same
+process) and in `bench/peers/<gpu>.json` (other engines and libraries, measured on another card of
+that model; the file says how). Ratios are peer's time / ours, or the inverse for rates: above 1 we
+are faster. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# What a case is; everything else in a row was measured or says how.
+KEYS = (
+    *("op", "kind", "case", "batch", "seqlen", "q", "context", "total_context", "prefix"),
+    *("q_len", "lengths", "hq", "hkv", "d", "page", "kv", "scales", "causal", "window", "layer"),
+    *("n", "k", "bits", "m", "inner", "dim", "tokens", "vocab", "dtype", "shape"),
+    *("overlapped", "batch_invariant", "plan", "workspace"),
+)
+TITLES = {
+    "prefill": "Prefill attention",
+    "decode": "Paged decode attention",
+    "gemm": "Linear layers",
+    "kvcopy": "KV cache: copies, writes, swaps",
+    "norm": "Norms and int8 rows",
+    "rotary": "Rotary embedding",
+    "activation": "Activations",
+    "sampling": "Sampling",
+    "e2e": "Whole models",
+    "host": "Host time of a call",
+}
+# which of a file's rows compete with which peers
+INT4 = ("marlin_int4", "machete_int4", "tinygemm_int4", "gemlite_int4")
+KINDS: dict[str, tuple[str, ...]] = {
+    "fastinfer_int4": INT4,
+    "fastinfer_int4_fp32_scales": INT4,
+    "fastinfer_int8": ("marlin_int8", "machete_int8", "gemlite_int8", "torch_int8pack_mm"),
+    "fastinfer_w8a8": ("torch_int_mm_w8a8", "bnb_int8_w8a8"),
+    "fastinfer_portable": ("sdpa_flash",),
+    "fastinfer bf16": ("vLLM 0.26 bf16",),
+    "fastinfer int4 g128": ("vLLM 0.26 int4 g128 (Machete)",),
+}
+RATES = ("out_tok_s",)  # larger is better; everything else is a time
+TIMES = ("us", "tpot_ms", "ttft_ms", "total_s")
+
+
+@dataclass
+class Result:
+    """One row of ours with the fastest peers of its case."""
+
+    row: Row
+    commit: str
+    same_run: Row | None = None
+    elsewhere: Row | None = None
+
+    @property
+    def name(self) -> str:
+        return describe(self.row)
+
+    def ratio(self, peer: Row | None) -> float | None:
+        if peer is None:
+            return None
+        for key in (*TIMES, *RATES):
+            if self.row.get(key) and peer.get(key):
+                ratio = peer[key] / self.row[key]
+                return 1 / ratio if key in RATES else ratio
+        return None
+
+
+@dataclass
+class Section:
+    """The results of one op on one GPU."""
+
+    op: str
+    gpu: str
+    results: list[Result] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)  # where each file comes from
+
+
+def case_of(row: Row) -> tuple[tuple[str, Any], ...]:
+    return tuple((key, row[key]) for key in KEYS if row.get(key) is not None and key != "shape")
+
+
+def describe(row: Row) -> str:
+    told = [
+        f"{key}={row[key]}" if key not in ("case", "kind", "layer") else str(row[key])
+        for key in KEYS
+        if row.get(key) is not None and key not in ("op", "total_context", "shape")
+    ]
+    peer = row["peer"].removeprefix("fastinfer").strip(" _")
+    return " ".join(told + ([peer] if peer else []))
+
+
+def is_ours(row: Row) -> bool:
+    return row["peer"].startswith("fastinfer")
+
+
+def rivals(row: Row) -> Callable[[Row], bool]:
+    """Which rows of a case a row of ours is to be compared with."""
+    names = KINDS.get(row["peer"])
+    if row["op"] == "gemm" and row["peer"] == "fastinfer":
+        names = ("cublas_bf16",)
+    if names is None:
+        return lambda peer: not is_ours(peer)
+    return lambda peer: (
+        peer["peer"] in names or (not is_ours(peer) and peer.get("ratio_to") == row["peer"])
+    )
+
+
+def best(rows: Iterable[Row]) -> Row | None:
+    def cost(row: Row) -> float:
+        for key in TIMES:
+            if row.get(key):
+                return float(row[key])
+        return 1 / row["out_tok_s"] if row.get("out_tok_s") else math.inf
+
+    return min(rows, key=cost, default=None)
+
+
+def load(folder: Path, peers: list[Row]) -> list[Section]:
+    """The sections of one GPU, in the order of `TITLES`."""
+    by_case: dict[Any, list[Row]] = {}
+    for peer in peers:
+        by_case.setdefault(case_of(peer), []).append(peer)
+    sections: dict[str, Section] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        rows: list[Row] = document["rows"]
+        here: dict[Any, list[Row]] = {}
+        for row in rows:
+            here.setdefault(case_of(row), []).append(row)
+        for row in rows:
+            if not is_ours(row):
+                continue
+            op = row["op"] if row["op"] in TITLES else next(o for o in TITLES if o in path.stem)
+            section = sections.setdefault(op, Section(op, folder.name))
+            wanted, case = rivals(row), case_of(row)
+            section.results.append(
+                Result(
+                    row,
+                    row.get("commit", document["commit"]),
+                    best(filter(wanted, here[case])),
+                    best(filter(wanted, by_case.get(case, []))),
+                )
+            )
+            head = f"`{path.name}`: {document['device']}, {document['date']}, "
+            head += (
+                f"commit {document['commit']}, torch {document['torch']}: `{document['command']}`"
+            )
+            if head not in section.heads:
+                section.heads.append(head)
+    return [sections[op] for op in TITLES if op in sections]
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def summary(section: Section) -> list[str]:
+    lines = []
+    for label, pick in (
+        ("peers in the same process", lambda r: r.same_run),
+        ("the best peer on another card of this model", lambda r: r.elsewhere),
+    ):
+        for kind in sorted({result.row["peer"] for result in section.results}):
+            pairs = [
+                (ratio, result)
+                for result in section.results
+                if result.row["peer"] == kind and (ratio := result.ratio(pick(result)))
+            ]
+            if pairs:
+                ratios = [ratio for ratio, _ in pairs]
+                worst, where = min(pairs, key=lambda pair: pair[0])
+                lines.append(
+                    f"- `{kind}` against {label}: geometric mean {geometric_mean(ratios):.2f} over "
+                    f"{len(ratios)} rows, worst {worst:.2f} ({where.name})"
+                )
+    return lines
+
+
+def figure(row: Row) -> str:
+    parts = []
+    for key, unit, digits in (
+        ("us", "us", 2),
+        ("ttft_ms", "ms TTFT", 2),
+        ("tpot_ms", "ms TPOT", 2),
+        ("out_tok_s", "tok/s", 0),
+        ("host_us", "us host", 0),
+    ):
+        if row.get(key):
+            parts.append(f"{row[key]:,.{digits}f} {unit}")
+    return ", ".join(parts)
+
+
+def rate(row: Row) -> str:
+    if row.get("of_matmul", 0) > row.get("of_bandwidth", 0):
+        return f"{row['tflops']:,.0f} TFLOP/s"
+    return f"{row['gbs'] / 1e3:.2f} TB/s" if row.get("gbs") else ""
+
+
+def table(section: Section) -> list[str]:
+    lines = ["| case | ours | rate | same process | ratio | elsewhere | ratio |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for result in section.results:
+        cells = [result.name, figure(result.row), rate(result.row)]
+        for peer in (result.same_run, result.elsewhere):
+            ratio = result.ratio(peer)
+            cells += [
+                f"{peer['peer']} {figure(peer)}" if peer and ratio else "",
+                f"{ratio:.2f}" if ratio else "",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def gemm_table(section: Section) -> list[str]:
+    """Layers by tokens: microseconds, and in brackets the ratio to the best peer elsewhere."""
+    lines = []
+    for kind in sorted({result.row["peer"] for result in section.results}):
+        own = [r for r in section.results if r.row["peer"] == kind and "n" in r.row]
+        if not own:
+            continue
+        tokens = sorted({result.row["m"] for result in own})
+        lines += ["", f"`{kind}`, us (ratio to the best of its peers elsewhere):", ""]
+        lines.append("| N x K \\ M | " + " | ".join(map(str, tokens)) + " |")
+        lines.append("|---" * (len(tokens) + 1) + "|")
+        layers = {(r.row["n"], r.row["k"]): None for r in own}
+        for n, k in layers:
+            cells = [f"{n} x {k}"]
+            for m in tokens:
+                found = [r for r in own if (r.row["n"], r.row["k"], r.row["m"]) == (n, k, m)]
+                if not found:
+                    cells.append("")
+                    continue
+                ratio = found[0].ratio(found[0].elsewhere)
+                told = f"{found[0].row['us']:,.1f}"
+                cells.append(told + (f" ({ratio:.2f})" if ratio else ""))
+            lines.append("| " + " | ".join(cells) + " |")
+    chains = [result for result in section.results if "n" not in result.row]
+    return ["", *table(Section(section.op, section.gpu, chains)), *lines] if chains else lines
+
+
+# ---- plots ---------------------------------------------------------------------------------------
+
+
+def plot_ratios(section: Section, folder: Path, pyplot: Any) -> str | None:
+    """Every row's ratio, sorted, one colour per kind of ours."""
+    figure_, axis = pyplot.subplots(figsize=(7, 3.6))
+    drawn = False
+    for kind in sorted({result.row["peer"] for result in section.results}):
+        ratios = sorted(
+            ratio
+            for result in section.results
+            if result.row["peer"] == kind
+            and (ratio := result.ratio(result.elsewhere) or result.ratio(result.same_run))
+        )
+        if ratios:
+            drawn = True
+            share = [(i + 0.5) / len(ratios) * 100 for i in range(len(ratios))]
+            axis.plot(share, ratios, marker=".", markersize=4, label=f"{kind} ({len(ratios)} rows)")
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_yscale("log")
+    axis.set_yticks([0.5, 0.7, 1, 1.4, 2, 4], ["0.5", "0.7", "1", "1.4", "2", "4"])
+    axis.minorticks_off()
+    axis.set_xlabel("percentile of the rows")
+    axis.set_ylabel("speed relative to the best peer")
+    axis.set_title(f"{TITLES[section.op]}, {section.gpu.upper()}")
+    axis.grid(alpha=0.3)
+    if drawn:
+        axis.legend(fontsize=8)
+    return save(figure_, folder / f"{section.gpu}_{section.op}_ratio", pyplot) if drawn else None
+
+
+def plot_roofline(section: Section, folder: Path, ceilings: Row, pyplot: Any) -> str | None:
+    """Rate against arithmetic intensity (rows that have both), else against bytes."""
+    rows = [r.row for r in section.results if r.row.get("gbs") and r.row.get("us")]
+    if len(rows) < 4 or not ceilings.get("gbs"):
+        return None
+    figure_, axis = pyplot.subplots(figsize=(7, 3.6))
+    flops = [row for row in rows if row.get("tflops")]
+    if len(flops) > len(rows) / 2:
+        for kind in sorted({row["peer"] for row in flops}):
+            own = [row for row in flops if row["peer"] == kind]
+            x = [row["tflops"] * 1e3 / row["gbs"] for row in own]
+            axis.plot(x, [row["tflops"] for row in own], ".", label=kind)
+        low, high = axis.get_xlim()
+        low = max(low, 0.3)
+        knee = ceilings["tflops"] * 1e3 / ceilings["gbs"]
+        roof = [low, knee, max(high, knee)]
+        axis.plot(
+            roof,
+            [min(x * ceilings["gbs"] / 1e3, ceilings["tflops"]) for x in roof],
+            color="black",
+            linewidth=0.8,
+            label="copy rate, cuBLAS bf16",
+        )
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("operations per byte")
+        axis.set_ylabel("TFLOP/s")
+    else:
+        x = [row["gbs"] * row["us"] / 1e3 for row in rows]  # MB
+        axis.plot(x, [row["gbs"] / 1e3 for row in rows], ".", label="fastinfer")
+        axis.axhline(ceilings["gbs"] / 1e3, color="black", linewidth=0.8, label="copy")
+        axis.set_xscale("log")
+        axis.set_xlabel("MB moved")
+        axis.set_ylabel("TB/s")
+        axis.set_ylim(bottom=0)
+    axis.set_title(f"{TITLES[section.op]}, {section.gpu.upper()}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return save(figure_, folder / f"{section.gpu}_{section.op}_roofline", pyplot)
+
+
+def save(figure_: Any, stem: Path, pyplot: Any) -> str:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    figure_.tight_layout()
+    figure_.savefig(stem.with_suffix(".png"), dpi=110)
+    figure_.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    pyplot.close(figure_)
+    return stem.name
+
+
+def write(results: Path, peers: Path, page: Path) -> int:
+    """Write the page and its plots; returns the number of sections."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fastinfer"  # the same plot, the same bytes
+    import matplotlib.pyplot as pyplot
+
+    pictures = page.with_suffix("")
+    lines = ["# Performance", "", (__doc__ or "").split("\n\n")[2].replace("\n", " "), ""]
+    lines.append("Written by `python bench/report.py`; each section names the runs it comes from.")
+    count = 0
+    for folder in sorted((f for f in results.iterdir() if f.is_dir()), reverse=True):
+        rows: list[Row] = []
+        other = peers / f"{folder.name}.json"
+        lines += ["", f"## {folder.name.upper()}", ""]
+        if other.is_file():
+            document = json.loads(other.read_text())
+            rows = document["rows"]
+            lines.append(f"Peers: {document['about']}. {document['gpu']}, {document['date']}.")
+        for section in load(folder, rows):
+            count += 1
+            ceilings = ceilings_of(folder, section.op)
+            lines += ["", f"### {TITLES[section.op]}", ""]
+            lines += [*summary(section), ""]
+            for plotted in (
+                plot_ratios(section, pictures, pyplot),
+                plot_roofline(section, pictures, ceilings, pyplot),
+            ):
+                if plotted:
+                    lines.append(f"![{plotted}]({pictures.name}/{plotted}.png)")
+            body = gemm_table(section) if section.op == "gemm" else table(section)
+            lines += ["", "<details><summary>Rows</summary>", "", *body, "", "</details>", ""]
+            lines += ["Runs: " + "; ".join(section.heads) + "."]
+    page.write_text("\n".join(lines) + "\n")
+    return count
+
+
+def ceilings_of(folder: Path, op: str) -> Row:
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text())
+        if any(row["op"] == op for row in document["rows"]):
+            return document.get("ceilings", {})
+    return {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--peers", type=Path, default=HERE / "peers")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "performance.md")
+    args = parser.parse_args()
+    count = write(args.results, args.peers, args.output)
+    print(f"wrote {args.output} ({count} sections)")
+
+
+if __name__ == "__main__":
+    main()

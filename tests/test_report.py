@@ -1,0 +1,112 @@
+"""bench/report.py: rows find the peers of their case, the page names its runs, plots are drawn."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import report  # noqa: E402
+
+HEAD = {
+    "device": "Some GPU",
+    "torch": "2.11",
+    "date": "2026-01-02",
+    "commit": "abc1234",
+    "command": "python bench/bench_x.py",
+    "ceilings": {"gbs": 4000.0, "tflops": 700.0},
+}
+
+
+def row(us: float, peer: str = "fastinfer", **keys: Any) -> dict[str, Any]:
+    return {"op": "norm", "case": "rms_norm", "m": 8, "dim": 64, "peer": peer, "us": us, **keys}
+
+
+def gemm(us: float, peer: str, m: int = 1) -> dict[str, Any]:
+    return {"op": "gemm", "layer": "x", "n": 64, "k": 32, "m": m, "peer": peer, "us": us}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    results, peers = tmp_path / "results/h200", tmp_path / "peers"
+    results.mkdir(parents=True)
+    peers.mkdir()
+    norms = [row(2.0, gbs=100.0), row(5.0, "torch"), row(4.0, m=16, gbs=200.0)]
+    norms += [row(8.0, m=m, gbs=400.0) for m in (32, 64)]
+    (results / "norm.json").write_text(json.dumps({**HEAD, "rows": norms}))
+    gemms = [gemm(3.0, "fastinfer_int4"), gemm(6.0, "fastinfer"), gemm(9.0, "cublas_bf16")]
+    gemms.append({**gemm(20.0, "fastinfer", m=2), "commit": "def5678"})
+    (results / "gemm.json").write_text(json.dumps({**HEAD, "rows": gemms}))
+    other = [gemm(6.0, "marlin_int4"), gemm(4.5, "machete_int4"), gemm(1.0, "cublas_bf16")]
+    other.append(gemm(10.0, "cublas_bf16", m=2))
+    about = {"about": "built from somewhere", "gpu": "Some GPU", "date": "2026-01-01"}
+    (peers / "h200.json").write_text(json.dumps({**about, "rows": other}))
+    return tmp_path
+
+
+def sections(folders: Path) -> dict[str, report.Section]:
+    rows = json.loads((folders / "peers/h200.json").read_text())["rows"]
+    return {each.op: each for each in report.load(folders / "results/h200", rows)}
+
+
+def test_rows_meet_the_fastest_peer_of_their_own_case(folders: Path):
+    found = sections(folders)
+    norm = found["norm"].results
+    assert norm[0].same_run["peer"] == "torch" and norm[0].ratio(norm[0].same_run) == 2.5
+    assert all(each.same_run is None and each.elsewhere is None for each in norm[1:])
+    int4, dense, two = found["gemm"].results
+    assert int4.elsewhere["peer"] == "machete_int4" and int4.ratio(int4.elsewhere) == 1.5
+    assert int4.same_run is None  # cuBLAS in 16 bits is not its rival
+    assert dense.ratio(dense.same_run) == 1.5
+    assert dense.ratio(dense.elsewhere) == pytest.approx(1 / 6)
+    assert two.ratio(two.elsewhere) == 0.5 and two.commit == "def5678"
+
+
+def test_rates_are_better_when_larger():
+    ours = {"op": "e2e", "case": "256 req", "peer": "fastinfer bf16", "out_tok_s": 300.0}
+    peer = {**ours, "peer": "vLLM 0.26 bf16", "out_tok_s": 200.0}
+    assert report.Result(ours, "x").ratio(peer) == pytest.approx(1.5)
+
+
+def test_the_summary_says_what_is_behind(folders: Path):
+    lines = "\n".join(report.summary(sections(folders)["gemm"]))
+    assert "worst 0.17 (x n=64 k=32 m=1)" in lines
+    assert "geometric mean 1.50 over 1 rows" in lines
+
+
+def test_page_and_plots(folders: Path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, an optional dependency")
+    page = folders / "docs/performance.md"
+    page.parent.mkdir()
+    assert report.write(folders / "results", folders / "peers", page) == 2
+    text = page.read_text()
+    assert "`norm.json`: Some GPU, 2026-01-02, commit abc1234" in text
+    assert "built from somewhere" in text and "| 64 x 32 | 6.0 (0.17) | 20.0 (0.50) |" in text
+    pictures = sorted(path.name for path in (folders / "docs/performance").iterdir())
+    assert pictures == [
+        "h200_gemm_ratio.png",
+        "h200_gemm_ratio.svg",
+        "h200_norm_ratio.png",
+        "h200_norm_ratio.svg",
+        "h200_norm_roofline.png",
+        "h200_norm_roofline.svg",
+    ]
+    for name in pictures:
+        if name.endswith("png"):
+            assert f"performance/{name}" in text
+
+
+def test_the_results_in_the_repository_can_be_read():
+    for folder in (ROOT / "bench/results").iterdir():
+        peers = ROOT / "bench/peers" / f"{folder.name}.json"
+        rows = json.loads(peers.read_text())["rows"] if peers.is_file() else []
+        found = report.load(folder, rows)
+        assert found and all(section.results for section in found)
+        for section in found:
+            assert report.table(section) and (section.op != "gemm" or report.gemm_table(section))
