@@ -14,9 +14,6 @@
 #include "kv_cache.h"
 
 namespace fastinfer::cuda {
-#ifdef FI_LAB
-extern int g_tune[16];
-#endif
 namespace {
 
 constexpr int kThreads = 128, kUnroll = 4, kHeadUnroll = 1, kRowPacks = 4, kRowThreads = 32;
@@ -201,10 +198,10 @@ __device__ __forceinline__ void write_half_heads(const CodesParams& p, int64_t f
   }
 }
 
-// Much work: kPacks packs of 8 elements per lane, a head's packs dealt to its lanes in turn, so
+// Much work: kRowPacks packs of 8 elements per lane, a head's packs dealt to its lanes in turn, so
 // that what an access of the warp touches lies together. Once per thread is index arithmetic, which
 // at two packs still takes as many instructions as the codes.
-template <class T, int kPacks>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 12)
     write_rows_kernel(const __grid_constant__ RowsParams p) {
   const RowsSide& s = p.side[blockIdx.y];
@@ -212,10 +209,10 @@ __global__ void __launch_bounds__(kThreads, 12)
   const uint32_t item = (blockIdx.x * blockDim.x + threadIdx.x) >> p.lanes_log2;
   uint32_t head;
   const uint32_t t = p.heads(item, head);
-  const uint32_t part = p.dim / kPacks;
+  const uint32_t part = p.dim / kRowPacks;
   const bool active = t < p.tokens && lane * 8 < part;
   grid_wait();
-  HalfWords<4 * kPacks> row{};
+  HalfWords<4 * kRowPacks> row{};
   int64_t slot = -1;
   float scale = 1.0f;
   if (active) {
@@ -223,9 +220,8 @@ __global__ void __launch_bounds__(kThreads, 12)
     const T* from = static_cast<const T*>(s.tokens) + t * s.token_stride +
                     (head * p.token_head_stride + lane * 8);
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k)
-      reinterpret_cast<uint4*>(&row)[k] =
-          *reinterpret_cast<const uint4*>(from + k * part);
+    for (int k = 0; k < kRowPacks; ++k)
+      reinterpret_cast<uint4*>(&row)[k] = *reinterpret_cast<const uint4*>(from + k * part);
     if (!p.dynamic) scale = s.scale[head * p.scale_head];
   }
   uint32_t top = top_bits<T>(row);
@@ -245,10 +241,10 @@ __global__ void __launch_bounds__(kThreads, 12)
   char* to =
       s.cache + at.block * s.block_stride +
       (static_cast<uint32_t>(at.position) * p.position_stride + head * p.head_stride + lane * 8);
-  uint32_t code[2 * kPacks];
+  uint32_t code[2 * kRowPacks];
   half_codes<T>(code, row, Quotient(scale), top, p.fp8, p.soft);
 #pragma unroll
-  for (int k = 0; k < kPacks; ++k)
+  for (int k = 0; k < kRowPacks; ++k)
     *reinterpret_cast<uint2*>(to + k * part) = make_uint2(code[2 * k], code[2 * k + 1]);
 }
 
@@ -350,22 +346,11 @@ int write_rows(const cpu::CacheWriteParams& p, int64_t tokens, bool soft, void* 
     if (int64_t{1} << b == p.block_size) r.block_shift = b;
   r.dynamic = k.scale.dynamic, r.fp8 = p.cache_dtype == DType::f8e4m3, r.soft = soft;
   r.heads = Divisor(p.heads);
-#ifdef FI_LAB
-  const int packs = g_tune[6];
-#else
-  const int packs = kRowPacks;
-#endif
-  const int lanes = lanes_of_head(p.dim / (8 * packs));
+  const int lanes = lanes_of_head(p.dim / (8 * kRowPacks));
   while (1 << r.lanes_log2 < lanes) ++r.lanes_log2;
-#ifdef FI_LAB
-  const int threads = g_tune[7];
-  const int64_t blocks = ceil_div(tokens * p.heads, threads >> r.lanes_log2);
-  return launch(packs == 4 ? write_rows_kernel<T, 4> : write_rows_kernel<T, 2>, dim3(static_cast<unsigned>(blocks), 2), threads, g_tune[8] * 256, stream, r);
-#else
   const int64_t blocks = ceil_div(tokens * p.heads, kRowThreads >> r.lanes_log2);
-  return launch(write_rows_kernel<T, kRowPacks>, dim3(static_cast<unsigned>(blocks), 2),
-                kRowThreads, 0, stream, r);
-#endif
+  return launch(write_rows_kernel<T>, dim3(static_cast<unsigned>(blocks), 2), kRowThreads, 0,
+                stream, r);
 }
 
 template <class T>
@@ -393,11 +378,7 @@ int write_codes(const cpu::CacheWriteParams& p, int64_t tokens, void* stream) {
   c.num_tokens = tokens, c.block_size = p.block_size;
   c.heads = Divisor(p.heads);
   if constexpr (sizeof(T) == 2) {
-    if (c.by_sixteen && rows_fit(p, tokens)
-#ifdef FI_LAB
- && g_tune[6]
-#endif
-) return write_rows<T>(p, tokens, soft, stream);
+    if (c.by_sixteen && rows_fit(p, tokens)) return write_rows<T>(p, tokens, soft, stream);
   }
   c.tokens_per_cta = tokens_of_cta(tokens, p.heads * lanes, kHeadUnroll);
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, c.tokens_per_cta)), 2);

@@ -11,9 +11,6 @@
 #include "rotary_few.cuh"
 
 namespace fastinfer::cuda {
-#ifdef FI_LAB
-extern int g_tune[16];
-#endif
 namespace {
 
 // Tokens between the one of a block and the one whose rows it asks for, per SM.
@@ -211,11 +208,7 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
   a.scale_head = static_cast<int32_t>(v.scale.head);
   a.codes = v.scale.data != nullptr, a.fp8 = write->cache_dtype == DType::f8e4m3;
   a.soft = fit.soft, a.dynamic = v.scale.dynamic;
-#ifdef FI_LAB
-  a.ahead = g_tune[15] * device_facts().sms / 2;
-#else
   a.ahead = kAheadPerSm * device_facts().sms;
-#endif
   a.block_shift = static_cast<int8_t>(
       (write->block_size & (write->block_size - 1)) == 0 ? log2_of(write->block_size) : -1);
   const int64_t few_lanes = p.half / 2, few_threads = heads * few_lanes;
