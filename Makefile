@@ -76,7 +76,7 @@ test-full: $(STAMP)/installed $(STAMP)/test dev  ## the long tests too
 
 # Takes the environment and the libraries as they are: the machine with the GPU may have no network.
 test-gpu:  ## what needs a GPU: operators on CUDA, graphs, streams, sanitizer (GPU_JOBS=8)
-	PYTHONPATH=python OMP_NUM_THREADS=2 $(PY) -m pytest -n $(GPU_JOBS) --dist worksteal tests/gpu tests/ops tests/integrations/test_aot_cpp.py tests/test_package.py -k "cuda or gpu"
+	PYTHONPATH=python OMP_NUM_THREADS=2 $(PY) -m pytest -n $(GPU_JOBS) --dist worksteal tests/gpu tests/ops tests/integrations/test_aot_cpp.py tests/integrations/test_transformers_serve.py tests/test_package.py -k "cuda or gpu"
 
 bench: $(STAMP)/installed dev  ## the benchmarks of this machine's device, as tables
 	@for script in bench/bench_*.py; do echo "== $$script"; $(PY) $$script $(BENCH_ARGS) || exit 1; done

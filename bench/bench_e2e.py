@@ -5,7 +5,8 @@ tokens are there (a run with one new token); `tpot_ms` is what the other tokens 
 On a GPU the shape is Llama-3-8B unless told otherwise, on a CPU a tiny one. The int4 rows have the
 same shape with 4-bit weights in groups of 128. Steps of at most 8192 tokens and 256 requests, as
 the engines that the rows are compared with had them. `host_us` is what the CPU does per step, the
-time it waits for the GPU left out.
+time it waits for the GPU left out. `--batch-invariant both` runs every case without and with it and
+says what it costs: `ttft_ratio`, `tpot_ratio`, and `out_tok_s_ratio` where no other is.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import Bench
 from shapes import SHAPES
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.bench.drive import LoadResult, run_load
 from fastinfer.bench.workloads import Conversation, Turn, make_workload
+from fastinfer.engine.config import EngineConfig
+from fastinfer.engine.runner import ModelRunner
 from fastinfer.engine.sampler import DrawnTokens
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -176,7 +181,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iters", type=int, default=3)
     parser.add_argument("--weights", nargs="+", default=["16", "int4"], choices=["16", "int4"])
     parser.add_argument("--skip", nargs="*", default=[], help="leave out cases that contain this")
-    parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument(
+        "--batch-invariant", nargs="?", const="on", default="off", choices=["off", "on", "both"]
+    )
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
@@ -192,20 +199,6 @@ def main() -> None:
     lengths = (64, 16) if tiny else (512, 128)
     for weights in args.weights:
         peer = f"fastinfer {args.dtype}" if weights == "16" else "fastinfer int4 g128"
-        peer += " batch_invariant" if args.batch_invariant else ""
-        with tempfile.TemporaryDirectory() as name:
-            write_config(Path(name), shape, args.dtype, weights == "int4")
-            llm = LLM(
-                name,
-                device=bench.device,
-                load_format="dummy",
-                max_num_seqs=args.max_num_seqs,
-                max_num_batched_tokens=args.max_num_batched_tokens,
-                enable_prefix_caching=False,
-                kv_cache_dtype=args.kv_cache_dtype,
-                batch_invariant=args.batch_invariant,
-                cuda_graphs=not args.no_cuda_graphs,
-            )
         cases: list[tuple[str, Any]] = [
             (
                 f"b{batch} prompt{prompt} new{new}",
@@ -221,24 +214,70 @@ def main() -> None:
         cases.append(
             (f"host {running} running", lambda llm, n=running: host_row(llm, n, lengths[0], 64))
         )
-        with llm:
-            for case, measure in cases:
-                if args.filter not in f"{case} {peer}" or any(text in case for text in args.skip):
-                    continue
-                row = {"op": "e2e", "case": case, "peer": peer, "shape": shape, **measure(llm)}
+        chosen = [
+            (case, measure)
+            for case, measure in cases
+            if args.filter in f"{case} {peer}" and not any(text in case for text in args.skip)
+        ]
+        before: dict[str, dict[str, Any]] = {}
+        for llm, invariant in engines(args, shape, bench.device, weights == "int4"):
+            name = peer + (" batch_invariant" if invariant else "")
+            for case, measure in chosen:
+                row = {"op": "e2e", "case": case, "peer": name, "shape": shape, **measure(llm)}
+                if invariant and case in before:
+                    row |= price(row, before[case])
+                before[case] = row
                 bench.rows.append(row)
                 bench.save()
-                figures = [
-                    f"{row[key]:>10.2f} {unit}" if key in row else " " * (11 + len(unit))
-                    for key, unit in (
-                        ("ttft_ms", "ms TTFT"),
-                        ("tpot_ms", "ms TPOT"),
-                        ("out_tok_s", "tok/s"),
-                        ("host_us", "us host"),
-                    )
-                ]
-                print(f"{case:<24} {peer:<36} " + " ".join(figures), flush=True)
+                print(f"{case:<24} {name:<36} {figures(row)}", flush=True)
     bench.finish()
+
+
+def engines(
+    args: argparse.Namespace, shape: str, device: str, int4: bool
+) -> Iterator[tuple[LLM, bool]]:
+    """The engines to measure, one at a time over the same weights: (engine, batch_invariant)."""
+    wanted = {"off": [False], "on": [True], "both": [False, True]}[args.batch_invariant]
+    model = None
+    for invariant in wanted:
+        with tempfile.TemporaryDirectory() as name:
+            write_config(Path(name), shape, args.dtype, int4)
+            config = EngineConfig(
+                model=name,
+                device=device,
+                load_format="dummy",
+                max_num_seqs=args.max_num_seqs,
+                max_num_batched_tokens=args.max_num_batched_tokens,
+                enable_prefix_caching=False,
+                kv_cache_dtype=args.kv_cache_dtype,
+                batch_invariant=invariant,
+                cuda_graphs=not args.no_cuda_graphs,
+            )
+            runner = ModelRunner(config, torch.device(device), model)
+        model = runner.model
+        with LLM.from_runner(config, runner) as llm:
+            yield llm, invariant
+
+
+def price(row: dict[str, Any], before: dict[str, Any]) -> dict[str, float]:
+    """What this row takes, in parts of what the same case took before."""
+    keys = ("ttft_ms", "tpot_ms") if "tpot_ms" in row else ("out_tok_s",)
+    names = {key: key.removesuffix("_ms") + "_ratio" for key in keys}
+    return {names[k]: round(row[k] / before[k], 3) for k in keys if k in row and k in before}
+
+
+def figures(row: dict[str, Any]) -> str:
+    shown = [
+        f"{row[key]:>10.2f} {unit}" if key in row else " " * (11 + len(unit))
+        for key, unit in (
+            ("ttft_ms", "ms TTFT"),
+            ("tpot_ms", "ms TPOT"),
+            ("out_tok_s", "tok/s"),
+            ("host_us", "us host"),
+        )
+    ]
+    ratios = [f"{key} {row[key]:.3f}" for key in row if key.endswith("_ratio")]
+    return " ".join([*shown, *ratios])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ makes the command fail.
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -38,10 +38,12 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def newest() -> str | None:
-    """The newest release that the package index has for this Python."""
-    done = run(sys.executable, *PIP, "index", "versions", "torch")
-    found = re.search(r"torch \(([0-9.]+)", done.stdout)
-    return found[1] if found else None
+    """The newest release that pip would install here; it may be told not to take later ones."""
+    report = ("--dry-run", "--ignore-installed", "--no-deps", "--report", "-")
+    done = run(sys.executable, *PIP, "install", *report, "torch")
+    if done.returncode:
+        return None
+    return json.loads(done.stdout)["install"][0]["metadata"]["version"]
 
 
 def build_wheel(folder: Path) -> Path:

@@ -34,6 +34,30 @@ PyObject* owned(PyObject* value) {
   return value;
 }
 
+// Requests lie all over the heap, and by the next step other programs have had the caches: some 20
+// lines of each come from memory. The loops ask for them so many requests ahead, in as many rounds
+// as pointers have to be followed.
+constexpr int64_t kFar = 12, kMiddle = 8, kNear = 4;
+
+void fetch(const void* address) { __builtin_prefetch(address); }
+
+void fetch(PyObject* object, Py_ssize_t size) {
+  const char* begin = reinterpret_cast<const char*>(object);
+  for (Py_ssize_t i = 0; i < size; i += 64) fetch(begin + i);
+}
+
+// Where the next item of a list will be written.
+void fetch_end(PyObject* list) {
+  if (list != nullptr && PyList_Check(list))
+    fetch(reinterpret_cast<PyListObject*>(list)->ob_item + PyList_GET_SIZE(list));
+}
+
+PyObject* item_of(const py::list& list, int64_t i, const py::type& type) {
+  if (i >= static_cast<int64_t>(list.size())) return nullptr;
+  PyObject* object = PyList_GET_ITEM(list.ptr(), i);
+  return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(type.ptr()) ? object : nullptr;
+}
+
 }  // namespace
 
 Slot::Slot(py::handle type, const char* name) : name_(name) {
@@ -76,6 +100,7 @@ void Slot::put(PyObject* object, int64_t value) const { put(object, PyLong_FromL
 DecodeLoop::DecodeLoop(py::type request, py::type metrics, py::type chunk, py::object running,
                        py::object pool, int64_t block_size)
     : request_type_(request),
+      metrics_type_(metrics),
       chunk_type_(chunk),
       running_(std::move(running)),
       pool_object_(pool),
@@ -104,9 +129,11 @@ DecodeLoop::DecodeLoop(py::type request, py::type metrics, py::type chunk, py::o
 py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budget,
                            const py::list& chunks) {
   const auto size = static_cast<int64_t>(running.size());
-  auto* chunk_type = reinterpret_cast<PyTypeObject*>(chunk_type_.ptr());
   int64_t planned = 0, i = begin;
+  if (begin == 0) turn_ ^= 1, next_ = 0;  // a new plan
+  for (int64_t first = begin - kFar; first < begin; ++first) fetch_for_plan(running, first);
   for (; i < size && planned < budget; ++i) {
+    fetch_for_plan(running, i);
     PyObject* request = item(running, i, request_type_);
     if (status_.get(request) != running_.ptr() || draft_tokens_.length(request) != 0) break;
     const int64_t in_flight = in_flight_.integer(request);
@@ -118,10 +145,9 @@ py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budge
       if (pool_.num_free() < 1) break;
       append(block_table_.get(request), owned(PyLong_FromLongLong(pool_.allocate(1)[0])));
     }
-    PyObject* chunk = owned(chunk_type->tp_alloc(chunk_type, 0));
-    const py::object holder = py::reinterpret_steal<py::object>(chunk);
+    PyObject* chunk = next_chunk();
     request_.put(chunk, Py_NewRef(request));
-    start_.put(chunk, computed);
+    start_.put(chunk, Py_NewRef(num_computed_.get(request)));
     count_.put(chunk, 1);
     num_drafts_.put(chunk, int64_t{0});
     samples_.put(chunk, Py_NewRef(Py_True));
@@ -133,6 +159,17 @@ py::tuple DecodeLoop::plan(const py::list& running, int64_t begin, int64_t budge
   return py::make_tuple(i, planned);
 }
 
+PyObject* DecodeLoop::next_chunk() {
+  std::vector<py::object>& made = chunks_[turn_];
+  if (next_ == made.size()) made.emplace_back();
+  py::object& chunk = made[next_++];
+  if (!chunk || Py_REFCNT(chunk.ptr()) != 1) {
+    auto* type = reinterpret_cast<PyTypeObject*>(chunk_type_.ptr());
+    chunk = py::reinterpret_steal<py::object>(owned(type->tp_alloc(type, 0)));
+  }
+  return chunk.ptr();
+}
+
 int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int64_t begin,
                            double now, bool caching, const py::list& updated) {
   const auto size = static_cast<int64_t>(chunks.size());
@@ -140,7 +177,9 @@ int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int6
     throw py::value_error("DecodeLoop.commit: there must be tokens for every chunk");
   const py::object time = py::float_(now), one = py::int_(1);
   int64_t i = begin;
+  for (int64_t first = begin - kFar; first < begin; ++first) fetch_for_commit(chunks, first);
   for (; i < size; ++i) {
+    fetch_for_commit(chunks, i);
     PyObject* chunk = item(chunks, i, chunk_type_);
     PyObject* request = request_.get(chunk);
     PyObject* token = PyList_GET_ITEM(sampled.ptr(), i);
@@ -166,6 +205,46 @@ int64_t DecodeLoop::commit(const py::list& chunks, const py::list& sampled, int6
     if (followed_.get(request) == Py_True) append(updated.ptr(), Py_NewRef(request));
   }
   return i;
+}
+
+void DecodeLoop::fetch_for_plan(const py::list& running, int64_t i) const {
+  if (i + kFar >= 0 && i + kFar < static_cast<int64_t>(running.size()))
+    fetch(PyList_GET_ITEM(running.ptr(), i + kFar),
+          reinterpret_cast<PyTypeObject*>(request_type_.ptr())->tp_basicsize);
+  if (i + kMiddle < 0) return;
+  PyObject* request = item_of(running, i + kMiddle, request_type_);
+  if (request == nullptr) return;
+  for (const Slot* slot : {&tokens_, &block_table_, &draft_tokens_, &num_computed_, &max_total_,
+                           &stop_ids_, &metrics_})
+    fetch(slot->peek(request));
+}
+
+void DecodeLoop::fetch_for_commit(const py::list& chunks, int64_t i) const {
+  const auto request_at = [&](int64_t at) -> PyObject* {
+    PyObject* chunk = at < 0 ? nullptr : item_of(chunks, at, chunk_type_);
+    PyObject* request = chunk == nullptr ? nullptr : request_.peek(chunk);
+    const auto* type = reinterpret_cast<PyTypeObject*>(request_type_.ptr());
+    return request != nullptr && Py_TYPE(request) == type ? request : nullptr;
+  };
+  const auto metrics_at = [&](PyObject* request) -> PyObject* {
+    PyObject* metrics = request == nullptr ? nullptr : metrics_.peek(request);
+    const auto* type = reinterpret_cast<PyTypeObject*>(metrics_type_.ptr());
+    return metrics != nullptr && Py_TYPE(metrics) == type ? metrics : nullptr;
+  };
+  PyObject* far = request_at(i + kFar);
+  if (far != nullptr) {
+    fetch_end(tokens_.peek(far));
+    fetch(stop_ids_.peek(far));
+    fetch(metrics_.peek(far), reinterpret_cast<PyTypeObject*>(metrics_type_.ptr())->tp_basicsize);
+  }
+  if (PyObject* metrics = metrics_at(request_at(i + kMiddle))) {
+    fetch(token_times_.peek(metrics));
+    fetch(token_counts_.peek(metrics));
+  }
+  if (PyObject* metrics = metrics_at(request_at(i + kNear))) {
+    fetch_end(token_times_.peek(metrics));
+    fetch_end(token_counts_.peek(metrics));
+  }
 }
 
 void DecodeLoop::register_blocks(PyObject* request, int64_t computed) {
@@ -208,14 +287,15 @@ bool DecodePacker::plain(const py::list& chunks) const {
   return true;
 }
 
-int64_t DecodePacker::pack(const py::list& chunks, py::array_t<int64_t> rows,
-                           py::array_t<int64_t> starts, py::array_t<int64_t> ids,
-                           const py::list& news) const {
+py::tuple DecodePacker::pack(const py::list& chunks, py::array_t<int64_t> rows,
+                             py::array_t<int64_t> starts, py::array_t<int64_t> ids,
+                             py::array_t<int32_t> tables, const py::list& news) const {
   const auto size = static_cast<int64_t>(chunks.size());
   if (rows.size() < size || starts.size() < size || ids.size() < size)
     throw py::value_error("DecodePacker.pack: the arrays must hold one number per chunk");
   int64_t *row = rows.mutable_data(), *start = starts.mutable_data(), *id = ids.mutable_data();
-  int64_t width = 0;
+  auto table = tables.mutable_unchecked<2>();
+  int64_t width = 0, written = 0;
   for (int64_t i = 0; i < size; ++i) {
     PyObject* chunk = item(chunks, i, chunk_type_);
     PyObject* request = request_.get(chunk);
@@ -228,11 +308,24 @@ int64_t DecodePacker::pack(const py::list& chunks, py::array_t<int64_t> rows,
       id[i] = PyLong_AsLongLong(PyList_GET_ITEM(tokens_.get(request), known - 1));
       if (id[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
     }
-    const int64_t have = block_table_.length(request);
+    const int64_t have = block_table_.length(request), sent = blocks_sent_.integer(request);
     if (have > width) width = have;
-    if (have != blocks_sent_.integer(request)) append(news.ptr(), Py_NewRef(request));
+    if (have == sent) continue;
+    if (sent == 0) {
+      append(news.ptr(), Py_NewRef(request));
+      continue;
+    }
+    if (row[i] < 0 || row[i] >= table.shape(0) || sent < 0 || have > table.shape(1))
+      throw py::value_error("DecodePacker.pack: a row or block table is not in the tables");
+    for (int64_t at = sent; at < have; ++at) {
+      const int64_t block = PyLong_AsLongLong(PyList_GET_ITEM(block_table_.get(request), at));
+      if (block == -1 && PyErr_Occurred()) throw py::error_already_set();
+      table(row[i], at) = static_cast<int32_t>(block);
+    }
+    blocks_sent_.put(request, have);
+    ++written;
   }
-  return width;
+  return py::make_tuple(width, written);
 }
 
 namespace {
@@ -287,6 +380,21 @@ bool DecodePacker::fill(const py::array_t<int64_t>& rows, const py::array_t<int6
   }
   for (int64_t i = 0; i < count; ++i) drawn(row(i)) = i;
   return greedy;
+}
+
+void DecodePacker::gather(const py::array_t<int32_t>& tables, const py::array_t<int64_t>& rows,
+                          int64_t width, py::array_t<int32_t> out) {
+  const int64_t count = rows.size();
+  const auto row = rows.unchecked<1>();
+  const auto table = tables.unchecked<2>();
+  auto to = out.mutable_unchecked<1>();
+  if (width < 0 || width > table.shape(1) || count * width > to.shape(0))
+    throw py::value_error("DecodePacker.gather: the tables or their target are too small");
+  for (int64_t i = 0; i < count; ++i) {
+    if (row(i) < 0 || row(i) >= table.shape(0))
+      throw py::value_error("DecodePacker.gather: a row is not in the tables");
+    for (int64_t at = 0; at < width; ++at) to(i * width + at) = table(row(i), at);
+  }
 }
 
 }  // namespace fastinfer::host

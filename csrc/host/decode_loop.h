@@ -11,6 +11,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "block_pool.h"
 
 namespace fastinfer::host {
@@ -23,6 +25,10 @@ class Slot {
   Slot(py::handle type, const char* name);
 
   PyObject* get(PyObject* object) const;  // borrowed
+  // The same without an error: null where it is not set.
+  PyObject* peek(PyObject* object) const {
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+  }
   int64_t integer(PyObject* object) const;
   Py_ssize_t length(PyObject* object) const;          // of a list
   void put(PyObject* object, PyObject* value) const;  // takes over the reference
@@ -51,11 +57,19 @@ class DecodeLoop {
 
  private:
   void register_blocks(PyObject* request, int64_t computed);
+  PyObject* next_chunk();  // borrowed
+  void fetch_for_plan(const py::list& running, int64_t i) const;
+  void fetch_for_commit(const py::list& chunks, int64_t i) const;
 
-  py::type request_type_, chunk_type_;
+  py::type request_type_, metrics_type_, chunk_type_;
   py::object running_, pool_object_;
   BlockPool& pool_;
   int64_t block_size_;
+  // The chunks of the last two plans, used again when nobody else holds them: making and freeing
+  // them costs more than filling them, and a round of garbage collection every few steps. Two,
+  // because one plan is in flight while the next is made.
+  std::vector<py::object> chunks_[2];
+  size_t turn_ = 0, next_ = 0;
   // of Request
   Slot tokens_, num_computed_, block_table_, block_hashes_, num_registered_, draft_tokens_,
       in_flight_, status_, max_total_, stop_ids_, metrics_, followed_;
@@ -71,10 +85,11 @@ class DecodePacker {
   bool plain(const py::list& chunks) const;
 
   // Row, position and input token (-1: still on the device) of every chunk, each of one token.
-  // Appends to `news` the requests whose block table has grown since it was last sent; returns the
-  // length of the longest table.
-  int64_t pack(const py::list& chunks, py::array_t<int64_t> rows, py::array_t<int64_t> starts,
-               py::array_t<int64_t> ids, const py::list& news) const;
+  // Brings the rows of `tables` up to date with block tables that have changed since they were last
+  // sent; requests of which nothing was sent yet go to `news` instead. Returns the length of the
+  // longest table, and how many rows were written.
+  py::tuple pack(const py::list& chunks, py::array_t<int64_t> rows, py::array_t<int64_t> starts,
+                 py::array_t<int64_t> ids, py::array_t<int32_t> tables, const py::list& news) const;
 
   // Turns that into the columns of the step, in one pass: the input token or where the device has
   // it (`drawn_at` of the row; else `own`), position, slot of the cache, length. From now on the
@@ -84,6 +99,10 @@ class DecodePacker {
                    py::array_t<int64_t> drawn_at, const py::array_t<int32_t>& tables,
                    const py::array_t<float>& temperatures, int64_t block_size,
                    const py::dict& columns);
+
+  // The first `width` entries of these rows of `tables`, one after the other, to `out`.
+  static void gather(const py::array_t<int32_t>& tables, const py::array_t<int64_t>& rows,
+                     int64_t width, py::array_t<int32_t> out);
 
  private:
   py::type request_type_, chunk_type_;

@@ -98,12 +98,15 @@ PYBIND11_MODULE(_host, m) {
       .def(py::init<py::type, py::type>(), py::arg("request"), py::arg("chunk"))
       .def("plain", &DecodePacker::plain, py::arg("chunks"))
       .def("pack", &DecodePacker::pack, py::arg("chunks"), py::arg("rows").noconvert(),
-           py::arg("starts").noconvert(), py::arg("ids").noconvert(), py::arg("news"))
+           py::arg("starts").noconvert(), py::arg("ids").noconvert(), py::arg("tables").noconvert(),
+           py::arg("news"))
       .def_static("fill", &DecodePacker::fill, py::arg("rows").noconvert(),
                   py::arg("starts").noconvert(), py::arg("ids").noconvert(),
                   py::arg("own").noconvert(), py::arg("drawn_at").noconvert(),
                   py::arg("tables").noconvert(), py::arg("temperatures").noconvert(),
-                  py::arg("block_size"), py::arg("columns"));
+                  py::arg("block_size"), py::arg("columns"))
+      .def_static("gather", &DecodePacker::gather, py::arg("tables").noconvert(),
+                  py::arg("rows").noconvert(), py::arg("width"), py::arg("out").noconvert());
 
   m.def("extend_block_hashes", &fastinfer::host::extend_block_hashes, py::arg("tokens"),
         py::arg("block_size"), py::arg("hashes"), py::arg("salt") = py::bytes());

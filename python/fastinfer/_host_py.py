@@ -303,24 +303,31 @@ class DecodePacker:
             for c in chunks
         )
 
-    def pack(self, chunks: list[Any], rows: Any, starts: Any, ids: Any, news: list[Any]) -> int:
+    def pack(
+        self, chunks: list[Any], rows: Any, starts: Any, ids: Any, tables: Any, news: list[Any]
+    ) -> tuple[int, int]:
         """Row, position and input token (-1: still on the device) of every chunk, each of one
-        token; requests whose block table has grown go to `news`.
+        token. Brings the rows of `tables` up to date with block tables that have changed since they
+        were last sent; requests of which nothing was sent yet go to `news` instead.
 
         Returns:
-            The length of the longest block table.
+            The length of the longest block table, and how many rows were written.
         """
-        width = 0
+        width = written = 0
         for i, chunk in enumerate(chunks):
             request = chunk.request
             rows[i], starts[i] = request.row, chunk.start
             # A second token in flight is this step's own; the first is on the device only.
             ids[i] = -1 if request.in_flight > 1 else request.tokens[-1]
-            have = len(request.block_table)
+            have, sent = len(request.block_table), request.blocks_sent
             width = max(width, have)
-            if have != request.blocks_sent:
+            if have != sent and not sent:
                 news.append(request)
-        return width
+            elif have != sent:
+                tables[request.row, sent:have] = request.block_table[sent:]
+                request.blocks_sent = have
+                written += 1
+        return width, written
 
     @staticmethod
     def fill(
@@ -353,3 +360,8 @@ class DecodePacker:
         columns["temperature"][:count] = temperatures[rows]
         drawn_at[rows] = range(count)
         return not columns["temperature"][:count].any()
+
+    @staticmethod
+    def gather(tables: Any, rows: Any, width: int, out: Any) -> None:
+        """The first `width` entries of these rows of `tables`, one after the other, to `out`."""
+        out[: len(rows) * width] = tables[rows, :width].reshape(-1)

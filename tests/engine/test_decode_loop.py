@@ -68,12 +68,23 @@ def check_packers(hosts: list[ModuleType], plan: SchedulePlan) -> None:
     plain = [packer.plain(plan.chunks) for packer in packers]
     assert plain[0] == plain[1]
     results = []
+    requests = [chunk.request for chunk in plan.chunks]
+    before = [request.blocks_sent for request in requests]
     for packer in packers:
+        for request, sent in zip(requests, before, strict=True):
+            request.blocks_sent = sent
         arrays = [np.full(len(plan.chunks) + 1, -7) for _ in range(3)]
+        tables = np.full((8, 64), -7, dtype=np.int32)
         news: list[Request] = []
-        width = packer.pack(plan.chunks, *arrays, news)
-        results.append((width, [a.tolist() for a in arrays], [r.request_id for r in news]))
+        told = packer.pack(plan.chunks, *arrays, tables, news)
+        sent_now = [request.blocks_sent for request in requests]
+        new_ids = [request.request_id for request in news]
+        results.append((told, [a.tolist() for a in (*arrays, tables)], new_ids, sent_now))
     assert results[0] == results[1]
+    for request in news:
+        request.blocks_sent = len(request.block_table)
+    for request in requests:
+        assert request.blocks_sent == len(request.block_table)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -103,6 +114,19 @@ def test_both_hosts_fill_the_same_columns(seed: int) -> None:
     assert results[0][0] == (not temperatures[arguments[0]].any())
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_both_hosts_gather_the_same_tables(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tables = rng.integers(0, 2**31, (9, 7), dtype=np.int32)
+    rows, width = rng.permutation(9)[: rng.integers(0, 9)], int(rng.integers(0, 8))
+    for name in ("python", "native"):
+        out = np.full(9 * 7, -7, dtype=np.int32)
+        load_host_module(name).DecodePacker.gather(tables, rows, width, out)
+        size = len(rows) * width
+        assert out[:size].reshape(len(rows), width).tolist() == tables[rows, :width].tolist()
+        assert (out[size:] == -7).all()
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_both_hosts_do_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     load_host_module("native")
@@ -118,6 +142,7 @@ def test_misuse_is_an_error() -> None:
     packer = host.DecodePacker(Request, ScheduledChunk)
     request = make_request(make_scheduler(), 3)
     chunk = ScheduledChunk(request, 0, 1, 0, True)
+    tables = np.zeros((1, 1), dtype=np.int32)
     with pytest.raises(TypeError, match="must hold objects of"):
         loop.plan([chunk], 0, 5, [])
     with pytest.raises(TypeError, match="must hold objects of"):
@@ -125,10 +150,10 @@ def test_misuse_is_an_error() -> None:
     with pytest.raises(ValueError, match="tokens for every chunk"):
         loop.commit([chunk], [], 0, 0.0, True, [])
     with pytest.raises(ValueError, match="one number per chunk"):
-        packer.pack([chunk], *(np.empty(0, dtype=np.int64) for _ in range(3)), [])
+        packer.pack([chunk], *(np.empty(0, dtype=np.int64) for _ in range(3)), tables, [])
     with pytest.raises(TypeError):  # the arrays are written to: no copies
-        packer.pack([chunk], *(np.empty(1, dtype=np.int32) for _ in range(3)), [])
-    one, tables = np.zeros(1, dtype=np.int64), np.zeros((1, 1), dtype=np.int32)
+        packer.pack([chunk], *(np.empty(1, dtype=np.int32) for _ in range(3)), tables, [])
+    one = np.zeros(1, dtype=np.int64)
     names = ("input_ids", "source", "positions", "slots", "seq_lens", "temperature")
     columns = {name: np.zeros(1, dtype=np.int64) for name in names}
     floats = np.zeros(1, dtype=np.float32)
@@ -138,14 +163,46 @@ def test_misuse_is_an_error() -> None:
     for row, start in ((1, 0), (-1, 0), (0, 4), (0, -1)):
         with pytest.raises(ValueError, match="not in the tables"):
             packer.fill(one + row, one + start, one, one, one, tables, floats, 4, columns)
+    for rows, width, size in ((one, 2, 9), (one, -1, 9), (one, 1, 0), (one + 1, 1, 9)):
+        with pytest.raises(ValueError, match="gather"):
+            packer.gather(tables, rows, width, np.empty(size, dtype=np.int32))
+    with pytest.raises(TypeError):
+        packer.gather(tables, one, 1, np.empty(9, dtype=np.int64))
     columns["slots"] = one[:0]
     with pytest.raises(ValueError, match="column slots must hold one number per chunk"):
         packer.fill(one, one, one, one, one, tables, floats, 4, columns)
     with pytest.raises(TypeError, match="__slots__"):
         host.DecodePacker(RequestStatus, ScheduledChunk)
+    request.block_table, request.blocks_sent = [1, 2], 1
+    for row in (-1, 0, 1):  # no such row, too long, no such row
+        request.row = row
+        with pytest.raises(ValueError, match="not in the tables"):
+            packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), tables, [])
     request.block_table = (1, 2)  # type: ignore[assignment]
     with pytest.raises(TypeError, match="block_table must be a list"):
-        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), [])
+        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), tables, [])
     del request.block_table
     with pytest.raises(TypeError, match="block_table must be set"):
-        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), [])
+        packer.pack([chunk], *(np.empty(1, dtype=np.int64) for _ in range(3)), tables, [])
+
+
+def test_chunks_are_used_again_when_nobody_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTINFER_HOST", "native")
+    load_host_module("native")
+    scheduler = make_scheduler(num_blocks=40, max_num_batched_tokens=64, max_num_seqs=8)
+    for request in [make_request(scheduler, 2, 30) for _ in range(3)]:
+        scheduler.add(request)
+
+    def step() -> SchedulePlan:
+        plan = scheduler.schedule()
+        scheduler.commit(plan, [[5] if chunk.samples else [] for chunk in plan.chunks])
+        return plan
+
+    step()  # the prompts
+    held = [step() for _ in range(4)]
+    assert len({id(chunk) for plan in held for chunk in plan.chunks}) == 12
+    starts = [[chunk.start for chunk in plan.chunks] for plan in held]
+    del held[1:]
+    seen = {id(chunk) for _ in range(9) for chunk in step().chunks}
+    assert len(seen) <= 9 and not seen & {id(chunk) for chunk in held[0].chunks}
+    assert [chunk.start for chunk in held[0].chunks] == starts[0]  # a plan that is held stays

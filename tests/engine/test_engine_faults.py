@@ -166,12 +166,12 @@ def test_out_of_memory_at_start_is_one_sentence(
         return call
 
     big = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore lines")
-    monkeypatch.setattr(runner, "load_model", fail(big))
+    monkeypatch.setattr(runner, "start_loading", fail(big))
     message = r"the weights of .* must fit into the memory of cpu; `fastinfer plan --model .*` says"
     with pytest.raises(ValueError, match=message) as caught:
         LLM(tmp_path, device="cpu")
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(runner, "load_model", fail(RuntimeError("something else")))
+    monkeypatch.setattr(runner, "start_loading", fail(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         LLM(tmp_path, device="cpu")
     monkeypatch.undo()

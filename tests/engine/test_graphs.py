@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastinfer import LLM, SamplingParams, ops
-from fastinfer.engine import runner
+from fastinfer.engine import replay, runner
 from fastinfer.engine.graphs import DecodeGraphs, bucket_sizes
 
 
@@ -182,3 +184,11 @@ def test_requests_that_ask_for_more_run_without_a_graph(folder: Path) -> None:
         used.clear()
         llm.generate([[7]], SamplingParams(**plain))  # a prompt of one token is a decode
         assert used == [True] * 4
+
+
+def test_the_library_and_python_agree_on_a_step() -> None:
+    source = Path(__file__).parents[2] / "csrc" / "cuda" / "common" / "step.cu"
+    body = source.read_text().split("struct FastinferStep {")[1].split("};")[0]
+    fields = re.findall(r"(void\*|int64_t) (\w+);", body)
+    kinds = {"void*": ctypes.c_void_p, "int64_t": ctypes.c_int64}
+    assert [(name, kinds[kind]) for kind, name in fields] == replay._Step._fields_

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import torch
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.engine import graphs
+from fastinfer.engine.config import EngineConfig
+from fastinfer.engine.runner import ModelRunner
+from fastinfer.models import device_read
 from fastinfer.text import load_tokenizer
 from helpers import devices
 
@@ -205,6 +209,29 @@ def test_logprobs_and_penalties(oracle: Oracle, prompts: list[list[int]]) -> Non
     for got, want in pairs:
         best = next(iter(want))
         assert got[best].logprob == pytest.approx(want[best].logprob, abs=0.05)
+
+
+def test_weights_may_arrive_when_all_else_is_ready(
+    prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(dtype="auto", num_blocks=None) as llm:
+        expected = greedy(llm, prompts)
+    gate, fetch, set_up = threading.Event(), device_read._Slots.fetch, ModelRunner._set_up
+
+    def held(*arguments: object) -> object:
+        assert gate.wait(60)
+        return fetch(*arguments)  # type: ignore[arg-type]
+
+    def late(runner: ModelRunner, config: EngineConfig, model: object) -> None:
+        set_up(runner, config, model)
+        torch.cuda.synchronize()
+        assert not any(bool(param.any()) for param in model.parameters())
+        gate.set()
+
+    monkeypatch.setattr(device_read._Slots, "fetch", held)
+    monkeypatch.setattr(ModelRunner, "_set_up", late)
+    with load(dtype="auto", num_blocks=None) as llm:
+        assert greedy(llm, prompts) == expected
 
 
 def test_a_failed_start_says_what_did_not_fit() -> None:

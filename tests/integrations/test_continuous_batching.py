@@ -122,6 +122,39 @@ def test_another_loader_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "another form" in _loader.install()
 
 
+@pytest.mark.parametrize("kind", ["ContinuousBatchingIOs", "ContinuousBatchingAsyncIOs"])
+def test_steps_wait_for_the_stream_of_the_caller(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers resets the tensors of a step on one stream and fills them on another."""
+
+    class Stream:
+        device = "cuda:0"
+
+        def wait_stream(self, other: object) -> None:
+            happened.append(("waits for", other))
+
+    class Step:
+        h2d_stream, compute_stream = Stream(), None
+
+        def get_model_kwargs(self) -> str:
+            happened.append("read")
+            return "made"
+
+    if kind == "ContinuousBatchingIOs":
+        Step.h2d_stream, Step.compute_stream = None, Step.h2d_stream
+    happened: list[object] = []
+    monkeypatch.setattr(_loader.input_outputs, kind, Step)
+    monkeypatch.setattr(_loader.cuda, "Stream", Stream)
+    monkeypatch.setattr(_loader.cuda, "current_stream", lambda device: f"the caller's on {device}")
+    _loader.order_streams()
+    _loader.order_streams()
+    assert Step().get_model_kwargs() == "made"
+    assert happened == [("waits for", "the caller's on cuda:0"), "read"]
+    Step.h2d_stream = Step.compute_stream = None  # a CPU
+    assert Step().get_model_kwargs() == "made"
+
+
 def test_other_implementations_load_as_before() -> None:
     with pytest.raises(Exception, match="flash_attn_interface"):
         _loader.loader._lazy_imports("flash_attention_3")

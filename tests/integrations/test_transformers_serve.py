@@ -27,8 +27,11 @@ def request(url: str, body: dict | None = None) -> dict:
         return json.load(answer)
 
 
-@pytest.mark.full
-def test_chat_completions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.full), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def test_chat_completions(device: str, tmp_path: Path) -> None:
     for package in ("fastapi", "uvicorn", "openai", "accelerate"):
         pytest.importorskip(package, reason="needs transformers[serving] and accelerate")
     with socket.socket() as s:
@@ -36,7 +39,8 @@ def test_chat_completions(tmp_path: Path) -> None:
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "fastinfer.integrations.transformers", "serve", MODEL]
     command += ["--continuous-batching", "--attn-implementation", "fastinfer/flash-attn2"]
-    command += ["--cb-num-blocks", "64", "--device", "cpu", "--dtype", "float32"]
+    dtype = "float16" if device == "cuda" else "float32"
+    command += ["--cb-num-blocks", "64", "--device", device, "--dtype", dtype]
     package = str(Path(fastinfer.__file__).parents[1])
     paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     with open(tmp_path / "log", "w") as log:

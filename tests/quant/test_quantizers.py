@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastinfer.quant import CanonicalWeight, QuantError, QuantLinear, W8A8Linear, quantize_model
 from fastinfer.quant import awq as awq_module
 from fastinfer.quant.folding import fold_into_norm, fold_into_rows
-from fastinfer.quant.gptq import Moments, factorize, gptq, output_loss
+from fastinfer.quant.gptq import Factor, Moments, factorize, gptq, output_loss, strip_width
 from fastinfer.quant.rtn import GridOptions, find_grid, on_grid, rtn, rtn_int8, weight_error
 from fastinfer.quant.smoothquant import fake_quantize_tokens, smooth_factors
 
@@ -118,20 +118,62 @@ def loss_of(weight: Tensor, rounded: Tensor, moments: Tensor) -> float:
 
 
 def moments_of(x: Tensor) -> Tensor:
-    moments = Moments(x.shape[1])
+    return 2 * x.t() @ x / x.shape[0]
+
+
+def strips_of(x: Tensor, width: int = 128, order: Tensor | None = None) -> Moments:
+    moments = Moments(x.shape[1], width=width, order=order)
     for part in x.split(100):
         moments.add(part)
-    return moments.matrix
+    return moments
 
 
-def test_moments_are_the_running_mean() -> None:
+def factor_of(
+    x: Tensor, opt: GridOptions | None = None, *, act_order: bool = False, static=False, damp=0.01
+) -> Factor:
+    order = torch.argsort(x.square().sum(0), descending=True) if act_order else None
+    width = strip_width(x.shape[1], opt, static_groups=static) if opt else 128
+
+    def refill() -> None:
+        moments.clear()
+        moments.add(x)
+
+    moments = strips_of(x, width, order)
+    return factorize(moments, refill, damp=damp)
+
+
+def whole(strips: list[Tensor]) -> Tensor:
+    """[K, K], upper triangular."""
+    out = torch.zeros(strips[-1].shape[0], strips[-1].shape[0])
+    for strip in strips:
+        out[: strip.shape[0], strip.shape[0] - strip.shape[1] : strip.shape[0]] = strip
+    return out.triu()
+
+
+@pytest.mark.parametrize("width", [5, 6, 128])
+@pytest.mark.parametrize("reordered", [False, True])
+def test_moments_are_the_running_mean(width: int, reordered: bool) -> None:
     x = torch.randn(257, 12)
-    assert torch.allclose(moments_of(x), 2 * x.t() @ x / 257, atol=1e-5)
-    again = Moments(12)
+    order = torch.randperm(12) if reordered else None
+    moments = strips_of(x, width, order)
+    want = moments_of(x if order is None else x[:, order])
+    assert [s.shape[0] for s in moments.strips] == {5: [5, 10, 12], 6: [6, 12], 128: [12]}[width]
+    assert torch.allclose(whole(moments.strips), want.triu(), atol=1e-5)
     for part in (torch.randn(5, 12), x):
-        again.clear()
-        again.add(part)
-    assert torch.allclose(again.matrix, moments_of(x), atol=1e-5) and again.count == 257
+        moments.clear()
+        moments.add(part)
+    assert torch.allclose(whole(moments.strips), want.triu(), atol=1e-5) and moments.count == 257
+
+
+@pytest.mark.parametrize("width", [32, 48, 128])
+def test_the_factor_is_the_root_of_the_moments(width: int) -> None:
+    x = correlated(300, 100)
+    moments = strips_of(x, width)
+    factor = factorize(moments, lambda: None, damp=0.05)
+    root = whole(factor.strips)
+    want = moments_of(x) + factor.added * torch.eye(100)
+    torch.testing.assert_close(root @ root.t(), want, atol=1e-3, rtol=1e-4)
+    assert all(a is b for a, b in zip(factor.strips, moments.strips, strict=True))
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -140,9 +182,10 @@ def test_moments_are_the_running_mean() -> None:
 def test_gptq_beats_rounding_on_correlated_inputs(
     symmetric: bool, act_order: bool, static: bool
 ) -> None:
-    weight, moments = torch.randn(48, 64), moments_of(correlated(1000, 64))
-    opt = options(4, 16, symmetric)
-    stored = gptq(weight, factorize(moments, act_order=act_order), opt, static_groups=static)
+    weight, x = torch.randn(48, 64), correlated(1000, 64)
+    opt, moments = options(4, 16, symmetric), moments_of(x)
+    factor = factor_of(x, opt, act_order=act_order, static=static)
+    stored = gptq(weight, factor, opt, static_groups=static)
     stored.validate("w")
     assert (stored.perm is not None) == (act_order and not static)
     ours = loss_of(weight, stored.dequantize(), moments)
@@ -172,9 +215,9 @@ def slow_gptq(weight: Tensor, moments: Tensor, opt: GridOptions, damp: float) ->
 @pytest.mark.parametrize("group_size", [48, 136, -1])
 def test_gptq_in_blocks_is_gptq(group_size: int) -> None:
     """Groups that straddle the blocks of 128 columns see all earlier errors."""
-    weight, moments = torch.randn(8, 200), moments_of(correlated(1000, 200, rank=30))
-    opt = options(4, group_size, False)
-    fast = gptq(weight, factorize(moments), opt).dequantize()
+    weight, x = torch.randn(8, 200), correlated(1000, 200, rank=30)
+    opt, moments = options(4, group_size, False), moments_of(x)
+    fast = gptq(weight, factor_of(x, opt), opt).dequantize()
     slow = slow_gptq(weight, moments, opt, 0.01)
     # fp32 and fp64 may round a tie differently, which later columns then follow.
     assert ((fast - slow).abs() < 1e-4).float().mean() > 0.97
@@ -186,7 +229,7 @@ def test_gptq_in_blocks_is_gptq(group_size: int) -> None:
 def test_output_loss_is_that_of_the_moments(act_order: bool) -> None:
     x, wrong = correlated(300, 40), torch.randn(9, 40)
     x[:, 4] = 0
-    factor = factorize(moments_of(x), act_order=act_order, damp=0.1)
+    factor = factor_of(x, act_order=act_order, damp=0.1)
     expected = 2 * (x @ wrong.t()).square().sum() / 300
     assert output_loss(wrong, factor) == pytest.approx(float(expected), rel=1e-4)
 
@@ -195,29 +238,33 @@ def test_gptq_dead_inputs_and_retries() -> None:
     x = correlated(50, 40)  # fewer rows than a full rank needs once columns repeat
     x[:, 7] = 0
     x[:, 8] = x[:, 9]
-    moments = moments_of(x)
-    factor = factorize(moments, damp=1e-12, retries=12)
+    moments = strips_of(x)
+    factor = factorize(moments, lambda: (moments.clear(), moments.add(x)), damp=1e-12, retries=12)
     assert factor.dead.nonzero().flatten().tolist() == [7]
     weight = torch.randn(6, 40)
     stored = gptq(weight, factor, options(4, 8, False))
     assert (stored.dequantize()[:, 7] == 0).all()
     assert torch.isfinite(stored.dequantize()).all()
-    all_dead = gptq(weight, factorize(torch.zeros(40, 40)), options(4, 8))
+    all_dead = gptq(weight, factorize(Moments(40), lambda: None), options(4, 8))
     assert torch.equal(all_dead.dequantize(), torch.zeros(6, 40))
 
 
 def test_gptq_damping_grows_until_it_helps() -> None:
     bad = -0.05 * torch.ones(4, 4) + 0.1 * torch.eye(4)  # one eigenvalue is -0.1
-    factor = factorize(bad, damp=0.01)
+    moments = Moments(4)
+
+    def refill() -> None:
+        moments.strips[0].copy_(bad)
+
+    refill()
+    factor = factorize(moments, refill, damp=0.01)
     assert factor.damp > 1
-    here = bad.clone()  # the same in the place of the moments
-    same = factorize(here, damp=0.01, refill=lambda: here.copy_(bad))
-    assert same.damp == factor.damp and torch.equal(same.lower, factor.lower)
-    assert same.lower.data_ptr() == here.data_ptr()
+    refill()
     with pytest.raises(QuantError, match="positive definite"):
-        factorize(bad, damp=0.01, retries=1)
+        factorize(moments, refill, damp=0.01, retries=1)
+    moments.strips[0][1, 2] = float("nan")
     with pytest.raises(QuantError, match="finite"):
-        factorize(torch.full((2, 2), float("nan")))
+        factorize(moments, refill)
 
 
 # ---- AWQ, SmoothQuant ------------------------------------------------------------------------

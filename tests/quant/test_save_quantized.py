@@ -244,26 +244,3 @@ def test_transformers_parses_the_quantization_config(form: str) -> None:
     parsed = AutoQuantizationConfig.from_dict(dict(config))
     if form != "compressed-tensors":
         assert (parsed.bits, parsed.group_size) == (4, 64)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"bits": 4}, {"bits": 8}, {"group_size": -1}, {"skip": ("lm_head", "k_proj", "layers.1")}],
-    ids=str,
-)
-def test_transformers_loads_compressed_tensors(options: dict, tmp_path: Path) -> None:
-    """transformers with the compressed-tensors package calculates what we do."""
-    for package in ("compressed_tensors", "accelerate"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    quantized(tmp_path / "out", method="rtn", **options)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
-    )
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
-    del config.quantization_config
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
-    ours = load_quantized(model, tmp_path / "out")
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=2e-4)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 
 import httpx
 import pytest
-from server_helpers import Running, serving, wait_until_idle
+from server_helpers import serving, wait_until_idle
 
 MINUTES = float(os.environ.get("FASTINFER_SOAK_MINUTES", "0.5"))
 CLIENTS = 24
 
 
 def resident_mb() -> float:
+    """What is held, without what the allocator merely has not given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as pages:
         return int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-async def client(server: Running, http: httpx.AsyncClient, rng: random.Random, end: float) -> int:
+async def client(url: str, http: httpx.AsyncClient, rng: random.Random, end: float) -> int:
     """Requests of all kinds until `end`, some of them broken, some left in the middle."""
     done = 0
     while time.monotonic() < end:
@@ -39,10 +45,10 @@ async def client(server: Running, http: httpx.AsyncClient, rng: random.Random, e
         if kind == 5:
             body["temperature"] = -1
         if kind == 4:
-            answer = await http.post(server.url + "/v1/completions", json=body)
+            answer = await http.post(url + "/v1/completions", json=body)
             assert answer.status_code == 200
             continue
-        async with http.stream("POST", server.url + "/v1/completions", json=body) as answer:
+        async with http.stream("POST", url + "/v1/completions", json=body) as answer:
             assert answer.status_code == (400 if kind == 5 else 200)
             lines = 0
             async for _ in answer.aiter_lines():
@@ -52,32 +58,36 @@ async def client(server: Running, http: httpx.AsyncClient, rng: random.Random, e
     return done
 
 
-async def traffic(server: Running, seconds: float, seed: int) -> int:
+async def traffic(url: str, seconds: float, seed: int) -> int:
     end = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=4)
     async with httpx.AsyncClient(limits=limits, timeout=120) as http:
         rngs = [random.Random(seed * 1000 + i) for i in range(CLIENTS)]
-        return sum(await asyncio.gather(*(client(server, http, rng, end) for rng in rngs)))
+        return sum(await asyncio.gather(*(client(url, http, rng, end) for rng in rngs)))
 
 
 @pytest.mark.full
 def test_memory_and_blocks_stay_flat():
-    # Few tokens per step: torch's matrix products keep code for every number of rows they have seen,
-    # so memory is flat only once all of them have been.
+    # Few tokens per step: torch's matrix products keep code for every number of rows they have
+    # seen, so memory is flat only once all of them have been.
     engine = {"max_num_seqs": 32, "num_blocks": 256, "max_num_batched_tokens": 64}
     with serving(engine=engine, max_requests=4 * CLIENTS) as server:
         seconds = MINUTES * 60 / 10
         sizes, total = [], 0
         for part in range(10):
-            total += asyncio.run(traffic(server, seconds, part))
+            # the clients are another process: their memory is not the question
+            command = [sys.executable, __file__, server.url, str(seconds), str(part)]
+            total += int(subprocess.run(command, check=True, capture_output=True).stdout)
             wait_until_idle(server.llm)
-            gc.collect()
             sizes.append(resident_mb())
         threads = threading.active_count()
         print(
             f"\n{total} requests in {MINUTES:g} minutes, resident MB: {[round(s) for s in sizes]}"
         )
-        # after the first parts have filled caches and pools
-        assert sizes[-1] - sizes[3] < 16, sizes
+        assert sizes[-1] - sizes[5] < 12, sizes  # the first half fills caches and pools
         assert threading.active_count() == threads
         assert server.llm.failed_steps == 0
+
+
+if __name__ == "__main__":
+    print(asyncio.run(traffic(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))))

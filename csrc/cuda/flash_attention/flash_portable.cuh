@@ -358,10 +358,11 @@ __global__ void __launch_bounds__(kPortableThreads)
   T* const to = static_cast<T*>(p.out) + at.out_base;
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {
-    float weight[2], log_sum[2];
+    float weight[2], log_sum[2], total[2];
+    state[m].totals(total);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      weight[r] = state[m].finish(r, factor, p, at.sink, log_sum[r]);
+      weight[r] = state[m].finish(r, total[r], factor, p, at.sink, log_sum[r]);
       const int32_t row = row_of(m) + 8 * r;
       if (p.lse && lane % 4 == 0 && row < at.w.len_q)
         p.lse[at.lse_base + row * p.lse_token] = log_sum[r];

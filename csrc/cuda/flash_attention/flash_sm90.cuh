@@ -15,7 +15,7 @@
 #pragma once
 
 #include "../common/launch.cuh"
-#include "flash_sm90_consume.cuh"
+#include "flash_sm90_flat.cuh"
 #include "flash_sm90_load.cuh"
 #include "tensor_map.h"
 
@@ -36,13 +36,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
   const uint32_t v_tiles = k_tiles + kStages * Tile::kTileBytes;
   auto& barriers = *reinterpret_cast<Sm90Barriers<Tile>*>(
       raw + (v_tiles + Tile::kStagesV * Tile::kTileBytes - q_tile));
-  static_assert(sizeof(Sm90Barriers<Tile>) <= 512, "reserved in kSharedBytes");
+  static_assert(sizeof(Sm90Barriers<Tile>) <= 768, "reserved in kSharedBytes");
 
   // The first dense unit of work needs nothing from memory.
   if (threadIdx.x == 32 && !p.cu_q) {
     Slot& slot = barriers.slots[0];
     slot.w = dense_work(p, blockIdx.x, Tile::kRows);
-    slot.keys = visible(p, slot.w, slot.w.row, Tile::kRows);
+    set_keys<Tile>(p, slot);
     slot.valid = 1;
   }
   if (threadIdx.x == 0) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
     for (int i = 0; i < Tile::kStagesQ; ++i)
       for (int g = 0; g < Tile::kGroups; ++g) {
         ptx::mbarrier_init(&barriers.q_full[i][g], 1);
-        ptx::mbarrier_init(&barriers.q_empty[i][g], Tile::kStagesQ == 1 ? 4 : 1);
+        ptx::mbarrier_init(&barriers.q_empty[i][g], 4);
       }
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&barriers.k_full[i], 1);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       ptx::mbarrier_init(&barriers.v_full[i], 1);
       ptx::mbarrier_init(&barriers.v_empty[i], kConsumerWarps);
     }
-    for (int i = 0; i < kSlots; ++i) {
+    for (int i = 0; i < Tile::kSlots; ++i) {
       ptx::mbarrier_init(&barriers.slot_full[i], 1);
       ptx::mbarrier_init(&barriers.slot_empty[i], kConsumerWarps + 2);  // and two loaders
     }
@@ -84,8 +84,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       load_values(p, &v_map, barriers, v_tiles);
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
-    Consumer<T, Tile, kModify> consumer{p,      barriers, out_map, packed_out,   tma_out,
-                                        q_tile, k_tiles,  v_tiles, warpgroup - 1};
+    using Kind = std::conditional_t<Tile::kFlat && !kModify, FlatConsumer<T, Tile>,
+                                    Consumer<T, Tile, kModify>>;
+    Kind consumer(k_tiles, v_tiles, p, barriers, out_map, packed_out, tma_out, q_tile,
+                  warpgroup - 1);
     consumer.run();
   }
 }
@@ -113,7 +115,7 @@ int launch_sm90_tiles(const FlashAttentionParams& call, void* stream) {
                        stride_suits_tma(p.out_batch, p.cu_q ? 1 : p.batch);
   if (!error && tma_out)
     error = tensor_map(out, p.out, p.dtype, p.head_dim, rows_q, p.heads_q, p.cu_q ? 1 : p.batch,
-                       p.out_token, p.out_head, p.out_batch, 64);
+                       p.out_token, p.out_head, p.out_batch, 16);
   if (error) return error;
   const int64_t tiles = p.cu_q ? p.tokens_q / Tile::kRows + p.batch
                                : ceil_div(p.len_q, Tile::kRows) * int64_t{p.batch};

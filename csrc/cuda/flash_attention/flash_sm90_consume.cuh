@@ -1,28 +1,31 @@
-// The consumer warpgroups of the sm_90a kernel: products, softmax, output.
+// The consumer warpgroups of the sm_90a kernel: products and softmax.
 #pragma once
 
-#include "flash_sm90_tile.cuh"
+#include "flash_sm90_output.cuh"
 
 namespace fastinfer::cuda::flash {
 
 template <class T, class Tile, bool kModify>
-struct Consumer {
+struct Consumer : OutputRows<T, Tile> {
   static constexpr int kD = Tile::kDim, kBuffersQ = Tile::kStagesQ;
   static constexpr int kKeys = Tile::kKeys, kStages = Tile::kStages;
+  // Softcap and ALiBi at 128 columns leave no registers for it.
+  static constexpr bool kStoreAmongExponents = kD <= 64 || !kModify;
 
-  const FlashAttentionParams& p;
-  Sm90Barriers<Tile>& barriers;
-  const CUtensorMap& out_map;
-  const bool packed_out, tma_out;  // `out` suits 16-byte stores, suits TMA
-  const uint32_t q_tile, k_tiles, v_tiles;
-  const int group;  // which consumer group this is
+  using Rows = OutputRows<T, Tile>;
+  using Rows::barriers, Rows::finish, Rows::first_row, Rows::group, Rows::leaves_by_tma, Rows::out,
+      Rows::p, Rows::q_tile, Rows::return_rows, Rows::send_rows, Rows::stage_rows, Rows::state,
+      Rows::store;
 
-  float out[kD / 2];
+  const uint32_t k_tiles, v_tiles;
   uint32_t probabilities[kKeys / 4];
-  RowState state;
   Ring<kStages> k_ring;
   Ring<Tile::kStagesV> v_ring;
   Ring<Tile::kStagesQ> q_ring;
+
+  template <class... Args>
+  __device__ __forceinline__ Consumer(uint32_t k_tiles, uint32_t v_tiles, Args&&... rows)
+      : Rows(rows...), k_tiles(k_tiles), v_tiles(v_tiles) {}
 
   static __device__ __forceinline__ void release(uint64_t* barrier) {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
@@ -85,15 +88,32 @@ struct Consumer {
     if constexpr (kMask) {
       const int32_t top = w.row + 64 * group;
       const Range low = row_limits(p, w, row), high = row_limits(p, w, row + 8);
-      if (row_limits(p, w, top).end < (tile + 1) * kKeys) mask_right(s, column, low.end, high.end);
+      const int32_t seen = row_limits(p, w, top).end - tile * kKeys;  // by all rows, of the tile
+      if (seen < kKeys) {
+        if constexpr (kKeys % 32 == 0) {
+          if (seen < kKeys / 2) mask_right<0, kKeys / 4>(s, column, low.end, high.end);
+          // Registers are too short at 128 columns for another copy of the upper half.
+          if (kD <= 64 && row_limits(p, w, top + 63).end - tile * kKeys <= kKeys / 2) {
+#pragma unroll
+            for (int i = kKeys / 4; i < kKeys / 2; ++i) s[i] = -INFINITY;
+          } else {
+            mask_right<kKeys / 4, kKeys / 2>(s, column, low.end, high.end);
+          }
+        } else {
+          mask_right(s, column, low.end, high.end);
+        }
+      }
       if (row_limits(p, w, top + 63).begin > tile * kKeys)
         mask_left(s, column, low.begin, high.begin);
     }
   }
-  // Tiles all of whose keys are seen by all rows of the group of 64 that starts at `top`.
-  __device__ __forceinline__ Range open_tiles(const Work& w, int32_t top) const {
-    return {(max(row_limits(p, w, top + 63).begin, 0) + kKeys - 1) / kKeys,
-            max(row_limits(p, w, top).end, 0) / kKeys};
+
+  // The same on the first tile of a unit, which may or may not need a mask.
+  __device__ __forceinline__ void treat_first(float (&s)[kKeys / 2], const Slot& slot,
+                                              int32_t tile) {
+    const Range open = slot.open[group];
+    if (kModify || tile < open.begin || tile >= open.end)
+      treat<true>(s, slot.w, tile, first_row(slot.w));
   }
 
   // Zeros in the rows of the current V tile that no row of the work sees. All consumers.
@@ -103,6 +123,7 @@ struct Consumer {
     ptx::mbarrier_wait(&barriers.v_full[v_ring.index], v_ring.phase);
     const uint32_t v = v_tiles + v_ring.index * Tile::kTileBytes;
     const int thread = threadIdx.x - 128;
+#pragma unroll 1  // rare; what an unrolled loop prepares would take registers from all the rest
     for (int i = thread; i < kKeys * kD / 8; i += 128 * Tile::kGroups) {
       const int32_t key = first + i / 8 % kKeys;
       if (key < keys.begin || key >= keys.end)
@@ -178,7 +199,7 @@ struct Consumer {
   __device__ __forceinline__ void remaining_tiles(float (&s)[kKeys / 2], const Slot& slot,
                                                   float factor) {
     const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
-    const int32_t top = slot.w.row + 64 * group, row = first_row(slot.w);
+    const int32_t row = first_row(slot.w);
     int32_t tile = last - 1;
     if constexpr (kD > 192) {
       // One body, masked: registers are short, and the products long enough to hide the mask.
@@ -187,7 +208,7 @@ struct Consumer {
     } else {
       // Masked tiles at the right, open tiles, masked tiles at the left. Two bodies: with a branch
       // around the mask in a single one, the assembler waits for O before the softmax.
-      const Range open = open_tiles(slot.w, top);
+      const Range open = slot.open[group];
 #pragma unroll 1
       for (int side = 0; side < 2; ++side) {
         for (const int32_t stop = side ? first : max(first, open.end); tile >= stop; --tile)
@@ -196,67 +217,6 @@ struct Consumer {
           step<false>(s, slot.w, tile, first, tile == last - 1, row, factor);
       }
     }
-  }
-
-  // The group's 64 rows of output to shared memory, in slabs as TMA wants them.
-  __device__ __forceinline__ void stage_rows(uint32_t to, float weight0, float weight1) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-    const uint32_t at = to + row * 128 + ((lane / 16 ^ lane % 8) << 4);
-    const auto word = [&](int i, float weight) {
-      return weight == 0.0f ? 0u : pack2<T>(out[i] * weight, out[i + 1] * weight);
-    };
-#pragma unroll
-    for (int j = 0; j < kD / 8; j += 2)
-      ptx::store_matrices((at ^ j % 8 << 4) + j / 8 * Tile::kRows * 128, word(4 * j, weight0),
-                          word(4 * j + 2, weight1), word(4 * j + 4, weight0),
-                          word(4 * j + 6, weight1));
-  }
-  // The Q buffer `rows` back to the loader, once the output has left it.
-  __device__ __forceinline__ void return_rows(int& rows) {
-    if (rows >= 0 && threadIdx.x % 128 == 0) {
-      ptx::tma_store_wait_read();
-      ptx::mbarrier_arrive(&barriers.q_empty[rows][group]);
-    }
-    rows = -1;
-  }
-
-  // This thread's first row of a unit of work; the second is 8 further.
-  __device__ __forceinline__ int32_t first_row(const Work& w) const {
-    return w.row + 64 * group + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-  }
-  // `rows`: the Q buffer of the unit, -1 where the output cannot leave through it.
-  __device__ __forceinline__ void store(const Work& w, float factor, int rows) {
-    const int64_t batch = p.cu_q ? 0 : w.batch, start = w.start_q, head = w.head;
-    const int32_t row = first_row(w);
-    const float sink = sink_logit(p, w.head);
-    float weight[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float lse;
-      weight[r] = state.finish(r, factor, p, sink, lse);
-      if (p.lse && threadIdx.x % 4 == 0 && row + 8 * r < w.len_q)
-        p.lse[batch * p.lse_batch + head * p.lse_head + (start + row + 8 * r) * p.lse_token] = lse;
-    }
-    const int32_t top = w.row + 64 * group;
-    if (rows >= 0 && tma_out && (!p.cu_q || top + 64 <= w.len_q)) {
-      stage_rows(q_tile + rows * Tile::kQBytes + group * 64 * 128, weight[0], weight[1]);
-      ptx::proxy_fence_shared();
-      ptx::named_sync(kStoreBarrier + group, 128);
-      if (threadIdx.x % 128 == 0) {
-#pragma unroll
-        for (int i = 0; i < Tile::kSlabs; ++i)
-          ptx::tma_store(&out_map,
-                         q_tile + rows * Tile::kQBytes + (i * Tile::kRows + group * 64) * 128,
-                         64 * i, w.start_q + top, w.head, p.cu_q ? 0 : w.batch);
-        ptx::tma_store_commit();
-      }
-      return;
-    }
-    if (rows >= 0) ptx::named_sync(kStoreBarrier + group, 128);  // nobody reads Q any more
-    T* const to =
-        static_cast<T*>(p.out) + batch * p.out_batch + head * p.out_head + start * p.out_token;
-    store_rows<T, kD>(to, p.out_token, p.head_dim, packed_out, out, row, row + 8, w.len_q,
-                      weight[0], weight[1]);
   }
 
   // O += P V of the first tile of keys, on its own.
@@ -281,20 +241,21 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::hold(s);
     scores_done(last == first);
-    treat<true>(s, slot.w, last, first_row(slot.w));
+    treat_first(s, slot, last);
     rows.template raise<2>(s, factor, origin, keep);
   }
   // The same together with the last product of the unit of work before.
   __device__ __forceinline__ void joined_scores(float (&s)[kKeys / 2], const Slot& slot, bool fresh,
                                                 RowState& rows, float factor, float (&origin)[2],
-                                                float (&keep)[2]) {
+                                                float (&keep)[2], float (&total)[2]) {
     const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
     const uint32_t v = v_tile();
     ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
     both_products(s, v, fresh);
     scores_done(last == first);
-    treat<true>(s, slot.w, last, first_row(slot.w));
+    treat_first(s, slot, last);
     rows.template raise<2>(s, factor, origin, keep);
+    state.totals(total);
     pin(origin[0] + origin[1]);
     finish_output();
   }
@@ -310,7 +271,7 @@ struct Consumer {
   // scores of the next, so that the tensor cores have no gap in between.
   __device__ __forceinline__ void run() {
     const float factor = kModify ? 1.0f : p.scale * kLog2e;
-    Ring<kSlots> work;
+    Ring<Tile::kSlots> work;
     float s[kKeys / 2], origin[2], keep[2];
     if (group == 1) pass_turn();  // the first group goes first
     if constexpr (Tile::kStagesQ == 1) {
@@ -329,7 +290,9 @@ struct Consumer {
         const Work w = slot.w;
         return_slot(barriers, work.index);  // now: it would wait for the stores
         work.next();
-        store(w, factor, -1);
+        float total[2];
+        state.totals(total);
+        store(w, factor, total, -1);
       }
     } else {
       int old = -1;                        // slot of the unit that is still to be stored
@@ -341,33 +304,60 @@ struct Consumer {
         const bool some = slot.valid && slot.keys.begin < slot.keys.end;
         const int rows_of_unit = q_ring.index;
         RowState next;
-        if (some && product)
-          joined_scores(s, slot, fresh, next, factor, origin, keep);
-        else if (some)
-          first_scores(s, slot, next, factor, origin, keep);
-        else if (product)
-          last_output(fresh);
+        float total[2];
+        if (some && product) {
+          joined_scores(s, slot, fresh, next, factor, origin, keep, total);
+        } else {
+          if (some)
+            first_scores(s, slot, next, factor, origin, keep);
+          else if (product)
+            last_output(fresh);
+          state.totals(total);
+        }
+        bool to_do = some;  // the exponentials
         if (old >= 0) {
-          const Work w = barriers.slots[old].w;
-          return_slot(barriers, old);  // now: it would wait for the stores
-          store(w, factor, rows);
+          const Work& w = barriers.slots[old].w;
+          if (kStoreAmongExponents && some && product && leaves_by_tma(w, rows)) {
+            // What there is to multiply, to round and to send is done between the exponentials.
+            float weight[2];
+            finish(w, factor, total, weight);
+            state = next;
+            state.template exponents<2>(s, factor, origin, keep, [&](int i) {
+              constexpr int kEach = kD / 64;
+              if (i < 4) {
+#pragma unroll
+                for (int j = kEach * i; j < kEach * i + kEach; ++j) stage_rows(j, rows, weight);
+              }
+              if (i == 5) send_rows(w, rows, stored);
+            });
+            return_slot(barriers, old);
+            to_do = false;
+          } else {
+            return_rows(stored);
+            const Work copy = w;
+            return_slot(barriers, old);  // now: it would wait for the stores
+            store(copy, factor, total, rows);
+          }
           stored = rows;
           rows = -1;
         }
-        state = next;
         old = -1;
         product = some;
         if (!slot.valid) continue;
         old = work.index;
         work.next();
         if (!some) {
+          state = next;
           return_rows(stored);
           continue;
         }
+        if (to_do) {
+          state = next;
+          state.template exponents<2>(s, factor, origin, keep);
+        }
         rows = rows_of_unit;
-        state.template exponents<2>(s, factor, origin, keep);
         pack(s);
-        return_rows(stored);
+        if (kBuffersQ == 2) return_rows(stored);  // with more there is time until the next store
         attend(s, slot, factor);
         fresh = slot.keys.begin / kKeys == (slot.keys.end - 1) / kKeys;
       }

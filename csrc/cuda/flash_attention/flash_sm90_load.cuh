@@ -10,7 +10,7 @@ namespace fastinfer::cuda::flash {
 template <class Tile>
 __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
                                           Sm90Barriers<Tile>& barriers, int64_t total) {
-  Ring<kSlots> ring;
+  Ring<Tile::kSlots> ring;
   SortedTiles<Tile::kRows, Tile::kKeys> sorted{p, 0};
   if (p.cu_q) {
     sorted.start();
@@ -30,7 +30,7 @@ __device__ __forceinline__ void deal_work(const FlashAttentionParams& p,
     } else if (slot.valid) {
       slot.w = dense_work(p, static_cast<int32_t>(index), Tile::kRows);
     }
-    if (slot.valid) slot.keys = visible(p, slot.w, slot.w.row, Tile::kRows);
+    if (slot.valid) set_keys<Tile>(p, slot);
     ptx::mbarrier_wait(&barriers.slot_empty[ring.index], ring.phase ^ 1);
     if (threadIdx.x % 32 == 0) {
       barriers.slots[ring.index] = slot;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void load_queries_and_keys(const FlashAttentionParams
                                                       uint32_t k_tiles) {
   const TileLoader<Tile> loader{p, ptx::policy_evict_last()};
   const uint64_t q_policy = ptx::policy_evict_first();
-  Ring<kSlots> work;
+  Ring<Tile::kSlots> work;
   Ring<Tile::kStages> ring;
   Ring<Tile::kStagesQ> q_ring;
   bool begun = Tile::kCtasPerSm == 1;
@@ -165,7 +165,7 @@ template <class Tile>
 __device__ __forceinline__ void load_values(const FlashAttentionParams& p, const CUtensorMap* v_map,
                                             Sm90Barriers<Tile>& barriers, uint32_t v_tiles) {
   const TileLoader<Tile> loader{p, ptx::policy_evict_last()};
-  Ring<kSlots> work;
+  Ring<Tile::kSlots> work;
   Ring<Tile::kStagesV> ring;
   bool begun = Tile::kCtasPerSm == 1;
   while (true) {

@@ -142,13 +142,19 @@ __device__ __forceinline__ float alibi_slope(const FlashAttentionParams& p, cons
   return p.alibi ? p.alibi[w.batch * p.alibi_batch + w.head * p.alibi_head] * kLog2e : 0.0f;
 }
 
-// -inf from column right0 (right1) on, or below left0 (left1); columns as above.
-template <int kN>
+// -inf from column right0 (right1) on, or below left0 (left1); columns as above. kFrom, kTo: the
+// elements to look at.
+template <int kFrom, int kTo, int kN>
 __device__ __forceinline__ void mask_right(float (&s)[kN], int32_t first, int32_t right0,
                                            int32_t right1) {
 #pragma unroll
-  for (int i = 0; i < kN; ++i)
+  for (int i = kFrom; i < kTo; ++i)
     if (8 * (i / 4) + i % 2 >= (i % 4 / 2 ? right1 : right0) - first) s[i] = -INFINITY;
+}
+template <int kN>
+__device__ __forceinline__ void mask_right(float (&s)[kN], int32_t first, int32_t right0,
+                                           int32_t right1) {
+  mask_right<0, kN>(s, first, right0, right1);
 }
 template <int kN>
 __device__ __forceinline__ void mask_left(float (&s)[kN], int32_t first, int32_t left0,
@@ -199,9 +205,10 @@ struct RowState {
 
   // Scores become probabilities. Sums lag behind by kLag exponentials and start with the newest:
   // a warp issues in order, and would wait for each exponential in turn.
-  template <int kChains, int kN>
+  // between(i) is other work, in kN / 8 pieces, that the compiler may put between them.
+  template <int kChains, int kN, class F>
   __device__ __forceinline__ void exponents(float (&s)[kN], float factor, const float (&origin)[2],
-                                            const float (&keep)[2]) {
+                                            const float (&keep)[2], F between) {
     constexpr int kLag = 8;
     static_assert(kN % kLag == 0, "whole groups");
     float part[2][2] = {{__fmul_rn(sum[0], keep[0]), 0.0f}, {__fmul_rn(sum[1], keep[1]), 0.0f}};
@@ -215,18 +222,29 @@ struct RowState {
         float& x = part[i % 4 / 2][i % kChains];
         x = __fadd_rn(x, s[i]);
       }
+      if (first < kN) between(first / kLag);
     }
     sum[0] = __fadd_rn(part[0][0], part[0][1]);
     sum[1] = __fadd_rn(part[1][0], part[1][1]);
   }
+  template <int kChains, int kN>
+  __device__ __forceinline__ void exponents(float (&s)[kN], float factor, const float (&origin)[2],
+                                            const float (&keep)[2]) {
+    exponents<kChains>(s, factor, origin, keep, [](int) {});
+  }
 
-  // Total of row r over the quad; the sink's term; returns what the output has to be multiplied by
-  // and sets lse.
-  __device__ __forceinline__ float finish(int r, float factor, const FlashAttentionParams& p,
-                                          float sink, float& lse) {
-    float total = sum[r];
-    total += __shfl_xor_sync(kAllLanes, total, 1);
-    total += __shfl_xor_sync(kAllLanes, total, 2);
+  // Sums of the rows over the quad.
+  __device__ __forceinline__ void totals(float (&total)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total[r] = sum[r];
+      total[r] += __shfl_xor_sync(kAllLanes, total[r], 1);
+      total[r] += __shfl_xor_sync(kAllLanes, total[r], 2);
+    }
+  }
+  // With the sink's term: what the output has to be multiplied by; sets lse.
+  __device__ __forceinline__ float finish(int r, float total, float factor,
+                                          const FlashAttentionParams& p, float sink, float& lse) {
     if (total == 0.0f) {
       lse = -INFINITY;
       return 0.0f;

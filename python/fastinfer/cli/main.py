@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
+from ..read_ahead import read_ahead
 from . import bench, chat, env, generate, inspect, plan, quantize, serve, tune
 
 COMMANDS = (generate, chat, serve, bench, tune, plan, quantize, inspect, env)
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         one sentence on stderr; FASTINFER_DEBUG=1 shows the traceback.
     """
     args = build_parser().parse_args(argv)
+    if getattr(args, "load_format", "dummy") in (None, "auto"):
+        read_ahead(args.model)  # while torch is being imported
     if os.environ.get("FASTINFER_DEBUG", "") not in ("", "0"):
         return args.run(args)
     try:

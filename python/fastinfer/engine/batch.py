@@ -99,7 +99,8 @@ class RequestRows:
             The length of the longest block table.
         """
         news: list[Request] = []
-        width = self.decodes.pack(plan.chunks, rows, starts, ids, news)
+        width, written = self.decodes.pack(plan.chunks, rows, starts, ids, self.tables, news)
+        self.version += written
         for request in news:
             self._write(request, len(request.block_table))
         return width

@@ -26,7 +26,7 @@ from typing import Any
 
 from .config import EngineConfig, SamplingParams
 from .generation import Completion, Generation
-from .interrupt import interrupts_deferred
+from .interrupt import InterruptsDeferred
 from .metrics import EngineStats, RequestMetrics
 from .request import Request
 from .runner import ModelRunner
@@ -129,7 +129,7 @@ class EngineCore:
         Raises:
             ValueError: One of them could never run.
         """
-        with self.lock, interrupts_deferred():
+        with self.lock, InterruptsDeferred():
             for _, token_ids, params in prompts:
                 self.check(token_ids, params)
             now = self.clock() if arrival_time is None else arrival_time
@@ -197,7 +197,7 @@ class EngineCore:
 
     def step(self) -> None:
         """Run one step for whoever is due. After an exception its requests have ended."""
-        with self.lock, interrupts_deferred():
+        with self.lock, InterruptsDeferred():
             self._drop_abandoned()
             if self._launched is not None and _needs_tokens(self._launched.sampling):
                 self._finish_launched()
@@ -274,7 +274,7 @@ class EngineCore:
 
     def abort(self, generations: Sequence[Generation]) -> None:
         """End these generations, if they have not ended, and free their blocks."""
-        with self.lock, interrupts_deferred():
+        with self.lock, InterruptsDeferred():
             for generation in generations:
                 for completion in generation.completions:
                     if not completion.request.finished:

@@ -8,20 +8,20 @@ host, at places that depend on the bucket only:
     input_ids, source, positions, slots, seeds, steps        int64 [rows]
     seq_lens, top_k; cu_seqlens                              int32 [rows]; [rows + 1]
     temperature, top_p, min_p                                fp32 [rows]
-    tables                                                   int32 [rows, longest table]
 
-Block tables follow; they are sent only when one of them has changed. Rows beyond the requests are
-padding: sequence length 0, slot -1. In front of it all are the tokens that the latest step drew:
-`source` is where a row's input token lies, counted in int64 from there: among those, if the host
-does not know it yet, or among `input_ids`. On the CPU, where there are no graphs, the same function
-over the same buffers is called instead; that is how it is tested.
+Block tables lie elsewhere; they are sent only when one of them has changed. Rows beyond the
+requests are padding: sequence length 0, slot -1. In front of it all are the tokens that the latest
+step drew: `source` is where a row's input token lies, counted in int64 from there: among those, if
+the host does not know it yet, or among `input_ids`. On the CPU, where there are no graphs, the same
+function over the same buffers is called instead; that is how it is tested.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import _lib, ops
 from ..models import AttentionMetadata, LayerCache
 from .batch import RequestRows
+from .replay import StepReplay
 from .request import Request
 from .sampler import DrawnTokens
 from .scheduler import SchedulePlan
@@ -72,12 +73,15 @@ class _Staging:
     """
 
     def __init__(
-        self, rows: int, begins: dict[str, int], size: int, own: np.ndarray, pinned: bool
+        self, rows: int, begins: dict[str, int], size: int, own: np.ndarray, blocks: int, pin: bool
     ) -> None:
-        self.memory = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
-        self.tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=pinned)
-        self.done = torch.cuda.Event() if pinned else None
-        self.bytes = self.memory.numpy()
+        self.memory = torch.zeros(size, dtype=torch.uint8, pin_memory=pin)
+        self.tables = torch.zeros(rows * blocks, dtype=torch.int32, pin_memory=pin)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, pin_memory=pin)
+        self.done = torch.cuda.Event() if pin else None
+        self.replay: StepReplay | None = None  # on CUDA
+        self.bytes, self.blocks = self.memory.numpy(), self.tables.numpy()
+        self.drawn = self.tokens.numpy()
         self.columns: dict[str, np.ndarray] = {}
         for name, kind in _COLUMNS.items():
             end = begins[name] + _length(name, rows) * kind().itemsize
@@ -86,28 +90,30 @@ class _Staging:
         self.columns["cu_seqlens"][:] = np.arange(rows + 1)
         self.columns["source"][:] = self.own = own  # `source` of tokens that the host knows
         self.filled = 0  # rows that are not padding
-        self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def pad(self, count: int) -> None:
         """Make padding of the rows from `count` on."""
-        for name in _COLUMNS if count < self.filled else ():
-            if name != "cu_seqlens":
-                self.columns[name][count : self.filled] = _PADDING.get(name, 0)
-        self.columns["source"][count : self.filled] = self.own[count : self.filled]
+        if count < self.filled:
+            for name in _COLUMNS:
+                if name != "cu_seqlens":
+                    self.columns[name][count : self.filled] = _PADDING.get(name, 0)
+            self.columns["source"][count : self.filled] = self.own[count : self.filled]
         self.filled = count
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """Where the columns of a bucket begin, its views of the device's buffer, and what runs it."""
+    """A bucket's views of the device's buffer, and what runs its steps."""
 
     rows: int
-    begins: dict[str, int]  # bytes
-    size: int  # bytes of the columns; the tables follow
+    columns: Tensor  # uint8, all inputs together
     inputs: dict[str, Tensor]
     drawn: Tensor  # the tokens of its rows
     staging: list[_Staging]
-    replay: dict[bool, Callable[[], object]]  # greedy -> run the step
+    # by greedy: the captured step and its cudaGraphExec_t, or without a GPU what runs it
+    graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    handles: dict[bool, int] = field(default_factory=dict)
+    replay: dict[bool, Callable[[], object]] = field(default_factory=dict)
 
 
 class DecodeGraphs:
@@ -145,18 +151,23 @@ class DecodeGraphs:
         self._max_len, self._block_size, self._device = max_len, block_size, device
         self._sizes = bucket_sizes(max_rows)
         max_blocks = -(-max_len // block_size)
-        columns = sum(_column_bytes(name, max_rows) for name in _COLUMNS)
-        size = -(-(columns + 4 * max_rows * max_blocks) // _ALIGN) * _ALIGN
+        size = sum(_column_bytes(name, max_rows) for name in _COLUMNS)
         first = -(-8 * max_rows // _ALIGN) * _ALIGN
         self._whole = torch.zeros(first + size, dtype=torch.uint8, device=device)
         self.drawn = self._whole[: 8 * max_rows].view(torch.int64)
         self._buffer = self._whole[first:]
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
-        # what `_tables` holds: the requests' rows, and the version of their tables
-        self._sent, self._sent_rows = -1, np.empty(0, dtype=np.int64)
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._sent = (-1, b"")  # what `_tables` holds: version of the tables, the requests' rows
+        self._pool: Any = None
+        self._side: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+            self._side = torch.cuda.Stream(device)  # steps are tried and captured on it
         # the largest first: smaller ones then find their memory in the pool
         self._buckets = {rows: self._make(rows) for rows in reversed(self._sizes)}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # of what the trials needed
 
     def accepts(self, plan: SchedulePlan) -> bool:
         """Whether a step qualifies."""
@@ -177,23 +188,15 @@ class DecodeGraphs:
         if staging.done is not None:
             staging.done.synchronize()  # of the step before the last one
         greedy, width = self._fill(staging, plan)
-        for target, source in staging.moves.get(width) or self._moves(bucket, staging, width):
-            target.copy_(source, non_blocking=True)
-        bucket.replay[greedy]()
-        staging.tokens.copy_(bucket.drawn, non_blocking=True)
-        if staging.done is not None:
-            staging.done.record(torch.cuda.current_stream(self._device))
-        return DrawnTokens.in_buffer(staging.tokens[:count], staging.done)
-
-    def _moves(self, bucket: _Bucket, staging: _Staging, width: int) -> list[tuple[Tensor, Tensor]]:
-        """What to copy where for a step that sends the block tables up to this width."""
-        size = bucket.size + 4 * bucket.rows * width
-        moves = [(self._buffer[:size], staging.memory[:size])]
-        if width:
-            sent = self._buffer[bucket.size : size].view(torch.int32).view(bucket.rows, width)
-            moves.append((self._tables[: bucket.rows, :width], sent))
-        staging.moves[width] = moves
-        return moves
+        if staging.replay is not None:
+            staging.replay(bucket.handles[greedy], count, width)
+        else:
+            bucket.columns.copy_(staging.memory)
+            sent = staging.tables[: count * width].view(count, width)
+            self._tables[:count, :width] = sent
+            bucket.replay[greedy]()
+            staging.tokens.copy_(bucket.drawn)
+        return DrawnTokens.in_buffer(staging.drawn[:count], staging.done)
 
     def _fill(self, staging: _Staging, plan: SchedulePlan) -> tuple[bool, int]:
         """Write the inputs of a step: whether all requests are greedy, and how much of the block
@@ -218,13 +221,11 @@ class DecodeGraphs:
             columns["steps"][:count] = starts + 1 - held.num_prompt[rows]
             for name in ("seeds", "top_p", "min_p", "top_k"):
                 columns[name][:count] = getattr(held, name)[rows]
-        if self._sent == held.version and np.array_equal(rows, self._sent_rows):
+        sent = rows.tobytes()
+        if self._sent == (held.version, sent):
             return greedy, 0
-        self._sent, self._sent_rows = held.version, rows
-        bucket_rows = len(columns["slots"])
-        begin = len(staging.bytes) - 4 * bucket_rows * held.tables.shape[1]
-        tables = staging.bytes[begin : begin + 4 * bucket_rows * width].view(np.int32)
-        tables.reshape(-1, width)[:count] = held.tables[rows, :width]
+        self._sent = (held.version, sent)
+        held.decodes.gather(held.tables, rows, width, staging.blocks)
         return greedy, width
 
     def _make(self, rows: int) -> _Bucket:
@@ -241,34 +242,60 @@ class DecodeGraphs:
         inputs["cu_seqlens"].copy_(torch.arange(rows + 1))
         own = np.arange(rows) + (self._buffer.storage_offset() + begins["input_ids"]) // 8
         inputs["source"].copy_(torch.from_numpy(own))
-        on_cuda = self._device.type == "cuda"
-        whole = size + 4 * rows * self._tables.shape[1]
-        staging = [_Staging(rows, begins, whole, own, on_cuda) for _ in range(2)]
-        bucket = _Bucket(rows, begins, size, inputs, self.drawn[:rows], staging, {})
-        for greedy in (True, False):
-            bucket.replay[greedy] = self._capture(bucket, greedy)
+        on_cuda, blocks = self._device.type == "cuda", self._tables.shape[1]
+        staging = [_Staging(rows, begins, size, own, blocks, on_cuda) for _ in range(2)]
+        bucket = _Bucket(rows, self._buffer[:size], inputs, self.drawn[:rows], staging)
+        if on_cuda:
+            self._capture(bucket)
+        else:
+            for greedy in (True, False):
+                bucket.replay[greedy] = partial(self._step, bucket, greedy)
+        for one in staging:
+            if one.done is not None:
+                one.replay = StepReplay(
+                    columns=bucket.columns,
+                    host_columns=one.memory,
+                    tables=self._tables,
+                    host_tables=one.tables,
+                    drawn=bucket.drawn,
+                    tokens=one.tokens,
+                    done=one.done,
+                )
         return bucket
 
-    def _capture(self, bucket: _Bucket, greedy: bool) -> Callable[[], object]:
-        def run() -> None:
-            self._step(bucket, greedy)
+    def _capture(self, bucket: _Bucket) -> None:
+        # Not `torch.cuda.graph`, which gives all unused memory back to the driver every time.
+        # "thread_local": weights may be arriving through other threads meanwhile.
+        side, current = self._side, torch.cuda.current_stream(self._device)
+        assert side is not None
+        side.wait_stream(current)
+        with torch.cuda.device(self._device), torch.cuda.stream(side):
+            logits = self._logits(bucket)  # libraries make their handles and workspaces now
+            for greedy in (True, False):
+                self._draw(bucket, logits, greedy)
+            current.wait_stream(side)
+            del logits
+            for greedy in (True, False):
+                bucket.graphs[greedy] = graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    with _lib.programmatic_launch(PROGRAMMATIC_LAUNCH):
+                        self._step(bucket, greedy)
+                finally:
+                    graph.capture_end()
+                bucket.handles[greedy] = graph.raw_cuda_graph_exec()
 
-        if self._device.type != "cuda":
-            return run
-        with torch.cuda.device(self._device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                run()  # libraries make their handles and workspaces now
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-            with capture, _lib.programmatic_launch(PROGRAMMATIC_LAUNCH):
-                run()
-        return graph.replay
+    def _step(self, bucket: _Bucket, greedy: bool) -> None:
+        self._draw(bucket, self._logits(bucket), greedy)
 
     @torch.inference_mode()
-    def _step(self, bucket: _Bucket, greedy: bool) -> None:
+    def _draw(self, bucket: _Bucket, logits: Tensor, greedy: bool) -> None:
+        names = ("temperature",) if greedy else _SAMPLING
+        columns = {name: bucket.inputs[name] for name in names}
+        ops.sample(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def _logits(self, bucket: _Bucket) -> Tensor:
         inputs = bucket.inputs
         input_ids = self._whole.view(torch.int64).index_select(0, inputs["source"])
         meta = AttentionMetadata(
@@ -282,11 +309,7 @@ class DecodeGraphs:
             plans=self._plans(bucket),
             workspace=self._workspace,
         )
-        hidden = self._model(input_ids, meta, self._layers)
-        logits = self._model.compute_logits(hidden)
-        names = ("temperature",) if greedy else _SAMPLING
-        columns = {name: inputs[name] for name in names}
-        ops.sample(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
+        return self._model.compute_logits(self._model(input_ids, meta, self._layers))
 
     def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
         config = self._model.config

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..read_ahead import read_ahead
 from .config import EngineConfig, SamplingParams
 from .core import EngineCore
 from .device import choose_device
@@ -99,6 +100,8 @@ class LLM:
             progress=progress,
             **options,
         )
+        if config.load_format == "auto":
+            read_ahead(config.model)
         runner = ModelRunner(config, choose_device(config.device))
         self._start(config, runner, find_tokenizer(config))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _lib, ops
-from ..models import load_model
+from ..models import start_loading
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
@@ -53,18 +53,29 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, device: torch.device, model: Any = None) -> None:
         self.device = device
         self.block_size = config.block_size
-        if model is None:
-            plan = f"`fastinfer plan --model {config.model}` says how much they are"
-            with must_fit(f"the weights of {config.model}", device, plan):
-                model = load_model(
-                    config.model,
-                    dtype=config.dtype,
-                    device=device,
-                    load_format=config.load_format,
-                    progress=config.progress,
-                    max_model_len=config.max_model_len,
-                    requantize=config.requantize,
-                )
+        if model is not None:
+            self._set_up(config, model)
+            return
+        plan = f"`fastinfer plan --model {config.model}` says how much they are"
+        weights = f"the weights of {config.model}"
+        with must_fit(weights, device, plan):
+            loading = start_loading(
+                config.model,
+                dtype=config.dtype,
+                device=device,
+                load_format=config.load_format,
+                progress=config.progress,
+                max_model_len=config.max_model_len,
+                requantize=config.requantize,
+            )
+        with loading:  # weights may go on arriving while memory is measured and steps captured
+            self._set_up(config, loading.model)
+            with must_fit(weights, device, plan):
+                loading.finish()
+
+    def _set_up(self, config: EngineConfig, model: Any) -> None:
+        """Everything but the values of the weights."""
+        device = self.device
         if config.batch_invariant:
             model.set_batch_invariant(True)
         self.model = model

@@ -46,7 +46,7 @@ class DrawnTokens:
     """
 
     def __init__(self, out: Any | None) -> None:
-        self._parts: list[Tensor | None] = [None] * 4
+        self._parts: list[Any] = [None] * 4  # with a `tolist` each
         self._ready: torch.cuda.Event | None = None
         if out is None:
             return
@@ -57,7 +57,7 @@ class DrawnTokens:
             self._ready.record(torch.cuda.current_stream(out.token_ids.device))
 
     @classmethod
-    def in_buffer(cls, token_ids: Tensor, ready: torch.cuda.Event | None) -> DrawnTokens:
+    def in_buffer(cls, token_ids: np.ndarray, ready: torch.cuda.Event | None) -> DrawnTokens:
         """Tokens that are in this host memory once the event has happened."""
         tokens = cls(None)
         tokens._parts[0], tokens._ready = token_ids, ready

@@ -8,6 +8,10 @@ implementation, so that a model loaded with "fastinfer" takes NAME for the time 
 private: `install` checks that they are what they were in the releases this was written against, and
 says so otherwise. Then `offer_package` remains: where the `kernels` package is installed, it finds
 our functions as a local kernel under NAME, and transformers does the rest by itself.
+
+`order_streams` mends a race of transformers (5.17 to 5.24), whatever attention is used: the tensors
+of a step are zeroed and written on the stream of the caller, and read on streams that do not wait
+for it.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import cuda
 from transformers import modeling_flash_attention_utils as loader
 from transformers.generation.continuous_batching import ContinuousBatchingManager as Manager
+from transformers.generation.continuous_batching import input_outputs
 
 from ._older_paging import PREFIX, fastinfer_paged_attention, no_mask
 
@@ -74,6 +81,32 @@ def install() -> str | None:
         transformers.AttentionMaskInterface.register(PREFIX + NAME, no_mask)
     Manager.switch_to_cb_friendly_attn = chosen
     return None
+
+
+def order_streams() -> None:
+    """Let the copies and the computation of a step wait for what was begun on the caller's stream.
+
+    Asynchronous batching resets its tensors on the GPU on the default stream and then fills them
+    from another one. Where the GPU is busy, the zeros come late: prompts become token 0.
+    """
+    for name in ("ContinuousBatchingIOs", "ContinuousBatchingAsyncIOs"):
+        kind = getattr(input_outputs, name, None)
+        original = getattr(kind, "get_model_kwargs", None)
+        if original is not None and not hasattr(original, "fastinfer_original"):
+            kind.get_model_kwargs = _after_the_caller(original)
+
+
+def _after_the_caller(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def ordered(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Of both the first in a step; the asynchronous class lets the second wait for it.
+        stream = getattr(self, "h2d_stream", None) or getattr(self, "compute_stream", None)
+        if isinstance(stream, cuda.Stream):
+            stream.wait_stream(cuda.current_stream(stream.device))
+        return original(self, *args, **kwargs)
+
+    ordered.fastinfer_original = original  # type: ignore[attr-defined]
+    return ordered
 
 
 def offer_package() -> bool:

@@ -61,6 +61,7 @@ def enable() -> None:
         transformers.AttentionInterface.register(name, fastinfer_attention)
         # Without a mask function of its own name, transformers drops the mask in silence.
         transformers.AttentionMaskInterface.register(name, fastinfer_mask)
+    _loader.order_streams()
     problem = _loader.install()
     if problem is not None and not _loader.offer_package():
         warnings.warn(

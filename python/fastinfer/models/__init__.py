@@ -3,7 +3,7 @@
 from .attention import AttentionMetadata, LayerCache
 from .config import ModelConfig, load_config
 from .decoder import CausalLM
-from .loader import load_model
+from .loader import load_model, start_loading
 from .rope_config import RopeConfig
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "RopeConfig",
     "load_config",
     "load_model",
+    "start_loading",
 ]

@@ -175,11 +175,14 @@ class CausalLM(nn.Module):
             if hasattr(module, "batch_invariant"):
                 module.batch_invariant = on
 
-    @torch.no_grad()
-    def finish_loading(self) -> None:
-        """What remains when all weights are in: rotary tables and Baichuan2's normalised head."""
+    def fill_tables(self) -> None:
+        """Compute the rotary tables."""
         for table in self.rotary:
             table.fill()
+
+    @torch.no_grad()
+    def finish_loading(self) -> None:
+        """What remains when all weights are in: Baichuan2's normalised head."""
         if self.config.normalized_head and self.lm_head is not None:
             # In slices, so that the fp32 copy stays small.
             for rows in self.lm_head.weight.split(4096):

@@ -1,8 +1,9 @@
 """Checkpoint tensors straight to a device: threads read pieces of the files into page-locked memory
-and send them off, several tensors ahead of the one that is needed.
+and send them off.
 
 A mapped file is read by page faults of one thread and copied once more on its way to a GPU; this
-keeps the disk and the bus busy at the same time.
+keeps the disk and the bus busy at the same time. `BackgroundRead` fills memory that is there
+already and lets the caller go on; `read_to_device` hands out tensors, several of them read ahead.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,70 @@ class _Stored:
     size: int
 
 
-def can_send(dtype: str) -> bool:
-    """Whether `read_to_device` takes tensors of this dtype, as safetensors spells it."""
-    return dtype in _DTYPES
+def can_send(dtype: str, target: torch.dtype | None = None) -> bool:
+    """Whether `read_to_device` takes tensors of this dtype, as safetensors spells it; with a
+    target, whether `BackgroundRead` can fill memory of that dtype with them.
+    """
+    return dtype in _DTYPES and target in (None, _DTYPES[dtype])
+
+
+class BackgroundRead:
+    """Threads that fill memory on a device from files while the caller does something else.
+
+    What is filled holds anything until `wait` has returned. The threads end with `wait` or `close`.
+
+    Args:
+        files: safetensors files whose headers are sound.
+        places: tensor name -> contiguous memory of the tensor's dtype and size.
+        device: where the places are. Work queued on its current stream is waited for.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], places: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fastinfer-read")
+        self._descriptors: list[int] = []
+        self._reads: list[list[Future[Any]]] = []  # of each tensor
+        self._slots: _Slots | None = None
+        try:
+            self._slots = slots = _Slots(device)
+            ready = slots.event()
+            for file in files:
+                descriptor = os.open(file, os.O_RDONLY)
+                self._descriptors.append(descriptor)
+                for stored in _layout(file, set(places)):
+                    target = places[stored.name]
+                    job = (target, stored, file, descriptor, ready)
+                    self._reads.append(_submit(*job, self._pool, slots))
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self, each: Callable[[], object] = lambda: None) -> None:
+        """Return when everything is in its place, for every stream.
+
+        Args:
+            each: called once per tensor.
+
+        Raises:
+            ValueError: a file has become shorter.
+        """
+        try:
+            for futures in self._reads:
+                for future in futures:
+                    future.result()
+                each()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop reading; nothing touches the places any more. May be called twice."""
+        self._pool.shutdown(cancel_futures=True)
+        if self._slots is not None:
+            self._slots.synchronize()
+        self._slots = None
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
 def read_to_device(
@@ -80,6 +142,20 @@ class _Slots:
         for piece in memory:
             stream = torch.cuda.Stream(device) if self.on_cuda else None
             self._free.append((piece, stream, torch.cuda.Event() if self.on_cuda else None))
+
+    def event(self) -> Any:
+        """What has been queued on the current stream so far; None on a CPU."""
+        if not self.on_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def synchronize(self) -> None:
+        """Wait until everything that was read has been sent."""
+        for _, _, sent in self._free:
+            if sent is not None:
+                sent.synchronize()
 
     @torch.inference_mode()  # whatever mode the loading thread is in
     def fetch(self, descriptor: int, begin: int, target: Tensor, ready: Any, file: Path) -> Any:
@@ -157,18 +233,29 @@ def _start(
     slots: _Slots,
 ) -> tuple[Tensor, list[Future[Any]]]:
     tensor = torch.empty(stored.shape, dtype=stored.dtype, device=device)
-    ready = None
-    if slots.on_cuda:  # its memory may still be read as the tensor that had it before
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(device))
-    raw = tensor.reshape(-1).view(torch.uint8)
+    ready = slots.event()  # its memory may still be read as the tensor that had it before
+    futures = _submit(tensor, stored, file, descriptor, ready, pool, slots)
+    slots.pending.extend(futures)
+    return tensor, futures
+
+
+def _submit(
+    tensor: Tensor,
+    stored: _Stored,
+    file: Path,
+    descriptor: int,
+    ready: Any,
+    pool: ThreadPoolExecutor,
+    slots: _Slots,
+) -> list[Future[Any]]:
+    """Have the pool fill `tensor` in pieces."""
+    raw = tensor.view(-1).view(torch.uint8)
     futures = []
     for begin in range(0, stored.size, _PIECE):
         target = raw[begin : begin + _PIECE]
         at = stored.begin + begin
         futures.append(pool.submit(slots.fetch, descriptor, at, target, ready, file))
-    slots.pending.extend(futures)
-    return tensor, futures
+    return futures
 
 
 def _layout(file: Path, names: set[str]) -> list[_Stored]:

@@ -13,7 +13,7 @@ from ..quant.formats.common import num_groups
 from ..quant.fused import runnable
 from .config import ModelConfig
 from .decoder import CausalLM
-from .layers import RMSNorm, RowParts
+from .layers import RMSNorm, RowParts, give_memory
 from .quantized import QuantizedLinear
 from .weights import weight_targets
 
@@ -49,7 +49,7 @@ def fill_random(
             quantized[tensor] = (target, scheme)
     for target, _ in quantized.values():
         exchange(model, target.module, config, device)
-    model.to_empty(device=device)
+    give_memory(model, device)
     generator = torch.Generator(device=device).manual_seed(0)
     for module in model.modules():
         for param in module.parameters(recurse=False):

@@ -3,7 +3,7 @@
 A checkpoint stores q, k, v (and gate, up) as separate tensors while the decoder multiplies them as
 one matrix. Each layer here says which parts it is made of and places a checkpoint tensor into them,
 so the loader needs no knowledge of fusing. A quantised or a tensor-parallel linear is a class with
-the same three methods (`part_shape`, `load`, `forward`): it may keep other parameters (see
+the same methods (`part_shape`, `place`, `load`, `forward`): it may keep other parameters (see
 `quantized.py`), or take only its rows of each part.
 """
 
@@ -30,6 +30,10 @@ class Layer(nn.Module):
     def part_shape(self, param: str, parts: tuple[str, ...]) -> tuple[int, ...]:
         """Shape of the checkpoint tensor that fills `parts` of a parameter; no parts: all of it."""
         return tuple(getattr(self, param).shape)
+
+    def place(self, param: str, parts: tuple[str, ...]) -> Tensor | None:
+        """The contiguous memory that `load` would copy a checkpoint tensor to; None: not one."""
+        return getattr(self, param).data
 
     def load(self, param: str, parts: tuple[str, ...], tensor: Tensor) -> None:
         """Copy a checkpoint tensor (any dtype or device) into `parts` of a parameter."""
@@ -58,6 +62,15 @@ class RowParts(Layer):
     def part_shape(self, param: str, parts: tuple[str, ...]) -> tuple[int, ...]:
         rows = sum(self.parts[p] for p in parts or self.parts)
         return (rows, self.in_features) if param == "weight" else (rows,)
+
+    def place(self, param: str, parts: tuple[str, ...]) -> Tensor | None:
+        names = list(self.parts)
+        parts = parts or tuple(names)
+        first = names.index(parts[0])
+        if parts != tuple(names[first : first + len(parts)]):
+            return None
+        begin = sum(self.parts[name] for name in names[:first])
+        return getattr(self, param).data[begin : begin + sum(self.parts[part] for part in parts)]
 
     def load(self, param: str, parts: tuple[str, ...], tensor: Tensor) -> None:
         target = getattr(self, param).data
@@ -114,6 +127,20 @@ class Embedding(Layer):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(input_ids, self.weight)
+
+
+def give_memory(model: nn.Module, device: torch.device) -> None:
+    """Uninitialised memory for every parameter and buffer of a model on the meta device.
+
+    `Module.to_empty` does the same, but first imports some 500 modules, sympy among them: one to
+    two and a half seconds.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -2,9 +2,9 @@
 
 The model is built on the meta device, checked against the file headers, then given memory once;
 each tensor is copied from its (memory-mapped) file straight into its place, converting the dtype on
-the way; to a GPU by threads that read ahead. Linear layers that the checkpoint holds quantised are
-exchanged for `QuantizedLinear` before; their tensors are collected until a layer is complete and
-packed then.
+the way; to a GPU by threads that read ahead, in the background where there is nothing to convert
+(`start_loading`). Linear layers that the checkpoint holds quantised are exchanged for
+`QuantizedLinear` before; their tensors are collected until a layer is complete and packed then.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ from ..quant.formats import read_linear
 from ..quant.fused import runnable
 from .config import ModelConfig, load_config
 from .decoder import CausalLM
-from .device_read import can_send, read_to_device
+from .device_read import BackgroundRead, can_send, read_to_device
 from .dummy import fill_random
-from .layers import Layer, RowParts
+from .layers import Layer, RowParts, give_memory
 from .quantized import QuantizedLinear
 from .weights import EMBEDDING, HEAD, TensorPlan, plan_tensors
 
@@ -79,6 +80,67 @@ def load_model(
             is wrong. Damaged quantised tensors are named.
         RuntimeError: a CUDA device was asked for and there is none.
     """
+    with start_loading(
+        path,
+        dtype=dtype,
+        device=device,
+        load_format=load_format,
+        progress=progress,
+        max_model_len=max_model_len,
+        requantize=requantize,
+    ) as loading:
+        return loading.finish()
+
+
+class Loading:
+    """A model some of whose weights may still be on their way.
+
+    Leaving the scope stops what has not been finished.
+
+    Attributes:
+        model: complete but for values: its memory is there, so that steps can be measured and
+            captured. What it computes before `finish` means nothing.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.filler: _Filler | None = None
+
+    def finish(self) -> CausalLM:
+        """Wait for the weights; returns the model, ready to run. Raises what `load_model` does."""
+        with torch.no_grad():
+            if self.filler is not None:
+                self.filler.finish()
+            self.model.finish_loading()
+        return self.model
+
+    def close(self) -> None:
+        """Stop reading. May be called twice."""
+        if self.filler is not None:
+            self.filler.close()
+
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def start_loading(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    load_format: str = "auto",
+    progress: bool = True,
+    max_model_len: int | None = None,
+    requantize: int | None = None,
+) -> Loading:
+    """Like `load_model`, but tensors for a GPU that need no conversion are read in the background.
+
+    Returns:
+        The model, to be finished; its parameters are zero where nothing has arrived yet.
+    """
     if load_format not in ("auto", "dummy"):
         raise ValueError(
             f"load_model: load_format must be 'auto' or 'dummy', got {load_format!r}; 'auto' reads "
@@ -102,13 +164,15 @@ def load_model(
         config = dataclasses.replace(config, dtype=resolve_dtype(dtype, config, checkpoint))
         with torch.device("meta"):
             model = CausalLM(config, dtype=config.dtype, max_model_len=max_model_len)
+        model.eval()
+        loading = Loading(model)
         if checkpoint is None:
             fill_random(model, config, quant, target, exchange=_exchange)
         else:
-            filler = _Filler(model, config, checkpoint, quant, target, requantize)
-            filler.fill(progress=progress)
-        model.finish_loading()
-    return model.eval()
+            loading.filler = _Filler(model, config, checkpoint, quant, target, requantize)
+            loading.filler.start(progress=progress)
+        model.fill_tables()
+    return loading
 
 
 @contextmanager
@@ -172,36 +236,73 @@ class _Filler:
         for target in self.plan.quantized.values():
             _exchange(model, target.module, config, device)
         _check_complete(model, {(t.module, t.param) for t in self.plan.plain.values()})
-        model.to_empty(device=device)
+        give_memory(model, device)
         # Tensor name -> the layer it belongs to, and what has been read of each layer so far.
         self.owner = {n: name for name, t in self.plan.quantized.items() for n in t.tensors}
         self.waiting: dict[str, dict[str, Tensor]] = {}
+        self.background: BackgroundRead | None = None
+        self.bar: Any = None
 
-    def fill(self, *, progress: bool) -> None:
-        """Read all files once."""
+    def start(self, *, progress: bool) -> None:
+        """Have threads read what needs no work; read everything else."""
         names = {*self.plan.plain, *self.owner, *self.plan.zero_biases}
-        with tqdm(
+        self.bar = tqdm(
             total=len(names),
             desc="loading weights",
             unit="tensor",
             disable=not (progress and sys.stderr.isatty()),
-        ) as bar:
-            for name, tensor in self._read(names):
+        )
+        try:
+            places = self._places()
+            if places:
+                for param in self.model.parameters():
+                    param.zero_()
+                self.background = BackgroundRead(self.checkpoint.files, places, self.device)
+            for name, tensor in self._read(names - places.keys()):
                 if name in self.owner:
                     self._quantized(self.owner[name], name, tensor)
                 elif name in self.plan.zero_biases:
                     _check_zero(name, tensor)
                 else:
                     self._plain(name, tensor)
-                bar.update()
-        if self.config.tie_word_embeddings and HEAD in self.checkpoint.tensors:
-            _check_tied(self.model, self.checkpoint)
+                self.bar.update()
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> None:
+        """Wait for the threads."""
+        try:
+            if self.background is not None:
+                self.background.wait(self.bar.update)
+            if self.config.tie_word_embeddings and HEAD in self.checkpoint.tensors:
+                _check_tied(self.model, self.checkpoint)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self.background is not None:
+            self.background.close()
+        self.bar.close()
+
+    def _places(self) -> dict[str, Tensor]:
+        """The tensors whose bytes are copied as they are, to a GPU."""
+        places: dict[str, Tensor] = {}
+        for name, where in self.plan.plain.items() if _in_background(self.device) else ():
+            layer = self.model.get_submodule(where.module)
+            assert isinstance(layer, Layer)
+            place = layer.place(where.param, where.parts)
+            if place is not None and can_send(self.checkpoint.tensors[name].dtype, place.dtype):
+                places[name] = place
+        return places
 
     def _read(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
         sent: set[str] = set()
         if self.device.type == "cuda":
             infos = self.checkpoint.tensors
-            sent = {name for name in self.plan.plain if can_send(infos[name].dtype)}
+            sent = {n for n in names & self.plan.plain.keys() if can_send(infos[n].dtype)}
+        if sent:
             yield from read_to_device(self.checkpoint.files, sent, self.device)
         yield from self.checkpoint.read(names - sent)
 
@@ -225,6 +326,10 @@ class _Filler:
         layer.load_quantized(where.parts, runnable(layer_name, stored, self.requantize))
 
 
+def _in_background(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _check_zero(name: str, bias: Tensor) -> None:
     if bool(bias.any()):
         raise ValueError(
@@ -234,7 +339,7 @@ def _check_zero(name: str, bias: Tensor) -> None:
 
 
 def _check_complete(model: CausalLM, filled: set[tuple[str, str]]) -> None:
-    """A parameter that no tensor of the map fills would keep the garbage of `to_empty`."""
+    """A parameter that no tensor of the map fills would keep whatever its memory held."""
     names = {f"{module}.{param}" for module, param in filled}
     left = [name for name, _ in model.named_parameters() if name not in names]
     if left:

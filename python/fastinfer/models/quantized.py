@@ -39,6 +39,9 @@ class QuantizedLinear(RowParts):
         self._waiting: dict[str, tuple[tuple[str, ...], Stored]] = {}
         self.fused: FusedLinear | None = None
 
+    def place(self, param: str, parts: tuple[str, ...]) -> Tensor | None:
+        return None if param == "weight" else super().place(param, parts)
+
     def load(self, param: str, parts: tuple[str, ...], tensor: Tensor) -> None:
         if param == "weight":
             self.load_quantized(parts, tensor)

@@ -9,7 +9,8 @@ so the best value for column j, given the errors of the columns before it, is w_
 is the published update (which goes through the Cholesky factor of H^-1) without the inverse: one
 factorization, in the place of H.
 
-Columns are held last first: then R is the ordinary lower Cholesky factor, walked from its end.
+Of H only the upper triangle is kept, as strips of columns, each with the rows down to its end:
+2 K^2 bytes in all, and a little more on the diagonal. R takes its place strip by strip.
 
 Reference: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", 2022.
@@ -17,18 +18,33 @@ Transformers", 2022.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .canonical import CanonicalWeight, QuantError
-from .memory import all_finite, row_chunks
+from .memory import all_finite, row_chunks, trim_heap
 from .rtn import Grid, GridOptions, checked, find_grid
 
-BLOCK = 128  # columns that are rounded between two matrix products
+STRIP = 128  # columns that are rounded between two matrix products
 _RETRIES = 4
+
+
+def strip_width(columns: int, options: GridOptions, *, static_groups: bool = False) -> int:
+    """Columns per strip: whole groups, where a group's grid depends on the errors before it."""
+    size = options.size(columns)
+    if static_groups or size >= columns:
+        return STRIP
+    return size * max(1, STRIP // size)
+
+
+def _strips(tensors: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+    """(first column, end, strip) of each."""
+    for tensor in tensors:
+        end, width = tensor.shape
+        yield end - width, end, tensor
 
 
 class Moments:
@@ -36,11 +52,24 @@ class Moments:
 
     Args:
         in_features: K.
+        width: columns per strip, see `strip_width`.
+        order: int64 [K], the order in which the columns will be rounded; None: as they are.
+
+    Attributes:
+        count: inputs seen.
+        strips: fp32 [end, end - begin] each, rows [0, end) of the columns [begin, end).
+        order: int64 [K].
+        reordered: whether an order was given.
     """
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(
+        self, in_features: int, *, width: int = STRIP, order: Tensor | None = None
+    ) -> None:
         self.count = 0
-        self.matrix = torch.zeros(in_features, in_features)
+        ends = [*range(width, in_features, width), in_features]
+        self.strips = [torch.zeros(end, end - i * width) for i, end in enumerate(ends)]
+        self.reordered = order is not None
+        self.order = torch.arange(in_features) if order is None else order
 
     def add(self, x: Tensor) -> None:
         """Take inputs [n, K]."""
@@ -50,13 +79,25 @@ class Moments:
         total = self.count + x.shape[0]
         if total == 0:
             return
-        self.matrix.addmm_(x.t(), x, beta=self.count / total, alpha=2.0 / total)
+        if self.reordered:
+            x = x[:, self.order]
+        for begin, end, strip in _strips(self.strips):
+            strip.addmm_(
+                x[:, :end].t(), x[:, begin:end], beta=self.count / total, alpha=2.0 / total
+            )
         self.count = total
 
+    def diagonal(self) -> Tensor:
+        """A copy, in the order of rounding."""
+        return torch.cat(
+            [strip[begin:end].diagonal() for begin, end, strip in _strips(self.strips)]
+        )
+
     def clear(self) -> None:
-        """Forget all inputs; the next ones overwrite the matrix."""
+        """Forget all inputs; the next ones overwrite the strips."""
         self.count = 0
-        self.matrix.zero_()
+        for strip in self.strips:
+            strip.zero_()
 
 
 @dataclass(slots=True)
@@ -64,16 +105,16 @@ class Factor:
     """What GPTQ needs of the moments of one input; shared by all layers that read it.
 
     Attributes:
-        lower: [K, K], lower Cholesky factor of the moments in the order of `stored`.
-        stored: int64 [K], the columns in the opposite of the order they are rounded in.
-        act_order: whether that order is another than the original one.
+        strips: R, upper triangular, in the strips of the moments.
+        order: int64 [K], the columns in the order they are rounded in.
+        act_order: whether that is another than the original one.
         dead: bool [K], inputs that were always zero, in original order.
         damp: share of the mean diagonal that was added to it.
         added: the same as a number.
     """
 
-    lower: Tensor
-    stored: Tensor
+    strips: list[Tensor]
+    order: Tensor
     act_order: bool
     dead: Tensor
     damp: float
@@ -81,55 +122,53 @@ class Factor:
 
 
 def factorize(
-    moments: Tensor,
-    *,
-    act_order: bool = False,
-    damp: float = 0.01,
-    retries: int = _RETRIES,
-    refill: Callable[[], None] | None = None,
+    moments: Moments, refill: Callable[[], None], *, damp: float = 0.01, retries: int = _RETRIES
 ) -> Factor:
-    """Factorize the moments.
+    """Factorize the moments, in their place.
 
     Args:
-        moments: fp32 [K, K], symmetric; left as they are, unless there is `refill`.
-        act_order: round the columns with the largest moments first.
+        moments: of the inputs.
+        refill: computes the moments again, after a failure.
         damp: share of the mean diagonal to add to the diagonal; times 10 after each failure.
         retries: failures to accept.
-        refill: writes the moments again, after a failure. The factor then takes their place, and
-            there is only one [K, K] matrix.
 
     Raises:
         QuantError: the moments are not finite, or not positive definite however much was added.
     """
-    columns = moments.shape[0]
-    diagonal = moments.diagonal().clone()
-    if not all_finite(moments):
+    diagonal = moments.diagonal()
+    if not all(all_finite(strip) for strip in moments.strips):
         raise QuantError("gptq: moments must be finite, got NaN or infinity in the inputs")
-    dead = diagonal <= 0
-    stored = torch.arange(columns).flip(0)
-    if act_order:
-        stored = torch.argsort(diagonal, descending=True, stable=True).flip(0)
-    diagonal[dead] = 1.0
-    diagonal = diagonal[stored]
-    mean = float(diagonal.mean()) if columns else 1.0
-    failed = torch.empty((), dtype=torch.int32)
+    dead = torch.zeros(diagonal.shape, dtype=torch.bool)
+    dead[moments.order] = diagonal <= 0
+    diagonal = torch.where(diagonal <= 0, 1.0, diagonal)
+    mean = float(diagonal.mean()) if diagonal.numel() else 1.0
     for attempt in range(retries + 1):
-        if refill is not None and attempt:
+        if attempt:
             refill()
-        matrix = moments if refill is not None else moments.clone()
-        for side in (matrix, matrix.t()):
-            for begin, end in row_chunks(side):
-                side[begin:end] = side[begin:end, stored]
-        matrix.diagonal().copy_(diagonal + damp * mean)
-        # Symmetric, so its transpose is the column-major matrix that is factorized in place.
-        torch.linalg.cholesky_ex(matrix.t(), out=(matrix.t(), failed))
-        if not failed and all_finite(matrix.diagonal()):
-            return Factor(matrix.t(), stored, act_order, dead, damp, damp * mean)
+        if _factorize(moments.strips, diagonal + damp * mean):
+            order, reordered = moments.order, moments.reordered
+            return Factor(moments.strips, order, reordered, dead, damp, damp * mean)
         damp *= 10
     raise QuantError(
         f"gptq: moments of the inputs must be positive definite, got others even with "
         f"{damp / 10:g} of their mean added; calibrate on more text"
     )
+
+
+def _factorize(strips: list[Tensor], diagonal: Tensor) -> bool:
+    """R R^T of the strips with this diagonal, last columns first. False: it has no such root."""
+    for i, (begin, end, strip) in reversed([*enumerate(_strips(strips))]):
+        corner = strip[begin:]
+        corner.diagonal().copy_(diagonal[begin:end])
+        for later in strips[i + 1 :]:
+            strip.addmm_(later[:end], later[begin:end].t(), alpha=-1)
+        lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        if failed or not all_finite(lower):
+            return False
+        corner.copy_(lower.flip(0, 1))
+        above = strip[:begin]
+        above.copy_(torch.linalg.solve_triangular(corner.t(), above, upper=False, left=False))
+    return True
 
 
 def gptq(
@@ -138,8 +177,8 @@ def gptq(
     """Quantise a weight.
 
     Args:
-        weight: floating point [N, K].
-        factor: of the moments of its inputs.
+        weight: floating point [N, K]; there will be one copy of it, in fp32.
+        factor: of the moments of its inputs, in strips of `strip_width`.
         options: bits, groups, symmetry.
         static_groups: take every grid from the original weights, groups being neighbours in
             original order; with act-order nothing then has to be permuted at run time. Otherwise a
@@ -153,45 +192,54 @@ def gptq(
     """
     weight = checked(weight)
     columns = weight.shape[1]
-    size, lower, stored = options.size(columns), factor.lower, factor.stored
+    size, order = options.size(columns), factor.order
     permuted = factor.act_order and not static_groups
-    if factor.dead.any():
-        weight = weight.masked_fill(factor.dead, 0.0)
-    grid = find_grid(weight, options)  # not static: overwritten group by group
-    group = torch.arange(columns) // size  # of each stored column
-    group = group.flip(0) if not static_groups else group[stored]
-    # One row per column; it holds the weights, and once it is rounded their errors.
-    errors = weight.t()[stored]
-    codes = torch.empty(errors.shape, dtype=torch.uint8)
     fixed = static_groups or size >= columns  # no grid depends on an error
-    block = BLOCK if fixed else size * max(1, BLOCK // size)
-    for end in range(columns, 0, -block):
-        begin = max(end - block, 0)
-        carried = lower[end:, begin:end].t() @ errors[end:]
-        corner = lower[begin:end, begin:end].contiguous()
-        for i in reversed(range(end - begin)):
+    group = (order if static_groups else torch.arange(columns)) // size
+    # One row per column; it holds the weights, and once it is rounded their errors.
+    errors, grid = _in_order(weight, factor, options)  # not fixed: overwritten group by group
+    codes = torch.empty(errors.shape, dtype=torch.uint8)
+    for begin, end, strip in _strips(factor.strips):
+        carried = strip[:begin].t() @ errors[:begin]
+        corner = strip[begin:]
+        for i in range(end - begin):
             column, g = errors[begin + i], group[begin + i]
-            if not fixed and (columns - 1 - begin - i) % size == 0:
-                own = slice(max(i + 1 - size, 0), i + 1)
+            if not fixed and (begin + i) % size == 0:
+                own = slice(i, i + size)
                 # What these columns would be now if none of them had to be rounded.
                 wanted = torch.linalg.solve_triangular(
-                    corner[own, own].t(), carried[own], upper=True
+                    corner[own, own].t(), carried[own], upper=False
                 )
-                wanted += errors[begin + own.start : begin + own.stop]
-                _set_group(grid, int(g), wanted.flip(0).t(), options)
+                wanted += errors[begin + i : min(begin + i + size, end)]
+                _set_group(grid, int(g), wanted.t(), options)
             scale = grid.scales[:, g].float()
             zero = options.middle if grid.zeros is None else grid.zeros[:, g].float()
             code = ((column + carried[i] / corner[i, i]) / scale).round_() + zero
             code = code.clamp_(0, options.top)
             codes[begin + i] = code.to(torch.uint8)
             column -= (code - zero).mul_(scale)
-            carried[:i].addr_(corner[i, :i], column)
-    del errors
+            carried[i + 1 :].addr_(corner[i, i + 1 :], column)
+    del errors, carried, corner
+    trim_heap()
     restored = torch.empty(weight.shape, dtype=torch.uint8)
-    restored.t()[torch.arange(columns).flip(0) if permuted else stored] = codes
-    perm = stored.flip(0).to(torch.int32) if permuted else None
+    restored.t()[torch.arange(columns) if permuted else order] = codes
+    perm = order.to(torch.int32) if permuted else None
     return CanonicalWeight(
         restored, grid.scales, grid.zeros, options.bits, options.group_size, perm
+    )
+
+
+def _in_order(weight: Tensor, factor: Factor, options: GridOptions) -> tuple[Tensor, Grid]:
+    """The columns as fp32 rows in the order of rounding, dead ones zero, and their grids."""
+    columns = torch.empty(weight.shape[1], weight.shape[0])
+    grids = []
+    for begin, end in row_chunks(weight):
+        part = weight[begin:end].float().masked_fill(factor.dead, 0.0)
+        columns[:, begin:end] = part.t()[factor.order]
+        grids.append(find_grid(part, options))
+    zeros = [grid.zeros for grid in grids if grid.zeros is not None]
+    return columns, Grid(
+        torch.cat([grid.scales for grid in grids]), torch.cat(zeros) if zeros else None
     )
 
 
@@ -206,6 +254,8 @@ def _set_group(grid: Grid, group: int, weight: Tensor, options: GridOptions) -> 
 
 def output_loss(wrong: Tensor, factor: Factor) -> float:
     """tr(D H D^T) for D [N, K]: with H of `Moments`, twice the squared output error per token."""
-    wrong = wrong.float().masked_fill(factor.dead, 0.0)[:, factor.stored]
-    total = (wrong @ factor.lower).square_().sum(dtype=torch.float64)
-    return max(float(total - factor.added * wrong.square_().sum(dtype=torch.float64)), 0.0)
+    wrong = wrong.float().masked_fill(factor.dead, 0.0)[:, factor.order]
+    total = -factor.added * float(wrong.square().sum(dtype=torch.float64))
+    for _, end, strip in _strips(factor.strips):
+        total += float((wrong[:, :end] @ strip).square_().sum(dtype=torch.float64))
+    return max(total, 0.0)

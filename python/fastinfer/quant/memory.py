@@ -19,7 +19,11 @@ def row_chunks(weight: Tensor, least: int = 1) -> Iterator[tuple[int, int]]:
         weight: [N, K].
         least: rows of a range: more of them for matrix products with something large.
     """
-    rows, columns = weight.shape
+    return row_chunks_of(*weight.shape, least)
+
+
+def row_chunks_of(rows: int, columns: int, least: int = 1) -> Iterator[tuple[int, int]]:
+    """The same for a matrix of that shape."""
     step = max(least, _CHUNK // max(columns, 1))
     for begin in range(0, max(rows, 1), step):
         yield begin, min(begin + step, rows)

@@ -14,7 +14,7 @@ from .blocks import MODULES, Block, Part
 from .calibration import Calibration, Statistics
 from .canonical import CanonicalWeight, Int8Weight, QuantError
 from .folding import fold_into_norm, fold_into_rows
-from .gptq import Factor, Moments, factorize, gptq, output_loss
+from .gptq import Factor, Moments, factorize, gptq, output_loss, strip_width
 from .memory import row_chunks, trim_heap
 from .rtn import (
     GridOptions,
@@ -88,7 +88,8 @@ def quantize_block(
     quantised block, so that later blocks make up for the errors of earlier ones.
 
     Args:
-        block: changed in place: folded factors, and under GPTQ the rounded weights.
+        block: changed in place: folded factors, and under GPTQ the rounded weights. `streamed`
+            for RTN and GPTQ.
         options: method and grid.
         calibration: hidden states before the block; None for RTN.
         wanted: names of the layers to quantise.
@@ -116,9 +117,9 @@ def quantize_head(
     elif options.method == "gptq" and inputs is not None:
         again = inputs
 
-        def see_inputs(moments: Moments) -> None:
+        def see_inputs(take: Callable[[Tensor], None]) -> None:
             for x in again():
-                moments.add(x)
+                take(x)
 
         factor = _factor(weight.shape[1], see_inputs, options)
         return _run_gptq("lm_head", weight, factor, options)
@@ -151,10 +152,8 @@ def _gptq(
             continue
         factor = _factor_of(block, module, calibration, options)
         for part in parts:
-            weight = block.weight(part)
-            result = _run_gptq(part.name, weight, factor, options)
-            for begin, end in row_chunks(weight):
-                weight[begin:end] = unpacked(result.weight, begin, end)
+            result = _run_gptq(part.name, block.weight(part), factor, options)
+            block.replace(part, result.weight)
             done(result)
         del factor  # before the next moments
 
@@ -162,28 +161,43 @@ def _gptq(
 def _factor_of(
     block: Block, module: str, calibration: Calibration, options: MethodOptions
 ) -> Factor:
-    def see_inputs(moments: Moments) -> None:
-        calibration.inputs_of(block, module, lambda step, x: moments.add(x))
+    def see_inputs(take: Callable[[Tensor], None]) -> None:
+        calibration.inputs_of(block, module, lambda step, x: take(x))
         trim_heap()
 
     return _factor(block.linear(module).in_features, see_inputs, options)
 
 
 def _factor(
-    in_features: int, see_inputs: Callable[[Moments], None], options: MethodOptions
+    in_features: int,
+    see_inputs: Callable[[Callable[[Tensor], None]], None],
+    options: MethodOptions,
 ) -> Factor:
-    """The inputs are seen again should their moments, which the factor overwrites, not do."""
-    moments = Moments(in_features)
-    see_inputs(moments)
+    """The inputs are seen twice for act-order, whose columns must be known before their moments,
+    and again should the moments, which the factor overwrites, not do.
+    """
+    order = None
+    if options.act_order:
+        power = torch.zeros(in_features, dtype=torch.float64)
+
+        def add(x: Tensor) -> None:
+            for begin, end in row_chunks(x):
+                power.add_(x[begin:end].square().sum(0, dtype=torch.float64))
+
+        see_inputs(add)
+        order = torch.argsort(power, descending=True, stable=True)
+    width = strip_width(in_features, options.grid, static_groups=options.static_groups)
+    moments = Moments(in_features, width=width, order=order)
+    see_inputs(moments.add)
 
     def refill() -> None:
         moments.clear()
-        see_inputs(moments)
+        see_inputs(moments.add)
 
     damp = options.damp
     if damp is None:
         damp = 0.01 if moments.count >= in_features else 0.1
-    return factorize(moments.matrix, act_order=options.act_order, damp=damp, refill=refill)
+    return factorize(moments, refill, damp=damp)
 
 
 def _run_gptq(name: str, weight: Tensor, factor: Factor, options: MethodOptions) -> Result:
@@ -191,7 +205,7 @@ def _run_gptq(name: str, weight: Tensor, factor: Factor, options: MethodOptions)
     stored = _named(name, lambda: gptq(weight, factor, options.grid, static_groups=static))
     loss = power = 0.0
     for begin, end in row_chunks(weight, _ROWS):
-        part = weight[begin:end]
+        part = weight[begin:end].float()
         loss += output_loss(part - unpacked(stored, begin, end), factor)
         power += output_loss(part, factor)
     return Result(

@@ -256,7 +256,8 @@ class _Run:
         return rows + self._outside(calibration)
 
     def _block(self, index: int, calibration: Calibration | None) -> list[dict[str, Any]]:
-        block = Block(self.config, index, self.checkpoint)
+        streamed = self.method.method in ("rtn", "gptq")
+        block = Block(self.config, index, self.checkpoint, streamed=streamed)
         tensors: dict[str, Tensor] = {}
         rows: dict[str, dict[str, Any]] = {}
 
@@ -298,7 +299,7 @@ class _Run:
                 assert calibration is not None
                 return (ops.rms_norm(hidden, norm, eps) for hidden in calibration.hidden)
 
-            head = tensors.pop(HEAD).float()
+            head = tensors.pop(HEAD)
             result = quantize_head(head, self.method, None if calibration is None else inputs)
             tensors |= self._written(result)
             rows = [_row(result)]

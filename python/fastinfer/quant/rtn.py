@@ -71,7 +71,7 @@ def find_grid(weight: Tensor, options: GridOptions, *, shrink: Tensor | float = 
     """The grid that spans each group of a weight.
 
     Args:
-        weight: fp32 [N, K], finite.
+        weight: floating point [N, K], finite.
         options: bits, groups, symmetry.
         shrink: share of each group's range to span, a number or [N, G]; less than 1 clips.
 
@@ -83,7 +83,7 @@ def find_grid(weight: Tensor, options: GridOptions, *, shrink: Tensor | float = 
     """
     parts = [
         _find_grid(
-            weight[begin:end],
+            weight[begin:end].float(),
             options,
             shrink if isinstance(shrink, float) else shrink[begin:end],
         )
@@ -119,7 +119,7 @@ def encode(weight: Tensor, grid: Grid, options: GridOptions) -> Tensor:
     """Nearest codes, uint8 [N, K]. Symmetric code 0 is used only where a range was clipped."""
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     for begin, end in row_chunks(weight):
-        groups = grouped(weight[begin:end], options)
+        groups = grouped(weight[begin:end].float(), options)
         zeros: Tensor | float = float(options.middle)
         if grid.zeros is not None:
             zeros = grid.zeros[begin:end].float()[..., None]
@@ -153,7 +153,7 @@ def rtn_int8(weight: Tensor) -> Int8Weight:
     codes = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.ones(weight.shape[0])
     for begin, end in row_chunks(weight):
-        part = weight[begin:end]
+        part = weight[begin:end].float()
         scale = part.abs().amax(1) / 127
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         codes[begin:end] = (part / scale[:, None]).round_().clamp_(-127, 127)
@@ -178,7 +178,7 @@ def search_shrink(
     """Share of each group's range that loses least: clipping a few outliers refines all others.
 
     Args:
-        weight: fp32 [N, K].
+        weight: floating point [N, K].
         options: bits, groups, symmetry.
         moments: [G, size, size], x^T x of each group's input channels; the error of the group's
             partial outputs is minimised. None: that of the weights.
@@ -190,7 +190,7 @@ def search_shrink(
     """
     return torch.cat(
         [
-            _search_shrink(weight[begin:end], options, moments, steps, span)
+            _search_shrink(weight[begin:end].float(), options, moments, steps, span)
             for begin, end in row_chunks(weight)
         ]
     )
@@ -227,8 +227,8 @@ def grouped(weight: Tensor, options: GridOptions) -> Tensor:
 
 
 def checked(weight: Tensor) -> Tensor:
-    """The weight as fp32, refused when it holds NaN or infinity."""
-    weight = weight.detach().float()
+    """The weight, refused when it holds NaN or infinity."""
+    weight = weight.detach()
     if not all_finite(weight):
         raise QuantError("quantize: weights must be finite, got NaN or infinity")
     return weight
@@ -238,13 +238,14 @@ def weight_error(weight: Tensor, stored: CanonicalWeight | Int8Weight | Tensor) 
     """||W - W'|| / ||W||, 0 for two zero weights; W' is given as such or quantised."""
     wrong = right = 0.0
     for begin, end in row_chunks(weight):
-        rounded = stored[begin:end] if isinstance(stored, Tensor) else unpacked(stored, begin, end)
-        part = weight[begin:end].float()
-        wrong += float((part - rounded.float()).square().sum(dtype=torch.float64))
+        part, rounded = unpacked(weight, begin, end), unpacked(stored, begin, end)
+        wrong += float((part - rounded).square().sum(dtype=torch.float64))
         right += float(part.square().sum(dtype=torch.float64))
     return math.sqrt(wrong / right) if right > 0 else 0.0
 
 
-def unpacked(stored: CanonicalWeight | Int8Weight, begin: int, end: int) -> Tensor:
-    """Rows [begin, end) of a quantised weight as fp32."""
+def unpacked(stored: CanonicalWeight | Int8Weight | Tensor, begin: int, end: int) -> Tensor:
+    """Rows [begin, end) of a weight, quantised or not, as fp32."""
+    if isinstance(stored, Tensor):
+        return stored[begin:end].float()
     return stored.rows(begin, end).dequantize()
