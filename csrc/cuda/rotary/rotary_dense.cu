@@ -33,14 +33,11 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
   int64_t position = t, slot = -1;
   if (a.positions && live)
     position = index_of(a.positions, a.wide_positions, t * a.position_stride);
+  int64_t later = -1;  // position of a token whose rows of cos and sin are asked for
   if constexpr (A::kCached) {
     if (live) slot = index_of(a.slots, a.wide_slots, t * a.slot_stride);
-  }
-  constexpr bool kAhead = kHeads > 1 && A::kCached;
-  int64_t later = -1;  // position of a token whose rows of cos and sin are asked for
-  if constexpr (kAhead) {
     const int64_t token = t + a.ahead;
-    if (a.ahead && blockIdx.y == 0 && token < a.tokens) {
+    if (blockIdx.y == 0 && token < a.tokens) {
       if (threadIdx.x == 0) {
         const uint32_t head = dim * sizeof(E);
         prefetch_l2(static_cast<const E*>(a.q) + token * a.q_token, a.q_heads * head);
@@ -90,15 +87,13 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
       *reinterpret_cast<V*>(to + at_second) = part[j].second;
     }
   }
-  if constexpr (kAhead) {
+  if constexpr (A::kCached) {
     if (later >= 0) {
       const uint32_t size = a.table_is_float ? 4 : 2;
       const int64_t at = later * a.table_stride * size;
       prefetch_l2(static_cast<const char*>(a.cos) + at, dim / 2 * size);
       prefetch_l2(static_cast<const char*>(a.sin) + at, dim / 2 * size);
     }
-  }
-  if constexpr (A::kCached) {
 #pragma unroll
     for (int j = 0; j < kHeads; ++j) {
       const Target target = target_of<E>(a, which[j], slot, head[j], dim);

@@ -1,5 +1,6 @@
-// What the two kernels for the tensors that models have share (rotary_dense.cu for any number of
-// tokens, rotary_stream_sm90.cu for many): parameters, a lane's part of a head, the cache write.
+// What the kernels for the tensors that models have share (rotary_dense.cu for any number of
+// tokens, rotary_few.cuh for few with a cache): parameters, a lane's part of a head, the cache
+// write.
 #pragma once
 
 #include "../common/row_group.cuh"
