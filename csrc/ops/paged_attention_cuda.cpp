@@ -15,10 +15,13 @@
 namespace fastinfer::paged_attention {
 
 // Teams of 1, 2 or 4 warps. Invariant: always 1, because the team decides which keys a warp adds
-// up. Few sequences and heads: 1 as well, their keys are read twice but by twice as many CTAs. More
-// of them where no plain kernel has teams of 2 (`plain_pairs`).
-RowBlocks choose_row_blocks(int64_t rows, int64_t pairs, bool plain_pairs, bool batch_invariant) {
-  const bool few = pairs <= 8 || (!plain_pairs && pairs <= 128 && rows <= 32);
+// up. Few keys (`capacity` of each of the `pairs` of sequence and head): 1 as well, they are read
+// twice but by twice as many CTAs. More of them where no plain kernel has teams of 2
+// (`plain_pairs`).
+RowBlocks choose_row_blocks(int64_t rows, int64_t pairs, int64_t capacity, bool plain_pairs,
+                            bool batch_invariant) {
+  const bool few = plain_pairs && rows <= 32 ? pairs * std::min<int64_t>(capacity, 1 << 20) <= 32768
+                                             : pairs <= (rows <= 32 ? 128 : 8);
   const int64_t tiles = batch_invariant || rows <= 16 || (few && rows <= 64) ? 1
                         : rows <= 32                                         ? 2
                                                                              : 4;
@@ -104,7 +107,7 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
   p.rows = narrow(s.group * t.q.size(1));
   const bool plain_pairs = p.q_len == 1 && !is_8bit(s.kv_dtype) && s.head_dim <= 128;
   const RowBlocks blocks =
-      choose_row_blocks(p.rows, t.q.size(0) * s.heads_kv, plain_pairs, invariant);
+      choose_row_blocks(p.rows, t.q.size(0) * s.heads_kv, capacity, plain_pairs, invariant);
   p.row_tiles = narrow(blocks.row_tiles), p.row_blocks = narrow(blocks.blocks);
   p.row_shift = p.row_tiles / 2;
   const auto window = [](int64_t w) { return w < int64_t{1} << 30 ? static_cast<int32_t>(w) : -1; };
@@ -246,7 +249,13 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
         op, cuda::launch_append(append_params(call, t, own_q ? own_q->mutable_data_ptr() : nullptr),
                                 device.stream()));
   if (t.q.numel() == 0) return;
-  const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
+  // Two CTAs on every SM, if they fit. One where few 16-bit keys are read, for blocks of 16 rows,
+  // by a launch that overlaps with no other: half as many pieces to merge.
+  constexpr int64_t kFewBytes = 40 << 20;
+  const int64_t sequence_bytes = 2 * p.dim * dtype_size(s.kv_dtype) * p.heads_kv * capacity;
+  const bool few = p.query_early && p.row_tiles == 1 && !is_8bit(s.kv_dtype) &&
+                   sequence_bytes <= kFewBytes / p.batch;
+  const int slots = cuda::device_facts().sms * (s.head_dim > 128 || few ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);

@@ -239,16 +239,15 @@ def propose_ngram(tokens: list[int], max_n: int, min_n: int, k: int) -> list[int
             "propose_ngram: expected 1 <= min_n <= max_n and k >= 0, "
             f"got min_n={min_n}, max_n={max_n}, k={k}"
         )
-    best, after = 0, -1
-    for end in range(len(tokens) - 1, 0, -1):
-        n = 0
-        while n < max_n and n < end and tokens[end - 1 - n] == tokens[-1 - n]:
-            n += 1
-        if n > best:
-            best, after = n, end
-            if best == max_n:
-                break
-    return tokens[after : after + k] if best >= min_n else []
+    data = array("q", tokens).tobytes()
+    for n in range(min(max_n, len(tokens) - 1), min_n - 1, -1):
+        ending = data[-8 * n :]
+        at = data.rfind(ending, 0, len(data) - 8)
+        while at > 0 and at % 8:  # not at the beginning of a token
+            at = data.rfind(ending, 0, at + len(ending) - 1)
+        if at >= 0:
+            return tokens[at // 8 + n : at // 8 + n + k]
+    return []
 
 
 class DecodeLoop:

@@ -26,9 +26,21 @@ class FakeModel:
         self.block_size = scheduler.config.block_size
         self.slots: dict[int, tuple[int, int]] = {}
         self.drawn: dict[str, list[int]] = {}
+        self.host: dict[int, dict[int, tuple[int, int]]] = {}  # block of the host -> its slots
 
     def run(self, plan: SchedulePlan) -> list[list[int]]:
         size = self.block_size
+        for source, target in plan.swap_out:
+            self.host[target] = {
+                i: self.slots[source * size + i]
+                for i in range(size)
+                if source * size + i in self.slots
+            }
+        for source, target in plan.swap_in:
+            for i in range(size):
+                self.slots.pop(target * size + i, None)
+                if i in self.host[source]:
+                    self.slots[target * size + i] = self.host[source][i]
         for source, target in plan.copies:
             assert source != target
             for i in range(size):
@@ -82,8 +94,11 @@ def make_scheduler(**settings: object) -> Scheduler:
     num_blocks = settings.pop("num_blocks", 64)
     max_model_len = settings.pop("max_model_len", 1000)
     clock = settings.pop("clock", Clock())
+    swap = settings.pop("swap", None)
     config = EngineConfig(model="none", **{"block_size": 4, **settings})
-    return Scheduler(config, num_blocks=num_blocks, max_model_len=max_model_len, clock=clock)
+    return Scheduler(
+        config, num_blocks=num_blocks, max_model_len=max_model_len, clock=clock, swap=swap
+    )
 
 
 IDS = itertools.count()
@@ -129,10 +144,13 @@ def check_pool(scheduler: Scheduler) -> None:
             assert all(len(request.tokens) >= (i + 1) * size for i, request in found)
     queued = {id(r) for r in [*scheduler.waiting, *scheduler.running]}
     assert queued == {id(r) for r in scheduler.requests.values()}
-    orders = [r.arrival_order for r in scheduler.running]
-    assert orders == sorted(orders)
-    orders = [r.arrival_order for r in scheduler.waiting]
-    assert orders == sorted(orders)
+    for queue in (scheduler.running, scheduler.waiting):
+        orders = [r.order for r in queue]
+        assert orders == sorted(orders)
+    if scheduler.swap is not None:
+        held = [block for r in scheduler.requests.values() for block in r.host_blocks]
+        assert sorted([*held, *scheduler.swap._free]) == list(range(scheduler.swap.num_blocks))
+        assert all(not r.host_blocks for r in scheduler.running)
 
 
 def step(scheduler: Scheduler, model: FakeModel) -> SchedulePlan:

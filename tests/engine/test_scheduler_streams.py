@@ -12,6 +12,7 @@ from scheduler_harness import FakeModel, alone, check_pool, make_request, make_s
 
 from fastinfer.engine.request import Request
 from fastinfer.engine.scheduler import SchedulePlan, Scheduler
+from fastinfer.engine.swap import SwapSpace
 
 
 @pytest.fixture(params=HOSTS, autouse=True)
@@ -28,7 +29,10 @@ def random_stream(seed: int) -> None:
     the streams every step is planned and run before the results of the one before are handed in.
     """
     rng = random.Random(seed)
+    swap = SwapSpace(rng.choice([1, 3, 30]), 1, 1.0) if rng.random() < 0.5 else None
+    priorities = rng.choice([[0], [0, 0, 1], [-1, 0, 5]])
     scheduler = make_scheduler(
+        swap=swap,
         block_size=rng.choice([1, 2, 3, 4, 16]),
         num_blocks=rng.randrange(2, 24),
         max_num_batched_tokens=rng.choice([1, 2, 5, 16, 64]),
@@ -50,9 +54,11 @@ def random_stream(seed: int) -> None:
             length = rng.randrange(1, room + 1)
             base = rng.choice([0, 0, 1])  # few beginnings, so that prefixes are shared
             prompt = [(base + i) % 3 for i in range(length)]
-            first = None
+            first, priority = None, rng.choice(priorities)
             for _ in range(rng.choice([1, 1, 1, 2, 4])):
-                request = make_request(scheduler, prompt, rng.randrange(1, 20), fork_of=first)
+                request = make_request(
+                    scheduler, prompt, rng.randrange(1, 20), fork_of=first, priority=priority
+                )
                 first = first or request
                 if rng.random() < 0.3:
                     request.stop_ids = {rng.randrange(7): None}
@@ -67,12 +73,17 @@ def random_stream(seed: int) -> None:
             space = request.max_total_tokens - len(request.tokens) - 1
             if request.num_output and rng.random() < 0.5:
                 right = alone(request.tokens, rng.randrange(3))
+                if rng.random() < 0.3 and request.num_computed == len(request.tokens) - 1:
+                    space = min(space, scheduler.look_ahead(request, space)) if space > 0 else 0
                 request.draft_tokens = [*right, rng.randrange(7)][: max(space, 0)]
+        if swap is not None and rng.random() < 0.1:
+            swap.prefill_rate = rng.choice([None, 1e-9, 1e9])
         pending = overlapped_step(scheduler, model, pending, keep=overlap)
         steps += 1
         assert steps < 20_000, "the engine hangs"
     if pending is not None:
         scheduler.commit(*pending)
+    assert swap is None or swap.num_free == swap.num_blocks
     assert scheduler.pool.num_used == 0 and not scheduler.running and not scheduler.waiting
     for request in requests:
         prompt = request.tokens[: request.num_prompt]

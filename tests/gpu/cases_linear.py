@@ -188,6 +188,19 @@ CASES += [
         (17, 64, 320, 32, "float"),
     )
 ]
+# Without a ring: K cut across a cluster, warps that share rows, zero points; scales of both widths.
+CASES += [
+    Case(
+        f"int4_linear-{str(dtype)[6:]}-{m}x{n}x{k}-g{group}-{zeros}-{str(scale)[6:]}",
+        packed_linear(4, m, n, k, group, zeros, dtype, scale_dtype=scale),
+    )
+    for dtype in (torch.bfloat16, torch.float16)
+    for m, n, k, group, zeros, scale in (
+        (8, 40, 16640, 128, "int", torch.float32),
+        (5, 4300, 264, -1, "none", torch.bfloat16),
+        (8, 2100, 1024, 256, "int", torch.float16),
+    )
+]
 CASES += [
     Case(f"linear-{str(dtype)[6:]}-{m}x{n}x{k}", _dense(m, n, k, dtype))
     for dtype in (torch.bfloat16, torch.float16)

@@ -141,7 +141,7 @@ def merge(device: str, seed: int) -> Made:
 
 F16 = torch.float16
 LENGTHS = [0, 1, 70, 333, 64]
-PAIRS = [2000, 70, 0, 64, 1, 333, 17, 900, 5]
+PAIRS = [3500, 70, 0, 64, 1, 333, 17, 900, 5, 1200]
 
 CASES = [
     *(
@@ -155,6 +155,9 @@ CASES = [
         for dim in (64, 128, 256)
     ),
     Case("decode_split", decode([3000, 5], heads=(4, 1), plan=True)),
+    # A CTA that ends one split item and begins the next.
+    Case("decode_two_splits", decode([2500, 2400, 700])),
+    Case("decode_two_splits_e4m3_token", decode([2500, 2400], cache=E4M3, scales="token")),
     Case("decode_split_no_workspace", decode([1500], heads=(8, 2), workspace=False)),
     Case("decode_mqa_32_rows", decode([900, 17], heads=(32, 1), block=1)),
     # Pieces that several CTAs merge: dealt to threads, in the order of the keys, rows of 16 lanes.

@@ -15,7 +15,7 @@
 #pragma once
 
 #include "../common/launch.cuh"
-#include "flash_sm90_flat.cuh"
+#include "flash_sm90_consume.cuh"
 #include "flash_sm90_load.cuh"
 #include "tensor_map.h"
 
@@ -84,10 +84,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kCtasPerSm)
       load_values(p, &v_map, barriers, v_tiles);
   } else {
     ptx::registers_take<Tile::kConsumerRegisters>();
-    using Kind = std::conditional_t<Tile::kFlat && !kModify, FlatConsumer<T, Tile>,
-                                    Consumer<T, Tile, kModify>>;
-    Kind consumer(k_tiles, v_tiles, p, barriers, out_map, packed_out, tma_out, q_tile,
-                  warpgroup - 1);
+    Consumer<T, Tile, kModify> consumer(k_tiles, v_tiles, p, barriers, out_map, packed_out, tma_out,
+                                        q_tile, warpgroup - 1);
     consumer.run();
   }
 }

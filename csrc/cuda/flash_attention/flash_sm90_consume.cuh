@@ -88,21 +88,7 @@ struct Consumer : OutputRows<T, Tile> {
     if constexpr (kMask) {
       const int32_t top = w.row + 64 * group;
       const Range low = row_limits(p, w, row), high = row_limits(p, w, row + 8);
-      const int32_t seen = row_limits(p, w, top).end - tile * kKeys;  // by all rows, of the tile
-      if (seen < kKeys) {
-        if constexpr (kKeys % 32 == 0) {
-          if (seen < kKeys / 2) mask_right<0, kKeys / 4>(s, column, low.end, high.end);
-          // Registers are too short at 128 columns for another copy of the upper half.
-          if (kD <= 64 && row_limits(p, w, top + 63).end - tile * kKeys <= kKeys / 2) {
-#pragma unroll
-            for (int i = kKeys / 4; i < kKeys / 2; ++i) s[i] = -INFINITY;
-          } else {
-            mask_right<kKeys / 4, kKeys / 2>(s, column, low.end, high.end);
-          }
-        } else {
-          mask_right(s, column, low.end, high.end);
-        }
-      }
+      if (row_limits(p, w, top).end < (tile + 1) * kKeys) mask_right(s, column, low.end, high.end);
       if (row_limits(p, w, top + 63).begin > tile * kKeys)
         mask_left(s, column, low.begin, high.begin);
     }
@@ -247,7 +233,8 @@ struct Consumer : OutputRows<T, Tile> {
   // The same together with the last product of the unit of work before.
   __device__ __forceinline__ void joined_scores(float (&s)[kKeys / 2], const Slot& slot, bool fresh,
                                                 RowState& rows, float factor, float (&origin)[2],
-                                                float (&keep)[2], float (&total)[2]) {
+                                                float (&keep)[2], float (&total)[2],
+                                                float (&weight)[2]) {
     const int32_t first = slot.keys.begin / kKeys, last = (slot.keys.end - 1) / kKeys;
     const uint32_t v = v_tile();
     ptx::mbarrier_wait(&barriers.q_full[q_ring.index][group], q_ring.phase);
@@ -256,6 +243,7 @@ struct Consumer : OutputRows<T, Tile> {
     treat_first(s, slot, last);
     rows.template raise<2>(s, factor, origin, keep);
     state.totals(total);
+    Rows::plain_weights(total, weight);
     pin(origin[0] + origin[1]);
     finish_output();
   }
@@ -304,9 +292,9 @@ struct Consumer : OutputRows<T, Tile> {
         const bool some = slot.valid && slot.keys.begin < slot.keys.end;
         const int rows_of_unit = q_ring.index;
         RowState next;
-        float total[2];
+        float total[2], weight[2];
         if (some && product) {
-          joined_scores(s, slot, fresh, next, factor, origin, keep, total);
+          joined_scores(s, slot, fresh, next, factor, origin, keep, total, weight);
         } else {
           if (some)
             first_scores(s, slot, next, factor, origin, keep);
@@ -319,8 +307,7 @@ struct Consumer : OutputRows<T, Tile> {
           const Work& w = barriers.slots[old].w;
           if (kStoreAmongExponents && some && product && leaves_by_tma(w, rows)) {
             // What there is to multiply, to round and to send is done between the exponentials.
-            float weight[2];
-            finish(w, factor, total, weight);
+            if (p.lse || p.sinks) finish(w, factor, total, weight);
             state = next;
             state.template exponents<2>(s, factor, origin, keep, [&](int i) {
               constexpr int kEach = kD / 64;

@@ -58,14 +58,17 @@ struct OutputRows {
   __device__ __forceinline__ int32_t first_row(const Work& w) const {
     return w.row + 64 * group + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
   }
-  // What the output is multiplied by; stores the LSE. `total`: sums of the two rows.
+  // What the output is multiplied by where there are no sinks.
+  static __device__ __forceinline__ void plain_weights(const float (&total)[2],
+                                                       float (&weight)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) weight[r] = total[r] == 0.0f ? 0.0f : __fdividef(1.0f, total[r]);
+  }
+  // The same in general; stores the LSE. `total`: sums of the two rows.
   __device__ __forceinline__ void finish(const Work& w, float factor, const float (&total)[2],
                                          float (&weight)[2]) {
-    if (!p.lse && !p.sinks) {  // without branches
-#pragma unroll
-      for (int r = 0; r < 2; ++r) weight[r] = total[r] == 0.0f ? 0.0f : __fdividef(1.0f, total[r]);
-      return;
-    }
+    plain_weights(total, weight);
+    if (!p.lse && !p.sinks) return;
     const int64_t batch = p.cu_q ? 0 : w.batch, start = w.start_q, head = w.head;
     const int32_t row = first_row(w);
     const float sink = sink_logit(p, w.head);
@@ -110,20 +113,6 @@ struct OutputRows {
         static_cast<T*>(p.out) + batch * p.out_batch + head * p.out_head + start * p.out_token;
     store_rows<T, kD>(to, p.out_token, p.head_dim, packed_out, out, row, row + 8, w.len_q,
                       weight[0], weight[1]);
-  }
-  // Zeros for rows that see no key.
-  __device__ __forceinline__ void store_nothing(const Work& w) {
-    const int64_t batch = p.cu_q ? 0 : w.batch, start = w.start_q, head = w.head;
-    T* const to =
-        static_cast<T*>(p.out) + batch * p.out_batch + head * p.out_head + start * p.out_token;
-#pragma unroll 1
-    for (int i = threadIdx.x % 128; i < 64 * p.head_dim; i += 128) {
-      const int32_t row = w.row + 64 * group + i / p.head_dim, column = i % p.head_dim;
-      if (row >= w.len_q) return;
-      to[row * p.out_token + column] = from_float<T>(0.0f);
-      if (p.lse && column == 0)
-        p.lse[batch * p.lse_batch + head * p.lse_head + (start + row) * p.lse_token] = -INFINITY;
-    }
   }
 };
 

@@ -9,13 +9,11 @@
 namespace fastinfer::cuda::flash {
 
 // Tile shape of a head dimension. Keys per tile are the same for every call, so that bits never
-// depend on lengths. kShort: one group of 64 rows, two CTAs per SM, for short sequences. kFlat: the
-// consumers of flash_sm90_flat.cuh.
+// depend on lengths. kShort: one group of 64 rows, two CTAs per SM, for short sequences.
 template <int kD, bool kShort = false>
 struct Sm90Tile {
   static_assert(kD % 64 == 0 && kD <= 256, "whole slabs of 64 columns");
   static constexpr int kDim = kD;
-  static constexpr bool kFlat = kD <= 64 && !kShort;
   static constexpr int kCtasPerSm = kShort ? 2 : 1;
   static constexpr int kGroups = kShort ? 1 : 2;
   static constexpr int kRows = 64 * kGroups;

@@ -142,19 +142,13 @@ __device__ __forceinline__ float alibi_slope(const FlashAttentionParams& p, cons
   return p.alibi ? p.alibi[w.batch * p.alibi_batch + w.head * p.alibi_head] * kLog2e : 0.0f;
 }
 
-// -inf from column right0 (right1) on, or below left0 (left1); columns as above. kFrom, kTo: the
-// elements to look at.
-template <int kFrom, int kTo, int kN>
-__device__ __forceinline__ void mask_right(float (&s)[kN], int32_t first, int32_t right0,
-                                           int32_t right1) {
-#pragma unroll
-  for (int i = kFrom; i < kTo; ++i)
-    if (8 * (i / 4) + i % 2 >= (i % 4 / 2 ? right1 : right0) - first) s[i] = -INFINITY;
-}
+// -inf from column right0 (right1) on, or below left0 (left1); columns as above.
 template <int kN>
 __device__ __forceinline__ void mask_right(float (&s)[kN], int32_t first, int32_t right0,
                                            int32_t right1) {
-  mask_right<0, kN>(s, first, right0, right1);
+#pragma unroll
+  for (int i = 0; i < kN; ++i)
+    if (8 * (i / 4) + i % 2 >= (i % 4 / 2 ? right1 : right0) - first) s[i] = -INFINITY;
 }
 template <int kN>
 __device__ __forceinline__ void mask_left(float (&s)[kN], int32_t first, int32_t left0,

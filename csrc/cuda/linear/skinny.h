@@ -22,6 +22,12 @@ struct DenseLinear {
 
 int skinny_linear_int4(const PackedLinear& p, void* stream);
 int skinny_linear_int8(const PackedLinear& p, void* stream);
+
+// 4-bit weights and up to kDirectTokens tokens without a ring (direct.cuh).
+constexpr int kDirectTokens = 8;
+bool direct_fits(const PackedLinear& p);
+int direct_linear(const PackedLinear& p, void* stream);
+
 inline int skinny_linear(const PackedLinear& p, void* stream) {
   return p.bits == 4 ? skinny_linear_int4(p, stream) : skinny_linear_int8(p, stream);
 }

@@ -1,5 +1,5 @@
-// 8-bit instances of the skinny kernel: bf16 and fp16; 8, 16 and 32 tokens; 16 with groups of any
-// multiple of 8 and zero points.
+// 8-bit instances of the skinny kernel: bf16 and fp16, groups of a multiple of 64 columns, or of
+// any multiple of 8 and zero points.
 #include "skinny_launch.cuh"
 
 namespace fastinfer::cuda {

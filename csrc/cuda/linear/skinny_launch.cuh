@@ -35,8 +35,7 @@ SkinnyInstance skinny_instance_for(int64_t m) {
   if constexpr (kGeneric) {
     return skinny_instance<kBf16, kBits, 2, 2, true, kBits == 4 ? 3 : 2, 16>();
   } else if constexpr (kBits == 4) {
-    return m <= 8 ? skinny_instance<kBf16, 4, 1, 2, false, 4, 16>()
-                  : skinny_instance<kBf16, 4, 2, 2, false, 3, 16>();
+    return skinny_instance<kBf16, 4, 2, 2, false, 3, 16>();  // few tokens: direct.cuh
   } else {
     constexpr int kStrips = kBits == 16 ? 1 : 2;
     return m <= 8 ? skinny_instance<kBf16, kBits, 1, kStrips, false, kBits == 16 ? 4 : 3, 16>()
@@ -45,32 +44,33 @@ SkinnyInstance skinny_instance_for(int64_t m) {
 }
 
 // Clusters of 1, 2, 4, 8 CTAs of one CTA per multiprocessor that run at the same time.
+template <class... Params>
+void count_clusters(int (&count)[4], void (*kernel)(Params...), int threads) {
+  const DeviceFacts& facts = device_facts();
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+  for (int i = 1; i < 4; ++i) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(facts.sms >> i << i);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = kMaxShared;
+    cudaLaunchAttribute attribute[1];
+    attribute[0].id = cudaLaunchAttributeClusterDimension;
+    attribute[0].val.clusterDim = {1u << i, 1, 1};
+    config.attrs = attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    count[i] =
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess ? clusters : 0;
+  }
+  cudaGetLastError();  // a size this GPU does not have is no error of ours
+  count[0] = facts.sms;
+}
 inline void skinny_teams(int (&most)[4], const SkinnyInstance& instance) {
   static int known[64][4];
   int device = 0;
   cudaGetDevice(&device);
   int(&k)[4] = known[device < 64 ? device : 63];
-  const DeviceFacts& facts = device_facts();
-  if (k[0] == 0) {
-    cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
-    for (int i = 1; i < 4; ++i) {
-      cudaLaunchConfig_t config = {};
-      config.gridDim = dim3(facts.sms >> i << i);
-      config.blockDim = dim3(512);
-      config.dynamicSmemBytes = kMaxShared;
-      cudaLaunchAttribute attribute[1];
-      attribute[0].id = cudaLaunchAttributeClusterDimension;
-      attribute[0].val.clusterDim = {1u << i, 1, 1};
-      config.attrs = attribute;
-      config.numAttrs = 1;
-      int clusters = 0;
-      k[i] = cudaOccupancyMaxActiveClusters(&clusters, instance.kernel, &config) == cudaSuccess
-                 ? clusters
-                 : 0;
-    }
-    cudaGetLastError();  // a size this GPU does not have is no error of ours
-    k[0] = facts.sms;
-  }
+  if (k[0] == 0) count_clusters(k, instance.kernel, 512);
   for (int i = 0; i < 4; ++i) most[i] = k[i];
 }
 

@@ -70,6 +70,7 @@ struct SkinnyParams {
   SkinnyDeal deal;
   uint32_t* tickets;  // one per strip
   float* partial;     // [strips][ranks][m][rows of a tile]
+  uint32_t nothing;   // 0, which the compiler does not know
 };
 
 // unit / group_units as a multiplication: exact while unit * group_units < 2^31.

@@ -9,8 +9,8 @@
 // 16-bit caches: both products at the type of the cache. 8-bit ones: in fp16; columns of a 16-byte
 // segment are then permuted alike in Q and K: thread t of a quad holds columns 4t .. 4t+3 of K as
 // ldmatrix delivers them, and of O. A row of bf16 queries is scaled by a power of two into fp16's
-// range. Scales per token: K's multiplies the score; V's joins the weight before it is rounded,
-// with a running max of its own (`mo`), so that no magnitude of scales can leave fp16's range.
+// range. Scales per token: K's multiplies the score; V's joins the weight before it is rounded, in
+// a running unit of its own (`unit_o`), so that no magnitude of scales can leave fp16's range.
 #pragma once
 
 #include "../common/dtype.cuh"
@@ -39,9 +39,9 @@ struct Item {
 
 __device__ __forceinline__ float finite_origin(float m) { return m == kMinusInf ? 0.0f : m; }
 
-template <class F, int D, bool kSoft, bool kSmall>
+template <class F, int D, bool kSoft, class Shape>
 struct Attend {
-  using L = Layout<F, D, kSmall>;
+  using L = Shape;
   static constexpr bool k8 = F::kBytes == 1;
   static constexpr int kColumns = D;
   static constexpr int kSteps = D / 16;           // of 16 columns
@@ -51,7 +51,8 @@ struct Attend {
   static constexpr int kJoint = !k8 && D <= 128 ? 2 : 1;
 
   float o[D / 8][4];
-  float m[2], l[2], mo[2];
+  float m[2], l[2];
+  float unit_o[2];  // of O, with V scales per token
   float factor[2];  // of the raw score of rows g, g + 8
   float slope[2];
   int at[2];  // key position of the row
@@ -67,7 +68,7 @@ struct Attend {
 #pragma unroll
       for (int j = 0; j < 4; ++j) o[i][j] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) m[i] = mo[i] = kMinusInf, l[i] = 0.0f;
+    for (int i = 0; i < 2; ++i) m[i] = kMinusInf, l[i] = unit_o[i] = 0.0f;
   }
 
   // Fragments of 16 columns: rows r, columns 8 * (lane / 16) .. of the staged query.
@@ -258,10 +259,9 @@ struct Attend {
     float x[kN][4];
     scores<kSlices>(slice, x);
     const bool masked = first < item.low || first + kSlices * L::kTokens > item.high;
-    [[maybe_unused]] float v_log[kN][2];
+    [[maybe_unused]] float v_scale[kN][2];
     [[maybe_unused]] const bool v_scaled = k8 && p.scale_per_token_v;
-    float top[2] = {kMinusInf, kMinusInf}, top_o[2] = {kMinusInf, kMinusInf};
-    [[maybe_unused]] uint32_t negative = 0;  // V scales below 0, one bit per key of this lane
+    float top[2] = {kMinusInf, kMinusInf};
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const int in_slice = 8 * n + 2 * t;
@@ -272,8 +272,7 @@ struct Attend {
         }
         if (v_scaled) {
           const float2 s = shared_pair(slice + L::kScales + (L::kTokens + in_slice) * 4);
-          v_log[n][0] = __log2f(fabsf(s.x)), v_log[n][1] = __log2f(fabsf(s.y));
-          negative |= (s.x < 0.0f ? 1u : 0u) << (2 * n) | (s.y < 0.0f ? 2u : 0u) << (2 * n);
+          v_scale[n][0] = s.x, v_scale[n][1] = s.y;
         }
       }
 #pragma unroll
@@ -285,8 +284,6 @@ struct Attend {
         if (masked && (key < low[i] || key >= high[i])) y = kMinusInf;
         x[n][j] = y;
         top[i] = fmaxf(top[i], y);
-        if constexpr (k8)
-          if (v_scaled) top_o[i] = fmaxf(top_o[i], y + v_log[n][j % 2]);
       }
     }
     float keep[2], origin[2];
@@ -301,21 +298,8 @@ struct Attend {
       m[i] = top[i];
       moved = moved || keep[i] != 1.0f;
     }
-    [[maybe_unused]] float origin_o[2];
-    if constexpr (k8) {
-      if (v_scaled) {
-        moved = false;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          top_o[i] = fmaxf(top_o[i], __shfl_xor_sync(kAllLanes, top_o[i], 1));
-          top_o[i] = fmaxf(fmaxf(top_o[i], __shfl_xor_sync(kAllLanes, top_o[i], 2)), mo[i]);
-          origin_o[i] = finite_origin(top_o[i]);
-          keep[i] = exp2_approx(mo[i] - origin_o[i]);
-          mo[i] = top_o[i];
-          moved = moved || keep[i] != 1.0f;
-        }
-      }
-    }
+    if constexpr (k8)
+      if (v_scaled) moved = scale_weights(x, v_scale, origin, keep);
     if (__any_sync(kAllLanes, moved)) {
 #pragma unroll
       for (int i = 0; i < D / 8; ++i)
@@ -331,13 +315,11 @@ struct Attend {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int i = j / 2;
-          w[j] = exp2_approx(x[n][j] - origin[i]);
-          l[i] += w[j];
-          if constexpr (k8) {
-            if (v_scaled) {
-              w[j] = exp2_approx(x[n][j] + v_log[n][j % 2] - origin_o[i]);
-              if (negative >> (2 * n + j % 2) & 1) w[j] = -w[j];
-            }
+          if (k8 && v_scaled) {
+            w[j] = x[n][j];
+          } else {
+            w[j] = exp2_approx(x[n][j] - origin[i]);
+            l[i] += w[j];
           }
         }
         a[(n % 2) * 2] = pack_half2<F::kBf16>(w[0], w[1]);
@@ -345,6 +327,42 @@ struct Attend {
       }
       values(slice, half, a);
     }
+  }
+
+  // Scores become weights times the V scale of their key, in units of unit_o[i]. That grows when
+  // one of them would exceed 1: then true, and O, which is in that unit, is to be multiplied by
+  // `keep`. Where only the maximum of the scores moves it is the unit that shrinks.
+  template <int kN>
+  __device__ __forceinline__ bool scale_weights(float (&x)[kN][4], const float (&v_scale)[kN][2],
+                                                const float (&origin)[2], float (&keep)[2]) {
+    float top[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float w = exp2_approx(x[n][j] - origin[j / 2]);
+        l[j / 2] += w;
+        x[n][j] = w * v_scale[n][j % 2];
+        top[j / 2] = fmaxf(top[j / 2], fabsf(x[n][j]));
+      }
+    bool grown = false;
+    float inverse[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = fmaxf(top[i], __shfl_xor_sync(kAllLanes, top[i], 1));
+      top[i] = fmaxf(top[i], __shfl_xor_sync(kAllLanes, top[i], 2));
+      const float before = unit_o[i] * keep[i];
+      const bool grows = top[i] > before;
+      unit_o[i] = grows ? fminf(2.0f * top[i], 8e37f) : before;
+      inverse[i] = unit_o[i] >= 1e-37f ? __fdividef(1.0f, unit_o[i]) : 0.0f;
+      keep[i] = grows ? before * inverse[i] : 1.0f;
+      grown = grown || grows;
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[n][j] *= inverse[j / 2];
+    return grown;
   }
 
   static __device__ __forceinline__ float2 shared_pair(uint32_t address) {
@@ -368,7 +386,7 @@ struct Attend {
   // Factor of the output of row g + 8 i that makes it relative to the row's maximum.
   template <class P>
   __device__ __forceinline__ float to_own_max(const P& p, int i) const {
-    return k8 && p.scale_per_token_v ? exp2_approx(mo[i] - finite_origin(m[i])) : 1.0f;
+    return k8 && p.scale_per_token_v ? unit_o[i] : 1.0f;
   }
 
   // Row g + 8 i, times weight, to a merge buffer (D + 4 floats apart).

@@ -68,11 +68,10 @@ __device__ __forceinline__ bool start_loads(const P& p, uint32_t shared) {
   return false;
 }
 
-template <class F, int D, bool kSoft, bool kSmall, class P>
-__global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPerSm)
+template <class F, int D, bool kSoft, class L, class P>
+__global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
     decode_kernel(const __grid_constant__ P p) {
-  using L = Layout<F, D, kSmall>;
-  using A = Attend<F, D, kSoft, kSmall>;
+  using A = Attend<F, D, kSoft, L>;
   extern __shared__ __align__(128) char shared[];
   const uint32_t ring = shared_address(shared);
   const int warp = threadIdx.x / 32;
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
     cp_async_wait<0>();
     __syncthreads();
   }
-  Stream<F, D, kSmall, P> stream(p, slot, walk, ring, near);
+  Stream<F, D, L, P> stream(p, slot, walk, ring, near);
 #pragma unroll 1
   for (int s = -1; s < L::kStages - 1; ++s) {
     if (s >= 0) stream.issue(s, p.query_early);
@@ -173,33 +172,43 @@ __global__ void __launch_bounds__(kDecodeThreads, Layout<F, D, kSmall>::kCtasPer
 
 // One query per sequence and none of the features that PlainParams fixes: the compiler then leaves
 // most of the code out, and code has to be fetched, too. Blocks of 16 rows, or of 32 for what
-// kPairs says.
+// kPairs says; scales of 8-bit codes all per token (kPerToken) or none.
 inline bool is_plain(const DecodeParams& p) {
   return !p.leftpad && !p.cache_rows && !p.alibi && !p.sinks && p.softcap == 0.0f &&
-         p.window_left < 0 && p.q_len == 1 && p.packs && p.out_packs && !p.scale_per_token_k &&
-         !p.scale_per_token_v && !p.invariant;
+         p.window_left < 0 && p.q_len == 1 && p.packs && p.out_packs && !p.invariant &&
+         p.scale_per_token_k == p.scale_per_token_v;
 }
 
 template <class F, int D>
 constexpr bool kPairs = F::kBytes == 2 && D <= 128;
+template <class F, int D>
+constexpr bool kPerToken = F::kBytes == 1 && D <= 128;
+
+template <class F, int D, bool kSoft, class L, class P>
+int launch_decode_kernel(const P& p, int ctas, void* stream) {
+  return launch(decode_kernel<F, D, kSoft, L, P>, dim3(p.lanes, ctas / p.lanes),
+                dim3(kDecodeThreads), L::kTotal, stream, p);
+}
 
 template <class F, int D, bool kSoft>
 int launch_decode_instance(const DecodeParams& p, int ctas, void* stream) {
-  const dim3 grid(p.lanes, ctas / p.lanes), block(kDecodeThreads);
-  constexpr int kBytes = Layout<F, D>::kTotal;
+  using L = Layout<F, D>;
   if constexpr (kHasSmall<F, D>)
-    if (kBytes > device_facts().shared_bytes)
-      return launch(decode_kernel<F, D, kSoft, true, DecodeParams>, grid, block,
-                    Layout<F, D, true>::kTotal, stream, p);
-  if constexpr (!kSoft)
-    if (p.row_tiles == 1 && is_plain(p))
-      return launch(decode_kernel<F, D, kSoft, false, PlainParams<1>>, grid, block, kBytes, stream,
-                    PlainParams<1>{p});
-  if constexpr (kPairs<F, D>)
-    if (p.row_tiles == 2 && is_plain(p))
-      return launch(decode_kernel<F, D, kSoft, false, PlainParams<2>>, grid, block, kBytes, stream,
-                    PlainParams<2>{p});
-  return launch(decode_kernel<F, D, kSoft, false, DecodeParams>, grid, block, kBytes, stream, p);
+    if (L::kTotal > device_facts().shared_bytes)
+      return launch_decode_kernel<F, D, kSoft, Layout<F, D, true>>(p, ctas, stream);
+  if constexpr (!kSoft) {
+    const bool plain = is_plain(p);
+    if (plain && p.row_tiles == 1 && !p.scale_per_token_k)
+      return launch_decode_kernel<F, D, kSoft, L>(PlainParams<1>{p}, ctas, stream);
+    if constexpr (kPerToken<F, D>)
+      if (plain && p.row_tiles == 1)
+        return launch_decode_kernel<F, D, kSoft, L>(PlainParams<1, true>{p}, ctas, stream);
+    if constexpr (kPairs<F, D>)
+      if (plain && p.row_tiles == 2)
+        return launch_decode_kernel<F, D, kSoft, Layout<F, D, false, 32>>(PlainParams<2>{p}, ctas,
+                                                                          stream);
+  }
+  return launch_decode_kernel<F, D, kSoft, L>(p, ctas, stream);
 }
 
 template <class F, bool kSoft = false>

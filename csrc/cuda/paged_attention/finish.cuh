@@ -8,55 +8,9 @@
 
 #include "../ptx/async_copy.cuh"
 #include "attend.cuh"
+#include "pieces.cuh"
 
 namespace fastinfer::cuda {
-
-// How an item is cut and where its partial results are.
-struct Pieces {
-  int count, ordinal;  // of this piece
-  int base;            // CTA of the first piece; fixed pieces: its index
-  int step;            // between the CTAs of neighbouring pieces
-  bool fixed;
-  int32_t* done;    // pieces of the item that are complete
-  int32_t* claims;  // chunks of its merge that are taken, but for the first
-
-  // A CTA holds at most one piece that another one began (2s) and one that another goes on with:
-  // where the pieces of the item are, start() + k * apart(), but for the first.
-  __device__ __forceinline__ int start() const { return fixed ? base : 2 * base; }
-  __device__ __forceinline__ int apart() const { return fixed ? 1 : 2 * step; }
-  __device__ __forceinline__ int first_off() const { return fixed ? 0 : 1; }
-  __device__ __forceinline__ int index(int k) const {
-    return start() + k * apart() + (k == 0 ? first_off() : 0);
-  }
-};
-
-template <class P>
-__device__ __forceinline__ Pieces cut_item(const P& p, const Slot& slot, const Walk& walk,
-                                           int tile) {
-  Pieces c{};
-  c.fixed = p.invariant;
-  int counter;
-  if (c.fixed) {
-    const int lowest = first_tile(walk.len, p.q_len, p.window_left) / kInvariantTiles;
-    const int tiles = (walk.len + kPlanTile - 1) / kPlanTile;
-    counter = walk.b * p.heads_kv * p.row_blocks + walk.pair(p, slot);
-    c.count = max(1, (tiles + kInvariantTiles - 1) / kInvariantTiles - lowest);
-    c.ordinal = tile / kInvariantTiles - lowest;
-    c.base = counter * p.max_pieces;
-    c.step = 1;
-  } else {
-    c.count = 1;
-    if (walk.position >= slot.begin && walk.position + walk.cost <= slot.end) return c;
-    const int first = walk.position / slot.share;
-    c.count = (walk.position + walk.cost - 1) / slot.share - first + 1;
-    c.ordinal = static_cast<int>(blockIdx.y) - first;
-    counter = c.base = first * p.lanes + slot.lane;
-    c.step = p.lanes;
-  }
-  c.done = p.counters + counter;
-  c.claims = p.claims + counter;
-  return c;
-}
 
 template <class A, class P>
 struct Finish {
@@ -72,6 +26,9 @@ struct Finish {
   static constexpr int kPairs = kDecodeThreads / kWidth * kMostStaged * 8;
   static constexpr int kStep = kDecodeThreads * 16;
   static_assert(kPairs + kStep <= L::kStage);
+  // So few pieces a thread weighs by itself, which needs no shuffles: they fit into one stage, so
+  // that all that merge an item do.
+  static constexpr int kFew = (L::kStage - kPairs) / kStep < 12 ? (L::kStage - kPairs) / kStep : 12;
   const P& p;
   const Item& item;
   char* shared;
@@ -190,11 +147,14 @@ struct Finish {
     add_warps(c);
     if (c.count > 1) {
       const bool last = arrive(c.done, c.count);
-      // Chunks of what goes into an idle ring, or of one row whose pieces are dealt to the teams of
-      // threads that otherwise have a row each.
+      // Chunks of what goes into an idle ring, if there are many rows so small that every CTA of
+      // the item may have one; or of one row whose pieces are dealt to the teams of threads that
+      // otherwise have a row each.
       const bool deal = !c.fixed && c.count >= 16 && c.count * item.rows > kDealt;
       constexpr int kRing = (L::kStages * L::kStage - kPairs) / kStep;
-      const int rows = deal ? 1 : max(kRing / c.count, 1) * kRowStep;
+      int turns = max(kRing / c.count, 1);
+      if (item.rows > 16) turns = min(turns, ((item.rows - 1) / kRowStep + c.count) / c.count);
+      const int rows = deal ? 1 : turns * kRowStep;
       if (last || (idle && rows < item.rows)) {
 #pragma unroll 1
         for (int first = last ? 0 : claim(c, true) * rows; first < item.rows;) {
@@ -213,36 +173,66 @@ struct Finish {
     const int index = c.index(c.ordinal);
     if (column >= p.dim) return;
 #pragma unroll 1
-    for (int row = threadIdx.x / kRowThreads; row < item.rows; row += kRowStep) {
-      const uint32_t pair = shared_address(states()) + row * 8;
-      const uint32_t x =
-          shared_address(stage) + row / 16 * L::kSlice + (row % 16 * L::kMergePitch + column) * 4;
-      float top = kMinusInf, sum = 0.0f;
-      float4 o = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-      for (int k = 0; k < count; ++k) top = fmaxf(top, A::shared_pair(pair + k * pair_step).x);
-      const float origin = finite_origin(top);
-#pragma unroll 4
-      for (int k = 0; k < count; ++k) {
-        const float2 s = A::shared_pair(pair + k * pair_step);
-        const float weight = exp2_approx(s.x - origin);
-        sum += weight * s.y;
-        add(weight, x + k * x_step, o);
+    for (int first = threadIdx.x / kRowThreads; first < item.rows; first += kRows * kRowStep) {
+      uint32_t pair[kRows], x[kRows];
+      Sum s[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = min(first + i * kRowStep, item.rows - 1);
+        pair[i] = shared_address(states()) + row * 8;
+        x[i] =
+            shared_address(stage) + row / 16 * L::kSlice + (row % 16 * L::kMergePitch + column) * 4;
       }
-      if (c.count == 1) {
-        emit(row, column, o, top, sum);
-      } else {
+      add_pieces(count, pair, pair_step, x, x_step, s);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = first + i * kRowStep;
+        if (row >= item.rows) break;
+        if (c.count == 1) {
+          emit(row, column, s[i].o, s[i].top, s[i].sum);
+          continue;
+        }
         // As assignments of a float4 and a float2 these are six stores.
         asm volatile(
             "st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(partial(index) + row * p.dim + column),
-            "f"(o.x), "f"(o.y), "f"(o.z), "f"(o.w)
+            "f"(s[i].o.x), "f"(s[i].o.y), "f"(s[i].o.z), "f"(s[i].o.w)
             : "memory");
         if (column == 0)
           asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(partial_ml(index) + 2 * row),
-                       "f"(top), "f"(sum)
+                       "f"(s[i].top), "f"(s[i].sum)
                        : "memory");
       }
     }
+  }
+
+  // Four columns of a row, relative to its maximum.
+  struct Sum {
+    float4 o;
+    float top, sum;
+  };
+  static constexpr int kRows = P::kRowsAtOnce;  // of a thread, for the latency of each step
+
+  // Pieces in shared memory of kRows rows; `pair`: maximum and sum of the first piece of each, `x`:
+  // its output.
+  static __device__ __forceinline__ void add_pieces(int count, const uint32_t (&pair)[kRows],
+                                                    uint32_t pair_step, const uint32_t (&x)[kRows],
+                                                    uint32_t x_step, Sum (&s)[kRows]) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) s[i] = {make_float4(0, 0, 0, 0), kMinusInf, 0.0f};
+#pragma unroll 4
+    for (int k = 0; k < count; ++k)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        s[i].top = fmaxf(s[i].top, A::shared_pair(pair[i] + k * pair_step).x);
+#pragma unroll 4
+    for (int k = 0; k < count; ++k)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const float2 piece = A::shared_pair(pair[i] + k * pair_step);
+        const float weight = exp2_approx(piece.x - finite_origin(s[i].top));
+        s[i].sum += weight * piece.y;
+        add(weight, x[i] + k * x_step, s[i].o);
+      }
   }
 
   static __device__ __forceinline__ void add(float weight, uint32_t x, float4& o) {
@@ -307,6 +297,12 @@ struct Finish {
             }
           }
           cp_async_commit();
+          if (!deal && c.count <= kFew) {
+            cp_async_wait<0>();
+            __syncwarp(lanes);
+            if (column < p.dim) add_few(c.count, pairs, data, row, stop, column);
+            continue;
+          }
           cp_async_wait<1>();
           __syncwarp(lanes);
           at = data;
@@ -346,6 +342,29 @@ struct Finish {
       o.x += other.x, o.y += other.y, o.z += other.z, o.w += other.w;
     }
     emit(first_row, column, o, top, sum);
+  }
+
+  // Rows first, first + kRowStep .. below `stop` of a chunk, whose `count` pieces are all there.
+  __device__ __forceinline__ void add_few(int count, uint32_t pairs, uint32_t data, int first,
+                                          int stop, int column) const {
+#pragma unroll 1
+    for (; first < stop; first += kRows * kRowStep) {
+      uint32_t pair[kRows], x[kRows];
+      Sum s[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const bool there = first + i * kRowStep < stop;
+        pair[i] = pairs + (there ? i * count * 8 : 0);
+        x[i] = data + (there ? i * count * kStep : 0);
+      }
+      add_pieces(count, pair, 8, x, kStep, s);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        if (first + i * kRowStep < stop)
+          emit(first + i * kRowStep, column, s[i].o, s[i].top, s[i].sum);
+      pairs += kRows * count * 8;
+      data += kRows * count * kStep;
+    }
   }
 
   // Brings top and sum of a row up to date with `count` pairs, which become their weights.

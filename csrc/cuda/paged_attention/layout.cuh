@@ -31,7 +31,8 @@ struct FormatI8 {
 // kSmall: fewer stages, for GPUs that give a CTA 99 KiB (sm_86, 89, 120).
 constexpr int kSmallShared = 99 * 1024;
 
-template <class F, int D, bool kSmall = false>
+// kRows: queries that come with the first keys of their item, 16 or 32.
+template <class F, int D, bool kSmall = false, int kRows = 16>
 struct Layout {
   static_assert(D == 64 || D == 128 || D == 256, "instances; other head dims run in the next one");
   static constexpr int kTokens = 32 / F::kBytes;
@@ -50,13 +51,16 @@ struct Layout {
   static constexpr int kQueryPitch = D * 2 + 16;
   static constexpr int kQueryBytes = kQueryInShared ? 64 * kQueryPitch : 0;
   static_assert(64 * kQueryPitch <= kStage, "the queries of a block must fit into a stage");
-  // Queries of 16 rows that come with the first keys of their item.
   static constexpr bool kFetches = F::kBytes == 2 && D <= 128;
+  static constexpr int kFetchTiles = kRows / 16;
   static constexpr int kFetched = kQuery + kQueryBytes;
-  static constexpr int kStates = kFetched + (kFetches ? 16 * kQueryPitch : 0);  // float2 [warp][16]
-  static constexpr int kInts = kStates + kDecodeWarps * 128;                    // int [8]
-  static constexpr int kTable = kInts + 32;  // a small block table
-  static constexpr int kTableEntries = F::kBytes == 1 && D == 128 ? 256 : 1024;
+  static constexpr int kStates =
+      kFetched + (kFetches ? kRows * kQueryPitch : 0);        // float2 [warp][16]
+  static constexpr int kInts = kStates + kDecodeWarps * 128;  // int [8]
+  static constexpr int kTable = kInts + 32;                   // a small block table
+  static constexpr int kTableEntries = F::kBytes == 1 && D == 128 ? 256
+                                       : kRows == 32 && D == 128  ? 448
+                                                                  : 1024;
   static constexpr int kTotal = kTable + kTableEntries * 4;
   static_assert(!kSmall || kTotal <= kSmallShared, "the small layout must fit small GPUs");
   static constexpr int kCtasPerSm = D == 256 ? 1 : 2;

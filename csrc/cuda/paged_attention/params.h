@@ -74,10 +74,11 @@ struct DecodeParams {
   int64_t ks_page, ks_token, vs_page, vs_token;
   int64_t cache_rows_stride, leftpad_stride, alibi_batch, alibi_head, sinks_stride;
   static constexpr bool kPlain = false;
+  static constexpr int kRowsAtOnce = 1;  // that a thread merges
 };
 
 // What most calls have in common, known when the kernel is compiled; see is_plain().
-template <int kRowTiles>
+template <int kRowTiles, bool kScalePerToken = false>
 struct PlainParams : DecodeParams {
   static constexpr const int32_t* cache_rows = nullptr;
   static constexpr const int32_t* leftpad = nullptr;
@@ -87,8 +88,9 @@ struct PlainParams : DecodeParams {
   static constexpr int32_t window_left = -1, window_right = -1;
   static constexpr float softcap = 0.0f;
   static constexpr bool kPlain = true;
+  static constexpr int kRowsAtOnce = kRowTiles == 1 ? 1 : 4;
   static constexpr bool packs = true, out_packs = true, invariant = false;
-  static constexpr bool scale_per_token_k = false, scale_per_token_v = false;
+  static constexpr bool scale_per_token_k = kScalePerToken, scale_per_token_v = kScalePerToken;
 };
 
 // New keys and values into the cache, and q rotated, before the decode kernel runs.

@@ -13,10 +13,8 @@
 
 namespace fastinfer::cuda {
 
-template <class F, int D, bool kSmall, class P>
+template <class F, int D, class L, class P>
 struct Stream {
-  using L = Layout<F, D, kSmall>;
-
   const P& p;
   const Slot& slot;
   uint32_t shared;  // of the ring
@@ -99,7 +97,8 @@ struct Stream {
       return;
     }
     if constexpr (L::kFetches)
-      if (starts && query && fetched < 0 && p.row_tiles == 1 && p.query_packs) fetch_query();
+      if (starts && query && fetched < 0 && p.row_tiles <= L::kFetchTiles && p.query_packs)
+        fetch_query();
     const uint32_t slice = shared + (stage * kDecodeWarps + warp()) * L::kSlice;
     if (p.packs)
       issue_packs(slice);
@@ -113,11 +112,11 @@ struct Stream {
   // Every warp fetches its part, and waits for it with its first keys.
   __device__ __forceinline__ void fetch_query() {
     constexpr int kPacks = D / 8;
-    const int rows = min(p.rows - row_block * 16, 16);
+    const int block = 16 * p.row_tiles, rows = min(p.rows - row_block * block, block);
     fetched = position;
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows * kPacks; i += kDecodeThreads) {
-      const int row = i / kPacks, column = i % kPacks * 8, r = row_block * 16 + row;
+      const int row = i / kPacks, column = i % kPacks * 8, r = row_block * block + row;
       const int token = p.q_len == 1 ? 0 : r / p.group;
       const int at = head * p.group + r - token * p.group;
       const uint16_t* from = static_cast<const uint16_t*>(p.q) + sequence * p.q_batch +

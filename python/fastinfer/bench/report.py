@@ -88,6 +88,9 @@ def table(result: Result) -> str:
         lines.append(f"{'preemptions':<28}{result['num_preemptions']:>12}")
         lines.append(f"{'prefix cache hits':<28}{result['prefix_hit_rate']:>12.1%}")
         lines.append(f"{'KV cache, peak':<28}{result['kv_cache_peak_usage']:>12.1%}")
+    if "draft_acceptance_rate" in result:
+        lines.append(f"{'drafts accepted':<28}{result['draft_acceptance_rate']:>12.1%}")
+        lines.append(f"{'tokens per check':<28}{result['mean_accepted_length']:>12.2f}")
     lines.append("")
     stats = ("mean", "median", "p90", "p99")
     lines.append(f"{'ms':<8}" + "".join(f"{stat:>12}" for stat in stats))

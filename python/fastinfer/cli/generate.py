@@ -147,11 +147,18 @@ def summary(outputs: list[RequestOutput], llm: LLM) -> str:
     tpot = f"{figures['mean_tpot_ms']:.2f} ms" if decoded else "-"
     seconds = figures["duration"]
     rate = f"{tokens / seconds:.1f}" if seconds > 0 else "-"
+    speculation = ""
+    if "draft_acceptance_rate" in figures:
+        speculation = (
+            f"\nspeculation: {figures['draft_acceptance_rate']:.0%} of "
+            f"{figures['total_draft_tokens']} drafts accepted, "
+            f"{figures['mean_accepted_length']:.2f} tokens per check"
+        )
     return (
         f"{many}TTFT {figures['mean_ttft_ms']:.1f} ms | {many}TPOT {tpot} | {rate} tokens/s | "
         f"{figures['total_input_tokens']} tokens in, {tokens} out\n"
         f"KV cache: {cache['blocks_used']} of {cache['blocks_total']} blocks used "
-        f"({cache['used_mb']:.2f} of {cache['total_mb']:.1f} MB)"
+        f"({cache['used_mb']:.2f} of {cache['total_mb']:.1f} MB){speculation}"
     )
 
 

@@ -22,6 +22,9 @@ _ENGINE = {
     "mode": (str, "NAME", "balanced, latency or throughput: defaults of the next two"),
     "max_num_seqs": (int, "N", "most requests that run at once"),
     "max_num_batched_tokens": (int, "N", "token budget of one step"),
+    "swap_space": (int, "BYTES", "host memory for the blocks of preempted requests"),
+    "speculative": (str, "DIR", "ngram, or the folder of a draft model: several tokens per step"),
+    "num_speculative_tokens": (int, "N", "most guessed tokens per request and step"),
 }
 _SAMPLING = {
     "max_tokens": (int, "N", "most tokens to generate"),

@@ -5,7 +5,8 @@ T packed tokens of B sequences, prefill chunks and decodes mixed:
     input_ids, positions, slot_mapping [T]    slot = block * P + offset in the block
     cu_seqlens_q [B+1]; seq_lens [B]          keys visible after this step's write
     block_table [B, longest table]            short tables end in anything, never read
-    logits_index [S]                          rows of the hidden states to sample from
+    logits_index [S]                          rows of the hidden states to sample from: one per
+                                              request, and one more for each of its drafts
 
 Everything travels to the device in one copy, out of one pinned buffer. A token that the step
 before has drawn but that is not on the host yet has id 0 in `input_ids`; `carry_to` says where,
@@ -25,7 +26,7 @@ from .._host_loader import load_host
 from ..models import AttentionMetadata
 from .request import Request
 from .sampler import SampleOptions, early_stops, sampling_columns
-from .scheduler import ScheduledChunk, SchedulePlan
+from .step_plan import ScheduledChunk, SchedulePlan
 
 _ALIGN = 16  # bytes; every array of the buffer starts at a multiple
 
@@ -38,6 +39,7 @@ class StepBatch:
     meta: AttentionMetadata
     logits_index: Tensor  # int64 [S]
     sampling: list[Request]
+    first_rows: list[int] | None  # where each request's rows begin, if some have drafts
     options: SampleOptions
     copies: Tensor | None  # int64 [n, 2], (source, destination) blocks
     carry_to: Tensor | None  # int64 [n], positions in input_ids
@@ -159,6 +161,15 @@ def build_batch(
     slots += positions % block_size
     sampled = [row for row, chunk in enumerate(chunks) if chunk.samples]
     sampling = [chunks[row].request for row in sampled]
+    logits_index = cu_seqlens[1:][sampled].astype(np.int64) - 1
+    first_rows = ahead = None
+    if any(chunk.num_drafts for chunk in chunks):
+        each = [1 + chunks[row].num_drafts for row in sampled]
+        first_rows = [0, *np.cumsum(each)[:-1].tolist()]
+        ahead = [i for count in each for i in range(count)]
+        pairs = zip(sampling, each, strict=True)
+        sampling = [request for request, count in pairs for _ in range(count)]
+        logits_index = np.repeat(logits_index + 1 - each, each) + ahead
     held.drawn_at[held_rows[sampled]] = np.arange(len(sampled))
     arrays: dict[str, np.ndarray] = {
         "input_ids": np.array(ids, dtype=np.int64),
@@ -167,16 +178,16 @@ def build_batch(
         "cu_seqlens": cu_seqlens,
         "seq_lens": starts + counts,
         "tables": tables,
-        "logits_index": cu_seqlens[1:][sampled].astype(np.int64) - 1,
+        "logits_index": logits_index,
     }
     decodes = int(np.argmax(counts > 1)) if counts.max() > 1 else len(chunks)
     if 0 < decodes < len(chunks):
         arrays["cu_rest"] = cu_seqlens[decodes:] - np.int32(decodes)
-    columns = sampling_columns(sampling)
-    stops = early_stops(sampling)
-    for name, pairs in (("copies", plan.copies), ("carried", carried), ("stops", stops)):
-        if pairs:
-            arrays[name] = np.array(pairs, dtype=np.int64)
+    columns = sampling_columns(sampling, ahead)
+    stops = early_stops(sampling, ahead)
+    for name, numbers in (("copies", plan.copies), ("carried", carried), ("stops", stops)):
+        if numbers:
+            arrays[name] = np.array(numbers, dtype=np.int64)
     put = upload({**arrays, **columns}, device)
     meta = AttentionMetadata(
         positions=put["positions"],
@@ -194,7 +205,8 @@ def build_batch(
         meta=meta,
         logits_index=put["logits_index"],
         sampling=sampling,
-        options=SampleOptions({name: put[name] for name in columns}, put.get("stops")),
+        first_rows=first_rows,
+        options=SampleOptions({name: put[name] for name in columns}, put.get("stops"), ahead),
         copies=put.get("copies"),
         carry_to=put["carried"][:, 0] if carried else None,
         carry_from=put["carried"][:, 1] if carried else None,

@@ -8,6 +8,7 @@ from typing import Any
 
 GREEDY_BELOW = 1e-5  # temperatures under this are zero for all purposes: exp(x / T) overflows
 MAX_LOGPROBS = 128
+MAX_DRAFTS = 16  # per request and step
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 # What a mode sets where the user says nothing; a value given by the user always stands.
 PRESETS: dict[str, dict[str, int]] = {
@@ -180,6 +181,8 @@ class EngineConfig:
         max_num_seqs: Most requests that run at once; None is the mode's.
         max_num_batched_tokens: Token budget of one step; longer prompts are cut into chunks. None
             is the mode's.
+        swap_space: Bytes of host memory for the blocks of preempted requests; they are moved there
+            and back where that is faster than computing them again. 0 always recomputes.
         long_prefill_token_threshold: Most tokens of one prompt per step; 0 is only the budget.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
         batch_invariant: The tokens and log-probabilities of a request do not depend, to the last
@@ -188,6 +191,13 @@ class EngineConfig:
             does so on CUDA. The tokens are the same.
         cuda_graphs: Replay decode steps as CUDA graphs; None does so on CUDA. On the CPU the same
             step runs without a graph.
+        speculative: "ngram" proposes tokens from earlier text, a checkpoint folder is that of a
+            draft model; several tokens are then checked in one step. The tokens are the same.
+            None is off.
+        num_speculative_tokens: Most drafts per request and step, 0..16.
+        adaptive_speculation: Draft fewer tokens, or none, where the measured acceptance and the
+            measured time of a step say that it is faster. False always drafts what it can.
+        prompt_lookup_min, prompt_lookup_max: Shortest and longest ending that "ngram" looks for.
         seed: Where requests without a seed get theirs from.
         progress: Show a bar while the weights are read.
 
@@ -210,11 +220,17 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = None  # type: ignore[assignment]  # the mode's, filled in below
     max_num_batched_tokens: int = None  # type: ignore[assignment]
+    swap_space: int = 0
     long_prefill_token_threshold: int = 0
     enable_prefix_caching: bool = True
     batch_invariant: bool = False
     async_scheduling: bool | None = None
     cuda_graphs: bool | None = None
+    speculative: str | None = None
+    num_speculative_tokens: int = 4
+    adaptive_speculation: bool = True
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 4
     seed: int = 0
     progress: bool = True
 
@@ -230,6 +246,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _integer(me, name, getattr(self, name), 1)
         _integer(me, "long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
+        _integer(me, "swap_space", self.swap_space, 0)
         _integer(me, "seed", self.seed, 0)
         if not 0.0 < _number(me, "gpu_memory_utilization", self.gpu_memory_utilization) <= 1.0:
             raise ValueError(
@@ -240,9 +257,29 @@ class EngineConfig:
         _choice(me, "kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if self.requantize not in (None, 4, 8):
             raise ValueError(f"{me}: requantize must be None, 4 or 8, got {self.requantize!r}")
-        for name in ("enable_prefix_caching", "batch_invariant", "async_scheduling", "cuda_graphs"):
+        self._check_speculation()
+        booleans = ("enable_prefix_caching", "batch_invariant", "adaptive_speculation")
+        for name in (*booleans, "async_scheduling", "cuda_graphs"):
             value = getattr(self, name)
             if value is None and name in ("async_scheduling", "cuda_graphs"):
                 continue
             if not isinstance(value, bool):
                 raise ValueError(f"{me}: {name} must be True or False, got {value!r}")
+
+    def _check_speculation(self) -> None:
+        me = "LLM"
+        if self.speculative is not None and (
+            not isinstance(self.speculative, str) or not self.speculative
+        ):
+            raise ValueError(
+                f"{me}: speculative must be None, 'ngram' or a checkpoint folder, got "
+                f"{self.speculative!r}"
+            )
+        _integer(me, "num_speculative_tokens", self.num_speculative_tokens, 0)
+        if self.num_speculative_tokens > MAX_DRAFTS:
+            raise ValueError(
+                f"{me}: num_speculative_tokens must be at most {MAX_DRAFTS}, got "
+                f"{self.num_speculative_tokens}"
+            )
+        _integer(me, "prompt_lookup_min", self.prompt_lookup_min, 1)
+        _integer(me, "prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min)

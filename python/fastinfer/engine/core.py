@@ -25,13 +25,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import EngineConfig, SamplingParams
+from .drafting import Speculator, tokens_that_stand
 from .generation import Completion, Generation
 from .interrupt import InterruptsDeferred
 from .metrics import EngineStats, RequestMetrics
 from .request import Request
 from .runner import ModelRunner
 from .sampler import DrawnTokens, SampleResult
-from .scheduler import SchedulePlan, Scheduler
+from .scheduler import Scheduler
+from .step_plan import SchedulePlan
 
 KEPT_RECORDS = 10_000  # timelines kept for `metrics`, the latest ones
 
@@ -41,8 +43,14 @@ class _Launched:
     """A step that runs, or has run, and whose results nobody has looked at."""
 
     plan: SchedulePlan
-    sampling: list[Request]
+    sampling: list[Request]  # whose row it is, of each row of the logits
     drawn: DrawnTokens
+
+    @property
+    def needed_now(self) -> bool:
+        """Whether the next step cannot be built before this one's tokens are known."""
+        drafted = self.drawn.first_rows is not None
+        return drafted or any(request.sampling.has_penalties for request in self.sampling)
 
 
 class EngineCore:
@@ -77,10 +85,16 @@ class EngineCore:
             num_blocks=runner.num_blocks,
             max_model_len=runner.max_model_len,
             clock=clock,
+            swap=runner.swap,
         )
         self.lock = threading.RLock()
         self.records: deque[RequestMetrics] = deque(maxlen=KEPT_RECORDS)
         self.num_steps = 0
+        self.speculator: Speculator | None = None
+        if runner.drafter is not None:
+            rows = config.max_num_seqs if runner.max_draft_rows is None else runner.max_draft_rows
+            self.speculator = Speculator(config, runner.drafter, runner.vocab_size, rows)
+        self._finished_at = 0.0  # of the step before; 0: nothing ran just before
         self.num_ended = 0  # completions, for whatever reason
         self._completions: dict[str, tuple[Generation, Completion]] = {}
         self._abandoned: deque[Generation] = deque()
@@ -119,24 +133,40 @@ class EngineCore:
         prompts: Sequence[tuple[str | None, list[int], SamplingParams]],
         *,
         arrival_time: float | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> list[Generation]:
         """Queue prompts (text if known, token ids, parameters): all of them, or none.
 
         Args:
             prompts: As `parse_prompts` returns them.
             arrival_time: When they arrived, on the engine's clock; None is now.
+            priority: One for all or one per prompt; lower is served first, equal ones as they came.
 
         Raises:
-            ValueError: One of them could never run.
+            ValueError: One of them could never run, or the numbers of prompts and priorities
+                differ.
         """
         with self.lock, InterruptsDeferred():
             for _, token_ids, params in prompts:
                 self.check(token_ids, params)
             now = self.clock() if arrival_time is None else arrival_time
-            return [self._add(*prompt, now) for prompt in prompts]
+            each = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
+            if len(each) != len(prompts):
+                raise ValueError(
+                    f"LLM: priority must be one number or one per prompt ({len(prompts)}), got "
+                    f"{len(each)}"
+                )
+            return [
+                self._add(*prompt, now, first) for prompt, first in zip(prompts, each, strict=True)
+            ]
 
     def _add(
-        self, text: str | None, token_ids: list[int], params: SamplingParams, now: float
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        now: float,
+        priority: int,
     ) -> Generation:
         generation = Generation(str(self._next_id), text, token_ids)
         self._next_id += 1
@@ -160,6 +190,7 @@ class EngineCore:
                 metrics=RequestMetrics(arrival_time=now),
                 stop_ids=stop_ids,
                 fork_of=first,
+                priority=priority,
             )
             first = first or request
             completion = Completion(request, index, self._detokenizer(params, token_ids))
@@ -199,19 +230,34 @@ class EngineCore:
         """Run one step for whoever is due. After an exception its requests have ended."""
         with self.lock, InterruptsDeferred():
             self._drop_abandoned()
-            if self._launched is not None and _needs_tokens(self._launched.sampling):
+            speculates = self.speculator is not None and self.speculator.wants(
+                self.scheduler.running
+            )
+            if self._launched is not None and (speculates or self._launched.needed_now):
                 self._finish_launched()
+            if speculates:
+                self._propose()
             launched = self._launch()
             previous, self._launched = self._launched, launched
             self._finish(previous)
             if not self.overlap:
                 self._finish_launched()
 
+    def _propose(self) -> None:
+        assert self.speculator is not None
+        try:
+            self.speculator.propose(self.scheduler)
+        except BaseException as error:
+            self._fail(None, error)
+            raise
+
     def _launch(self) -> _Launched | None:
         plan: SchedulePlan | None = None
         try:
             plan = self.scheduler.schedule()
             if not plan.chunks:
+                self.runner.move_blocks(plan)
+                self._finished_at = 0.0
                 return None
             launched = _Launched(plan, *self.runner.step(plan))
             self.num_steps += 1
@@ -237,12 +283,21 @@ class EngineCore:
         self, plan: SchedulePlan, result: SampleResult, sampled: Sequence[Request]
     ) -> None:
         tokens: list[Any] = result.token_ids
-        if len(tokens) != len(plan.chunks):
+        if result.first_rows is not None:
+            tokens = tokens_that_stand(plan, result.token_ids, result.first_rows)
+        elif len(tokens) != len(plan.chunks):
             drawn = iter(result.token_ids)  # in the order of the chunks that are sampled from
             tokens = [[next(drawn)] if chunk.samples else [] for chunk in plan.chunks]
         rows: dict[str, int] = {}
         if result.logprobs is not None:
-            rows = {request.request_id: row for row, request in enumerate(sampled)}
+            for row, request in enumerate(sampled):
+                rows.setdefault(request.request_id, row)
+        before, self._finished_at = self._finished_at, self.clock()
+        seconds = self._finished_at - before if before else 0.0
+        if self.speculator is not None:
+            self.speculator.learn(plan, tokens, seconds)
+        if self.scheduler.swap is not None:
+            self.scheduler.swap.observe(plan.num_tokens - len(plan.chunks), seconds)
         for request in self.scheduler.commit(plan, tokens):
             _, completion = self._completions[request.request_id]
             stop = completion.take(result, rows.get(request.request_id, -1))
@@ -298,7 +353,7 @@ class EngineCore:
         """What is in the engine now."""
         with self.lock:
             self._drop_abandoned()
-            scheduler = self.scheduler
+            scheduler, spec = self.scheduler, self.speculator
             return EngineStats(
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting),
@@ -310,9 +365,8 @@ class EngineCore:
                 num_preemptions=scheduler.num_preemptions,
                 prefix_hit_tokens=scheduler.prefix_hit_tokens,
                 prefix_query_tokens=scheduler.prefix_query_tokens,
+                num_draft_tokens=spec.num_draft_tokens if spec else 0,
+                num_accepted_tokens=spec.num_accepted_tokens if spec else 0,
+                num_verifications=spec.num_verifications if spec else 0,
+                num_swapped=scheduler.num_swapped,
             )
-
-
-def _needs_tokens(requests: Sequence[Request]) -> bool:
-    """Whether the next step of one of these cannot be built before its latest token is known."""
-    return any(request.sampling.has_penalties for request in requests)

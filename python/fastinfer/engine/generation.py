@@ -34,17 +34,31 @@ class Completion:
     sent_end: bool = False
 
     def take(self, result: SampleResult, row: int) -> str | None:
-        """Follow up on the token just appended; returns the stop string it completed, if any."""
+        """Follow up on the tokens just appended; returns the stop string they complete, if any.
+
+        Tokens behind a stop string are taken back: with drafts a step may have brought some.
+        """
         request = self.request
-        token = request.tokens[-1]
+        for left in range(request.metrics.token_counts[-1] - 1, -1, -1):
+            stop = self._take_one(result, row, len(request.tokens) - 1 - left, last=left == 0)
+            if stop is not None:
+                request.drop_last(left)
+                return stop
+            row += 1
+        return None
+
+    def _take_one(self, result: SampleResult, row: int, at: int, *, last: bool) -> str | None:
+        request = self.request
+        token = request.tokens[at]
         if request.sampling.logprobs is not None:
             self._take_logprobs(result, row, token)
         if self.detokenizer is None:
             return None
-        ends = request.finish_reason == "stop"  # at a stop token, which is not part of the text
+        # at a stop token, which is not part of the text
+        ends = last and request.finish_reason == "stop"
         if not ends or request.sampling.include_stop_str_in_output:
             self.text += self.detokenizer.append(token)
-        if request.finish_reason is not None:
+        if self.detokenizer.stop_reason is not None or (last and request.finish_reason is not None):
             self.flush()
         return self.detokenizer.stop_reason
 

@@ -34,7 +34,7 @@ from .batch import RequestRows
 from .replay import StepReplay
 from .request import Request
 from .sampler import DrawnTokens
-from .scheduler import SchedulePlan
+from .step_plan import SchedulePlan
 
 _ALIGN = 16
 _COLUMNS: dict[str, type] = {

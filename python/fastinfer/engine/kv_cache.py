@@ -35,10 +35,9 @@ def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
 
 def choose_num_blocks(
     config: EngineConfig,
-    model: ModelConfig,
+    size: int,
     *,
     max_model_len: int,
-    dtype: torch.dtype,
     device: torch.device,
     measure_peak: Callable[[], int],
 ) -> int:
@@ -46,9 +45,8 @@ def choose_num_blocks(
 
     Args:
         config: num_blocks wins, then kv_cache_memory, then what the device has to give.
-        model: Sizes of the cache's inner dimensions.
+        size: Bytes of a block, over all models that have their keys and values in it.
         max_model_len: Tokens; no more blocks than max_num_seqs requests of this length need.
-        dtype: Of the cache.
         device: Where it lives.
         measure_peak: Runs a full step and returns the bytes it needs beyond what stays allocated.
             Only called on CUDA, when nothing was given.
@@ -58,7 +56,6 @@ def choose_num_blocks(
     """
     if config.num_blocks is not None:
         return config.num_blocks
-    size = block_bytes(model, config.block_size, dtype)
     if config.kv_cache_memory is not None:
         if config.kv_cache_memory < size:
             raise ValueError(
@@ -121,6 +118,7 @@ def allocate_cache(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    pinned: bool = False,
 ) -> tuple[Tensor, list[LayerCache]]:
     """The cache and each layer's views of it.
 
@@ -134,9 +132,9 @@ def allocate_cache(
     shape = (2, model.num_layers, num_blocks, block_size, model.num_kv_heads, model.head_dim)
     scales = None
     with must_fit(what, device, "lower num_blocks or kv_cache_memory"):
-        cache = torch.empty(shape, dtype=dtype, device=device)
+        cache = torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
         if dtype in EIGHT_BIT.values():
-            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device, pin_memory=pinned)
     layers = [LayerCache(k=k, v=v) for k, v in zip(*cache.unbind(0), strict=True)]
     if scales is not None:
         for layer, k_scale, v_scale in zip(layers, *scales.unbind(0), strict=True):

@@ -42,6 +42,9 @@ class LLM:
         mode: "balanced", "latency" or "throughput": defaults of the two settings below.
         max_num_seqs: Most requests that run at once.
         max_num_batched_tokens: Token budget of one step; longer prompts are cut into chunks.
+        speculative: "ngram", or the folder of a draft model: check several guessed tokens per
+            step. The tokens are the same as without.
+        num_speculative_tokens: Most guesses per request and step.
         seed: Where requests without a seed get theirs from.
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
         batch_invariant: A request's tokens and log-probabilities do not depend, to the last bit,
@@ -74,6 +77,8 @@ class LLM:
         mode: str = "balanced",
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
+        speculative: str | os.PathLike[str] | None = None,
+        num_speculative_tokens: int = 4,
         seed: int = 0,
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
@@ -94,6 +99,8 @@ class LLM:
             mode=mode,
             max_num_seqs=max_num_seqs,  # type: ignore[arg-type]
             max_num_batched_tokens=max_num_batched_tokens,  # type: ignore[arg-type]
+            speculative=None if speculative is None else os.fspath(speculative),
+            num_speculative_tokens=num_speculative_tokens,
             seed=seed,
             enable_prefix_caching=enable_prefix_caching,
             batch_invariant=batch_invariant,
@@ -173,6 +180,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | None = None,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Complete one prompt or many; they share the engine's steps.
 
@@ -181,6 +189,7 @@ class LLM:
                 a list of these.
             sampling_params: One for all prompts or one per prompt; None is `SamplingParams()`.
             use_tqdm: Progress bar; None shows it for several prompts on a terminal.
+            priority: One for all or one per prompt; lower is served first, equal ones as they came.
 
         Returns:
             One output per prompt, in their order.
@@ -191,7 +200,7 @@ class LLM:
             RuntimeError: A step failed. Requests of this call have ended, others go on.
         """
         core = self._engine
-        generations = core.add(self._prompts(prompts, sampling_params))
+        generations = core.add(self._prompts(prompts, sampling_params), priority=priority)
         if use_tqdm is None:
             use_tqdm = len(generations) > 1 and sys.stderr.isatty()
         left = generations
@@ -250,12 +259,19 @@ class LLM:
         ids = encode_chat(self.tokenizer, messages, **template_options)
         return {"prompt_token_ids": ids}
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TextStream:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> TextStream:
         """Complete one prompt, handing out what is new after every step.
 
         Args:
             prompt: As in `generate`, a single one.
             sampling_params: None is `SamplingParams()`.
+            priority: As in `generate`.
 
         Returns:
             An iterator of `RequestOutput` whose `outputs` hold only new text and tokens; the last
@@ -266,7 +282,7 @@ class LLM:
             ValueError: The prompt could never run.
         """
         core = self._engine
-        (generation,) = core.add(self._prompts([prompt], sampling_params))
+        (generation,) = core.add(self._prompts([prompt], sampling_params), priority=priority)
         return TextStream(core, generation)
 
     def stats(self) -> EngineStats:

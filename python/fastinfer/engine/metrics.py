@@ -37,7 +37,22 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens whose K/V was found in the prefix cache
     num_preemptions: int = 0
+    num_draft_tokens: int = 0  # proposed and checked
+    num_accepted_tokens: int = 0
+    num_verifications: int = 0  # steps that checked drafts
     failed: bool = False
+
+    def record_drafts(self, proposed: int, accepted: int) -> None:
+        """Note a step that checked drafts."""
+        self.num_draft_tokens += proposed
+        self.num_accepted_tokens += accepted
+        self.num_verifications += 1
+
+    @property
+    def accepted_length(self) -> float | None:
+        """Tokens per step that checked drafts, its own one included."""
+        steps = self.num_verifications
+        return 1 + self.num_accepted_tokens / steps if steps else None
 
     def record_tokens(self, count: int, now: float) -> None:
         """Note a delivery of `count` tokens."""
@@ -111,6 +126,9 @@ class RequestMetrics:
             "num_output_tokens": self.num_output_tokens,
             "num_cached_tokens": self.num_cached_tokens,
             "num_preemptions": self.num_preemptions,
+            "num_draft_tokens": self.num_draft_tokens,
+            "num_accepted_tokens": self.num_accepted_tokens,
+            "accepted_length": self.accepted_length,
         }
 
 
@@ -128,6 +146,10 @@ class EngineStats:
     num_preemptions: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
+    num_draft_tokens: int = 0  # proposed and checked since the engine started
+    num_accepted_tokens: int = 0
+    num_verifications: int = 0
+    num_swapped: int = 0  # preemptions that moved blocks to the host
 
     @property
     def kv_cache_usage(self) -> float:
@@ -193,7 +215,9 @@ def summarize(
         completed, failed, duration (s), total_input_tokens, total_output_tokens,
         request_throughput, request_goodput (0 without limits), output_throughput,
         total_token_throughput (per second), {mean,median,std,p50,p90,p99}_{ttft,tpot,itl,e2el}_ms,
-        max_output_tokens_per_s, max_concurrent_requests.
+        max_output_tokens_per_s, max_concurrent_requests. Where drafts were checked also
+        total_draft_tokens, total_accepted_tokens, draft_acceptance_rate and mean_accepted_length
+        (tokens per check, its own one included).
 
     Raises:
         ValueError: A limit has an unknown name, or the duration is not positive.
@@ -234,4 +258,10 @@ def summarize(
     result.update(_spread([r.e2el for r in done if r.e2el is not None], "e2el"))
     result["max_output_tokens_per_s"] = _peak_tokens_per_second(done, start)
     result["max_concurrent_requests"] = _peak_concurrency(done)
+    drafted = sum(record.num_draft_tokens for record in done)
+    if drafted:
+        accepted = sum(record.num_accepted_tokens for record in done)
+        result["total_draft_tokens"], result["total_accepted_tokens"] = drafted, accepted
+        result["draft_acceptance_rate"] = accepted / drafted
+        result["mean_accepted_length"] = 1 + accepted / sum(r.num_verifications for r in done)
     return result

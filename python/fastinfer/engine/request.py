@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from .config import SamplingParams
 from .metrics import RequestMetrics
@@ -71,9 +72,15 @@ class Request:
     blocks_sent: int = 0  # entries of the block table that the row's holder has seen
     fork_of: Request | None = None  # same prompt: share its blocks as soon as they are computed
     arrival_order: int = 0
+    priority: int = 0  # lower is served first
+    host_blocks: list[int] = field(default_factory=list)  # where its K/V waits, if it was swapped
+    num_on_host: int = 0  # tokens whose K/V is there
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None
+
+    acceptance: Any = None  # what the speculator has learnt about its drafts
+    draft_state: Any = None  # of the drafter
 
     wants_only_tokens: bool = True  # no log-probabilities, no change to the logits
     followed: bool = True  # something (text, log-probabilities) is made of every single token
@@ -85,6 +92,11 @@ class Request:
         )
         self.num_prompt = len(self.tokens)
         self.metrics.num_prompt_tokens = self.num_prompt
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Requests are served by priority, then as they came."""
+        return self.priority, self.arrival_order
 
     @property
     def num_tokens(self) -> int:
@@ -130,6 +142,12 @@ class Request:
                 f"Request: {self.request_id} must not go from {self.status.value} to {status.value}"
             )
         self.status = status
+
+    def drop_last(self, count: int) -> None:
+        """Take back tokens of the latest delivery."""
+        if count:
+            del self.tokens[-count:]
+            self.metrics.token_counts[-1] -= count
 
     def append(self, token: int) -> bool:
         """Take one generated token; True when it ends the request (which the caller then does)."""

@@ -12,12 +12,16 @@ from ..models import start_loading
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
+from .draft_model import ModelDrafter, load_draft
+from .drafting import Drafter, NGramDrafter
 from .graphs import DecodeGraphs
 from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks, must_fit
 from .metrics import RequestMetrics
 from .request import Request
 from .sampler import DrawnTokens, sample_tokens
-from .scheduler import ScheduledChunk, SchedulePlan
+from .step_plan import ScheduledChunk, SchedulePlan
+from .swap import HostCache, SwapSpace
+from .verify_graphs import VerifyGraphs
 
 # What the decode kernel needs for up to 32 queries per key head of up to 128 channels.
 WORKSPACE_BYTES, WORKSPACE_GROUP, WORKSPACE_HEAD_DIM = 16 << 20, 32, 128
@@ -83,14 +87,17 @@ class ModelRunner:
         self.max_model_len: int = config.max_model_len or model.max_model_len
         self.cache_dtype = cache_dtype(config.kv_cache_dtype, model.dtype)
         self.block_bytes = block_bytes(model.config, config.block_size, self.cache_dtype)
+        draft = load_draft(config, model, device)
+        if draft is not None:
+            draft_cache = cache_dtype(config.kv_cache_dtype, draft.dtype)
+            self.block_bytes += block_bytes(draft.config, config.block_size, draft_cache)
         self._workspace = make_workspace(model.config, device)
         # tokens of the latest step, where the model is
         self._drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         self.num_blocks = choose_num_blocks(
             config,
-            model.config,
+            self.block_bytes,
             max_model_len=self.max_model_len,
-            dtype=self.cache_dtype,
             device=device,
             measure_peak=lambda: self._measure_peak(config),
         )
@@ -101,7 +108,27 @@ class ModelRunner:
             dtype=self.cache_dtype,
             device=device,
         )
+        self._host: HostCache | None = None
+        self.swap: SwapSpace | None = None
+        own_bytes = block_bytes(model.config, config.block_size, self.cache_dtype)
+        if config.swap_space >= own_bytes:
+            count = min(config.swap_space // own_bytes, self.num_blocks)
+            with must_fit(f"swap_space of {config.swap_space} bytes", device, "lower swap_space"):
+                self._host = HostCache(model.config, self.layers, count, config.block_size)
+            self.swap = SwapSpace(count, own_bytes, self._host.measure_bandwidth())
         max_len = min(self.max_model_len, self.num_blocks * config.block_size)
+        self.drafter: Drafter | None = None
+        if config.speculative == "ngram":
+            self.drafter = NGramDrafter(config.prompt_lookup_min, config.prompt_lookup_max)
+        elif draft is not None:
+            self.drafter = ModelDrafter(
+                draft,
+                config,
+                num_blocks=self.num_blocks,
+                max_len=max_len,
+                dtype=draft_cache,
+                device=device,
+            )
         self._rows = RequestRows(config.max_num_seqs, -(-max_len // config.block_size))
         self._graphs: DecodeGraphs | None = None
         wanted = config.cuda_graphs
@@ -118,6 +145,30 @@ class ModelRunner:
                     device=device,
                 )
             self._drawn = self._graphs.drawn
+        self._verify: VerifyGraphs | None = None
+        if self._graphs is not None and self.drafter is not None and config.num_speculative_tokens:
+            self._verify = VerifyGraphs(
+                model,
+                self.layers,
+                self._rows,
+                max_rows=config.max_num_seqs,
+                max_drafts=config.num_speculative_tokens,
+                max_len=max_len,
+                block_size=config.block_size,
+                device=device,
+            )
+            self._verify.prepare(rows=4 if device.type == "cuda" else 0)
+
+    def move_blocks(self, plan: SchedulePlan) -> None:
+        """The block copies of a plan, in front of its step."""
+        if plan.swap_out or plan.swap_in:
+            assert self._host is not None
+            self._host.move(plan.swap_out, plan.swap_in)
+
+    @property
+    def max_draft_rows(self) -> int | None:
+        """Most requests of a step with drafts, where these run over static buffers."""
+        return None if self._verify is None else self._verify.max_rows
 
     @torch.inference_mode()
     def step(self, plan: SchedulePlan) -> tuple[list[Request], DrawnTokens]:
@@ -127,10 +178,15 @@ class ModelRunner:
             The requests it draws tokens for, if one of them wants more than a token or has
             penalties (else none), and the tokens to come.
         """
+        self.move_blocks(plan)
         if self._graphs is not None and self._graphs.accepts(plan):
             if plan.copies:
                 self._copy_blocks(torch.tensor(plan.copies).to(self.device))
             return [], self._graphs.launch(plan)
+        if self._verify is not None and self._verify.accepts(plan):
+            if plan.copies:
+                self._copy_blocks(torch.tensor(plan.copies).to(self.device))
+            return [], self._verify.launch(plan)
         batch = self.build(plan)
         special = any(not request.wants_only_tokens for request in batch.sampling)
         return batch.sampling if special else [], self.launch(batch)
@@ -156,8 +212,11 @@ class ModelRunner:
                 return DrawnTokens(None)
             logits = self.model.compute_logits(hidden.index_select(0, batch.logits_index))
         out = sample_tokens(logits, batch.sampling, batch.options)
-        self._drawn[: len(batch.sampling)].copy_(out.token_ids)
-        return DrawnTokens(out)
+        drawn = DrawnTokens(out)
+        drawn.first_rows = batch.first_rows
+        if batch.first_rows is None:  # else the host has to see them before the next step
+            self._drawn[: len(batch.sampling)].copy_(out.token_ids)
+        return drawn
 
     def _copy_blocks(self, pairs: Tensor) -> None:
         sides = [(c.k, c.v, c.k_scale, c.v_scale) for c in self.layers]
@@ -172,7 +231,7 @@ class ModelRunner:
 
     def release(self) -> None:
         """Let go of the model and the cache."""
-        self._graphs = None
+        self._graphs = self._verify = self.drafter = self._host = None
         del self.model, self.cache, self.layers
 
     def _measure_peak(self, config: EngineConfig) -> int:
@@ -224,7 +283,8 @@ class ModelRunner:
         )
         self._rows = RequestRows(count, per_prompt)
         batch = self.build(plan)
-        sampled = min(config.max_num_seqs, plan.num_tokens)
+        drafts = config.num_speculative_tokens if config.speculative else 0
+        sampled = min(config.max_num_seqs * (1 + drafts), plan.num_tokens)
         batch.logits_index = batch.logits_index[:1].expand(sampled).contiguous()
         batch.sampling = batch.sampling[:1] * sampled
         columns = batch.options.columns

@@ -27,15 +27,17 @@ class SampleResult:
     logprobs: list[float] | None = None  # of the chosen token; None when nobody asked
     top_ids: list[list[int]] | None = None  # most likely tokens, best first
     top_logprobs: list[list[float]] | None = None
+    first_rows: list[int] | None = None  # of each request, if some had drafts: one row more each
 
 
 @dataclass(slots=True)
 class SampleOptions:
     """Per-row arguments of `sample`, on the device; `stops` int64 [n, 2] are (row, token) that must
-    not be drawn."""
+    not be drawn, `ahead` the drafts of its request in front of each row (None: there are none)."""
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     stops: Tensor | None = None
+    ahead: list[int] | None = None
 
 
 class DrawnTokens:
@@ -48,6 +50,7 @@ class DrawnTokens:
     def __init__(self, out: Any | None) -> None:
         self._parts: list[Any] = [None] * 4  # with a `tolist` each
         self._ready: torch.cuda.Event | None = None
+        self.first_rows: list[int] | None = None
         if out is None:
             return
         self._parts = [out.token_ids, out.logprobs, out.top_ids, out.top_logprobs]
@@ -72,7 +75,7 @@ class DrawnTokens:
         """Wait for the step and read what it drew."""
         self.wait()
         ids, *others = (None if part is None else part.tolist() for part in self._parts)
-        return SampleResult(ids or [], *others)
+        return SampleResult(ids or [], *others, self.first_rows)
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:
@@ -80,9 +83,13 @@ def _to_pinned(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def sampling_columns(requests: Sequence[Request]) -> dict[str, np.ndarray]:
+def sampling_columns(
+    requests: Sequence[Request], ahead: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
     """The columns of the `sample` op that at least one of these requests needs, one row each.
 
+    `ahead` counts the drafts in front of a row: its position in the random stream is that of a
+    token drawn after so many more tokens.
     temperature, top_p, min_p and the penalties fp32; top_k int32; seeds, steps int64.
     """
     params = [request.sampling for request in requests]
@@ -99,6 +106,8 @@ def sampling_columns(requests: Sequence[Request]) -> dict[str, np.ndarray]:
         column("min_p", [p.min_p for p in params], 0.0)
         out["seeds"] = np.array([request.seed for request in requests], dtype=np.int64)
         out["steps"] = np.array([r.sample_position for r in requests], dtype=np.int64)
+        if ahead is not None:
+            out["steps"] += np.array(ahead, dtype=np.int64)
     if any(p.has_penalties for p in params):
         column("repetition_penalty", [p.repetition_penalty for p in params], 1.0)
         column("presence_penalty", [p.presence_penalty for p in params], 0.0)
@@ -106,26 +115,32 @@ def sampling_columns(requests: Sequence[Request]) -> dict[str, np.ndarray]:
     return out
 
 
-def early_stops(requests: Sequence[Request]) -> list[tuple[int, int]]:
-    """(row, stop token) for requests below their `min_tokens`."""
+def early_stops(
+    requests: Sequence[Request], ahead: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """(row, stop token) for rows below the `min_tokens` of their request."""
     return [
         (row, token)
         for row, request in enumerate(requests)
-        if request.sample_position < request.sampling.min_tokens
+        if request.sample_position + (ahead[row] if ahead else 0) < request.sampling.min_tokens
         for token in request.stop_ids
     ]
 
 
 def _seen_tokens(
-    requests: Sequence[Request], vocab_size: int, device: torch.device
+    requests: Sequence[Request],
+    ahead: Sequence[int] | None,
+    vocab_size: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Which tokens a prompt holds, and how often each was generated."""
+    """Which tokens a prompt holds, and how often each was generated, drafts in front included."""
     prompt = torch.zeros(len(requests), vocab_size, dtype=torch.bool)
     counts = torch.zeros(len(requests), vocab_size, dtype=torch.int32)
     for row, request in enumerate(requests):
         if request.sampling.has_penalties:
             prompt[row, request.tokens[: request.num_prompt]] = True
-            output = torch.tensor(request.output_token_ids, dtype=torch.int64)
+            drafts = request.draft_tokens[: ahead[row]] if ahead else []
+            output = torch.tensor(request.output_token_ids + drafts, dtype=torch.int64)
             counts[row] += torch.bincount(output, minlength=vocab_size).to(torch.int32)
     return prompt.to(device), counts.to(device)
 
@@ -134,8 +149,9 @@ def sample_tokens(logits: Tensor, requests: Sequence[Request], options: SampleOp
     """Draw the next token of each request.
 
     Args:
-        logits: [B, V], one row per request; may be changed.
-        requests: B of them. Those with penalties must have all their tokens on the host.
+        logits: [B, V], one row per request, with drafts one more for each; may be changed.
+        requests: B of them, that of each row. Those with penalties must have all their tokens on
+            the host.
         options: Of these requests.
 
     Returns:
@@ -145,7 +161,7 @@ def sample_tokens(logits: Tensor, requests: Sequence[Request], options: SampleOp
         logits[options.stops[:, 0], options.stops[:, 1]] = float("-inf")
     more: dict[str, Any] = dict(options.columns)
     if any(request.sampling.has_penalties for request in requests):
-        seen = _seen_tokens(requests, logits.shape[1], logits.device)
+        seen = _seen_tokens(requests, options.ahead, logits.shape[1], logits.device)
         more["prompt_mask"], more["output_counts"] = seen
     wanted = [r.sampling.logprobs for r in requests if r.sampling.logprobs is not None]
     if wanted:

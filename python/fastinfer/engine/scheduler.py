@@ -1,16 +1,17 @@
 """Who runs in the next step, and with how many tokens. No tensors, no models.
 
 One rule, no phases. Every step has a token budget. Running requests come first, in order of
-arrival, each with all its pending tokens (one when it decodes, a chunk of the prompt otherwise, the
-drafts on top when it speculates); what is left of the budget admits waiting ones. Decodes are thus
-never held up by more than one budget's worth of somebody's prompt.
+priority and then of arrival, each with all its pending tokens (one when it decodes, a chunk of the
+prompt otherwise, the drafts on top when it speculates); what is left of the budget admits waiting
+ones. Decodes are thus never held up by more than one budget's worth of somebody's prompt.
 
-When blocks run out, the youngest running request is preempted: its blocks are freed, its tokens
-kept, and it waits again in order of arrival; drafts are dropped before anybody
-is preempted for them. A request is admitted only when
-everything it has to run fits beside what the running ones still need, so that admission does not
-cause preemption at once. The oldest request is never preempted and a request that could not
-run alone is refused on arrival, therefore somebody always advances.
+When blocks run out, the last running request in that order is preempted: its blocks are freed, or
+moved to the host where that is faster than computing them again (swap.py), its tokens kept, and it
+waits again in its place; drafts are dropped before anybody is preempted for them. One that waits
+for want of blocks or of a place makes the last running one give way if that has a lower priority. A
+request is admitted only when everything it has to run fits beside what the running ones still need,
+so that admission does not cause preemption at once. The first request is never preempted and a
+request that could not run alone is refused on arrival, therefore somebody always advances.
 
 The n completions of a prompt compute it once: the others wait for the first, then share its full
 blocks and get a copy of the block their own tokens would go into (copy on write).
@@ -25,37 +26,17 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .._host_loader import load_host
 from .config import EngineConfig
 from .metrics import RequestMetrics
 from .request import Request, RequestStatus
+from .step_plan import ScheduledChunk, SchedulePlan
 
 if TYPE_CHECKING:
     from .._host_py import BlockPool, DecodeLoop
-
-
-@dataclass(slots=True)
-class ScheduledChunk:
-    """`count` tokens of a request from position `start` on; drafts are the last `num_drafts`."""
-
-    request: Request
-    start: int
-    count: int
-    num_drafts: int
-    samples: bool  # reaches the end of the tokens, so the step yields tokens for it
-
-
-@dataclass(slots=True)
-class SchedulePlan:
-    """One step: what to run, what was preempted for it, which blocks to copy before it."""
-
-    chunks: list[ScheduledChunk] = field(default_factory=list)  # those of one token first
-    preempted: list[str] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (source, destination) blocks
-    num_tokens: int = 0
+    from .swap import SwapSpace
 
 
 class Scheduler:
@@ -67,6 +48,7 @@ class Scheduler:
         num_blocks: Size of the pool.
         max_model_len: Longest prompt + output in tokens.
         clock: Monotonic time in seconds.
+        swap: Blocks of the host; None recomputes what was preempted.
     """
 
     def __init__(
@@ -76,6 +58,7 @@ class Scheduler:
         num_blocks: int,
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
+        swap: SwapSpace | None = None,
     ) -> None:
         host = load_host()
         self._extend_hashes = host.extend_block_hashes
@@ -91,14 +74,17 @@ class Scheduler:
         self.config = config
         self.max_model_len = max_model_len
         self.clock = clock
+        self.swap = swap
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
+        self.running: list[Request] = []  # in order, as those that wait
         self.requests: dict[str, Request] = {}  # all that are not finished
         self.num_preemptions = 0
+        self.num_swapped = 0  # preemptions that moved blocks to the host
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
         self.peak_blocks = 0
         self._arrivals = 0
+        self._held_up = False  # the first that waits found no place in the last step
         self._rows = list(range(config.max_num_seqs))  # not taken by a running request
 
     @property
@@ -143,7 +129,7 @@ class Scheduler:
         request.arrival_order = self._arrivals
         self._arrivals += 1
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        self._queue(request)
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request in whatever state it is and free its blocks; no-op when it has ended."""
@@ -162,10 +148,22 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         self._release(request)
+        if self.swap is not None:
+            self.swap.forget(request)
+
+    def _queue(self, request: Request) -> None:
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].order > request.order:
+            at -= 1
+        self.waiting.insert(at, request)
 
     def schedule(self) -> SchedulePlan:
         """Plan the next step and take the blocks it needs. An empty plan means nothing waits."""
         plan = SchedulePlan()
+        last = self.running[-1] if self._held_up and self.waiting and self.running else None
+        if last is not None and last.priority > self.waiting[0].priority:
+            self._preempt(last, plan)
+        self._held_up = False
         budget = self.config.max_num_batched_tokens
         limit = self.config.long_prefill_token_threshold or budget
         running = list(self.running)
@@ -239,6 +237,16 @@ class Scheduler:
         if request.finish_reason is not None:
             self.finish(request, request.finish_reason, request.stop_reason)
 
+    def look_ahead(self, request: Request, count: int) -> int:
+        """Take the blocks of the pending token and its drafts, if nobody else needs them: how many
+        of the drafts there is room for."""
+        size = self.config.block_size
+        missing = self._blocks_for(request.num_computed + 1 + count) - len(request.block_table)
+        missing = min(missing, self.pool.num_free - len(self.running))
+        if missing > 0:
+            request.block_table += self.pool.allocate(missing)
+        return min(count, len(request.block_table) * size - request.num_computed - 1)
+
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
@@ -287,22 +295,20 @@ class Scheduler:
     def _preempt(self, request: Request, plan: SchedulePlan) -> None:
         self.running.remove(request)
         request.move_to(RequestStatus.PREEMPTED)
+        if self.swap is not None:
+            self.num_swapped += self.swap.take_out(request, plan, self._blocks_for)
         self._release(request)
         request.num_computed = 0
         request.draft_tokens = []
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        older = 0  # only completions that wait for a prompt's computation can be
-        while older < len(self.waiting) and (
-            self.waiting[older].arrival_order < request.arrival_order
-        ):
-            older += 1
-        self.waiting.insert(older, request)
+        self._queue(request)
         plan.preempted.append(request.request_id)
 
     def _admit(self, plan: SchedulePlan, budget: int) -> None:
         if not self.waiting:
             return
+        self._held_up = budget > 0 and len(self.running) >= self.config.max_num_seqs
         reserved = sum(
             # what a running request still has to get for the tokens it has, and one block to grow
             max(self._blocks_for(r.num_tokens) - len(r.block_table), 0) + 1
@@ -321,11 +327,14 @@ class Scheduler:
             needed = total - len(shared) + self.pool.count_free(shared)
             if needed + (reserved if self.running else 0) > self.pool.num_free:
                 request.fork_of = parent
+                self._held_up = True
                 break
             self.waiting.popleft()
             request.move_to(RequestStatus.RUNNING)
-            insort(self.running, request, key=lambda r: r.arrival_order)
+            insort(self.running, request, key=lambda r: r.order)
             self._adopt_prefix(request, shared, parent)
+            if self.swap is not None:
+                self.swap.bring_back(request, plan, self.pool)
             request.row = self._rows.pop()
             limit = self.config.long_prefill_token_threshold
             count = min(request.num_pending, budget, limit or budget)
@@ -385,6 +394,7 @@ class Scheduler:
         self.pool.release(request.block_table[::-1])
         request.block_table = []
         request.blocks_sent = 0
+        request.draft_state = None
         if request.row >= 0:
             self._rows.append(request.row)
             request.row = -1

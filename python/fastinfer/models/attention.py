@@ -30,10 +30,12 @@ class AttentionMetadata:
     block_table: Tensor  # int32 [B, max_blocks]; entries past a sequence's length may hold anything
     max_seqlen_q: int
     max_seqlen_k: int
-    # Sequences of one token at the beginning; None: all, if max_seqlen_q is 1, else not known (0).
+    # Sequences of `decode_len` tokens at the beginning; None: all, if max_seqlen_q is 1, else not
+    # known (0).
     num_decodes: int | None = None
     cu_seqlens_rest: Tensor | None = None  # int32, of the other ones, from 0; None: there are none
     plans: Mapping[tuple[int, int], Tensor] | None = None  # of `plan_decode`, by window of a layer
+    decode_len: int = 1  # tokens of each of these sequences
     workspace: Tensor | None = None  # of `flash_attn_with_kvcache`: zeroed once, one per stream
 
 
@@ -108,7 +110,7 @@ class SelfAttention(nn.Module):
         if decodes == 0 or self.batch_invariant:
             # A batch-invariant row goes through the same operator whatever shares its step.
             return self._prefill(q, meta, cache, 0, meta.cu_seqlens_q, None)
-        if decodes == tokens:
+        if decodes * meta.decode_len == tokens:
             return self._decode(q, meta, cache, decodes, None)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self._decode(q[:decodes], meta, cache, decodes, out[:decodes])
@@ -124,9 +126,9 @@ class SelfAttention(nn.Module):
         count: int,
         out: Tensor | None,
     ) -> Tensor:
-        """The first `count` sequences, of one token each."""
+        """The first `count` sequences, of equally many tokens."""
         return ops.flash_attn_with_kvcache(
-            q.unsqueeze(1),
+            q.unflatten(0, (count, -1)),
             cache.k,
             cache.v,
             cache_seqlens=meta.seq_lens[:count],
@@ -137,8 +139,8 @@ class SelfAttention(nn.Module):
             v_scale=cache.v_scale,
             plan=None if meta.plans is None else meta.plans[self.window],
             workspace=meta.workspace,
-            out=None if out is None else out.unsqueeze(1),
-        ).squeeze(1)
+            out=None if out is None else out.unflatten(0, (count, -1)),
+        ).flatten(0, 1)
 
     def _prefill(
         self,

@@ -1,0 +1,194 @@
+"""Speculative decoding: who proposes tokens for whom, and which of them stand.
+
+A drafter guesses the next tokens x_1..x_k of a request; one step then runs [last token, x_1..x_k]
+and draws a token after each of the k + 1: t_1..t_{k+1}, from the target's distribution, with the
+request's parameters and at the places of its random stream that they would have had anyway. As long
+as t_i == x_i, what t_{i+1} was drawn from is what plain decoding would have seen, so
+
+    t_1 .. t_{a+1}    with a = number of leading i with t_i == x_i
+
+are exactly the tokens of plain decoding, greedy or sampled, whatever the drafter says: a seed gives
+the same tokens with and without drafts. A draft model draws its guesses with the same random
+numbers, so the two agree wherever their distributions do. For a certain guess (n-gram) the chance
+of acceptance, p(x), is that of rejection sampling (Leviathan et al. 2023, Chen et al. 2023).
+
+Keys and values of rejected drafts are overwritten by the next step; `num_computed` says what
+counts, and only tokens that stand are ever registered in the prefix index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from .._host_loader import load_host
+from .config import EngineConfig
+from .pace import Pace
+from .request import Request, RequestStatus
+from .scheduler import Scheduler
+from .step_plan import ScheduledChunk, SchedulePlan
+
+
+class Drafter(Protocol):
+    """Guesses tokens. What it returns is checked: it may be wrong, too long or nonsense.
+
+    Attributes:
+        uses_blocks: Whether it writes keys and values of the drafts into the request's blocks.
+    """
+
+    uses_blocks: bool
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[list[int]]:
+        """For each request at most so many tokens that may follow its own."""
+        ...
+
+
+class NGramDrafter:
+    """What followed the latest occurrence of the text that now ends the sequence.
+
+    Args:
+        min_n, max_n: Shortest and longest ending to look for; a longer one beats a later one.
+
+    A repetition shorter than the draft is continued: after "a b a b" come "a b a b ...".
+    Reference: Saxena, "Prompt Lookup Decoding" (2023).
+    """
+
+    uses_blocks = False
+
+    def __init__(self, min_n: int, max_n: int) -> None:
+        self.min_n, self.max_n = min_n, max_n
+        self._search = load_host().propose_ngram
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[list[int]]:
+        """One search per request."""
+        found = []
+        for request, count in wanted:
+            tokens = self._search(request.tokens, self.max_n, self.min_n, count)
+            if tokens:
+                tokens = (tokens * -(-count // len(tokens)))[:count]
+            found.append(tokens)
+        return found
+
+
+class Speculator:
+    """Gives the running requests their drafts before a step is planned.
+
+    Args:
+        config: num_speculative_tokens and the token budget of a step.
+        drafter: Where drafts come from.
+        vocab_size: Of the target; a draft ends before the first id that is not in it.
+        max_rows: With more running requests nothing is drafted.
+    """
+
+    def __init__(
+        self, config: EngineConfig, drafter: Drafter, vocab_size: int, max_rows: int
+    ) -> None:
+        self.max_rows = max_rows if config.num_speculative_tokens else 0
+        self.drafter = drafter
+        self.max_drafts = config.num_speculative_tokens
+        self.budget = config.max_num_batched_tokens
+        self.vocab_size = vocab_size
+        self.pace = Pace(self.max_drafts) if config.adaptive_speculation else None
+        self.num_draft_tokens = 0  # checked so far
+        self.num_accepted_tokens = 0
+        self.num_verifications = 0  # requests times steps
+        self._drafts = self.max_drafts  # per request, in the next step
+        self._asked: list[Request] = []
+
+    def wants(self, running: Sequence[Request]) -> bool:
+        """Whether the next step may have drafts: then the tokens of this one are needed first."""
+        if not running or not 0 < len(running) <= self.max_rows:
+            return False
+        self._drafts = self.max_drafts if self.pace is None else self.pace.drafts(running)
+        return self._drafts > 0
+
+    def propose(self, scheduler: Scheduler) -> None:
+        """Set `draft_tokens` of the requests that decode next."""
+        running = scheduler.running
+        room = self.budget - len(running)  # a draft never takes the place of somebody's token
+        wanted: list[tuple[Request, int]] = []
+        for request in running:
+            left = request.max_total_tokens - len(request.tokens) - 1
+            count = min(self._drafts, left, room)
+            if count > 0 and _decodes_next(request):
+                if self.drafter.uses_blocks:
+                    count = scheduler.look_ahead(request, count)
+                if count <= 0:
+                    continue
+                wanted.append((request, count))
+                room -= count
+        self._asked = [request for request, _ in wanted]
+        if not wanted:
+            return
+        drafts = self.drafter.propose(wanted)
+        for (request, count), tokens in zip(wanted, drafts, strict=True):
+            request.draft_tokens = self._valid(tokens[:count])
+
+    def learn(self, plan: SchedulePlan, tokens: Sequence[int | list[int]], seconds: float) -> None:
+        """Note what a step yielded, before the scheduler takes it.
+
+        Args:
+            plan: What was run.
+            tokens: Per chunk, see `tokens_that_stand`.
+            seconds: Since the results of the step before; 0 if there was none just before.
+        """
+        asked, self._asked = self._asked, []
+        for chunk, yielded in zip(plan.chunks, tokens, strict=True):
+            if chunk.num_drafts and isinstance(yielded, list):
+                self._record(chunk, len(yielded) - 1)
+        if self.pace is None:
+            return
+        longest = max(chunk.count for chunk in plan.chunks)
+        decodes = all(chunk.count == 1 + chunk.num_drafts for chunk in plan.chunks)
+        if seconds > 0 and decodes:
+            self.pace.observe(len(plan.chunks), longest, bool(asked), seconds)
+        for request in asked:
+            if not request.draft_tokens:
+                self.pace.learn(request, 0, 0)
+
+    def _record(self, chunk: ScheduledChunk, accepted: int) -> None:
+        chunk.request.metrics.record_drafts(chunk.num_drafts, accepted)
+        self.num_draft_tokens += chunk.num_drafts
+        self.num_accepted_tokens += accepted
+        self.num_verifications += 1
+        if self.pace is not None:
+            self.pace.learn(chunk.request, chunk.num_drafts, accepted)
+
+    def _valid(self, tokens: list[int]) -> list[int]:
+        for at, token in enumerate(tokens):
+            if not 0 <= token < self.vocab_size:
+                return tokens[:at]
+        return tokens
+
+
+def _decodes_next(request: Request) -> bool:
+    return (
+        request.status is RequestStatus.RUNNING
+        and request.in_flight == 0
+        and request.num_computed == len(request.tokens) - 1
+    )
+
+
+def tokens_that_stand(
+    plan: SchedulePlan, drawn: list[int], first_rows: Sequence[int]
+) -> list[list[int]]:
+    """What each chunk of a step with drafts yielded.
+
+    Args:
+        plan: What was run.
+        drawn: A token per row; for each chunk that samples one row after its last token and one
+            after each of its drafts.
+        first_rows: Where the rows of these chunks begin.
+    """
+    tokens: list[list[int]] = []
+    rows = iter(first_rows)
+    for chunk in plan.chunks:
+        if not chunk.samples:
+            tokens.append([])
+            continue
+        first, accepted, drafts = next(rows), 0, chunk.request.draft_tokens
+        count = min(chunk.num_drafts, len(drafts))  # none are left of a request that was aborted
+        while accepted < count and drawn[first + accepted] == drafts[accepted]:
+            accepted += 1
+        tokens.append(drawn[first : first + accepted + 1])
+    return tokens

@@ -1,0 +1,179 @@
+"""How many tokens to draft: from what was accepted and from what steps were measured to take.
+
+With acceptance a per draft (independent), k drafts yield on average
+
+    E(k) = 1 + a + a^2 + ... + a^k        tokens (Leviathan et al. 2023)
+
+for a step that takes T(k). T(0) is the time of a plain step as the engine would run it without
+drafts, overlapped with the host's work if it may; T(k) has everything in it that drafts bring: the
+drafter, more tokens in the step, waiting for its results. Both are measured while the engine works,
+from result to result, for each power of two of requests. k = argmax E(k) / T(k), and 0 turns
+speculation off until it is tried again, after more steps each time.
+
+Nothing here changes a token: see drafting.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .request import Request
+from .static_step import query_lengths
+
+SAMPLES = 3  # of a time before it counts; the one before these is thrown away (first use)
+HOLD = 8  # steps between decisions
+FIRST_WAIT, LONGEST_WAIT = 32, 1024  # plain steps before drafts are tried again
+RECHECK = 512  # steps with drafts before plain ones are measured again
+_FRESH = 0.1  # weight of a new observation
+HOPE = 0.7  # acceptance before anything is known
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """Of one request: chance that a draft is accepted, and that there is one to check."""
+
+    rate: float
+    found: float = 1.0
+
+
+class _Time:
+    """Moving average of seconds, careful with the odd slow step."""
+
+    __slots__ = ("count", "seconds")
+
+    def __init__(self) -> None:
+        self.count = -1  # the first one is not used
+        self.seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        if self.count <= SAMPLES:
+            # the fastest of the first few: others may have met something else
+            self.seconds = seconds if self.count <= 1 else min(self.seconds, seconds)
+        else:
+            seconds = min(seconds, 2 * self.seconds)
+            self.seconds += _FRESH * (seconds - self.seconds)
+
+    @property
+    def known(self) -> bool:
+        return self.count >= SAMPLES
+
+
+class Pace:
+    """Decides for the running requests.
+
+    Args:
+        max_drafts: Most drafts of a request.
+    """
+
+    def __init__(self, max_drafts: int) -> None:
+        self.max_drafts = max_drafts
+        self._lengths = query_lengths(max_drafts)
+        self._times: dict[tuple[int, int], _Time] = {}  # (bucket, tokens per row; 1: plain)
+        self._usual = HOPE  # acceptance of requests so far
+        self._bucket = 0
+        self._drafts = 0
+        self._hold = 0
+        self._wait = self._waited = 0
+        self._since_plain = 0
+
+    def drafts(self, running: Sequence[Request]) -> int:
+        """Most drafts per request in the next step; 0 is a plain step."""
+        bucket = (len(running) - 1).bit_length()
+        if bucket != self._bucket:
+            self._bucket, self._hold, self._wait, self._waited = bucket, 0, 0, 0
+        if self._hold > 0:
+            self._hold -= 1
+            return self._drafts
+        self._drafts = self._decide(running)
+        self._hold = HOLD if self._drafts else 0
+        return self._drafts
+
+    def _decide(self, running: Sequence[Request]) -> int:
+        plain = self._times.get((self._bucket, 1))
+        if plain is None or not plain.known:
+            return 0
+        measured = [q for q in self._lengths if self._known(q)]
+        if not measured and not self._known(0):
+            return self.max_drafts
+        if self._drafts:
+            self._since_plain += HOLD
+            if self._since_plain >= RECHECK:
+                self._since_plain = 0
+                return 0
+        # (nothing was found in all the steps so far: there is nothing to measure, nor to gain)
+        best = self._best(running, plain.seconds, measured) if measured else 0
+        if best:
+            self._wait = 0
+            return best
+        if not self._wait:
+            self._wait, self._waited = FIRST_WAIT, 0
+        self._waited += 1
+        if self._waited < self._wait:
+            return 0
+        self._waited, self._wait = 0, min(2 * self._wait, LONGEST_WAIT)
+        self._hold = 0
+        return self._lengths[0] - 1
+
+    def _known(self, length: int) -> bool:
+        time = self._times.get((self._bucket, length))
+        return time is not None and time.known
+
+    def _best(self, running: Sequence[Request], plain: float, measured: Sequence[int]) -> int:
+        known = [r.acceptance for r in running if r.acceptance is not None]
+        rate = sum(a.rate for a in known) / len(known) if known else self._usual
+        found = sum(a.found for a in known) / len(known) if known else 1.0
+        idle = self._times.get((self._bucket, 0))  # drafts were wanted and there were none
+        without = max(idle.seconds, plain) if idle is not None and idle.known else plain
+        best, most, expected, power = 0, 1.0 / plain, 1.0, 1.0
+        for k in range(1, self.max_drafts + 1):
+            power *= rate
+            expected += power
+            step = found * self._cost(k, plain, measured) + (1 - found) * without
+            speed = (1 + found * (expected - 1)) / step
+            if speed > most:
+                best, most = k, speed
+        return best
+
+    def _cost(self, k: int, plain: float, measured: Sequence[int]) -> float:
+        """Seconds of a step with k drafts: measured, or on the line between neighbours."""
+        length = next(q for q in self._lengths if q > k)  # longer rows are padding
+        below = max((q for q in measured if q <= length), default=1)
+        above = min((q for q in measured if q >= length), default=None)
+        low = plain if below == 1 else self._times[self._bucket, below].seconds
+        if above is None:  # beyond the longest measured one: on along the line from the plain step
+            return max(low, plain + (low - plain) * (length - 1) / (below - 1))
+        if above == below:
+            return low
+        high = self._times[self._bucket, above].seconds
+        return low + (high - low) * (length - below) / (above - below)
+
+    def observe(self, rows: int, longest: int, wanted: bool, seconds: float) -> None:
+        """A step of `rows` requests, each with its last token and up to longest - 1 drafts, took
+        so long from the results of the one before to its own.
+
+        Args:
+            rows, longest, seconds: As said.
+            wanted: Whether drafts were asked for.
+        """
+        length = next((q for q in self._lengths if q >= longest), self._lengths[-1])
+        if longest == 1:
+            length = 0 if wanted else 1
+        key = ((rows - 1).bit_length(), length)
+        self._times.setdefault(key, _Time()).add(seconds)
+
+    def learn(self, request: Request, proposed: int, accepted: int) -> None:
+        """What became of a request's drafts; with 0 proposed the drafter had none."""
+        known = request.acceptance
+        if known is None:
+            known = request.acceptance = Acceptance(self._usual)
+        known.found += _FRESH * ((proposed > 0) - known.found)
+        for outcome in _outcomes(proposed, accepted):
+            known.rate += _FRESH * (outcome - known.rate)
+            self._usual += 0.01 * (outcome - self._usual)
+
+
+def _outcomes(proposed: int, accepted: int) -> Iterable[int]:
+    """Of the drafts that were looked at: all up to the first that was rejected."""
+    return [1] * accepted + [0] * (proposed > accepted)
