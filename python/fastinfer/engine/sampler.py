@@ -75,7 +75,9 @@ class DrawnTokens:
         """Wait for the step and read what it drew."""
         self.wait()
         ids, *others = (None if part is None else part.tolist() for part in self._parts)
-        return SampleResult(ids or [], *others, self.first_rows)
+        result = SampleResult(ids or [], *others)
+        result.first_rows = self.first_rows
+        return result
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:
