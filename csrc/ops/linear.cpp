@@ -2,11 +2,13 @@
 #include "../cpu/linear.h"
 
 #include "linear_checks.h"
+#include "linear_dense_choice.h"
 #ifdef FI_X86
 #include <cpuid.h>
 #endif
 #ifdef FASTINFER_WITH_CUDA
 #include "../cuda/common/launch.h"
+#include "../cuda/linear/gemv.h"
 #include "../cuda/linear/skinny.h"
 #include "../cuda/linear/w8a8.h"
 #include "cuda_shim.h"
@@ -68,27 +70,6 @@ bool has_native_gemm(DType dtype) {
 #endif
 }
 
-// Few tokens on CUDA: the kernel that streams the weights once, or cuBLAS. Measured on an H100:
-// alone ours is 1.01 to 1.04 times as fast for one or two tokens and weights below some 200 MB, as
-// long as x fits into the shared memory of one CTA beside a deep ring; cuBLAS is ahead from four
-// tokens on. Under programmatic launch ours starts while the kernel in front still runs, which
-// cuBLAS does not. Tiny layers are ours for accuracy: for 40 x 96 in bf16, with a strided output,
-// cuBLAS was off by 2.22e-3, where rounding the output costs 1.4e-3.
-constexpr bool choose_skinny_linear(int64_t m, int64_t n, int64_t k, bool programmatic,
-                                    bool batch_invariant) {
-  if (batch_invariant || (m <= 16 && n * k <= 65536)) return true;
-  if (programmatic) return m <= 8 && m * k <= 32768;
-  return m <= 2 && k <= 8192 && n * k <= 96'000'000;
-}
-static_assert(choose_skinny_linear(2, 4096, 4096, false, false));
-static_assert(!choose_skinny_linear(4, 4096, 4096, false, false));
-static_assert(!choose_skinny_linear(1, 4096, 14336, false, false));
-static_assert(choose_skinny_linear(1, 4096, 14336, true, false));
-static_assert(!choose_skinny_linear(1, 28672, 4096, false, false));
-static_assert(choose_skinny_linear(1, 28672, 4096, true, false));
-static_assert(choose_skinny_linear(512, 57344, 8192, false, true));
-static_assert(choose_skinny_linear(13, 40, 96, false, false));
-
 void linear_cuda(const char* op, const Tensor& x, const Tensor& weight, const OptTensor& bias,
                  bool batch_invariant, const Tensor& out) {
 #ifdef FASTINFER_WITH_CUDA
@@ -106,11 +87,13 @@ void linear_cuda(const char* op, const Tensor& x, const Tensor& weight, const Op
       data(bias),
       batch_invariant,
   };
-  const bool wanted =
-      choose_skinny_linear(p.m, p.n, p.k, cuda::programmatic_launch(), batch_invariant);
+  const DenseKernel kernel =
+      choose_dense_kernel({p.m, p.n, p.k, cuda::programmatic_launch(), batch_invariant});
   const CudaLaunch launch(x);
-  const bool fits = wanted && cuda::skinny_dense_fits(p);
-  if (fits) return check_launch(op, cuda::skinny_dense(p, launch.stream()));
+  if (kernel == DenseKernel::gemv && cuda::gemv_dense_fits(p))
+    return check_launch(op, cuda::gemv_dense(p, launch.stream()));
+  if (kernel == DenseKernel::skinny && cuda::skinny_dense_fits(p))
+    return check_launch(op, cuda::skinny_dense(p, launch.stream()));
 #endif
   FI_CHECK(!batch_invariant, op,
            ": batch_invariant on CUDA needs 16-bit x and weight rows at multiples of 16 bytes "

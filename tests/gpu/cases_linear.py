@@ -84,7 +84,9 @@ def packed_linear(
     return make
 
 
-def _dense(m: int, n: int, k: int, dtype: torch.dtype) -> Callable[[str, int], Made]:
+def _dense(
+    m: int, n: int, k: int, dtype: torch.dtype, *, invariant: bool
+) -> Callable[[str, int], Made]:
     def make(device: str, seed: int) -> Made:
         g = torch.Generator(device=device).manual_seed(seed)
         x, w, bias = (
@@ -94,7 +96,7 @@ def _dense(m: int, n: int, k: int, dtype: torch.dtype) -> Callable[[str, int], M
         out = torch.full((m, n), float("nan"), dtype=dtype, device=device)
 
         def run() -> None:
-            torch.ops.fastinfer.linear(x, w, bias, batch_invariant=True, out=out)
+            torch.ops.fastinfer.linear(x, w, bias, batch_invariant=invariant, out=out)
 
         return run, [out]
 
@@ -202,7 +204,16 @@ CASES += [
     )
 ]
 CASES += [
-    Case(f"linear-{str(dtype)[6:]}-{m}x{n}x{k}", _dense(m, n, k, dtype))
+    Case(
+        f"linear-{str(dtype)[6:]}-{m}x{n}x{k}{'-invariant' if invariant else ''}",
+        _dense(m, n, k, dtype, invariant=invariant),
+    )
     for dtype in (torch.bfloat16, torch.float16)
-    for m, n, k in ((1, 200, 1040), (12, 70, 520))
+    for m, n, k, invariant in (
+        (1, 200, 1040, True),
+        (12, 70, 520, True),
+        (1, 600, 2056, False),
+        (2, 133, 4096, False),
+        (3, 70, 520, False),
+    )
 ]

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from fastinfer import _lib
 from fastinfer.ops._reference_linear import linear_reference
 from fastinfer.ops.linear import linear
 from helpers import (
@@ -93,7 +94,7 @@ def test_out_must_not_share_memory_with_inputs(m: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("m", [1, 5, 8, 13, 16, 64])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 13, 16, 64])
 def test_cuda_against_fp64(dtype: torch.dtype, m: int) -> None:
     for n, k in ((40, 96), (4096, 4096), (65, 14336), (1, 8), (3000, 1496), (40, 99)):
         shapes = (m, k), (n, k), (n,)
@@ -103,7 +104,7 @@ def test_cuda_against_fp64(dtype: torch.dtype, m: int) -> None:
         wide_w[:, :k] = w
         y = linear(x, wide_w[:, :k], bias, out=wide[:, :n])
         expected = linear_reference(x.double(), w.double(), bias.double())
-        ours = m < 4 or (m <= 16 and n * k <= 65536)
+        ours = (m <= 4 or (m <= 16 and n * k <= 65536)) and k % 8 == 0
         if dtype != torch.float32 and not ours:  # torch's product: its error on such strides
             same_strides = torch.empty_like(wide)[:, :n]
             torch.addmm(bias, x, wide_w[:, :k].t(), out=same_strides)
@@ -112,6 +113,50 @@ def test_cuda_against_fp64(dtype: torch.dtype, m: int) -> None:
         else:
             assert_linear_error(y, expected, m, n, k)
         assert wide[:, n:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programmatic", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_cuda_few_tokens_exactly(dtype: torch.dtype, m: int, programmatic: bool) -> None:
+    """Integers whose sums fp32 holds: every element equals the rounded exact sum. x at any address,
+    rows of w with a gap, values behind the end of both that must not be read.
+    """
+    g = torch.Generator(device="cuda").manual_seed(m)
+    shapes = [(4096, 4096), (300, 14336), (65, 2056), (133, 2048), (1, 8)]
+    for n, k in shapes + [(777, 28672)] * (m <= 2):  # x of 4 such tokens does not fit: cuBLAS
+        x, w, bias = (
+            torch.randint(-8, 9, shape, generator=g, device="cuda").to(dtype)
+            for shape in ((m, k), (n, k), (n,))
+        )
+        wide_x = poisoned(m + 1, k + 3, dtype=dtype, device="cuda")
+        wide_w = poisoned(n + 1, k + 8, dtype=dtype, device="cuda")
+        wide = poisoned(m + 1, n + 8, dtype=dtype, device="cuda")
+        wide_x[:m, 1 : k + 1], wide_w[:n, :k] = x, w
+        expected = (linear_reference(x.double(), w.double(), None) + bias.double()).to(dtype)
+        with _lib.programmatic_launch(programmatic):
+            assert torch.equal(linear(x, w, bias), expected), (n, k)
+            out = linear(wide_x[:m, 1 : k + 1], wide_w[:n, :k], bias, out=wide[:m, :n])
+        assert torch.equal(out, expected), (n, k)
+        assert wide[m:].isnan().all() and wide[:, n:].isnan().all()
+        x[0, k - 1] = float("nan")
+        y = linear(x, w, bias)
+        assert y[0].isnan().all() and torch.equal(y[1:], expected[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_cuda_few_tokens_keep_their_bits(dtype: torch.dtype) -> None:
+    """Up to four tokens are one kernel with one order of summation, whatever their number."""
+    like = {"dtype": dtype, "device": "cuda"}
+    for n, k in ((4096, 4096), (300, 14336), (65, 2056)):
+        x, w = randn(4, k, seed=3, **like), randn(n, k, seed=4, **like)
+        whole = linear(x, w)
+        for m in (1, 2, 3):
+            assert torch.equal(linear(x[:m], w), whole[:m]), (n, k, m)
+        with _lib.programmatic_launch(True):
+            assert torch.equal(linear(x, w), whole), (n, k)
 
 
 @pytest.mark.gpu

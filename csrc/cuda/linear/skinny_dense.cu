@@ -1,4 +1,4 @@
-// 16-bit instances of the skinny kernel: bf16 and fp16, 8 and 16 tokens.
+// 16-bit instances of the skinny kernel: bf16 and fp16, up to 16 tokens.
 #include "skinny_launch.cuh"
 
 namespace fastinfer::cuda {

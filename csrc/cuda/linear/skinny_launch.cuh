@@ -36,10 +36,11 @@ SkinnyInstance skinny_instance_for(int64_t m) {
     return skinny_instance<kBf16, kBits, 2, 2, true, kBits == 4 ? 3 : 2, 16>();
   } else if constexpr (kBits == 4) {
     return skinny_instance<kBf16, 4, 2, 2, false, 3, 16>();  // few tokens: direct.cuh
+  } else if constexpr (kBits == 8) {
+    return m <= 8 ? skinny_instance<kBf16, 8, 1, 2, false, 3, 16>()
+                  : skinny_instance<kBf16, 8, 2, 2, false, 3, 16>();
   } else {
-    constexpr int kStrips = kBits == 16 ? 1 : 2;
-    return m <= 8 ? skinny_instance<kBf16, kBits, 1, kStrips, false, kBits == 16 ? 4 : 3, 16>()
-                  : skinny_instance<kBf16, kBits, 2, kStrips, false, 3, 16>();
+    return skinny_instance<kBf16, 16, 2, 1, false, 3, 16>();
   }
 }
 

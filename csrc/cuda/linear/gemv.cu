@@ -1,0 +1,246 @@
+// Y[M, N] = X[M, K] W[N, K]^T + bias for one to four tokens and 16-bit weights: plain fp32 FMAs, no
+// tensor cores; the weights pass once, at memory speed.
+//
+// A persistent CTA per multiprocessor takes rows, eight neighbours at a time. Its 8 warps split the
+// columns: in a step of 2048 columns, lane l of warp w owns the 8 at 256 w + 8 l, so that every
+// load of a warp is 512 contiguous bytes. What a lane multiplies it copied itself: the ring of
+// cp.async stages needs no barrier, and runs across rows. X lies in shared memory in its own type,
+// read and converted once per step for eight rows.
+//
+// At the end of eight rows a lane's sums are added across the warp by a butterfly that also deals
+// them out (9 shuffles for 8 sums instead of 40), then across warps in order through shared memory:
+// two buffers, one barrier. The order of every sum is fixed by K.
+//
+// Under programmatic launch a CTA starts where one of the kernel in front has ended, and fills its
+// ring while others still run. Weights are read before grid_wait(): they are older than the launch
+// (launch.cuh).
+#include "../common/launch.cuh"
+#include "../common/reduce.cuh"
+#include "../common/vec.cuh"
+#include "../ptx/async_copy.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "gemv.h"
+
+namespace fastinfer::cuda {
+namespace {
+
+constexpr int kThreads = 32 * kGemvWarps;
+
+struct Params {
+  const void* x;
+  int64_t x_stride;
+  const void* w;
+  int64_t w_stride;
+  void* out;
+  int64_t out_stride;
+  const void* bias;
+  int m, n, k, steps;
+  bool x_packs, weights_first;
+};
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+// Adds kCount sums (a power of two, at most 32) of every lane across the warp: v[0] of lane l is
+// then sum l >> (5 - log2 kCount).
+template <int kHalf, int kCount>
+__device__ __forceinline__ void deal_sums(float (&v)[kCount], int lane, int mask = 16) {
+  if constexpr (kHalf > 0) {
+    const bool upper = lane & mask;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float low = v[i], high = v[i + kHalf];
+      v[i] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, mask);
+    }
+    deal_sums<kHalf / 2>(v, lane, mask / 2);
+  } else {
+#pragma unroll
+    for (; mask > 0; mask /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], mask);
+  }
+}
+constexpr int log2_of(int n) { return n == 1 ? 0 : 1 + log2_of(n / 2); }
+
+// The weights of a lane: its 16 bytes of eight rows per step, through a ring of its own.
+struct Weights {
+  const Params& p;
+  const char* from;
+  int64_t stride;  // bytes
+  uint32_t ring;   // this lane's first 16 bytes
+  int first, column, round;
+  GemvRange rows;
+
+  __device__ __forceinline__ Weights(const Params& params, uint32_t at)
+      : p(params), stride(params.w_stride * 2), ring(at + threadIdx.x * 16) {
+    first = static_cast<int>(threadIdx.x) * 8;
+    round = -1;
+    next_rows();
+  }
+  __device__ __forceinline__ void next_rows() {
+    rows = gemv_rows(p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), ++round);
+    column = first;
+    from = static_cast<const char*>(p.w) + rows.begin * stride + column * 2;
+  }
+  // Nothing is read of absent rows and columns; zeros stand for them.
+  __device__ __forceinline__ void load(int slot) {
+    if (rows.begin < rows.end) {
+      const uint32_t to = ring + slot * kGemvStageBytes;
+      const int present = column < p.k ? rows.end - rows.begin : 0;
+#pragma unroll
+      for (int r = 0; r < kGemvRows; ++r)
+        cp_async_zero(to + r * (kGemvColumns * 2), r < present ? from + r * stride : p.w,
+                      r < present ? 16 : 0);
+      column += kGemvColumns, from += kGemvColumns * 2;
+      if (column - first == p.steps * kGemvColumns) next_rows();
+    }
+    cp_async_commit();
+  }
+};
+
+template <class E, int kTokens>
+__global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant__ Params p) {
+  constexpr int kSums = kGemvRows * kTokens, kStages = gemv_stages(kTokens);
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const GemvShared at = gemv_shared(kTokens, p.steps);
+  const int x_pitch = p.steps * kGemvColumns;
+  const uint32_t x_base = ptx::shared_address(shared);
+
+  grid_launch_dependents();
+
+  const auto stage_x = [&] {
+    grid_wait();
+    const E* const x = static_cast<const E*>(p.x);
+    if (p.x_packs) {
+#pragma unroll 4
+      for (int c = thread * 8; c < x_pitch; c += kThreads * 8) {
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+          const bool there = c < p.k && t < p.m;
+          cp_async_zero(x_base + (t * x_pitch + c) * 2, there ? x + t * p.x_stride + c : x,
+                        there ? 16 : 0);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int t = 0; t < kTokens; ++t) {
+        E* const to = reinterpret_cast<E*>(shared) + t * x_pitch;
+#pragma unroll 1
+        for (int c = thread * 8; c < x_pitch; c += kThreads * 8)
+          *reinterpret_cast<uint4*>(to + c) = c < p.k && t < p.m
+                                                  ? load_pack(x + t * p.x_stride, c, p.k, false)
+                                                  : make_uint4(0, 0, 0, 0);
+      }
+    }
+    cp_async_commit();
+  };
+  Weights weights(p, x_base + at.ring);
+  // x first: its loads would wait behind those of the weights. Under programmatic launch the
+  // weights first, as they may be read while the kernel in front still writes x.
+  if (!p.weights_first) stage_x();
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) weights.load(i);
+  if (p.weights_first) {
+    stage_x();
+    cp_async_wait<0>();
+  } else {
+    cp_async_wait<kStages - 1>();
+  }
+  __syncthreads();
+
+  float* const all_sums = reinterpret_cast<float*>(shared + at.sums);
+  const uint32_t x_lane = x_base + thread * 16;
+  int slot = 0, previous = kStages - 1, buffer = 0;
+#pragma unroll 1
+  for (int round = 0;; ++round) {
+    const GemvRange rows =
+        gemv_rows(p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), round);
+    if (rows.begin >= rows.end) break;
+    float sums[kSums] = {};
+    uint32_t x_at = x_lane;
+#pragma unroll 1
+    for (int step = 0; step < p.steps; ++step) {
+      cp_async_wait<kStages - 2>();
+      weights.load(previous);  // all of it was read in the last step, by this lane
+      const uint32_t from = weights.ring + slot * kGemvStageBytes;
+      uint4 w[kGemvRows];
+#pragma unroll
+      for (int r = 0; r < kGemvRows; ++r) w[r] = load_shared(from + r * (kGemvColumns * 2));
+      float x[kTokens][8];
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) unpack<E>(x[t], load_shared(x_at + t * x_pitch * 2));
+#pragma unroll
+      for (int r = 0; r < kGemvRows; ++r) {
+        float v[8];
+        unpack<E>(v, w[r]);
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t)
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            sums[r * kTokens + t] = fmaf(v[j], x[t][j], sums[r * kTokens + t]);
+      }
+      x_at += kGemvColumns * 2;
+      previous = slot;
+      slot = slot + 1 == kStages ? 0 : slot + 1;
+    }
+    deal_sums<kSums / 2>(sums, lane);
+    constexpr int kShift = 5 - log2_of(kSums);
+    float* const mine = all_sums + buffer * (kGemvWarps * kSums);
+    if (lane % (1 << kShift) == 0) mine[warp * kSums + (lane >> kShift)] = sums[0];
+    __syncthreads();  // who writes this buffer again has passed the next one
+    if (thread < kSums) {
+      const int n = rows.begin + thread / kTokens, t = thread % kTokens;
+      float v = mine[thread];
+#pragma unroll
+      for (int i = 1; i < kGemvWarps; ++i) v += mine[i * kSums + thread];
+      if (n < rows.end && t < p.m) {
+        if (p.bias) v = __fadd_rn(v, to_float(static_cast<const E*>(p.bias)[n]));
+        static_cast<E*>(p.out)[t * p.out_stride + n] = from_float<E>(v);
+      }
+    }
+    buffer ^= 1;
+  }
+}
+
+template <class E>
+int run(const Params& p, int tokens, int ctas, void* stream) {
+  const auto kernel = tokens == 1   ? gemv_kernel<E, 1>
+                      : tokens == 2 ? gemv_kernel<E, 2>
+                                    : gemv_kernel<E, 4>;
+  return launch(kernel, dim3(static_cast<unsigned>(ctas)), dim3(kThreads),
+                gemv_shared(tokens, p.steps).bytes, stream, p);
+}
+
+}  // namespace
+
+bool gemv_dense_fits(const DenseLinear& p) {
+  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.n > 0 && p.n <= INT32_MAX / 2 &&
+         p.k % 8 == 0 && packs_fit(p.w, p.k, 2, {p.w_stride}) &&
+         gemv_tokens(p.m, p.k, device_facts().shared_bytes) > 0;
+}
+
+int gemv_dense(const DenseLinear& p, void* stream) {
+  const DeviceFacts& facts = device_facts();
+  // Under programmatic launch one multiprocessor is left to the small kernels between linears.
+  const int most = facts.sms - (programmatic_launch() && facts.sms > 1 ? 1 : 0);
+  const int64_t strips = ceil_div(p.n, kGemvRows);
+  const int ctas = static_cast<int>(strips < most ? strips : most);
+  Params s{};
+  s.x = p.x, s.x_stride = p.x_stride;
+  s.w = p.w, s.w_stride = p.w_stride;
+  s.out = p.out, s.out_stride = p.out_stride, s.bias = p.bias;
+  s.m = static_cast<int>(p.m), s.n = static_cast<int>(p.n), s.k = static_cast<int>(p.k);
+  s.steps = static_cast<int>(gemv_steps(p.k));
+  s.x_packs = packs_fit(p.x, p.k, 2, {p.x_stride});
+  s.weights_first = programmatic_launch();
+  const int tokens = gemv_tokens(p.m, p.k, facts.shared_bytes);
+  return p.dtype == DType::bf16 ? run<__nv_bfloat16>(s, tokens, ctas, stream)
+                                : run<__half>(s, tokens, ctas, stream);
+}
+
+}  // namespace fastinfer::cuda
