@@ -15,13 +15,18 @@ void* current_stream(int32_t device);
 // Makes the tensor's device current for the scope and holds its current stream.
 class CudaLaunch {
  public:
-  explicit CudaLaunch(const Tensor& t)
-      : guard_(static_cast<torch::stable::accelerator::DeviceIndex>(t.get_device_index())),
-        stream_(current_stream(t.get_device_index())) {}
+  explicit CudaLaunch(const Tensor& t) {
+    const int32_t device = t.get_device_index();
+    int32_t current = -1;
+    // A guard costs several times as much as the question whether one is needed.
+    if (aoti_torch_get_current_device_index(&current) != 0 || current != device)
+      guard_.emplace(device);
+    stream_ = current_stream(device);
+  }
   void* stream() const { return stream_; }
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   void* stream_;
 };
 

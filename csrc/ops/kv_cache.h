@@ -27,6 +27,11 @@ cpu::CacheWriteParams cache_write_params(const char* op, const char* key_name,
                                          const Tensor& value_cache, const Tensor& slot_mapping,
                                          const OptTensor& k_scale, const OptTensor& v_scale);
 
+// The addresses in the parameters of a call that differs from this one in nothing else.
+void set_addresses(cpu::CacheWriteParams& p, const void* key, const Tensor& value,
+                   const Tensor& key_cache, const Tensor& value_cache, const Tensor& slot_mapping,
+                   const OptTensor& k_scale, const OptTensor& v_scale);
+
 // CPU tensors: every slot is -1 or inside the cache; with FASTINFER_VALIDATE=1 also that no slot
 // comes twice and that static scales are positive.
 void check_slots(const char* op, const cpu::CacheWriteParams& p, int64_t tokens, int64_t num_slots);

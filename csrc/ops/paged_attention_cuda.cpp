@@ -249,13 +249,7 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
         op, cuda::launch_append(append_params(call, t, own_q ? own_q->mutable_data_ptr() : nullptr),
                                 device.stream()));
   if (t.q.numel() == 0) return;
-  // Two CTAs on every SM, if they fit. One where few 16-bit keys are read, for blocks of 16 rows,
-  // by a launch that overlaps with no other: half as many pieces to merge.
-  constexpr int64_t kFewBytes = 40 << 20;
-  const int64_t sequence_bytes = 2 * p.dim * dtype_size(s.kv_dtype) * p.heads_kv * capacity;
-  const bool few = p.query_early && p.row_tiles == 1 && !is_8bit(s.kv_dtype) &&
-                   sequence_bytes <= kFewBytes / p.batch;
-  const int slots = cuda::device_facts().sms * (s.head_dim > 128 || few ? 1 : 2);
+  const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);

@@ -14,6 +14,7 @@
 #endif
 #include "common.h"
 #include "kv_cache.h"
+#include "same_call.h"
 
 namespace fastinfer {
 namespace {
@@ -164,11 +165,35 @@ void apply_rotary_and_cache(const Tensor& q, const Tensor& k, const Tensor& v, c
                             const Tensor& value_cache, const Tensor& slot_mapping, bool interleaved,
                             const OptTensor& k_scale, const OptTensor& v_scale) {
   const char* op = "apply_rotary_and_cache";
-  check_dim(op, "q", q, 3);
-  const RotaryParams rotary = params(op, q, &k, cos, sin, &positions, interleaved, q, &k);
-  const cpu::CacheWriteParams write = cache_write_params(op, "k", "v", k, v, key_cache, value_cache,
-                                                         slot_mapping, k_scale, v_scale);
-  if (q.numel() == 0 && k.numel() == 0) return;
+  struct Checked {
+    CallShape<11> call;
+    RotaryParams rotary;
+    cpu::CacheWriteParams write;
+  };
+  static thread_local Checked last;  // zeros at first
+  CallShape<11> call;
+  const bool known =
+      call.read(interleaved, {&q, &k, &v, &cos, &sin, &positions, &key_cache, &value_cache,
+                              &slot_mapping, ptr(k_scale), ptr(v_scale)}) &&
+      call == last.call;
+  if (!known) {
+    last.call.count = 0;
+    check_dim(op, "q", q, 3);
+    last.rotary = params(op, q, &k, cos, sin, &positions, interleaved, q, &k);
+    last.write = cache_write_params(op, "k", "v", k, v, key_cache, value_cache, slot_mapping,
+                                    k_scale, v_scale);
+    last.call = call;
+  }
+  RotaryParams rotary = last.rotary;
+  cpu::CacheWriteParams write = last.write;
+  if (known) {
+    rotary.q.in = rotary.q.out = q.mutable_data_ptr();
+    rotary.k.in = rotary.k.out = k.mutable_data_ptr();
+    rotary.cos = cos.const_data_ptr(), rotary.sin = sin.const_data_ptr();
+    rotary.positions = positions.const_data_ptr();
+    set_addresses(write, rotary.k.in, v, key_cache, value_cache, slot_mapping, k_scale, v_scale);
+  }
+  if (rotary.seq * rotary.dim * (rotary.q.heads + rotary.k.heads) == 0) return;
   const int64_t num_slots = key_cache.size(0) * key_cache.size(1);
   if (!q.is_cpu()) {
     if (validate_data()) {

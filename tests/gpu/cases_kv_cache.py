@@ -155,6 +155,8 @@ CASES = [
     write(37, 8, 128, 16, BF16, FP8),
     write(37, 8, 128, 16, BF16, FP8, dynamic=True),
     write(19, 3, 96, 5, F16, INT8, dynamic=True, index=torch.int32),
+    write(1200, 8, 256, 16, BF16, FP8, dynamic=True),
+    write(1500, 16, 96, 5, F16, INT8, index=torch.int32),
     write(11, 2, 576, 3, F32, INT8, dynamic=True),
     write(11, 2, 21, 3, F32, FP8),
     gather(8, 128, 16, BF16, BF16),

@@ -75,6 +75,12 @@ for _dtype in (torch.bfloat16, torch.float16, torch.float32):
             Case(f"fused_add_rms_norm-{_tail}", _fused(_shape, _dtype)),
             Case(f"rms_norm_quant-{_tail}", _quant(_shape, _dtype, bool(_i % 2))),
         ]
+    # Four packs per thread.
+    _tail = f"{str(_dtype)[6:]}-many"
+    CASES += [
+        Case(f"rms_norm-{_tail}", _norm((550, 4096), _dtype)),
+        Case(f"rms_norm_quant-{_tail}", _quant((550, 4096), _dtype, False, False)),
+    ]
     # A row per block, symmetric codes.
     for _shape in ((2, 4096), (1, 8192), (3, 264)):
         for _residual in (False, True):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastinfer import LLM, SamplingParams
+from fastinfer.engine import EngineStats
 from fastinfer.text import load_tokenizer
 from helpers import devices
 
@@ -43,26 +44,27 @@ PARAMS = {
 
 
 def tokens_of(
-    prompts: Sequence[list[int]], params: SamplingParams, **settings: object
-) -> tuple[list[list[int]], LLM]:
+    prompts: Sequence[list[int]], kinds: Sequence[str], **settings: object
+) -> tuple[dict[str, list[list[int]]], EngineStats]:
+    """All at once, then some of them alone."""
     defaults = {"device": "cuda", "num_blocks": 400, "max_num_seqs": 12, "progress": False}
-    llm = LLM(TINY / "model", **{**defaults, **settings})
-    with llm:
-        together = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
-        alone = [llm.generate([p], params)[0].outputs[0].token_ids for p in prompts[::3]]
+    tokens: dict[str, list[list[int]]] = {}
+    with LLM(TINY / "model", **{**defaults, **settings}) as llm:
+        for kind in kinds:
+            params = PARAMS[kind]
+            outputs = llm.generate(prompts, params)
+            outputs += [llm.generate([p], params)[0] for p in prompts[::3]]
+            tokens[kind] = [output.outputs[0].token_ids for output in outputs]
         stats = llm.stats()
         assert stats.kv_blocks_used == 0
-    return together + alone, stats
+    return tokens, stats
 
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[list[int]]) -> dict[str, list[list[int]]]:
-    return {
-        name: tokens_of(prompts, params, batch_invariant=True)[0] for name, params in PARAMS.items()
-    }
+    return tokens_of(prompts, list(PARAMS), batch_invariant=True)[0]
 
 
-@pytest.mark.parametrize("kind", PARAMS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize(
     "settings",
@@ -70,40 +72,48 @@ def expected(prompts: list[list[int]]) -> dict[str, list[list[int]]]:
     ids=str,
 )
 def test_tokens_to_the_last_bit(
-    prompts: list, expected: dict, drafter: str, kind: str, settings: dict
+    prompts: list, expected: dict, drafter: str, settings: dict
 ) -> None:
     got, stats = tokens_of(
         prompts,
-        PARAMS[kind],
+        list(PARAMS),
         batch_invariant=True,
         speculative=DRAFTERS[drafter],
         adaptive_speculation=False,
         **settings,
     )
-    assert got == expected[kind]
+    assert got == expected
     assert stats.num_accepted_tokens > 0
     assert (stats.num_preemptions > 0) == ("num_blocks" in settings)
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("cache", ["auto", "int8"])
-def test_the_decode_kernel_checks_drafts(
-    prompts: list, expected: dict, drafter: str, cache: str
-) -> None:
+def test_the_decode_kernel_checks_drafts(prompts: list, cache: str) -> None:
     """Not batch invariant: several queries per request in the decode kernel."""
-    plain, _ = tokens_of(prompts, PARAMS["greedy"], kv_cache_dtype=cache)
+    plain, _ = tokens_of(prompts, ["greedy"], kv_cache_dtype=cache)
+    for drafter, folder in DRAFTERS.items():
+        got, stats = tokens_of(
+            prompts,
+            ["greedy"],
+            kv_cache_dtype=cache,
+            speculative=folder,
+            adaptive_speculation=False,
+        )
+        # sequences go apart at a near tie and stay apart: count how far they are the same
+        pairs = list(zip(got["greedy"], plain["greedy"], strict=True))
+        same = sum(agreed(a, b) for a, b in pairs)
+        assert same > 0.7 * sum(len(b) for _, b in pairs)
+        if drafter == "draft":
+            assert stats.num_accepted_tokens > 0.3 * stats.num_draft_tokens
+
+
+def agreed(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def test_swapped_requests_go_on_as_they_were(prompts: list, expected: dict) -> None:
     got, stats = tokens_of(
-        prompts,
-        PARAMS["greedy"],
-        kv_cache_dtype=cache,
-        speculative=DRAFTERS[drafter],
-        adaptive_speculation=False,
+        prompts, list(PARAMS), batch_invariant=True, num_blocks=24, swap_space=1 << 26
     )
-
-    # sequences go apart at a near tie and stay apart: count how far they are the same
-    def agreed(a: list[int], b: list[int]) -> int:
-        return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
-
-    same = sum(agreed(a, b) for a, b in zip(got, plain, strict=True))
-    assert same > 0.8 * sum(map(len, plain))
-    assert stats.num_accepted_tokens > 0.3 * stats.num_draft_tokens or drafter == "ngram"
+    assert got == expected
+    assert stats.num_preemptions > 0

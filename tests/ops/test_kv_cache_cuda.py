@@ -26,16 +26,18 @@ def raw(t: Tensor) -> Tensor:
     return t.cpu().contiguous().flatten().view(torch.uint8)
 
 
+@pytest.mark.parametrize("heads", [1, 40])  # 40: the kernel for much work
 @pytest.mark.parametrize("cache_dtype", [FP8, torch.int8])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_every_code(arch: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+def test_every_code(arch: str, dtype: torch.dtype, cache_dtype: torch.dtype, heads: int) -> None:
     """All 65536 patterns, NaN and infinities among them, under scales that hit ties and not."""
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(512, 1, 128)
+    patterns = patterns.expand(512, heads, 128).contiguous()
     nan = torch.tensor([float("nan")])
     for scale in (1.0, 0.5, 0.0123, 3.7e-20, 1.1e30, float(nan)):
         written = []
         for device in ("cpu", "cuda"):
-            caches = [torch.zeros(32, 16, 1, 128).to(cache_dtype).to(device) for _ in "kv"]
+            caches = [torch.zeros(32, 16, heads, 128).to(cache_dtype).to(device) for _ in "kv"]
             s = torch.tensor(scale, device=device)
             x, slots = patterns.to(device), torch.arange(512, device=device)
             reshape_and_cache(x, x, *caches, slots, k_scale=s, v_scale=s)
@@ -64,6 +66,8 @@ def test_agrees_with_cpu(arch: str, dtype: torch.dtype, cache_dtype: torch.dtype
     """Bit for bit, on enough tokens for many CTAs, with dynamic and static scales."""
     for heads, dim, block, tokens, kind in (
         (8, 128, 16, 1500, "dynamic"),
+        (8, 128, 16, 2400, "dynamic"),
+        (12, 96, 24, 2000, "head"),
         (2, 64, 16, 700, "head"),
         (3, 80, 24, 333, "dynamic"),
         (1, 576, 64, 100, "dynamic"),

@@ -366,6 +366,35 @@ def test_refusals() -> None:
     refuses(lambda: op(q, k, cos, sin, None, q_out=q.half(), **kw), "q_out", "dtype")
 
 
+@pytest.mark.parametrize("device", devices("apply_rotary_and_cache"))
+def test_a_call_like_the_last_one_is_checked_and_reads_its_own_tensors(device: str) -> None:
+    """Checks are skipped where shapes, strides, dtypes and flags are those of the last call."""
+    cos, sin = tables(16, 8, device=device)
+
+    def tensors(seed: int, heads: int = 2) -> list[Tensor]:
+        q, k, v = (randn(3, h, 8, seed=seed + h, device=device) for h in (4, heads, heads))
+        pair = [torch.zeros(2, 4, heads, 8, device=device) for _ in "kv"]
+        p, slots = (torch.tensor(x, device=device) for x in ([1, 5, 2], [seed % 8, 3, -1]))
+        return [q, k, v, cos, sin, p, *pair, slots]
+
+    for seed in (10, 20):
+        for interleaved in (False, True):
+            got, want = tensors(seed), tensors(seed)
+            apply_rotary_and_cache(*got, interleaved=interleaved)
+            apply_rotary_and_cache_reference(*want, interleaved=interleaved)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            wrong = tensors(seed)
+            wrong[2] = wrong[2].to(torch.float16)
+            refuses(lambda wrong=wrong: apply_rotary_and_cache(*wrong), "v must have the dtype")
+            wrong = tensors(seed)
+            wrong[8] = wrong[8][:2]
+            refuses(lambda wrong=wrong: apply_rotary_and_cache(*wrong), "slot_mapping")
+            wrong = tensors(seed)
+            wrong[1] = wrong[1].transpose(1, 2).contiguous().transpose(1, 2)
+            refuses(lambda wrong=wrong: apply_rotary_and_cache(*wrong), "contiguous")
+
+
 def test_and_cache_refusals_leave_everything_unharmed() -> None:
     name = "apply_rotary_and_cache"
     cos, sin = tables(10, 8)

@@ -30,9 +30,15 @@ struct RowRange {
   // Zeros past the end of a row change nothing.
   template <int kSize>
   __device__ __forceinline__ void add(const float (&y)[kSize], bool symmetric) {
-    if (symmetric) {
+    if (symmetric) {  // short chains
+      float most[kSize / 2];
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) top = max_or_nan(top, fabsf(y[j]));
+      for (int j = 0; j < kSize / 2; ++j)
+        most[j] = max_or_nan(fabsf(y[2 * j]), fabsf(y[2 * j + 1]));
+#pragma unroll
+      for (int j = 0; j < kSize / 4; ++j) most[j] = max_or_nan(most[j], most[j + kSize / 4]);
+      if (kSize == 8) most[0] = max_or_nan(most[0], most[1]);
+      top = max_or_nan(top, most[0]);
     } else {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) top = max_or_nan(top, y[j]);
@@ -94,6 +100,7 @@ __device__ __forceinline__ float quotient_by(float x) {
 
 enum class CodeMode {
   plain,  // dynamic symmetric: |y / s| <= 127 holds without a clamp
+  near,   // the same by one multiplication: y times the rounded 1 / s, rounded once
   full,   // anything else: clamp; a NaN element gives z
 };
 
@@ -131,6 +138,7 @@ struct RowCodes {
   template <CodeMode kMode>
   __device__ __forceinline__ uint32_t code(float y) const {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the integer
+    if (kMode == CodeMode::near) return __float_as_uint(__fmaf_rn(y, inverse, kMagic));
     if (kMode == CodeMode::plain) return __float_as_uint(__fadd_rn(quotient(y), kMagic));
     y *= factor;
     float t = fabsf(y) < 1024.0f * fabsf(divisor) ? quotient(y) : y * inverse;  // NaN: y * inverse
@@ -211,10 +219,16 @@ struct QuickCodes {
     inverse = __fmaf_rn(inverse, __fmaf_rn(-scale, inverse, 1.0f), inverse);
     rest = __fmul_rn(__fmaf_rn(-scale, inverse, 1.0f), inverse);
   }
+  // kNear: as CodeMode::near.
+  template <bool kNear = false>
   __device__ __forceinline__ uint2 words(const float (&y)[8]) const {
     uint32_t code[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
+      if (kNear) {
+        code[j] = __float_as_uint(__fmaf_rn(y[j], inverse, 12582912.0f));
+        continue;
+      }
       const float q = __fmaf_rn(y[j], inverse, __fmul_rn(y[j], rest));
       const float exact = __fmaf_rn(__fmaf_rn(-q, scale, y[j]), inverse, q);
       code[j] = __float_as_uint(__fadd_rn(exact, 12582912.0f));

@@ -37,6 +37,15 @@ __device__ __forceinline__ float2 two_floats(uint32_t word) {
   }
 }
 
+template <class T>
+__device__ __forceinline__ uint32_t four_quotient_codes(uint32_t a, uint32_t b,
+                                                        const Quotient& divide, bool fp8) {
+  const float2 x = two_floats<T>(a), y = two_floats<T>(b);
+  return four_codes({divide.unsigned_zero(x.x), divide.unsigned_zero(x.y),
+                     divide.unsigned_zero(y.x), divide.unsigned_zero(y.y)},
+                    fp8);
+}
+
 // Codes of the elements, four to a word. top: top_bits of at least this row (of the whole
 // head will do).
 template <class T, int kWords>
@@ -44,16 +53,18 @@ __device__ __forceinline__ void half_codes(uint32_t (&out)[kWords / 2],
                                            const HalfWords<kWords>& row, const Quotient& divide,
                                            uint32_t top, bool fp8, bool soft) {
   if (word_codes(true, fp8, soft) && __uint_as_float(top) < divide.limit) {
+    if (fp8) {
 #pragma unroll
-    for (int w = 0; w < kWords / 2; ++w) {
-      const uint32_t a = row.word[2 * w], b = row.word[2 * w + 1];
-      const float2 x = two_floats<T>(a), y = two_floats<T>(b);
-      const uint32_t code = four_codes({divide.unsigned_zero(x.x), divide.unsigned_zero(x.y),
-                                        divide.unsigned_zero(y.x), divide.unsigned_zero(y.y)},
-                                       fp8);
-      // The quotient of -0 came out as +0: e4m3 takes its signs from the elements.
-      const uint32_t signs = __byte_perm(a, b, 0x7531);
-      out[w] = fp8 ? (code & 0x7F7F7F7Fu) | (signs & 0x80808080u) : code;
+      for (int w = 0; w < kWords / 2; ++w) {
+        const uint32_t a = row.word[2 * w], b = row.word[2 * w + 1];
+        const uint32_t code = four_quotient_codes<T>(a, b, divide, true);
+        // The quotient of -0 came out as +0: e4m3 takes its signs from the elements.
+        out[w] = code ^ ((code ^ __byte_perm(a, b, 0x7531)) & 0x80808080u);
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWords / 2; ++w)
+        out[w] = four_quotient_codes<T>(row.word[2 * w], row.word[2 * w + 1], divide, false);
     }
     return;
   }

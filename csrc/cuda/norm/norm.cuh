@@ -3,7 +3,9 @@
 //   y = x / sqrt(mean(x^2) + eps) * weight      fp32 arithmetic, one rounding
 //   residual: residual = round(residual + x), and that sum is normalised
 //   codes: int8 codes (common/quantize_row.cuh) of x * weight, whose scale is then multiplied by
-//   1 / sqrt(..): the factor is the row's own, so sum and range are one reduction
+//   1 / sqrt(..): the factor is the row's own, so sum and range are one reduction. Not by IEEE
+//   quotients but by one multiplication with the rounded reciprocal: what is left of a row's time
+//   are instructions, and these values are not the CPU's to the last bit anyway
 //
 // Rows x [rows, D], residual, out with strides (cpu/rows.h); weight [D] of any float type.
 //
@@ -129,13 +131,21 @@ __device__ __forceinline__ uint4 sum_of(const uint4& a, const uint4& b) {
   return pack_of<E>(u);
 }
 
+// Are the symmetric codes of a row whose largest magnitude has the bits `top` CodeMode::near ones?
+// The same on every path.
+__device__ __forceinline__ bool norm_is_near(uint32_t top, float inv) {
+  return QuickCodes::fits(top) && inv != 0.0f;
+}
+
 // Codes of the row of x * weight. `inv` is only a factor of the scale; where it is 0 (a sum beyond
 // fp32) the row is one of zeros. One thread of the row writes what belongs to the row.
 __device__ __forceinline__ RowCodes norm_codes(const RowRange& range, float inv, float* scale,
                                                int32_t* zeros, int64_t r, bool owner) {
   RowRange all = range;
   if (inv == 0.0f && range.top < INFINITY && range.bottom > -INFINITY) all = RowRange{};
-  const RowCodes codes = row_codes(all, zeros != nullptr);
+  RowCodes codes = row_codes(all, zeros != nullptr);
+  const bool near = !zeros && norm_is_near(range_bits(all).x, inv);
+  codes.mode = near ? CodeMode::near : CodeMode::full;
   if (owner) {
     const bool no_codes = codes.low == codes.high;  // scale 1 or NaN
     scale[r] = no_codes ? codes.scale : codes.scale * inv;

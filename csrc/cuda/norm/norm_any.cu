@@ -6,6 +6,13 @@
 namespace fastinfer::cuda {
 namespace {
 
+// The loops over a row, once for the usual way and once for the rest.
+template <class F>
+__device__ __forceinline__ void with_norm_mode(CodeMode mode, F&& f) {
+  if (mode == CodeMode::near) return f(ModeTag<CodeMode::near>{});
+  return f(ModeTag<CodeMode::full>{});
+}
+
 template <class E>
 __global__ void __launch_bounds__(kMaxRowThreads)
     norm_any_kernel(const __grid_constant__ NormAnyLaunch a) {
@@ -59,7 +66,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const RowCodes codes =
         norm_codes(all.range, inv, a.p.scale, a.p.zeros, r, active && group.thread == 0);
     int8_t* q = a.p.q + r * dim;
-    with_mode(codes.mode, [&](auto tag) {
+    with_norm_mode(codes.mode, [&](auto tag) {
       for (int i = first; i < dim; i += step) {
         float y[kSize];
         unpack<E>(y, load_pack(x, i, dim, a.packs));

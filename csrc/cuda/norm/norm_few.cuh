@@ -67,9 +67,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     top = __reduce_max_sync(kAllLanes, other.y);
     uint2 words;
     float scale;
-    if (QuickCodes::fits(top) && inv != 0.0f) {
+    if (norm_is_near(top, inv)) {
       const QuickCodes codes(top);
-      words = codes.words(y);
+      words = codes.words<true>(y);
       scale = codes.scale * inv;
     } else {
       // A sum beyond fp32 makes a row of zeros, unless the row holds inf or NaN.

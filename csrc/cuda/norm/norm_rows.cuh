@@ -1,5 +1,5 @@
 // The kernel of norm.cuh for rows of 16-bit elements in registers, and the choice between it and
-// the one for any row. kPacks: 2, and 4 for codes where there are many rows.
+// the one for any row. kPacks: 2, and 4 where there are many rows without a residual.
 #pragma once
 
 #include "norm.cuh"
@@ -78,16 +78,25 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       if (holds(k)) out[k * group.threads] = pack_of<E>(y[k]);
     }
   } else {
-    const RowCodes codes =
-        norm_codes(all.range, inv, a.scale, a.zeros, r, r < a.rows && group.thread == 0);
     int8_t* q = static_cast<int8_t*>(a.out) + static_cast<int64_t>(r) * (a.packs * kSize);
-    with_mode(codes.mode, [&](auto tag) {
+    const bool owner = r < a.rows && group.thread == 0;
+    const uint32_t top = range_bits(all.range).x;
+    if (symmetric && norm_is_near(top, inv)) {
+      const QuickCodes codes(top);
+      if (owner) a.scale[r] = codes.scale * inv;
 #pragma unroll
       for (int k = 0; k < kPacks; ++k)
         if (holds(k))
-          codes.template store<decltype(tag)::mode>(q, (group.thread + k * group.threads) * kSize,
-                                                    0, true, y[k]);
-    });
+          reinterpret_cast<uint2*>(q)[group.thread + k * group.threads] =
+              codes.template words<true>(y[k]);
+      return;
+    }
+    const RowCodes codes = norm_codes(all.range, inv, a.scale, a.zeros, r, owner);
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k)
+      if (holds(k))
+        codes.template store<CodeMode::full>(q, (group.thread + k * group.threads) * kSize, 0, true,
+                                             y[k]);
   }
 }
 
@@ -143,8 +152,9 @@ int launch_norm(const cpu::RmsNormQuantParams& p, int64_t rows, void* stream) {
       if ((kQuant || a.residual) && !a.zeros && !a.inner && packs > 32 && packs <= kMaxRowThreads &&
           rows <= device_facts().sms)
         return launch_norm_few<E, kQuant>(a, stream);
-      if (kQuant && rows * packs > int64_t{2048} * device_facts().sms)
-        return launch_norm_rows<E, kQuant, kQuant ? 4 : 2>(a, stream);
+      // Many rows: four packs per thread. A residual doubles what is under way anyway.
+      if (!a.residual && rows * packs > int64_t{2048} * device_facts().sms)
+        return launch_norm_rows<E, kQuant, 4>(a, stream);
       return launch_norm_rows<E, kQuant, 2>(a, stream);
     }
     return 0;

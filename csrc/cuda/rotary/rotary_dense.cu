@@ -6,139 +6,15 @@
 // As in rotary.cu a head belongs to `lanes` neighbouring lanes with two packs of 16 bytes each, and
 // heads are numbered q, k, v within a token; each thread has one head, or (much work) two, which
 // share cos and sin.
-#include "../common/row_group.cuh"
-#include "../kv_cache/half_codes.cuh"
-#include "rotary.h"
-#include "rotary_parts.cuh"
+#include "../common/prefetch.cuh"
+#include "rotary_dense.cuh"
+#include "rotary_few.cuh"
 
 namespace fastinfer::cuda {
 namespace {
 
-// Strides in elements.
-struct DenseRotary {
-  const void *cos, *sin, *positions, *q, *k;
-  void *q_out, *k_out;
-  int64_t q_token, k_token, q_out_token, k_out_token;
-  int32_t tokens, groups, position_stride, table_stride;
-  uint16_t q_heads, k_heads;
-  uint8_t lane_bits;
-  bool interleaved, table_is_float, wide_positions;
-
-  static constexpr bool kCached = false;
-  template <class E>
-  __device__ __forceinline__ E* target(int which, int64_t t) const {
-    return static_cast<E*>(which == 0 ? q_out : k_out) +
-           t * (which == 0 ? q_out_token : k_out_token);
-  }
-};
-
-// In place, v is read only; and both caches.
-struct DenseRotaryCache {
-  const void *cos, *sin, *positions, *q, *k, *v, *slots;
-  char *key_cache, *value_cache;
-  float *k_scale, *v_scale;
-  int64_t q_token, k_token, v_token, block_stride;
-  int32_t tokens, groups, position_stride, table_stride, slot_stride;
-  int32_t block_size, cache_position, scale_slot, scale_head;
-  uint16_t q_heads, k_heads;
-  uint8_t lane_bits;
-  bool interleaved, table_is_float, wide_positions, wide_slots, codes, fp8, soft, dynamic;
-
-  static constexpr bool kCached = true;
-  template <class E>
-  __device__ __forceinline__ E* target(int which, int64_t t) const {
-    return static_cast<E*>(const_cast<void*>(which == 0 ? q : k)) +
-           t * (which == 0 ? q_token : k_token);
-  }
-};
-__device__ __forceinline__ int64_t index_of(const void* p, bool wide, int64_t i) {
-  return wide ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
-}
-
-// A lane's part of a head: twice 16 bytes, or (little work, and so less code) twice 8.
-template <class E, class V>
-struct Part {
-  static constexpr int kSize = sizeof(V) / sizeof(E), kWords = sizeof(V) / 2;
-  V first, second;
-
-  __device__ __forceinline__ void rotate_by(const float (&c)[kSize], const float (&s)[kSize],
-                                            bool interleaved) {
-    if constexpr (kSize == 8) {
-      rotate<E>(first, second, c, s, interleaved);
-    } else {
-      float x[kSize], y[kSize];
-      unpack<E>(x, first);
-      unpack<E>(y, second);
-      rotate(x, y, c, s, interleaved);
-      first = half_pack_of<E>(x);
-      second = half_pack_of<E>(y);
-    }
-  }
-  __device__ __forceinline__ HalfWords<kWords> words() const {
-    HalfWords<kWords> row;
-    reinterpret_cast<V*>(&row)[0] = first;
-    reinterpret_cast<V*>(&row)[1] = second;
-    return row;
-  }
-};
-
-template <class E, int kSize>
-__device__ __forceinline__ void load_table(float (&c)[kSize], const void* table, bool is_float,
-                                           int64_t row, int i) {
-  if (is_float) {
-    load_as(c, static_cast<const float*>(table) + row, i, 0, true);
-  } else if constexpr (kSize == 8) {
-    load_as(c, static_cast<const E*>(table) + row, i, 0, true);
-  } else {
-    unpack<E>(c, *reinterpret_cast<const uint2*>(static_cast<const E*>(table) + row + i));
-  }
-}
-
-// Where head `head` of k (which == 1) or v (which == 2) goes; null where it does not.
-struct Target {
-  char* row = nullptr;
-  float* scale = nullptr;
-};
-template <class E, class A>
-__device__ __forceinline__ Target target_of(const A& a, int which, int64_t slot, int head,
-                                            int dim) {
-  if (slot < 0 || (which != 1 && which != 2)) return {};
-  const Slot where = split_slot(slot, a.block_size);
-  const int64_t at = where.block * a.block_stride +
-                     where.position * static_cast<int64_t>(a.cache_position) + head * dim;
-  return {(which == 1 ? a.key_cache : a.value_cache) + at * (a.codes ? 1 : sizeof(E)),
-          (which == 1 ? a.k_scale : a.v_scale) + slot * a.scale_slot + head * a.scale_head};
-}
-
-// A head, as a lane holds it, to its place. Every lane of the warp calls.
-template <class E, class V, class A>
-__device__ __forceinline__ void cache_head(const A& a, const Target& target, const Part<E, V>& part,
-                                           int at_first, int at_second, int lane) {
-  using Codes = std::conditional_t<sizeof(V) == 16, uint2, uint32_t>;
-  constexpr int kWords = Part<E, V>::kWords;
-  const HalfWords<kWords> row = part.words();
-  uint32_t top = 0;
-  if (a.codes) top = top_bits<E>(row);
-  if (a.dynamic) top = group_max(top, 1 << a.lane_bits);
-  if (!target.row) return;
-  if (!a.codes) {
-    E* to = reinterpret_cast<E*>(target.row);
-    *reinterpret_cast<V*>(to + at_first) = part.first;
-    *reinterpret_cast<V*>(to + at_second) = part.second;
-    return;
-  }
-  float scale;
-  if (a.dynamic) {
-    scale = dynamic_scale(top, a.fp8);
-    if (lane == 0) *target.scale = scale;
-  } else {
-    scale = *target.scale;
-  }
-  alignas(8) uint32_t code[kWords / 2];
-  half_codes<E>(code, row, Quotient(scale), top, a.fp8, a.soft);
-  *reinterpret_cast<Codes*>(target.row + at_first) = reinterpret_cast<const Codes*>(code)[0];
-  *reinterpret_cast<Codes*>(target.row + at_second) = reinterpret_cast<const Codes*>(code)[1];
-}
+// Tokens between the one of a block and the one whose rows it asks for, per SM.
+constexpr int kAheadPerSm = 3;
 
 // kHeads: of a thread, at most. V: what it loads and stores at a time.
 template <class E, class A, class V, int kHeads>
@@ -157,8 +33,20 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
   int64_t position = t, slot = -1;
   if (a.positions && live)
     position = index_of(a.positions, a.wide_positions, t * a.position_stride);
+  int64_t later = -1;  // position of a token whose rows of cos and sin are asked for
   if constexpr (A::kCached) {
     if (live) slot = index_of(a.slots, a.wide_slots, t * a.slot_stride);
+    const int64_t token = t + a.ahead;
+    if (blockIdx.y == 0 && token < a.tokens) {
+      if (threadIdx.x == 0) {
+        const uint32_t head = dim * sizeof(E);
+        prefetch_l2(static_cast<const E*>(a.q) + token * a.q_token, a.q_heads * head);
+        prefetch_l2(static_cast<const E*>(a.k) + token * a.k_token, a.k_heads * head);
+        prefetch_l2(static_cast<const E*>(a.v) + token * a.v_token, a.k_heads * head);
+      }
+      if (threadIdx.x == blockDim.x - 1 && a.positions)
+        later = index_of(a.positions, a.wide_positions, token * a.position_stride);
+    }
   }
 
   Part<E, V> part[kHeads] = {};
@@ -190,8 +78,6 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
     load_table<E>(c, a.cos, a.table_is_float, row, lane * kSize);
     load_table<E>(sine, a.sin, a.table_is_float, row, lane * kSize);
   }
-  Target early;
-  if constexpr (A::kCached && kHeads == 1) early = target_of<E>(a, which[0], slot, head[0], dim);
 #pragma unroll
   for (int j = 0; j < kHeads; ++j) {
     if (which[j] < 2) {
@@ -202,11 +88,15 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
     }
   }
   if constexpr (A::kCached) {
+    if (later >= 0) {
+      const uint32_t size = a.table_is_float ? 4 : 2;
+      const int64_t at = later * a.table_stride * size;
+      prefetch_l2(static_cast<const char*>(a.cos) + at, dim / 2 * size);
+      prefetch_l2(static_cast<const char*>(a.sin) + at, dim / 2 * size);
+    }
 #pragma unroll
     for (int j = 0; j < kHeads; ++j) {
-      // With one head its place is known while the table is on its way; with two, registers are
-      // short.
-      const Target target = kHeads == 1 ? early : target_of<E>(a, which[j], slot, head[j], dim);
+      const Target target = target_of<E>(a, which[j], slot, head[j], dim);
       cache_head(a, target, part[j], at_first, at_second, lane);
     }
   }
@@ -214,6 +104,13 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
 
 // ---- host
 constexpr int64_t kMaxInt = INT32_MAX;
+
+// Of a power of two, or of the next one.
+int log2_of(int64_t n) {
+  int log2 = 0;
+  while (int64_t{1} << log2 < n) ++log2;
+  return log2;
+}
 
 bool small(std::initializer_list<int64_t> values) {
   for (const int64_t v : values)
@@ -269,19 +166,17 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
     return false;
   const int64_t heads = p.q.heads + p.k.heads + (write ? write->heads : 0);
   RotaryLayout layout = rotary_layout(tokens, heads, static_cast<int>(lanes), device_facts().sms);
-  const bool few = layout.groups == heads && lanes <= 16;
+  const bool few = !write && layout.groups == heads && lanes <= 16;
   if (few) {  // twice the lanes, each with half as much
     lanes *= 2;
     layout = rotary_layout(1, heads, static_cast<int>(lanes), device_facts().sms);
   }
-  int lane_bits = 0;
-  while (1 << lane_bits < lanes) ++lane_bits;
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, layout.tokens)),
                   static_cast<unsigned>(layout.parts));
   const dim3 block(layout.width, layout.tokens);
   if (!write) {
     DenseRotary a{};
-    fill(a, p, tokens, lane_bits, layout.groups);
+    fill(a, p, tokens, log2_of(lanes), layout.groups);
     a.q_out = p.q.out, a.k_out = p.k.out;
     a.q_out_token = p.q.out_token, a.k_out_token = p.k.out_token;
     error = launch(few ? rotary_dense_kernel<E, DenseRotary, uint2, 1>
@@ -295,7 +190,7 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
       (write->heads > 1 && v.token_head_stride != p.dim))
     return false;
   DenseRotaryCache a{};
-  fill(a, p, tokens, lane_bits, layout.groups);
+  fill(a, p, tokens, log2_of(lanes), layout.groups);
   a.v = v.tokens, a.v_token = v.token_stride;
   a.slots = write->slots, a.slot_stride = static_cast<int32_t>(write->slot_stride);
   a.wide_slots = write->slot_dtype == DType::i64;
@@ -308,9 +203,19 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
   a.scale_head = static_cast<int32_t>(v.scale.head);
   a.codes = v.scale.data != nullptr, a.fp8 = write->cache_dtype == DType::f8e4m3;
   a.soft = fit.soft, a.dynamic = v.scale.dynamic;
-  error = launch(few ? rotary_dense_kernel<E, DenseRotaryCache, uint2, 1>
-                     : rotary_dense_kernel<E, DenseRotaryCache, uint4, kRotaryHeads>,
-                 grid, block, 0, stream, a);
+  a.ahead = kAheadPerSm * device_facts().sms;
+  a.block_shift = static_cast<int8_t>(
+      (write->block_size & (write->block_size - 1)) == 0 ? log2_of(write->block_size) : -1);
+  const int64_t few_lanes = p.half / 2, few_threads = heads * few_lanes;
+  if (few_lanes <= 32 && tokens * few_threads <= int64_t{kFewPerSm} * device_facts().sms) {
+    a.lane_bits = static_cast<uint8_t>(log2_of(few_lanes));
+    const dim3 few_grid(static_cast<unsigned>(tokens),
+                        static_cast<unsigned>(ceil_div(few_threads, kFewThreads)));
+    error = launch(rotary_few_kernel<E>, few_grid, kFewThreads, 0, stream, a);
+    return true;
+  }
+  error = launch(rotary_dense_kernel<E, DenseRotaryCache, uint4, kRotaryHeads>, grid, block, 0,
+                 stream, a);
   return true;
 }
 

@@ -169,7 +169,7 @@ def build_batch(
         ahead = [i for count in each for i in range(count)]
         pairs = zip(sampling, each, strict=True)
         sampling = [request for request, count in pairs for _ in range(count)]
-        logits_index = np.repeat(logits_index + 1 - each, each) + ahead
+        logits_index = np.repeat(logits_index + 1 - np.array(each), each) + np.array(ahead)
     held.drawn_at[held_rows[sampled]] = np.arange(len(sampled))
     arrays: dict[str, np.ndarray] = {
         "input_ids": np.array(ids, dtype=np.int64),

@@ -387,5 +387,6 @@ class ModelDrafter:
                 hidden = hidden[1::2]
             if not greedy:
                 columns["steps"] = steps[i]
-            ops.sample(self._model.compute_logits(hidden), **columns, out=bucket.drawn[i])
+            logits = self._model.compute_logits(hidden)
+            ops.sample(logits, **columns, out=bucket.drawn[i])  # type: ignore[arg-type]
             ids = bucket.drawn[i]

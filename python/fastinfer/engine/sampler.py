@@ -60,7 +60,9 @@ class DrawnTokens:
             self._ready.record(torch.cuda.current_stream(out.token_ids.device))
 
     @classmethod
-    def in_buffer(cls, token_ids: np.ndarray, ready: torch.cuda.Event | None) -> DrawnTokens:
+    def in_buffer(
+        cls, token_ids: np.ndarray | Tensor, ready: torch.cuda.Event | None
+    ) -> DrawnTokens:
         """Tokens that are in this host memory once the event has happened."""
         tokens = cls(None)
         tokens._parts[0], tokens._ready = token_ids, ready
@@ -75,7 +77,9 @@ class DrawnTokens:
         """Wait for the step and read what it drew."""
         self.wait()
         ids, *others = (None if part is None else part.tolist() for part in self._parts)
-        return SampleResult(ids or [], *others, self.first_rows)
+        result = SampleResult(ids or [], *others)
+        result.first_rows = self.first_rows
+        return result
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:

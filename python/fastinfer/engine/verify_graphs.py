@@ -126,7 +126,7 @@ class VerifyGraphs:
         bucket.tokens.copy_(bucket.drawn, non_blocking=True)
         if bucket.done is not None:
             bucket.done.record(torch.cuda.current_stream(self._device))
-        drawn = DrawnTokens.in_buffer(bucket.tokens, bucket.done)
+        drawn = DrawnTokens.in_buffer(bucket.tokens.numpy(), bucket.done)
         firsts = np.arange(1, len(counts) + 1) * bucket.length - counts
         drawn.first_rows = firsts.tolist()
         return drawn
