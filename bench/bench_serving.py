@@ -67,7 +67,9 @@ def served_tpot(url: str, prompt: int, new: int, seed: int) -> float:
     command = [sys.executable, "-m", "fastinfer", "bench", "serve", "--url", url, "--json"]
     command += ["--num-prompts", str(STREAMS), "--input-len", str(prompt)]
     command += ["--output-len", str(new), "--seed-workload", str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the client ended with {done.returncode}; its message is above")
     result = json.loads(done.stdout)
     assert result["total_output_tokens"] == STREAMS * new, result
     return result["mean_tpot_ms"] / 1e3

@@ -40,6 +40,7 @@ TITLES = {
     "sampling": "Sampling",
     "e2e": "Whole models",
     "host": "Host time of a call",
+    "speculative": "Speculative decoding",
 }
 # which of a file's rows compete with which peers
 INT4 = ("marlin_int4", "machete_int4", "tinygemm_int4", "gemlite_int4")
@@ -198,6 +199,8 @@ def figure(row: Row) -> str:
         ("tpot_ms", "ms TPOT", 2),
         ("out_tok_s", "tok/s", 0),
         ("host_us", "us host", 0),
+        ("speedup", "x without drafts", 2),
+        ("ratio", "x one token", 2),
     ):
         if row.get(key):
             parts.append(f"{row[key]:,.{digits}f} {unit}")

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one sentence on stderr; FASTINFER_DEBUG=1 shows the traceback.
     """
     args = build_parser().parse_args(argv)
-    if getattr(args, "load_format", "dummy") in (None, "auto"):
+    if getattr(args, "load_format", "dummy") in (None, "auto") and args.model is not None:
         read_ahead(args.model)  # while torch is being imported
     if os.environ.get("FASTINFER_DEBUG", "") not in ("", "0"):
         return args.run(args)
