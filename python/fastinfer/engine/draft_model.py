@@ -207,6 +207,10 @@ class ModelDrafter:
                 break
         state.tail = []
         self._note_content(request)
+        # The rest of its blocks is about to be written: what they held for others is gone, even if
+        # the same content should come back into the same block.
+        for block in request.block_table[state.marked :]:
+            self._content.pop(block, None)
         return state
 
     def _note_content(self, request: Request) -> None:
