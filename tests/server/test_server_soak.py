@@ -16,7 +16,7 @@ import httpx
 import pytest
 from server_helpers import serving, wait_until_idle
 
-MINUTES = float(os.environ.get("FASTINFER_SOAK_MINUTES", "0.5"))
+MINUTES = float(os.environ.get("FASTINFER_SOAK_MINUTES", "6"))
 CLIENTS = 24
 
 

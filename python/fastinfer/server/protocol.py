@@ -22,16 +22,11 @@ _IGNORED = {  # about accounts, storage and routing: no effect on the text
     "parallel_tool_calls",
     "request_id",
 }
-_SHARED = {
-    "model",
+_PASSED = (  # same name and meaning in SamplingParams
     "n",
-    "stream",
-    "stream_options",
     "temperature",
     "top_p",
-    "stop",
     "seed",
-    "max_tokens",
     "presence_penalty",
     "frequency_penalty",
     # beyond the API, as in vLLM
@@ -43,6 +38,14 @@ _SHARED = {
     "stop_token_ids",
     "skip_special_tokens",
     "include_stop_str_in_output",
+)
+_SHARED = {
+    *_PASSED,
+    "model",
+    "stream",
+    "stream_options",
+    "stop",
+    "max_tokens",
     "return_token_ids",
 }
 _COMPLETION = _SHARED | {"prompt", "echo", "logprobs", "best_of", "suffix", "logit_bias"}
@@ -59,22 +62,6 @@ _CHAT = _SHARED | {
     "chat_template_kwargs",
     "add_generation_prompt",
 }
-_PASSED = (  # same name and meaning in SamplingParams
-    "n",
-    "temperature",
-    "top_p",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "min_tokens",
-    "ignore_eos",
-    "stop_token_ids",
-    "skip_special_tokens",
-    "include_stop_str_in_output",
-)
 _BOOLEANS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 MAX_N = 128
 MAX_STOPS = 16
