@@ -11,7 +11,8 @@ None or a 4-D tensor. Ours is
                 view); kind is 1 (causal) or 2 (both directions), W the window that a key must be
                 in, the query's own position included in causal ones; 0: none. Sizes rather than
                 values, because the host has to know them without waiting for the device.
-    bool        [B, 1, Nq, Nk], transformers' own: patterns that the kernels do not have
+    bool        [B, 1, Nq, Nk], transformers' own: patterns that the kernels do not have, and masks
+                that the model works on itself (adds to, concatenates, gives to an indexer)
 """
 
 from __future__ import annotations
@@ -189,6 +190,11 @@ def fastinfer_mask(
     if kind is None:
         return theirs()
     causal, window = kind
+    skip = allow_is_causal_skip if causal else allow_is_bidirectional_skip
+    if not skip and _is_worked_on(
+        causal, q_length, window is None and not isinstance(q_offset, Tensor), kwargs.get("config")
+    ):
+        return theirs()
     if window is not None and window >= kv_length:
         window = None
     end = q_offset + q_length - kv_offset if causal else kv_length
@@ -202,9 +208,8 @@ def fastinfer_mask(
         if not one_run:
             return theirs()
         padding = None if full else padding
-    if padding is None and window is None and not tracing:
-        skip = allow_is_causal_skip if causal else allow_is_bidirectional_skip
-        if skip and _is_plain(causal, q_length, kv_length, q_offset, kv_offset):
+    if padding is None and window is None and not tracing and skip:
+        if _is_plain(causal, q_length, kv_length, q_offset, kv_offset):
             return None
     if not causal and window is not None and (padding is not None or q_length != kv_length):
         return theirs()  # the kernels align windows with the last key of each sequence
@@ -221,6 +226,24 @@ def fastinfer_mask(
         if not causal:
             count = (kv_length - _first(padding.flip(1))).expand(batch_size)
     return encode(first, count, causal=causal, window=window)
+
+
+# Types of models that were seen to work on their causal masks.
+_workers: set[str] = set()
+
+
+def _is_worked_on(causal: bool, q_length: int, growing: bool, config: Any) -> bool:
+    """Whether a mask that must not be skipped is one that the model works on, so that it needs a
+    row for every query and a column for every key.
+
+    transformers itself never skips the mask of a step of one token with a cache of fixed size (one
+    that is not `growing`): then it matters what the model asked for in the prompt.
+    """
+    if not causal or growing or q_length > 1:
+        if causal and config is not None and not torch.compiler.is_compiling():
+            _workers.add(config.model_type)
+        return True
+    return getattr(config, "model_type", None) in _workers
 
 
 def _no_padding(attention_mask: Tensor, keys: int | Tensor) -> bool:
