@@ -34,7 +34,7 @@ device = sys.argv[1]
 model = tiny("llama", torch.float16 if device == "cuda" else torch.float32).to(device)
 model.set_attn_implementation("fastinfer/flash-attn2")
 waiting = new_prompts()
-made = batch(model, waiting, max_blocks_per_request=4)
+made = batch(model, waiting, max_blocks_per_request=4, use_async_batching=device == "cuda")
 assert [len(tokens) for tokens in made] == [NEW] * len(waiting)
 for prompt, tokens in zip(waiting, made):
     ids = torch.tensor([prompt + tokens], device=device)

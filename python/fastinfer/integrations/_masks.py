@@ -208,9 +208,9 @@ def fastinfer_mask(
         if not one_run:
             return theirs()
         padding = None if full else padding
-    if padding is None and window is None and not tracing and skip:
-        if _is_plain(causal, q_length, kv_length, q_offset, kv_offset):
-            return None
+    plain = padding is None and window is None and skip and not tracing
+    if plain and _is_plain(causal, q_length, kv_length, q_offset, kv_offset):
+        return None
     if not causal and window is not None and (padding is not None or q_length != kv_length):
         return theirs()  # the kernels align windows with the last key of each sequence
 
