@@ -179,5 +179,5 @@ def test_masks_survive_contiguous() -> None:
     got = fastinfer_mask(
         batch_size=2, q_length=9, kv_length=9, attention_mask=mask, mask_function=causal(4)
     )
-    assert got.shape == (2, 1, 5, 2) and got.dtype == torch.int32
+    assert got.shape == (2, 9, 1, 2) and got.dtype == torch.int32
     assert torch.equal(as_bool(got, 9, 9), as_bool(got.contiguous(), 9, 9))
