@@ -36,13 +36,11 @@ def attend(q: Tensor, meta: AttentionMetadata, cache: LayerCache, window: int) -
     padded = q.new_zeros(ends.numel(), meta.max_seqlen_q, *q.shape[1:])
     padded[sequence, at] = q
 
-    blocks = -(-meta.max_seqlen_k // cache.k.shape[1])
-    table = meta.block_table[:, :blocks].long().clamp(0, cache.k.shape[0] - 1)
-    keys, values = (
-        _gather(cache.k, cache.k_scale, table, q),
-        _gather(cache.v, cache.v_scale, table, q),
-    )
-    place = torch.arange(keys.shape[1], device=q.device)
+    table = meta.block_table.long().clamp(0, cache.k.shape[0] - 1)
+    longest = min(meta.max_seqlen_k, table.shape[1] * cache.k.shape[1])
+    keys = _gather(cache.k, cache.k_scale, table, longest, q.dtype)
+    values = _gather(cache.v, cache.v_scale, table, longest, q.dtype)
+    place = torch.arange(longest, device=q.device)
     known = place < meta.seq_lens[:, None]  # beyond it the cache may hold anything
     keys, values = (x.masked_fill(~known[:, :, None, None], 0.0) for x in (keys, values))
     repeats = heads // keys.shape[2]
@@ -61,10 +59,15 @@ def attend(q: Tensor, meta: AttentionMetadata, cache: LayerCache, window: int) -
     return out[sequence, at]
 
 
-def _gather(pages: Tensor, scale: Tensor | None, table: Tensor, q: Tensor) -> Tensor:
-    """[B, blocks * P, Hkv, D] in q's dtype."""
-    found = pages.view(torch.uint8)[table].view(pages.dtype) if scale is not None else pages[table]
-    if scale is not None:
-        factor = scale[table][..., None] if scale.dim() == 3 else scale.view(-1, 1)
-        found = found.float() * factor
-    return found.to(q.dtype).flatten(1, 2)
+def _gather(
+    pages: Tensor, scale: Tensor | None, table: Tensor, longest: int, dtype: torch.dtype
+) -> Tensor:
+    """The first `longest` tokens of each sequence, [B, longest, Hkv, D]."""
+    size = pages.shape[1]
+    place = torch.arange(longest, device=pages.device)
+    block, offset = table[:, place // size], place % size
+    if scale is None:
+        return pages[block, offset].to(dtype)
+    found = pages.view(torch.uint8)[block, offset].view(pages.dtype).float()
+    factor = scale[block, offset][..., None] if scale.dim() == 3 else scale.view(-1, 1)
+    return (found * factor).to(dtype)
