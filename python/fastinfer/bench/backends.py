@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 
 from ..engine.metrics import RequestMetrics
+from . import BACKENDS
 from .drive import LoadResult
 from .workloads import Conversation
 
-NAMES = ("fastinfer", "transformers", "vllm")
 Show = Callable[[int], None]
 
 
@@ -47,8 +47,8 @@ def make_backend(
     Raises:
         ValueError: It is not installed, or the name is unknown.
     """
-    if name not in NAMES[1:]:
-        raise ValueError(f"bench: backend must be one of {', '.join(NAMES)}, got {name!r}")
+    if name not in BACKENDS[1:]:
+        raise ValueError(f"bench: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if importlib.util.find_spec(name) is None:
         raise ValueError(f"bench: --backend {name} needs {name}; pip install {name}")
     if name == "vllm":
@@ -137,20 +137,24 @@ class TransformersBackend:
 
 
 def _random_model(config: Any, dtype: str, device: torch.device) -> Any:
-    """A model of small random weights, made where it lives."""
+    """A model of small random weights, made where it lives: nothing is drawn on the CPU for a GPU."""
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted or torch.bfloat16)
-    model = model.to_empty(device=device)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(wanted or torch.bfloat16)
+    try:
+        with torch.device(device), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=0.02)
-    for module in model.modules():  # tables are computed when a model is made, not stored
-        if hasattr(module, "inv_freq"):
-            fresh = type(module)(config=config, device=device)
-            module.inv_freq = module.original_inv_freq = fresh.inv_freq
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=0.02)
     return model
 
 
