@@ -137,7 +137,7 @@ class TransformersBackend:
 
 
 def _random_model(config: Any, dtype: str, device: torch.device) -> Any:
-    """A model of small random weights, made where it lives: nothing is drawn on the CPU for a GPU."""
+    """A model of small random weights, made where it lives."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
