@@ -331,4 +331,7 @@ def _judge(result: Result, before: Result, row: Row) -> None:
         worse += [f"perplexity {result['perplexity']}"] if before.get("perplexity") else []
     if worse:
         result["worse"] = worse
-        result["why_worse"] = row.price or "a difference between two runs of a busy machine"
+        reason = row.price
+        if result.get("bound") == "launch":
+            reason = row.price_of_launches or reason
+        result["why_worse"] = reason or "a difference between two runs of a busy machine"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .ablate_cost import PARTS
-from .report import require_matplotlib
+from .report import require_matplotlib, save_figure
 
 Result = dict[str, Any]
 
@@ -87,6 +87,8 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
         ValueError: matplotlib is not installed.
     """
     pyplot = require_matplotlib()
+    from matplotlib import ticker
+
     ran = [result for result in results if "not_run" not in result]
     places = list(range(len(ran)))
     figure, axes = pyplot.subplots(
@@ -108,7 +110,7 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
     low, high = speed.get_xlim()
     speed.set_xlim(low, high * 3)
     speed.set_xlabel("output tokens per second")
-    speed.legend(title="bound by", fontsize=8, title_fontsize=8, loc="upper right")
+    _legend(speed, "bound by")
     speed.set_yticks(
         places, [result["title"] + (" *" if result.get("worse") else "") for result in ran]
     )
@@ -116,12 +118,15 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
     for key, marker, label in (
         ("ttft_ms", "o", "TTFT"),
         ("tpot_ms", "s", "TPOT"),
-        ("itl_p99_ms", "x", "gap between tokens, p99"),
+        ("itl_p99_ms", "x", "gap, p99"),
     ):
         times.plot([result[key] for result in ran], places, marker, label=label, markersize=5)
     times.set_xscale("log")
     times.set_xlabel("ms")
-    times.legend(fontsize=8)
+    times.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    times.xaxis.set_major_formatter(ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
+    times.minorticks_off()
+    _legend(times)
     weights = [result.get("weights_mb", 0.0) for result in ran]
     cache = [result.get("cache_mb", 0.0) for result in ran]
     wasted = [c * result.get("kv_waste", 0.0) for c, result in zip(cache, ran, strict=True)]
@@ -130,13 +135,13 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
     for values, color, label in (
         (weights, "tab:blue", "weights"),
         ([c - w for c, w in zip(cache, wasted, strict=True)], "tab:green", "cache, used"),
-        (wasted, "tab:red", "cache, reserved and unused"),
+        (wasted, "tab:red", "reserved, unused"),
     ):
         shown = [value / unit for value in values]
         memory.barh(places, shown, left=base, color=color, label=label)
         base = [b + value for b, value in zip(base, shown, strict=True)]
     memory.set_xlabel(name)
-    memory.legend(fontsize=8)
+    _legend(memory)
     for axis in axes:
         axis.grid(alpha=0.3, axis="x")
     figure.suptitle(caption, fontsize=10)
@@ -147,7 +152,19 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
         else [path.with_name(path.name + end) for end in (".png", ".svg")]
     )
     for file in files:
-        more = {"metadata": {"Date": None}} if file.suffix == ".svg" else {"dpi": 110}
-        figure.savefig(file, **more)
+        save_figure(figure, file)
     pyplot.close(figure)
     return files
+
+
+def _legend(axis: Any, title: str | None = None) -> None:
+    """Above the axis, where it hides nothing."""
+    axis.legend(
+        title=title,
+        fontsize=8,
+        title_fontsize=8,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=3,
+        frameon=False,
+    )

@@ -23,6 +23,7 @@ class Row:
         change: Settings that differ from the row before.
         effect: What the change does, and what to look at.
         price: Why it may make something worse.
+        price_of_launches: The same where launches are the limit, if that is another reason.
         one_by_one: A request at a time; False: as many as may run.
         rounds: Whether tokens may differ, so that perplexity is measured again.
     """
@@ -32,6 +33,7 @@ class Row:
     change: dict[str, Any] = field(default_factory=dict)
     effect: str
     price: str = ""
+    price_of_launches: str = ""
     one_by_one: bool = False
     rounds: bool = False
 
@@ -53,6 +55,10 @@ class Plan:
 
 def make_rows(plan: Plan) -> list[Row]:
     """The rows in their order, the first is `transformers`."""
+    calls = (
+        "steps are launched kernel by kernel up to here, and calling a quantised layer costs the "
+        "host more than calling a plain one"
+    )
     blocks = plan.at_once * -(-plan.longest // plan.block_size)
     return [
         Row(
@@ -165,6 +171,7 @@ def make_rows(plan: Plan) -> list[Row]:
             effect="half the bytes of the linear layers (one scale per output channel)",
             price="codes become bf16 again before they are multiplied: with many tokens per step "
             "arithmetic is the limit and weights are not, so the conversion is what remains",
+            price_of_launches=calls,
         ),
         Row(
             key="int4",
@@ -172,7 +179,8 @@ def make_rows(plan: Plan) -> list[Row]:
             rounds=True,
             change={"quantization": "int4"},
             effect="a quarter of the bytes (groups of up to 128 channels), at some perplexity",
-            price="more work to unpack than in INT8; it pays for few tokens per step",
+            price="fewer bits say less; more work to unpack than in INT8, which pays for few tokens "
+            "per step",
         ),
         Row(
             key="cache8",
@@ -196,7 +204,8 @@ def make_rows(plan: Plan) -> list[Row]:
             title="overlapped scheduling",
             change={"async_scheduling": True},
             effect="the next step is launched before the host has seen this one's tokens",
-            price="an ended request is noticed a step late; a CPU has nobody to overlap with",
+            price="a token is read one step later, a first one too, and an ended request is noticed "
+            "a step late; a CPU has nobody to overlap with",
         ),
         Row(
             key="speculation",
