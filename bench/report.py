@@ -22,6 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
+import guide_blocks
+
 from fastinfer.bench.report import save_figure
 
 Row = dict[str, Any]
@@ -417,6 +419,9 @@ def main() -> None:
     args = parser.parse_args()
     count = write(args.results, args.peers, args.output, args.engines)
     print(f"wrote {args.output} ({count} sections)")
+    for guide in sorted(args.output.parent.glob("guide*.md")):
+        guide.write_text(guide_blocks.fill(guide.read_text(), args.results))
+        print(f"wrote {guide}: its outputs")
 
 
 if __name__ == "__main__":

@@ -179,8 +179,8 @@ def make_rows(plan: Plan) -> list[Row]:
             rounds=True,
             change={"quantization": "int4"},
             effect="a quarter of the bytes (groups of up to 128 channels), at some perplexity",
-            price="fewer bits say less; more work to unpack than in INT8, which pays for few tokens "
-            "per step",
+            price="fewer bits say less; more work to unpack than in INT8, which pays for few "
+            "tokens per step",
         ),
         Row(
             key="cache8",
@@ -204,8 +204,8 @@ def make_rows(plan: Plan) -> list[Row]:
             title="overlapped scheduling",
             change={"async_scheduling": True},
             effect="the next step is launched before the host has seen this one's tokens",
-            price="a token is read one step later, a first one too, and an ended request is noticed "
-            "a step late; a CPU has nobody to overlap with",
+            price="a token is read one step later, a first one too, and an ended request is "
+            "noticed a step late; a CPU has nobody to overlap with",
         ),
         Row(
             key="speculation",
