@@ -34,7 +34,11 @@ JOBS: dict[str, tuple[str, list[str], list[str]]] = {
     "prefill": ("bench_flash_attention.py", [], ["--rest", "0.03"]),
     "host": ("bench_host.py", [], []),
     "e2e": ("bench_e2e.py", ["--iters", "1"], ["--iters", "1"]),
-    "serving": ("bench_serving.py", ["--iters", "1"], ["--iters", "2", "--weights", "16"]),
+    "serving": (
+        "bench_serving.py",
+        ["--iters", "1", "--weights", "16"],
+        ["--iters", "2", "--weights", "16"],
+    ),
     "speculative": ("bench_speculative.py", ["--iters", "1"], ["--iters", "1"]),
     "transformers": ("bench_transformers.py", ["--iters", "1", "--peers", "sdpa"], []),
 }
@@ -62,7 +66,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: build/bench/<device>")
     parser.add_argument("--only", nargs="+", default=[*JOBS, "ablate"], metavar="NAME")
     parser.add_argument("--seconds", type=float, help="per row (0.004 on a CPU, 0.02 on a GPU)")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds per script")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds per script")
     args = parser.parse_args()
     unknown = set(args.only) - {*JOBS, "ablate"}
     if unknown:
