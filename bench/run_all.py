@@ -19,9 +19,11 @@ import sys
 import time
 from pathlib import Path
 
+from shapes import write_config
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+ONCE = ["--iters", "1"]
 # result -> script, arguments on a CPU, arguments on a GPU
 JOBS: dict[str, tuple[str, list[str], list[str]]] = {
     "norm": ("bench_norm.py", ["--filter", "m=1 ,m=64 "], []),
@@ -33,28 +35,30 @@ JOBS: dict[str, tuple[str, list[str], list[str]]] = {
     "decode": ("bench_paged_attention.py", ["--rows", "small"], ["--rows", "all"]),
     "prefill": ("bench_flash_attention.py", [], ["--rest", "0.03"]),
     "host": ("bench_host.py", [], []),
-    "e2e": ("bench_e2e.py", ["--iters", "1"], ["--iters", "1"]),
-    "serving": (
-        "bench_serving.py",
-        ["--iters", "1", "--weights", "16"],
-        ["--iters", "2", "--weights", "16"],
-    ),
-    "speculative": ("bench_speculative.py", ["--iters", "1"], ["--iters", "1"]),
-    "transformers": ("bench_transformers.py", ["--iters", "1", "--peers", "sdpa"], []),
+    "e2e": ("bench_e2e.py", ONCE, ONCE),
+    "serving": ("bench_serving.py", [*ONCE, "--weights", "16"], [*ONCE, "--weights", "16"]),
+    "speculative": ("bench_speculative.py", [*ONCE, "--drafts", "4", "--skip", "batch"], ONCE),
+    "transformers": ("bench_transformers.py", [*ONCE, "--peers", "sdpa"], []),
 }
-ABLATE = {  # `fastinfer ablate`, which is a command of its own
-    "cpu": ["--prompt-lens", "16,32", "--output-len", "8", "--requests", "6", "--at-once", "3"],
-    "cuda": [],
-}
+# `fastinfer ablate`, a command of its own: of the bundled model, on a GPU also of random weights.
+ABLATE = "--prompt-lens 16,32 --output-len 8 --requests 6 --at-once 3 --device cpu"
+ABLATE_TINY = "--prompt-lens 64,128,256 --output-len 64 --requests 48 --at-once 16 --device cuda"
+ABLATE_8B = "--prompt-lens 256,1024 --output-len 64 --requests 128 --repeats 1 --device cuda"
+EVERYTHING = {"cpu": [*JOBS, "ablate"], "cuda": [*JOBS, "ablate", "ablate_tiny"]}
 
 
 def command(name: str, device: str, seconds: float, out: Path) -> list[str]:
     """The command line of a job."""
     target = ["--json", str(out / f"{name}.json")]
-    if name == "ablate":
-        model = str(HERE.parent / "examples" / "tiny" / "model")
-        line = ["-m", "fastinfer", "ablate", "--model", model, "--device", device]
-        return [sys.executable, *line, *ABLATE[device], *target]
+    if name.startswith("ablate"):
+        model, sizes = str(HERE.parent / "examples" / "tiny" / "model"), ABLATE_TINY
+        if device == "cpu":
+            sizes = ABLATE
+        elif name == "ablate":
+            model, sizes = str(out / "llama3-8b"), f"{ABLATE_8B} --load-format dummy"
+            write_config("llama3-8b", Path(model))
+        line = ["-m", "fastinfer", "ablate", "--model", model]
+        return [sys.executable, *line, *sizes.split(), *target]
     script, on_cpu, on_gpu = JOBS[name]
     line = [sys.executable, str(HERE / script), "--device", device, "--seconds", str(seconds)]
     return [*line, *(on_cpu if device == "cpu" else on_gpu), *target]
@@ -64,21 +68,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, help="default: build/bench/<device>")
-    parser.add_argument("--only", nargs="+", default=[*JOBS, "ablate"], metavar="NAME")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--seconds", type=float, help="per row (0.004 on a CPU, 0.02 on a GPU)")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds per script")
     args = parser.parse_args()
-    unknown = set(args.only) - {*JOBS, "ablate"}
-    if unknown:
-        parser.error(f"--only must be of {', '.join([*JOBS, 'ablate'])}, got {', '.join(unknown)}")
+    known = EVERYTHING[args.device]
+    chosen: list[str] = args.only or known
+    if unknown := set(chosen) - set(known):
+        parser.error(f"--only must be of {', '.join(known)}, got {', '.join(unknown)}")
     out: Path = args.out or HERE.parent / "build" / "bench" / args.device
     out.mkdir(parents=True, exist_ok=True)
     seconds = args.seconds or (0.004 if args.device == "cpu" else 0.02)
     env = dict(os.environ)
     env["PYTHONPATH"] = f"{HERE.parent / 'python'}{os.pathsep}{env.get('PYTHONPATH', '')}"
     failed = []
-    with tqdm(total=len(args.only), unit="bench") as bar:
-        for name in args.only:
+    with tqdm(total=len(chosen), unit="bench") as bar:
+        for name in chosen:
             bar.set_description(name)
             start, said = time.perf_counter(), out / f"{name}.txt"
             with said.open("w") as log:
