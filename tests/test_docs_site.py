@@ -4,6 +4,7 @@ result files, pictures that are there; and the site builds without a warning.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -117,3 +118,23 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "ops/rms_norm/index.html").is_file()
     assert "指南" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_outputs_are_written_from_a_file(tmp_path: Path) -> None:
+    """Only the rows that a block names; a block whose file is not there stays as it is."""
+    row = {"row": "flash", "title": "FlashAttention", "at_once": 1, "out_tok_s": 12.0}
+    worse = {**row, "row": "gqa", "title": "GQA", "worse": ["TTFT x 2"], "why_worse": "noise"}
+    document = {"device": "Some GPU", "date": "2026-01-02", "commit": "abc", "rows": [row, worse]}
+    document["workload"] = {"prompt_lens": [8], "output_len": 4, "requests": 2, "at_once": 1}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/ablate.json").write_text(json.dumps(document))
+    page = "a\n<!-- shown: x/ablate gqa -->\nold\n<!-- end -->\nb\n"
+    page += "<!-- shown: y/z -->\nc\n<!-- end -->"
+    filled = guide_blocks.fill(page, tmp_path)
+    assert "GQA *" in filled and "FlashAttention" not in filled and "old" not in filled
+    assert "* GQA: TTFT x 2. noise." in filled
+    assert "`bench/results/x/ablate.json`: Some GPU, 2026-01-02, commit abc" in filled
+    assert filled.endswith("b\n<!-- shown: y/z -->\nc\n<!-- end -->")
+    assert guide_blocks.fill(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match="has no rows paging"):
+        guide_blocks.fill(page.replace("ablate gqa", "ablate paging"), tmp_path)
