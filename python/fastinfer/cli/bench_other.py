@@ -61,6 +61,9 @@ def run_on_backend(args: argparse.Namespace) -> list[dict[str, Any]]:
     goodput = parse_goodput(args.goodput)
     work = workload(args, backend.vocab_size, backend.max_model_len, args.seed_workload)
     load = _run(backend, work, at_once, show=True)
+    arrived = min(record.arrival_time for record in load.records)
+    for record in load.records:  # all requests are there from the start; those of a batch wait
+        record.arrival_time = arrived
     result |= report.describe_load(load, goodput=goodput, detailed=args.detailed)
     tokens = result["total_input_tokens"] + result["total_output_tokens"]
     result |= {
