@@ -10,6 +10,7 @@ the way; to a GPU by threads that read ahead, in the background where there is n
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Cut
 from ..quant import notes
 from ..quant.canonical import QuantError
 from ..quant.config import QuantConfig, read_quant_config
+from ..quant.cutting import cut_columns, cut_rows
 from ..quant.formats import read_linear
 from ..quant.fused import runnable
 from .config import ModelConfig, load_config
@@ -32,8 +34,9 @@ from .decoder import CausalLM
 from .device_read import BackgroundRead, can_send, read_to_device
 from .dummy import fill_random
 from .layers import Layer, RowParts, give_memory
-from .quantized import QuantizedLinear
-from .weights import EMBEDDING, HEAD, TensorPlan, plan_tensors
+from .quantized import GatheredInputs, QuantizedLinear
+from .shard import WHOLE, Shard
+from .weights import EMBEDDING, HEAD, TensorPlan, plan_tensors, weight_targets
 
 _DTYPES = {
     "float32": torch.float32,
@@ -53,6 +56,7 @@ def load_model(
     progress: bool = True,
     max_model_len: int | None = None,
     requantize: int | None = None,
+    shard: Shard = WHOLE,
 ) -> CausalLM:
     """Load a checkpoint folder in Hugging Face layout, plain or quantised.
 
@@ -70,6 +74,7 @@ def load_model(
         requantize: 4 or 8: quantise again what no kernel reads as it is stored (bitsandbytes nf4
             and fp4, GPTQ with irregular groups), rounding to nearest in groups of 64. None:
             dequantise it to `dtype`. Either is logged.
+        shard: which part of the model to build; only its bytes are read of plain tensors.
 
     Returns:
         The model, ready to run; its `config.dtype` is the dtype of its parameters.
@@ -88,6 +93,7 @@ def load_model(
         progress=progress,
         max_model_len=max_model_len,
         requantize=requantize,
+        shard=shard,
     ) as loading:
         return loading.finish()
 
@@ -135,6 +141,7 @@ def start_loading(
     progress: bool = True,
     max_model_len: int | None = None,
     requantize: int | None = None,
+    shard: Shard = WHOLE,
 ) -> Loading:
     """Like `load_model`, but tensors for a GPU that need no conversion are read in the background.
 
@@ -162,8 +169,9 @@ def start_loading(
         quant = read_quant_config(path)
         checkpoint = Checkpoint(Path(path)) if load_format == "auto" else None
         config = dataclasses.replace(config, dtype=resolve_dtype(dtype, config, checkpoint))
+        shard = dataclasses.replace(shard, unit=_unit(config, quant)) if shard != WHOLE else shard
         with torch.device("meta"):
-            model = CausalLM(config, dtype=config.dtype, max_model_len=max_model_len)
+            model = CausalLM(config, dtype=config.dtype, max_model_len=max_model_len, shard=shard)
         model.eval()
         loading = Loading(model)
         if checkpoint is None:
@@ -200,8 +208,8 @@ def _exchange(
         )
     with torch.device("meta"):
         layer = QuantizedLinear(
-            plain.in_features,
-            plain.parts,
+            plain.columns,
+            plain.spans,
             bias=plain.bias is not None,
             dtype=config.dtype,
             device=device,
@@ -209,6 +217,17 @@ def _exchange(
     parent, _, child = module.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
     return layer
+
+
+def _unit(config: ModelConfig, quant: QuantConfig | None) -> int:
+    """Feed-forward channels that must stay together: the quantisation groups of the down layers."""
+    sizes = {1}
+    for tensor, target in weight_targets(config).items() if quant is not None else ():
+        if target.is_linear_weight and target.module.endswith("down_proj"):
+            scheme = quant.for_module(tensor.removesuffix(".weight"))
+            if scheme is not None and scheme.group_size > 0:
+                sizes.add(scheme.group_size)
+    return math.lcm(*sizes)
 
 
 class _Filler:
@@ -275,7 +294,8 @@ class _Filler:
         try:
             if self.background is not None:
                 self.background.wait(self.bar.update)
-            if self.config.tie_word_embeddings and HEAD in self.checkpoint.tensors:
+            tied = self.config.tie_word_embeddings and self.model.embed_tokens is not None
+            if tied and HEAD in self.checkpoint.tensors:
                 _check_tied(self.model, self.checkpoint)
         finally:
             self.close()
@@ -299,12 +319,20 @@ class _Filler:
 
     def _read(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
         sent: set[str] = set()
+        cuts: dict[str, Cut] = {}
+        for name in names & self.plan.plain.keys():
+            where = self.plan.plain[name]
+            layer = self.model.get_submodule(where.module)
+            assert isinstance(layer, Layer)
+            cut = layer.cut(where.param, where.parts)
+            if cut is not None:
+                cuts[name] = cut
         if self.device.type == "cuda":
-            infos = self.checkpoint.tensors
-            sent = {n for n in names & self.plan.plain.keys() if can_send(infos[n].dtype)}
+            infos, whole = self.checkpoint.tensors, self.plan.plain.keys() - cuts.keys()
+            sent = {n for n in names & whole if can_send(infos[n].dtype)}
         if sent:
             yield from read_to_device(self.checkpoint.files, sent, self.device)
-        yield from self.checkpoint.read(names - sent)
+        yield from self.checkpoint.read(names - sent, cuts)
 
     def _plain(self, name: str, tensor: Tensor) -> None:
         where = self.plan.plain[name]
@@ -323,7 +351,26 @@ class _Filler:
         assert isinstance(layer, QuantizedLinear)
         rows, columns = layer.part_shape("weight", where.parts)
         stored = read_linear(layer_name, tensors, where.scheme, columns, rows)
-        layer.load_quantized(where.parts, runnable(layer_name, stored, self.requantize))
+        stored = runnable(layer_name, stored, self.requantize)
+        cut, inputs = layer.cut("weight", where.parts), None
+        if cut is not None:
+            stored = cut_rows(stored, cut.rows)
+            if cut.columns is not None:
+                stored, channels = cut_columns(stored, *cut.columns)
+                stored = runnable(layer_name, stored)
+                if channels is not None:
+                    inputs = self._gathered(where.module, channels)
+        layer.load_quantized(where.parts, stored, inputs)
+
+    def _gathered(self, module: str, channels: Tensor) -> GatheredInputs:
+        shard = self.model.shard
+        assert shard.group is not None
+        ranks = [dataclasses.replace(shard, rank=rank) for rank in range(shard.ranks)]
+        if module.endswith("o_proj"):
+            pieces = [r.heads(self.config.num_heads, self.config.head_dim) for r in ranks]
+        else:
+            pieces = [r.inner(self.config.intermediate_size) for r in ranks]
+        return GatheredInputs(shard.group, pieces, channels, self.device)
 
 
 def _in_background(device: torch.device) -> bool:
@@ -351,9 +398,16 @@ def _check_complete(model: CausalLM, filled: set[tuple[str, str]]) -> None:
 
 
 def _check_tied(model: CausalLM, checkpoint: Checkpoint) -> None:
-    head = next(tensor for _, tensor in checkpoint.read({HEAD}))
-    embedding = model.embed_tokens.weight
-    if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
+    layer = model.embed_tokens
+    assert layer is not None
+    expected = layer.part_shape("weight", ())
+    cut = layer.cut("weight", ())
+    embedding = layer.weight
+    same = checkpoint.tensors[HEAD].shape == expected
+    if same:
+        _, head = next(iter(checkpoint.read({HEAD}, None if cut is None else {HEAD: cut})))
+        same = torch.equal(head.to(embedding), embedding[: len(head)])
+    if not same:
         raise ValueError(
             f"load_model: {HEAD} must equal {EMBEDDING} when tie_word_embeddings is true, got "
             "another tensor; set tie_word_embeddings to false in config.json to use it"
