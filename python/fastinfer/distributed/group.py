@@ -7,12 +7,15 @@ current stream and can be captured.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .all_reduce import PeerAllReduce
 
 # its name since torch 2.13, and before
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,7 +41,7 @@ class Communicator:
         self.size: int = dist.get_world_size(group)
         self.ranks: list[int] = dist.get_process_group_ranks(group)
         self.batch_invariant = False
-        self.peer: Any = None
+        self.peer: PeerAllReduce | None = None
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """In place: the sum over all ranks, the same bits on each."""
@@ -102,13 +105,16 @@ class ParallelGroups:
         return 1 if self.pipeline is None else self.pipeline.size
 
 
-def make_groups(tensor: int, pipeline: int, device: torch.device) -> ParallelGroups:
+def make_groups(
+    tensor: int, pipeline: int, device: torch.device, *, timeout: float
+) -> ParallelGroups:
     """Divide the ranks of the default group; every rank must call this.
 
     Args:
         tensor: ranks per stage.
         pipeline: stages.
         device: of this process.
+        timeout: seconds to wait for another rank.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     assert size == tensor * pipeline
@@ -124,15 +130,8 @@ def make_groups(tensor: int, pipeline: int, device: torch.device) -> ParallelGro
             group = dist.group.WORLD if len(ranks) == size else dist.new_group(ranks)
             if rank in ranks:
                 mine[name] = Communicator(group, device)
-    groups = ParallelGroups(rank, size, mine["tensor"], mine["pipeline"], device)
-    if groups.tensor is not None and device.type == "cuda":
-        groups.tensor.peer = _peer_all_reduce(groups.tensor)
-    return groups
-
-
-def _peer_all_reduce(group: Communicator) -> Any:
-    try:
-        from .all_reduce import PeerAllReduce
-    except ImportError:
-        return None
-    return PeerAllReduce(group.group, group.device, MAX_PEER_BYTES)
+    group = mine["tensor"]
+    wanted = os.environ.get("FASTINFER_PEER_ALL_REDUCE", "1") != "0"
+    if group is not None and device.type == "cuda" and wanted:
+        group.peer = PeerAllReduce(group.group, device, MAX_PEER_BYTES, timeout_s=timeout)
+    return ParallelGroups(rank, size, mine["tensor"], mine["pipeline"], device)

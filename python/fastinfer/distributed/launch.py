@@ -101,7 +101,7 @@ class Lead:
             self.hub.accept()
             join(place)
             self._own_groups = True
-            self.groups = make_groups(tensor, pipeline, place.device)
+            self.groups = make_groups(tensor, pipeline, place.device, timeout=timeout)
             self._store = place.store  # others may still ask it
         except BaseException as error:
             failed = self.hub.failure
@@ -167,7 +167,9 @@ class Member:
         self.spoke = Spoke(message["hub"], place.rank)
         try:
             join(place)
-            self.groups = make_groups(message["tensor"], message["pipeline"], place.device)
+            self.groups = make_groups(
+                message["tensor"], message["pipeline"], place.device, timeout=place.timeout
+            )
         except BaseException as error:
             self.spoke.fail(error)
             raise

@@ -27,6 +27,6 @@ def reduce_add_norm(
     """
     peer = group.peer
     if peer is not None and peer.supports(x.nbytes):
-        return peer.all_reduce_add_rms_norm_(x, residual, weight, eps)
+        return peer.all_reduce_add_rms_norm_(x, residual, weight, eps)[0]
     group.all_reduce_(x)
     return ops.fused_add_rms_norm(x, residual, weight, eps)[0]

@@ -313,7 +313,7 @@ class LLM:
         if core is None:
             return
         core.abort_all()
-        core._launched = None
+        core.drop_launched()
         on_cuda = core.runner.device.type == "cuda"
         core.runner.release()
         if on_cuda:

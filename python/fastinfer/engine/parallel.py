@@ -56,7 +56,7 @@ class LeadRunner(ModelRunner):
         groups = self._run.groups
         if groups.stages > 1:
             self._results = groups.size - config.tensor_parallel_size
-        self.depth = groups.stages
+        self.stages = groups.stages
         try:
             super().__init__(config, groups.device, team=self._run)
             self._least("ready", 0)
