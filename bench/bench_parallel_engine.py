@@ -102,7 +102,13 @@ def run_case(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         started = time.perf_counter() - start
         weights = "int4 g128" if int4 else dtype
-        case = {"model": shape, "weights": weights, "tp": tp, "pp": pp, "start_s": round(started, 1)}
+        case = {
+            "model": shape,
+            "weights": weights,
+            "tp": tp,
+            "pp": pp,
+            "start_s": round(started, 1),
+        }
         with llm:
             if "tpot" in what:
                 rows.append({"op": "tpot", **case, **tpot(llm, 64 if small else 512, 128, 3)})
@@ -146,7 +152,9 @@ def main() -> None:
     if args.json is not None:
         kept = []
         if args.json.is_file():
-            mine = {(r["op"], r.get("model"), r.get("weights"), r.get("tp"), r.get("pp")) for r in rows}
+            mine = {
+                (r["op"], r.get("model"), r.get("weights"), r.get("tp"), r.get("pp")) for r in rows
+            }
             kept = [
                 row
                 for row in json.loads(args.json.read_text())

@@ -29,6 +29,7 @@ from typing import Any
 _HEADER = struct.Struct("<qq")  # kind, bytes that follow
 PLAN, BLOCKS, RESULT, SAY, CLOSE = range(5)
 HEARTBEAT_S = 1.0
+START_S = 1800.0  # for everybody to have loaded the model; a rank that dies is noticed at once
 _LONGEST_LINE = 1 << 16
 
 
@@ -53,7 +54,7 @@ class Hub:
     Args:
         size: Ranks, this one included.
         host: Address to listen on; the port is any free one.
-        timeout: Seconds within which everybody has to answer.
+        timeout: Seconds within which everybody has to answer, once all have started.
         ended: Exit code of a rank's process, if it has ended and this machine knows.
     """
 
@@ -86,7 +87,7 @@ class Hub:
             RankError: One has ended, or did not come in time.
         """
         found: dict[int, dict[str, socket.socket]] = {}
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + START_S
         self._listener.settimeout(0.2)
         while sum(len(pair) for pair in found.values()) < 2 * (self.size - 1):
             for rank in range(1, self.size):
@@ -96,7 +97,7 @@ class Hub:
             if time.monotonic() > end:
                 late = [rank for rank in range(1, self.size) if len(found.get(rank, ())) < 2]
                 raise RankError(
-                    f"LLM: ranks {late} of {self.size} did not start within {self.timeout:g} s"
+                    f"LLM: ranks {late} of {self.size} did not start within {START_S:g} s"
                 )
             try:
                 connection, _ = self._listener.accept()
@@ -202,13 +203,14 @@ class Hub:
             except OSError as error:
                 raise self.explain(error) from error
 
-    def gather(self, what: str) -> list[dict[str, Any]]:
+    def gather(self, what: str, timeout: float | None = None) -> list[dict[str, Any]]:
         """One answer of every other rank, in their order.
 
         Raises:
             RankError: One failed, or was late.
         """
-        end = time.monotonic() + self.timeout
+        timeout = timeout or self.timeout
+        end = time.monotonic() + timeout
         with self._changed:
             while not all(peer.said for peer in self._peers.values()):
                 self.check()
@@ -217,7 +219,7 @@ class Hub:
                 self._changed.wait(0.2)
             else:
                 return [self._peers[rank].said.pop(0) for rank in sorted(self._peers)]
-        raise self.late(what)
+        raise self.late(what, timeout)
 
     def result(self, rank: int) -> bytes:
         """The next RESULT frame of a rank.

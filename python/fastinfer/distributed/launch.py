@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .control import CLOSE, SAY, Hub, RankError, Spoke
+from .control import CLOSE, SAY, START_S, Hub, RankError, Spoke
 from .group import ParallelGroups, make_groups
 
 _LOOPBACK = "127.0.0.1"
@@ -112,10 +112,14 @@ class Lead:
 
     def least(self, what: str, value: int) -> int:
         """See `Team`."""
-        others = self.hub.gather(f"waiting for every rank ({what})")
+        others = self.hub.gather(f"waiting for every rank ({what})", START_S)
         result = min(value, *(int(answer[what]) for answer in others))
         self.hub.order(SAY, json.dumps(result).encode())
         return result
+
+    def begin(self) -> None:
+        """The model is loaded: from now on nobody may take longer than `timeout`."""
+        limit_groups(self.hub.timeout)
 
     def _ended(self, rank: int) -> int | None:
         return self._processes[rank - 1].poll() if rank <= len(self._processes) else None
@@ -161,10 +165,11 @@ class Member:
     """
 
     def __init__(self, place: Place) -> None:
-        place.store.wait(["run"], timedelta(seconds=place.timeout))
+        place.store.wait(["run"], timedelta(seconds=START_S))
         message = json.loads(place.store.get("run"))
         self.settings: dict[str, Any] = message["settings"]
         self.spoke = Spoke(message["hub"], place.rank)
+        self._timeout = place.timeout
         try:
             join(place)
             self.groups = make_groups(
@@ -181,6 +186,10 @@ class Member:
         if kind == CLOSE:
             raise SystemExit(1)
         return int(json.loads(payload))
+
+    def begin(self) -> None:
+        """As `Lead.begin`."""
+        limit_groups(self._timeout)
 
     def stop(self) -> None:
         """Leave."""
@@ -201,7 +210,7 @@ def torchrun_place(size: int, device: str, timeout: float) -> Place:
             "LLM: tensor_parallel_size x pipeline_parallel_size must be the number of processes, "
             f"got {size} with WORLD_SIZE {world}; start as many with torchrun"
         )
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_S)))
     _runs += 1
     local = int(os.environ.get("LOCAL_RANK", rank))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -230,9 +239,15 @@ def join(place: Place) -> None:
         store=dist.PrefixStore("groups", place.store),
         rank=place.rank,
         world_size=place.size,
-        timeout=timedelta(seconds=place.timeout),
+        timeout=timedelta(seconds=START_S),
         device_id=place.device if on_cuda else None,
     )
+
+
+def limit_groups(timeout: float) -> None:
+    """How long a collective may take."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
 
 def leave(failed: bool) -> None:
@@ -271,7 +286,7 @@ def _start_store(size: int, timeout: float) -> Any:
         size,
         is_master=True,
         wait_for_workers=False,
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=START_S),
     )
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from .control import START_S
 from .launch import _LOOPBACK, Member, Place, _device
 
 
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
     timeout = float(arguments[4])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interrupt means
     store = dist.TCPStore(
-        _LOOPBACK, port, size, is_master=False, timeout=timedelta(seconds=timeout)
+        _LOOPBACK, port, size, is_master=False, timeout=timedelta(seconds=START_S)
     )
     place = Place(rank, size, store, _device(arguments[3], rank, size), timeout)
     if place.device.type == "cpu":

@@ -60,6 +60,7 @@ class LeadRunner(ModelRunner):
         try:
             super().__init__(config, groups.device, team=self._run)
             self._least("ready", 0)
+            self._run.begin()
         except BaseException as error:
             failure = self._run.hub.failure
             if failure is None and not isinstance(error, ValueError | OSError):
@@ -190,6 +191,7 @@ def serve(member: launch.Member) -> int:
         config = EngineConfig(**member.settings)
         runner = ModelRunner(config, groups.device, team=member)
         member.least("ready", 0)
+        member.begin()
         reader = PlanReader(config.max_num_seqs)
         sends = groups.stages > 1 and groups.rank == groups.size - config.tensor_parallel_size
         sender = _Sender(member) if sends else None
