@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "models"), str(Path(__file__).parents[1])]
-
 from _model_harness import random_ids, run_schedule
 
 from fastinfer.distributed.group import ParallelGroups, make_groups

@@ -41,7 +41,8 @@ def run_grid(
         "127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=limit
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = str(HERE.parents[1] / "python")
+    paths = (HERE.parents[1] / "python", HERE.parent, HERE.parent / "models")
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     ranks = [
         subprocess.Popen(
             [sys.executable, str(HERE / "grid_rank.py"), str(r), str(size), str(store.port), work],

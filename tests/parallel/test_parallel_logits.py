@@ -64,7 +64,9 @@ def check(grid: Grid, everything: bool, size: int, names: Any) -> None:
                 worst[f"{name} {tp} {pp}: {got}"] = float("inf")
                 continue
             error = max(float((a - b).abs().max()) for a, b in zip(want, got, strict=True))
-            same = all(torch.equal(a.argmax(1), b.argmax(1)) for a, b in zip(want, got, strict=True))
+            same = all(
+                torch.equal(a.argmax(1), b.argmax(1)) for a, b in zip(want, got, strict=True)
+            )
             worst[f"{name} tp {tp} pp {pp}"] = error if same else float("inf")
     bad = {name: error for name, error in worst.items() if not error < BOUND}
     assert not bad, bad

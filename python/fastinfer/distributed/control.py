@@ -315,11 +315,15 @@ class Spoke:
             self.say({"error": first_line(error)})
 
     def receive(self) -> tuple[int, bytes]:
-        """The next frame; CLOSE when rank 0 has gone."""
+        """The next frame.
+
+        Raises:
+            SystemExit: Rank 0 has gone.
+        """
         try:
             return read_frame(self._orders)
         except OSError:
-            return CLOSE, b""
+            raise SystemExit(1) from None
 
     def expect(self) -> Any:
         """The next frame, which must be a SAY: its JSON."""

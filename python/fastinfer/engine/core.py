@@ -8,8 +8,8 @@
 
 With `async_scheduling` the last three of a step follow the first two of the next one, so that a
 GPU has its next step before it has finished this one. A request that ends is noticed one step late;
-what that step did for it is dropped. Over a pipeline of several stages as many steps are launched as
-there are stages, of different requests: one that has a token on its way waits for it.
+what that step did for it is dropped. Over a pipeline of several stages as many steps are launched
+as there are stages, of different requests: one that has a token on its way waits for it.
 
 A step either happens or ends its requests: whatever goes wrong in it, their blocks are free
 afterwards and the next step starts from a clean state.

@@ -21,6 +21,8 @@ import torch
 
 from ..distributed import launch
 from ..distributed.control import BLOCKS, CLOSE, PLAN, Hub, RankError
+from ..models import load_config
+from ..models.shard import check_divisible
 from .config import EngineConfig
 from .plan_wire import PlanReader, PlanWriter
 from .request import Request
@@ -44,9 +46,11 @@ class LeadRunner(ModelRunner):
     """
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
+        tensor, pipeline = config.tensor_parallel_size, config.pipeline_parallel_size
+        check_divisible(load_config(config.model), tensor, pipeline)
         self._run = launch.Lead(
-            tensor=config.tensor_parallel_size,
-            pipeline=config.pipeline_parallel_size,
+            tensor=tensor,
+            pipeline=pipeline,
             device=device.type,
             timeout=config.distributed_timeout,
             settings=asdict(replace(config, progress=False)),
@@ -55,7 +59,7 @@ class LeadRunner(ModelRunner):
         self._results: int | None = None  # the rank that sends drawn tokens, if it is another
         groups = self._run.groups
         if groups.stages > 1:
-            self._results = groups.size - config.tensor_parallel_size
+            self._results = groups.size - tensor
         self.stages = groups.stages
         try:
             super().__init__(config, groups.device, team=self._run)
@@ -228,7 +232,9 @@ def serve_under_torchrun(config: EngineConfig, device: torch.device) -> None:
         return
     size = config.tensor_parallel_size * config.pipeline_parallel_size
     place = launch.torchrun_place(size, device.type, config.distributed_timeout)
-    raise SystemExit(serve(launch.Member(place)))
+    member = launch.Member(place)
+    member.settings["model"] = config.model  # which may lie elsewhere on another host
+    raise SystemExit(serve(member))
 
 
 class _Sender:

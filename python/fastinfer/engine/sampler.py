@@ -32,8 +32,11 @@ class SampleResult:
 
 @dataclass(slots=True)
 class SampleOptions:
-    """Per-row arguments of `sample`, on the device; `stops` int64 [n, 2] are (row, column of the
-    logits) that must not be drawn, `ahead` the drafts of its request in front of each row (None: there are none)."""
+    """Per-row arguments of `sample`, on the device.
+
+    `stops` int64 [n, 2] are (row, column of the logits) that must not be drawn, `ahead` the drafts
+    of its request in front of each row (None: there are none).
+    """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     stops: Tensor | None = None

@@ -153,3 +153,11 @@ def stage_layers(config: ModelConfig, stages: int) -> list[tuple[int, int]]:
     counts = [(layers - last) * (s + 1) // (stages - 1) for s in range(stages - 1)]
     begins = [0, *counts]
     return [(a, b - a) for a, b in zip(begins, [*counts, layers], strict=True)]
+
+
+def check_divisible(config: ModelConfig, tensor: int, pipeline: int) -> None:
+    """Raise ValueError if the model cannot be divided over so many ranks and stages."""
+    shard = Shard(ranks=tensor)
+    shard.config(config)
+    shard.inner(config.intermediate_size)
+    stage_layers(config, pipeline)

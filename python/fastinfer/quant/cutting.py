@@ -1,9 +1,9 @@
 """A rank's piece of a quantised weight.
 
-Rows are cut anywhere. Columns are cut between groups where that is possible; a cut inside of a group
-makes the groups of the piece smaller, with the same scale in several of them, which is exact. The
-columns of an act-order weight are in group order: the piece is a run of that order, and the input
-channels it multiplies may be anywhere; their numbers are returned.
+Rows are cut anywhere. Columns are cut between groups where that is possible; a cut inside of a
+group makes the groups of the piece smaller, with the same scale in several of them, which is exact.
+The columns of an act-order weight are in group order: the piece is a run of that order, and the
+input channels it multiplies may be anywhere; their numbers are returned.
 """
 
 from __future__ import annotations
