@@ -1,4 +1,4 @@
-"""What goes wrong on one rank ends the run with one sentence, soon, and leaves no process behind."""
+"""What goes wrong on one rank ends the run, soon, with one sentence and no process left behind."""
 
 from __future__ import annotations
 

@@ -241,17 +241,23 @@ class Hub:
         return payload
 
     def close(self) -> None:
-        """Tell every rank to end, and hang up."""
+        """Tell every rank to end."""
         self._closing = True
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
                 peer.orders.settimeout(1.0)
                 peer.orders.sendall(_HEADER.pack(CLOSE, 0))
-        self._listener.close()
+
+    def wait_closed(self, seconds: float) -> None:
+        """Wait until every rank has hung up."""
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(end - time.monotonic(), 0.0))
 
     def hang_up(self) -> None:
         """Close the connections; a rank that still runs ends itself."""
         self._closing = True
+        self._listener.close()
         for peer in self._peers.values():
             for connection in (peer.orders, peer.life):
                 with contextlib.suppress(OSError):
@@ -303,6 +309,13 @@ class Spoke:
             self._life.recv(1)
         if not self.done:
             os._exit(1)
+
+    def close(self) -> None:
+        """Leave in peace."""
+        self.done = True
+        for connection in (self._life, self._orders):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def say(self, message: dict[str, Any]) -> None:
         """Send a line to rank 0."""

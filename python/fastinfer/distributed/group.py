@@ -104,6 +104,11 @@ class ParallelGroups:
         """How many there are."""
         return 1 if self.pipeline is None else self.pipeline.size
 
+    def close(self) -> None:
+        """Give memory back; every rank calls this, when nothing runs any more."""
+        if self.tensor is not None and self.tensor.peer is not None:
+            self.tensor.peer.close()
+
 
 def make_groups(
     tensor: int, pipeline: int, device: torch.device, *, timeout: float

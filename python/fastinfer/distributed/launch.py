@@ -140,17 +140,23 @@ class Lead:
             process.kill()
             process.wait()
 
+    def close(self) -> None:
+        """End all processes, which wait for an order. May be called twice."""
+        if self.hub.failure is None and self._own_groups:
+            self.hub.close()
+            self._own_groups = False
+            self.groups.close()
+            leave(failed=False)
+            self.hub.wait_closed(_CLOSING_S)
+        self.stop()
+
     def stop(self) -> None:
-        """End all processes. May be called twice."""
-        failed = self.hub.failure is not None
-        self.hub.close()
-        if not failed:
-            self._kill(_CLOSING_S)
+        """End all processes, whatever they are doing. May be called twice."""
         self.hub.hang_up()
         self._kill(1.0)
         if self._own_groups:
             self._own_groups = False
-            leave(failed)
+            leave(failed=True)
 
 
 class Member:
@@ -191,10 +197,12 @@ class Member:
         """As `Lead.begin`."""
         limit_groups(self._timeout)
 
-    def stop(self) -> None:
-        """Leave."""
+    def close(self) -> None:
+        """Leave, when rank 0 says so."""
         self.spoke.done = True
-        leave(False)
+        self.groups.close()
+        leave(failed=False)
+        self.spoke.close()
 
 
 def torchrun_place(size: int, device: str, timeout: float) -> Place:

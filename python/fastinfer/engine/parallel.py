@@ -94,7 +94,7 @@ class LeadRunner(ModelRunner):
 
     def release(self) -> None:
         super().release()
-        self._run.stop()
+        self._run.close()
 
 
 class _Watched:
@@ -211,7 +211,7 @@ def serve(member: launch.Member) -> int:
             if sender is not None:
                 sender.put(drawn)
         runner.release()
-        member.stop()
+        member.close()
         return 0
     except SystemExit:
         raise
