@@ -65,9 +65,7 @@ def pipeline(llm: LLM, count: int, prompt: int, new: int) -> dict[str, Any]:
     core.add([(None, [i + 1] * prompt, params) for i in range(count)])
     while core.scheduler.waiting or any(r.num_output < 4 for r in core.scheduler.running):
         core.step()
-    stats = getattr(core.runner, "pipeline_stats", None)
-    if stats is not None:
-        stats(reset=True)
+    core.runner.pipeline_stats(reset=True)
     have = sum(r.num_output for r in core.scheduler.running)
     start = time.perf_counter()
     while all(r.num_output < new - 4 for r in core.scheduler.running):
@@ -75,8 +73,13 @@ def pipeline(llm: LLM, count: int, prompt: int, new: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     made = sum(r.num_output for r in core.scheduler.running) - have
     row: dict[str, Any] = {"requests": count, "out_tok_s": round(made / seconds, 1)}
-    if stats is not None:
-        row |= stats()
+    stages = core.runner.pipeline_stats()
+    if stages:
+        row["stage_ms"] = [round(stage["step_ms"], 4) for stage in stages]
+        row["idle_share"] = [round(stage["idle_share"], 4) for stage in stages]
+        # the slowest stage, never waiting
+        bound = count / len(stages) / max(stage["step_ms"] for stage in stages) * 1e3
+        row["of_bound"] = round(row["out_tok_s"] / bound, 4)
     core.abort_all()
     return row
 

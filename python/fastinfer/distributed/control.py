@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _HEADER = struct.Struct("<qq")  # kind, bytes that follow
-PLAN, BLOCKS, RESULT, SAY, CLOSE = range(5)
+PLAN, BLOCKS, RESULT, SAY, REPORT, CLOSE = range(6)
 HEARTBEAT_S = 1.0
 START_S = 1800.0  # for everybody to have loaded the model; a rank that dies is noticed at once
 _LONGEST_LINE = 1 << 16

@@ -207,7 +207,7 @@ class DecodeGraphs:
             bucket.replay[greedy]()
             staging.tokens.copy_(bucket.drawn)
         if self._stage is not None:
-            self._stage.send_from(bucket.hidden)
+            self._stage.send(bucket.hidden)
         return DrawnTokens.in_buffer(staging.drawn[:count], staging.done)
 
     def _fill(self, staging: _Staging, plan: SchedulePlan) -> tuple[bool, int]:

@@ -8,6 +8,7 @@ from a pipeline, the drawn tokens.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import threading
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from ..distributed import launch
-from ..distributed.control import BLOCKS, CLOSE, PLAN, Hub, RankError
+from ..distributed.control import BLOCKS, CLOSE, PLAN, REPORT, Hub, RankError
 from ..models import load_config
 from ..models.shard import check_divisible
 from .config import EngineConfig
@@ -91,6 +92,20 @@ class LeadRunner(ModelRunner):
             self._run.hub.check()
             self._run.hub.order(BLOCKS, self._writer.write(plan))
         super().move_blocks(plan)
+
+    @property
+    def failure(self) -> str | None:
+        return self._run.hub.failure
+
+    def pipeline_stats(self, *, reset: bool = False) -> list[dict[str, float]]:
+        own = super().pipeline_stats(reset=reset)
+        if not own:
+            return []
+        hub = self._run.hub
+        hub.order(REPORT, json.dumps(reset).encode())
+        others = hub.gather("a report")
+        width = self._run.groups.size // self.stages
+        return [*own, *(other["stage"] for other in others[width - 1 :: width])]
 
     def release(self) -> None:
         super().release()
@@ -203,6 +218,10 @@ def serve(member: launch.Member) -> int:
             kind, payload = spoke.receive()
             if kind == CLOSE:
                 break
+            if kind == REPORT:
+                stats = runner.pipeline_stats(reset=json.loads(payload))
+                spoke.say({"stage": stats[0]})
+                continue
             plan = reader.read(payload)
             if kind == BLOCKS:
                 runner.move_blocks(plan)

@@ -189,6 +189,25 @@ class ModelRunner:
             )
             self._verify.prepare(rows=4 if device.type == "cuda" else 0)
 
+    @property
+    def failure(self) -> str | None:
+        """Why no step can run any more; None while they can."""
+        return None
+
+    def pipeline_stats(self, *, reset: bool = False) -> list[dict[str, float]]:
+        """Per stage of a pipeline its steps, milliseconds of work per step and the share of the
+        time that it was idle; see `StageClock`. Empty where there is one stage.
+
+        Args:
+            reset: Begin to measure anew.
+        """
+        if self._stage is None:
+            return []
+        report = self._stage.clock.report()
+        if reset:
+            self._stage.clock.reset()
+        return [report]
+
     def _least(self, what: str, value: int) -> int:
         """The smallest of all ranks' values; here everybody meets."""
         return value if self._team is None else self._team.least(what, value)
@@ -248,7 +267,7 @@ class ModelRunner:
             inputs = stage.receive(inputs)
         with _lib.programmatic_launch(graphs.PROGRAMMATIC_LAUNCH):
             hidden = self.model(inputs, batch.meta, self.layers)
-            if stage is not None and not stage.is_last:
+            if stage is not None and (not stage.is_last or not batch.sampling):
                 stage.send(hidden)
                 return DrawnTokens(None, batch.first_rows)
             if not batch.sampling:
@@ -261,6 +280,8 @@ class ModelRunner:
             vocab_size=self.vocab_size,
             sample=self._sample,
         )
+        if stage is not None:
+            stage.send(hidden)
         drawn = DrawnTokens(out)
         drawn.first_rows = batch.first_rows
         if batch.first_rows is None:  # else the host has to see them before the next step

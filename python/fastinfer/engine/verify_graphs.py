@@ -133,7 +133,7 @@ class VerifyGraphs:
             self._stage.receive_into(bucket.hidden)
         bucket.replay[greedy]()
         if self._stage is not None:
-            self._stage.send_from(bucket.hidden)
+            self._stage.send(bucket.hidden)
         bucket.tokens.copy_(bucket.drawn, non_blocking=True)
         if bucket.done is not None:
             bucket.done.record(torch.cuda.current_stream(self._device))
