@@ -148,6 +148,7 @@ class Lead:
             self.groups.close()
             leave(failed=False)
             self.hub.wait_closed(_CLOSING_S)
+            self._kill(_CLOSING_S)
         self.stop()
 
     def stop(self) -> None:

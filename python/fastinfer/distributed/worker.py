@@ -4,6 +4,7 @@ timeout`. It ends with rank 0, whatever happens.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from datetime import timedelta
@@ -32,4 +33,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)  # taking the interpreter and torch down takes seconds, and nothing needs it
