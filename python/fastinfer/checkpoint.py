@@ -100,6 +100,14 @@ class Cut(NamedTuple):
         taken = [tensor[slice(*rows)] for rows in self.rows]
         return taken[0] if len(taken) == 1 else torch.cat(taken)
 
+    def back(self, piece: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A whole tensor with one piece in its place and zeros elsewhere."""
+        whole = torch.zeros(shape, dtype=piece.dtype)
+        (rows,) = self.rows
+        columns = slice(None) if self.columns is None else slice(*self.columns)
+        whole[slice(*rows), columns] = piece
+        return whole
+
 
 def _read_cut(stored: Any, cut: Cut) -> Tensor:
     """`stored`: a slice of safetensors, which reads what it is indexed with."""

@@ -15,7 +15,7 @@ from _model_harness import Tiny
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.engine import runner
-from fastinfer.models import device_read, load_model, loader, start_loading
+from fastinfer.models import device_read, filling, load_model, start_loading
 from fastinfer.models.layers import Linear
 
 GetTiny = Callable[[str], Tiny]
@@ -24,7 +24,7 @@ FAMILIES = ["llama", "llama_biases", "qwen2", "qwen3", "baichuan"]
 
 @pytest.fixture
 def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "_in_background", lambda device: True)
+    monkeypatch.setattr(filling, "_in_background", lambda device: True)
     monkeypatch.setattr(device_read, "_PIECE", 1000)
 
 

@@ -193,13 +193,12 @@ class Hub:
         ranks = [p.rank for p in self._peers.values() if now - p.seen > 3 * HEARTBEAT_S]
         return f"; nothing was heard from rank {', '.join(map(str, ranks))}" if ranks else ""
 
-    def order(self, kind: int, payload: bytes | memoryview = b"") -> None:
+    def order(self, kind: int, payload: bytes = b"") -> None:
         """Send a frame to every rank."""
-        header = _HEADER.pack(kind, len(payload))
+        frame = _HEADER.pack(kind, len(payload)) + payload
         for peer in self._peers.values():
             try:
-                peer.orders.sendall(header)
-                peer.orders.sendall(payload)
+                peer.orders.sendall(frame)
             except OSError as error:
                 raise self.explain(error) from error
 

@@ -307,6 +307,20 @@ class LLM:
         """Aggregate latency and throughput of the latest finished requests; see `summarize`."""
         return summarize(list(self._engine.records), goodput=goodput)
 
+    def pipeline_stats(self, *, reset: bool = False) -> list[dict[str, float]]:
+        """What each stage of a pipeline did; empty without one.
+
+        Args:
+            reset: Begin to measure anew, after this.
+
+        Returns:
+            Per stage `steps`, `step_ms` of work per step, and `idle_share` of the time since its
+            first step, waiting for requests included.
+        """
+        core = self._engine
+        with core.lock:
+            return core.runner.pipeline_stats(reset=reset)
+
     def close(self) -> None:
         """End all requests and let go of model and cache. May be called twice."""
         core, self._core = self._core, None
