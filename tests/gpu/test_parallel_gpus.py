@@ -1,4 +1,4 @@
-"""The engine over two GPUs: tokens and log-probabilities of one, with and without graphs; faults."""
+"""The engine over two GPUs gives what it gives on one, with and without graphs; faults."""
 
 from __future__ import annotations
 

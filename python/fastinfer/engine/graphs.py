@@ -110,7 +110,7 @@ class _Bucket:
     columns: Tensor  # uint8, all inputs together
     inputs: dict[str, Tensor]
     drawn: Tensor  # the tokens of its rows
-    hidden: Tensor | None  # of a part of a model: what came from the part before, and what leaves
+    hidden: Tensor  # of a pipeline's stage: what comes in, and then what goes out; else empty
     staging: list[_Staging]
     # by greedy: the captured step and its cudaGraphExec_t, or without a GPU what runs it
     graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)
@@ -164,7 +164,7 @@ class DecodeGraphs:
         self.drawn = self._whole[: 8 * max_rows].view(torch.int64)
         self._buffer = self._whole[first:]
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
-        self._hidden = None if stage is None else stage.buffer(max_rows)
+        self._hidden = torch.empty(0) if stage is None else stage.buffer(max_rows)
         self._sent = (-1, b"")  # what `_tables` holds: version of the tables, the requests' rows
         self._pool: Any = None
         self._side: torch.cuda.Stream | None = None
@@ -256,8 +256,8 @@ class DecodeGraphs:
         inputs["source"].copy_(torch.from_numpy(own))
         on_cuda, blocks = self._device.type == "cuda", self._tables.shape[1]
         staging = [_Staging(rows, begins, size, own, blocks, on_cuda) for _ in range(2)]
-        hidden = None if self._hidden is None else self._hidden[:rows]
-        bucket = _Bucket(rows, self._buffer[:size], inputs, self.drawn[:rows], hidden, staging)
+        hidden, drawn = self._hidden[:rows], self.drawn[:rows]
+        bucket = _Bucket(rows, self._buffer[:size], inputs, drawn, hidden, staging)
         if on_cuda:
             self._capture(bucket)
         else:
@@ -312,10 +312,9 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _logits(self, bucket: _Bucket) -> Tensor | None:
         inputs, stage = bucket.inputs, self._stage
+        entering = bucket.hidden
         if stage is None or stage.is_first:
             entering = self._whole.view(torch.int64).index_select(0, inputs["source"])
-        else:
-            entering = bucket.hidden
         meta = AttentionMetadata(
             positions=inputs["positions"],
             slot_mapping=inputs["slots"],

@@ -45,7 +45,8 @@ class PlanWriter:
 
     def write(self, plan: SchedulePlan) -> bytes:
         """The plan, with what the others do not know of its requests."""
-        chunks, news = [], []
+        chunks: list[int] = []
+        news: list[int] = []
         for chunk in plan.chunks:
             request, row = chunk.request, chunk.request.row
             blocks, known = len(request.block_table), request.blocks_sent

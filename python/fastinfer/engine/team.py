@@ -63,9 +63,9 @@ class Stage:
         if not self.is_last:
             self._group.send(hidden, self._at + 1)
 
-    def receive_into(self, hidden: Tensor | None) -> None:
+    def receive_into(self, hidden: Tensor) -> None:
         """Like `receive`, into a buffer."""
-        if not self.is_first and hidden is not None:
+        if not self.is_first:
             self._group.receive(hidden, self._at - 1)
         self.clock.begin()
 

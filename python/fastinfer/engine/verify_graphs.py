@@ -42,7 +42,7 @@ class _Bucket:
     length: int  # Q
     buffer: StaticBuffer
     cu_seqlens: Tensor  # kept here: a graph does not keep what it reads
-    hidden: Tensor | None  # of a part of a model: what came from the part before, and what leaves
+    hidden: Tensor  # of a pipeline's stage: what comes in, and then what goes out; else empty
     drawn: Tensor  # int64 [rows * Q]
     tokens: Tensor  # the same on the host
     done: torch.cuda.Event | None
@@ -224,7 +224,7 @@ class VerifyGraphs:
             length,
             buffer,
             torch.arange(0, n + 1, length, dtype=torch.int32, device=self._device),
-            None if self._stage is None else self._stage.buffer(n),
+            torch.empty(0) if self._stage is None else self._stage.buffer(n),
             torch.zeros(n, dtype=torch.int64, device=self._device),
             torch.zeros(n, dtype=torch.int64, pin_memory=on_cuda),
             torch.cuda.Event() if on_cuda else None,
