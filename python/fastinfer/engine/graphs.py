@@ -130,7 +130,7 @@ class DecodeGraphs:
         max_len: Most tokens of a sequence.
         block_size: P.
         device: Where everything is.
-        sample: The operator, or what stands in for it where the vocabulary is divided.
+        sample: What stands in for the operator where the vocabulary is divided.
         stage: Of a pipeline, which the model is a part of; None: it is the whole.
 
     Attributes:
@@ -149,7 +149,7 @@ class DecodeGraphs:
         max_len: int,
         block_size: int,
         device: torch.device,
-        sample: Callable[..., Any] = ops.sample,
+        sample: Callable[..., Any] | None = None,
         stage: Stage | None = None,
     ) -> None:
         self._sample, self._stage = sample, stage
@@ -307,7 +307,8 @@ class DecodeGraphs:
             return
         names = ("temperature",) if greedy else _SAMPLING
         columns = {name: bucket.inputs[name] for name in names}
-        self._sample(logits, **columns, out=bucket.drawn)
+        draw = self._sample or ops.sample
+        draw(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def _logits(self, bucket: _Bucket) -> Tensor | None:

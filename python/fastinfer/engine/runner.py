@@ -99,7 +99,7 @@ class ModelRunner:
         self._least("begun", 0)  # from here on ranks wait for each other
         self.vocab_size: int = model.config.vocab_size
         self._vocabulary = range(self.vocab_size)
-        self._sample: Any = ops.sample
+        self._sample: Any = None
         groups = None if self._team is None else self._team.groups
         if groups is not None and groups.tensor is not None:
             self._sample = sample = ShardedSample(groups.tensor, self.vocab_size)

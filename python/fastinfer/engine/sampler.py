@@ -164,7 +164,7 @@ def sample_tokens(
     options: SampleOptions,
     *,
     vocab_size: int,
-    sample: Callable[..., Any] = ops.sample,
+    sample: Callable[..., Any] | None = None,
 ) -> Any:
     """Draw the next token of each request.
 
@@ -174,7 +174,7 @@ def sample_tokens(
             the host.
         options: Of these requests.
         vocab_size: Of the model, also where `logits` are a piece of the vocabulary.
-        sample: The operator, or what stands in for it where the vocabulary is divided.
+        sample: What stands in for the operator where the vocabulary is divided.
 
     Returns:
         The op's `SampleOutput`, on the device.
@@ -189,4 +189,4 @@ def sample_tokens(
     if wanted:
         more["return_logprobs"] = True
         more["num_top_logprobs"] = min(max(wanted), vocab_size)
-    return sample(logits, **more)
+    return (sample or ops.sample)(logits, **more)

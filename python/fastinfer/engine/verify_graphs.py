@@ -63,7 +63,7 @@ class VerifyGraphs:
         max_len: Most tokens of a sequence.
         block_size: P.
         device: Where everything is.
-        sample: The operator, or what stands in for it where the vocabulary is divided.
+        sample: What stands in for the operator where the vocabulary is divided.
         stage: Of a pipeline, which the model is a part of; None: it is the whole.
     """
 
@@ -78,7 +78,7 @@ class VerifyGraphs:
         max_len: int,
         block_size: int,
         device: torch.device,
-        sample: Callable[..., Any] = ops.sample,
+        sample: Callable[..., Any] | None = None,
         stage: Stage | None = None,
     ) -> None:
         self._sample, self._stage = sample, stage
@@ -265,7 +265,8 @@ class VerifyGraphs:
         logits = self._model.compute_logits(hidden)
         names = ("temperature",) if greedy else _SAMPLING
         columns = {name: inputs[name] for name in names}
-        self._sample(logits, **columns, out=bucket.drawn)
+        draw = self._sample or ops.sample
+        draw(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
 
     def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
         config = self._model.config
