@@ -7,8 +7,7 @@ memory.
 Rows: `op` all_reduce, of `kib` KiB a rank, and all_reduce_norm, with the residual addition and RMS
 norm of rows of `hidden` elements behind it; send, half a round trip of two ranks. Every row is the
 time of a call in a CUDA graph of a hundred. A rank that starts its replay first waits for the
-others, so a sample is the shortest time among the ranks. With one GPU both ranks are streams of it
-(`link` "one gpu"): what the kernels cost without a link.
+others, so a sample is the shortest time among the ranks.
 
 Rows of other `op`s in the JSON file are kept.
 """
@@ -142,7 +141,10 @@ class Rank:
             call(i)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), _lib.programmatic_launch():
+        with (
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),  # NCCL has a thread
+            _lib.programmatic_launch(),
+        ):
             for i in range(calls):
                 call(i % BUFFERS)
         samples = []
@@ -156,7 +158,6 @@ class Rank:
             end.record()
             end.synchronize()
             samples.append(start.elapsed_time(end) * 1e3 / calls * per)
-        every: list[Any] = [None] * self.world
         mine = torch.tensor(samples[1:])
         every = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(every, mine, group=self.gloo)
@@ -186,65 +187,11 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
-def on_one_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both ranks on streams of the one GPU."""
-    rows = []
-    device = torch.device("cuda", 0)
-    ranks = PeerAllReduce.in_process([device, device], 1 << 20, timeout_s=1)
-    streams = [torch.cuda.Stream() for _ in ranks]
-    for kib in (8, 16, 32, 64, 128, 256):
-        for op in ("all_reduce", "all_reduce_norm"):
-            for name in ("one_shot", "two_shot"):
-                graphs = []
-                weight = torch.ones(4096, dtype=torch.bfloat16, device=device)
-                keep = []
-                for rank in ranks:
-                    x = torch.zeros(kib // 8, 4096, dtype=torch.bfloat16, device=device)
-                    residual = torch.zeros_like(x)
-                    keep += [x, residual]
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph), _lib.programmatic_launch():
-                        for _ in range(CALLS):
-                            if op == "all_reduce":
-                                rank.all_reduce_(x, name)
-                            else:
-                                rank.all_reduce_add_rms_norm_(x, residual, weight, 1e-6, name)
-                    graphs.append(graph)
-                samples = []
-                for _ in range(args.samples):
-                    torch.cuda.synchronize()
-                    events = []
-                    for stream, graph in zip(streams, graphs, strict=True):
-                        with torch.cuda.stream(stream):
-                            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                            pair[0].record()
-                            graph.replay()
-                            pair[1].record()
-                            events.append(pair)
-                    torch.cuda.synchronize()
-                    samples.append(min(a.elapsed_time(b) for a, b in events) * 1e3 / CALLS)
-                rows.append(
-                    {
-                        "op": op,
-                        "kib": kib,
-                        "gpus": 1,
-                        "link": "one gpu",
-                        "dtype": "bf16",
-                        "peer": f"fastinfer {name}",
-                        "us": round(statistics.median(samples), 2),
-                        "us_min": round(min(samples), 2),
-                    }
-                )
-                print_row(rows[-1])
-                for rank in ranks:
-                    rank.check()
-    return rows
-
-
 def save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     document: dict[str, Any] = {"rows": []}
     if args.json.is_file():
-        document = json.loads(args.json.read_text())
+        read = json.loads(args.json.read_text())
+        document = read if isinstance(read, dict) else {"rows": read}
     when = {"date": datetime.date.today().isoformat(), "commit": commit()}
     kept = [row for row in document["rows"] if row["op"] not in OPS]
     document |= {
@@ -279,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write or update this file")
     parser.add_argument("--gpus", type=int, default=2, help="processes to start (default: 2)")
-    parser.add_argument("--samples", type=int, default=15, help="replays per row")
+    parser.add_argument("--samples", type=int, default=11, help="replays per row")
     parser.add_argument("--kib", default="", help="only these sizes: 8,64")
     parser.add_argument("--link", default="nvlink", help="what connects the GPUs, for the rows")
     parser.add_argument("--no-torch-peers", action="store_true", help="leave symmetric memory out")
@@ -289,10 +236,8 @@ def main() -> None:
     start = time.perf_counter()
     if "RANK" in os.environ:
         worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), args, "")
-    elif torch.cuda.device_count() == 1:
-        rows = on_one_gpu(args)
-        if args.json:
-            save(args, rows)
+    elif torch.cuda.device_count() < args.gpus:
+        parser.exit(1, f"{args.gpus} GPUs are needed, {torch.cuda.device_count()} are here\n")
     else:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(worker, (args.gpus, args, f"{folder}/store"), nprocs=args.gpus)

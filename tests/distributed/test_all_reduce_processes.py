@@ -34,7 +34,7 @@ def _part(rank: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=g).to(torch.bfloat16)
 
 
-def _sums(rank: int, world: int, store: str, backend: str) -> None:
+def _sums(rank: int, world: int, store: str, backend: str, replays: int = 50) -> None:
     device = _start(rank, world, store, backend)
     reduce = PeerAllReduce(None, device, 1 << 20, timeout_s=TIMEOUT_S)
     assert reduce.reason == "" and reduce.supports(1 << 20), reduce.reason
@@ -61,7 +61,7 @@ def _sums(rank: int, world: int, store: str, backend: str) -> None:
     want = peer_all_reduce_reference([_part(r, (4, 4096), 77) for r in range(world)])
     for _ in range(2):
         want = (want.float() * world).to(want.dtype)
-    for _ in range(50):
+    for _ in range(replays):
         graph.replay()
     assert torch.equal(work.cpu(), want)
     reduce.check()
@@ -109,8 +109,10 @@ def test_sums_between_processes(tmp_path: Path, backend: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_processes_that_share_a_device(tmp_path: Path) -> None:
-    """Handles and mapping on a machine with one GPU: the ranks take turns on it."""
-    mp.spawn(_sums, (2, str(tmp_path / "store"), "gloo"), nprocs=2)
+    """Handles and mapping on a machine with one GPU: the ranks take turns on it, so each call waits
+    for the other's turn.
+    """
+    mp.spawn(_sums, (2, str(tmp_path / "store"), "gloo", 2), nprocs=2)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,9 @@
 // Launches of all_reduce.cuh: tiles and grids.
 #include "all_reduce.h"
 
-#include "all_reduce.cuh"
+#include <cstdlib>
+
+#include "all_reduce_few.cuh"
 
 namespace fastinfer::cuda {
 namespace {
@@ -30,6 +32,12 @@ unsigned grid_of(int64_t tiles, int threads) {
 template <class E, bool kNorm>
 int run(const AllReduceLaunch& a, int threads, void* stream) {
   const unsigned grid = grid_of(a.tiles, threads);
+  static const char* env = std::getenv("FI_AR_FEW");
+  if (!(env && env[0] == '0') && few_tiles<E>(a, kNorm, grid)) {
+    if (a.world == 2)
+      return launch(all_reduce_few_kernel<E, 2, kNorm>, grid, threads, 0, stream, a);
+    return launch(all_reduce_few_kernel<E, kMaxRanks, kNorm>, grid, threads, 0, stream, a);
+  }
   if (a.world == 2) return launch(all_reduce_kernel<E, 2, kNorm>, grid, threads, 0, stream, a);
   return launch(all_reduce_kernel<E, kMaxRanks, kNorm>, grid, threads, 0, stream, a);
 }

@@ -153,7 +153,8 @@ __global__ void __launch_bounds__(kMaxTileThreads)
 
   char* own = a.ranks[a.rank];
   PeerHeader* header = reinterpret_cast<PeerHeader*>(own);
-  const uint32_t half = load_word_gpu(&header->half), dead = load_word_gpu(&header->dead);
+  const uint2 state = load_pair_gpu(header);
+  const uint32_t half = state.x, dead = state.y;
   const uint32_t first_tile = blockIdx.x, step = gridDim.x;
   const Place first_at = place_of<E, kNorm>(a, first_tile);
   const uint4 first = load_x<E, kNorm>(a, first_at);

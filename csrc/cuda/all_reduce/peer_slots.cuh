@@ -33,9 +33,13 @@ __device__ __forceinline__ uint4 load_pack_system(const void* p) {
   return v;
 }
 
-__device__ __forceinline__ uint32_t load_word_gpu(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+// The first two words of a header: half, dead.
+__device__ __forceinline__ uint2 load_pair_gpu(const PeerHeader* p) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(p)
+               : "memory");
   return v;
 }
 
