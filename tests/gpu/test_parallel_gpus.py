@@ -19,7 +19,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-SETTINGS: dict[str, Any] = {"num_blocks": 512, "progress": False, "distributed_timeout": 30}
+SETTINGS: dict[str, Any] = {
+    "num_blocks": 512,
+    "max_num_seqs": 8,
+    "progress": False,
+    "distributed_timeout": 30,
+}
 PROMPTS = [{"prompt_token_ids": [7 * i * j % 997 + 3 for j in range(5 + 9 * i)]} for i in range(8)]
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 SCORED = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=8)

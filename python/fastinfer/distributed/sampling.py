@@ -24,6 +24,9 @@ from .. import ops
 from .group import Communicator
 
 
+_INF = float("inf")
+
+
 class ShardedSample:
     """Stands in for `ops.sample` where this rank's logits are columns of the vocabulary.
 
@@ -49,23 +52,28 @@ class ShardedSample:
         if options.keys() <= {"temperature"}:
             ids = self._greedy(logits, options["temperature"])
             if out is None:
-                return ops.SampleOutput(ids, None, None, None)
+                return ops.SampleOutput(ids.long(), None, None, None)
             return ops.SampleOutput(out.copy_(ids), None, None, None)
         drawn = self._draw(logits, options)
         ids, *others = (None if t is None else self._gather(t, logits.shape[0]) for t in drawn)
         return ops.SampleOutput(ids if out is None else out.copy_(ids), *others)
 
     def _greedy(self, logits: Tensor, zeros: Tensor) -> Tensor:
-        best = logits.new_full((logits.shape[0], 2), float("-inf"), dtype=torch.float32)
+        rows, ranks = logits.shape[0], self.group.size
+        # Zero but for this rank's numbers, so that the sum over ranks is what they all say.
+        said = logits.new_zeros((2, ranks, rows), dtype=torch.float32)
+        value, token = said[0, self.group.rank], said[1, self.group.rank]
         if self.count > 0:
             mine = logits[:, : self.count]
             ids = ops.sample(mine, temperature=zeros).token_ids
-            values = mine.gather(1, ids[:, None])[:, 0].float()
-            best[:, 0] = torch.where(values.isnan(), best[:, 0], values)
-            best[:, 1] = ids + self.begin  # exact: ids are below 2^23
-        each = self.group.all_gather(best)  # [ranks, B, 2]
-        winner = each[:, :, 0].argmax(dim=0, keepdim=True)  # the first of equal ones
-        return each[:, :, 1].gather(0, winner)[0].long()
+            value.copy_(mine.gather(1, ids[:, None])[:, 0])
+            value.nan_to_num_(nan=-_INF, posinf=_INF, neginf=-_INF)
+            torch.add(ids, self.begin, out=token)  # exact in fp32: ids are below 2^23
+        else:
+            value.fill_(-_INF)
+        self.group.all_reduce_(said.view(2 * ranks, rows))
+        winner = said[0].argmax(dim=0, keepdim=True)  # the first of equal ones
+        return said[1].gather(0, winner)[0]
 
     def _draw(self, logits: Tensor, options: dict[str, Any]) -> Any:
         """The rows of this rank, ceil(B / ranks) of them; the last ones may be padding."""
