@@ -23,7 +23,6 @@ from torch import Tensor
 from .. import ops
 from .group import Communicator
 
-
 _INF = float("inf")
 
 
