@@ -75,6 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 FULL: dict[str, dict[str, Any]] = {
     "tp2_eager_preemption": {"tensor_parallel_size": 2, "num_blocks": 9, "block_size": 8},
+    "tp2_batch_invariant": {"tensor_parallel_size": 2, "batch_invariant": True},
     "tp2_int8_cache": {"tensor_parallel_size": 2, "kv_cache_dtype": "int8"},
     "tp2_async": {"tensor_parallel_size": 2, "cuda_graphs": True, "async_scheduling": True},
     "tp2_draft_model": {

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from _model_harness import TINY, build_reference, save
-from grid_rank import logits_of
+from grid_rank import SEQUENCES, logits_of
 from parallel_grid import run_grid
-from quant_checkpoints import CASES, write_checkpoint
+from quant_checkpoints import CASES, Int8Activations, write_checkpoint
 
 LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}
 QUICK = ("llama", "llama_biases", "llama_mqa", "mistral_window", "qwen2", "qwen3", "baichuan")
@@ -81,6 +82,32 @@ def test_every_family(grid: Grid, size: int) -> None:
 def test_quantised_formats(grid: Grid, size: int) -> None:
     exact = [name for name in QUICK_FORMATS if not CASES[name].activations]
     check(grid, False, size, exact)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_int8_activations(grid: Grid, size: int, tmp_path: Path) -> None:
+    """A rank scales the activations that it has: no further from exact activations than one
+    process, which has one scale for all of them.
+    """
+    cases, results = grid(False, size)
+    for name in QUICK_FORMATS:
+        if not CASES[name].activations:
+            continue
+        exact = write_checkpoint(CASES[name], tmp_path)
+        for module in exact.modules():
+            if isinstance(module, Int8Activations):
+                weight = (module.codes * module.scale.double()).float()
+                module.forward = partial(
+                    torch.nn.functional.linear, weight=weight, bias=module.bias
+                )
+        with torch.no_grad():
+            truth = torch.cat([exact(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
+        one = torch.cat(logits_of(str(cases[name]), None))
+        for tp, pp in LAYOUTS[size]:
+            got = torch.cat(results[name, tp, pp])
+            if tp == 1:
+                assert float((got - one).abs().max()) < BOUND
+            assert float((got - truth).norm()) < 1.2 * float((one - truth).norm())
 
 
 @pytest.mark.full
