@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from test_parallel_engine import GENERATE, OPTIONS, SETTINGS, start_ranks
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.distributed.control import RankError
+from fastinfer.engine import AsyncLLM
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
 
@@ -83,3 +85,29 @@ def test_a_shard_is_missing_on_one_rank(folder: Path, tmp_path: Path) -> None:
     assert all(rank.returncode != 0 for rank in ranks)
     assert "rank 1 of 2: load_model" in outputs[0][1]
     assert "model-00002-of-00002.safetensors" in outputs[0][1]
+
+
+def test_a_server_over_two_processes(folder: Path) -> None:
+    """Answers, cancellation; then a rank is lost: everybody hears of it and health says so."""
+
+    async def use() -> None:
+        async with AsyncLLM(str(folder), **SETTINGS | {"tensor_parallel_size": 2}) as llm:
+            short = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0.0)
+            gone = llm.generate("a", LONG)
+            await anext(gone)
+            await gone.aclose()
+            outputs = [output async for output in llm.generate("hello", short)]
+            assert sum(len(output.outputs[0].token_ids) for output in outputs) == 5
+            assert llm.alive
+            waiting = llm.generate("b", LONG)
+            await anext(waiting)
+            (process,) = llm.llm.core.runner._run._processes
+            process.kill()
+            with pytest.raises(RuntimeError, match="rank 1"):
+                async for _ in waiting:
+                    pass
+            assert not llm.alive
+            with pytest.raises(RuntimeError, match="rank 1"):
+                llm.generate("c", short)
+
+    asyncio.run(use())

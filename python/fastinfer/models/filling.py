@@ -104,7 +104,8 @@ class Filler:
             if places:
                 for param in self.model.parameters():
                     param.zero_()
-                self.background = BackgroundRead(self.checkpoint.files, places, self.device)
+                rows = {name: self.cuts[name].rows[0] for name in places if name in self.cuts}
+                self.background = BackgroundRead(self.checkpoint.files, places, self.device, rows)
             for name, tensor in self._read(names - places.keys()):
                 if name in self.owner:
                     self._quantized(self.owner[name], name, tensor)

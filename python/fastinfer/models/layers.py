@@ -44,7 +44,9 @@ class Layer(nn.Module):
         return None
 
     def place(self, param: str, parts: tuple[str, ...]) -> Tensor | None:
-        """The contiguous memory that `load` would copy a whole tensor to; None: not one."""
+        """The contiguous memory that `load` would copy what it takes to; None: not one, or what it
+        takes are not whole neighbouring rows.
+        """
         return getattr(self, param).data
 
     def load(self, param: str, parts: tuple[str, ...], tensor: Tensor) -> None:
@@ -108,10 +110,13 @@ class RowParts(Layer):
         first = names.index(parts[0])
         if parts != tuple(names[first : first + len(parts)]):
             return None
-        if self.cut(param, parts) is not None or (param == "bias" and self.columns.begin):
+        cut = self.cut(param, parts)
+        if cut is not None and (cut.columns is not None or len(parts) > 1):
+            return None
+        if param == "bias" and self.columns.begin:
             return None
         begin = sum(self.parts[name] for name in names[:first])
-        return getattr(self, param).data[begin : begin + sum(self.parts[part] for part in parts)]
+        return getattr(self, param).data[begin : begin + sum(self.spans[p].count for p in parts)]
 
     def load(self, param: str, parts: tuple[str, ...], tensor: Tensor) -> None:
         target = getattr(self, param).data
@@ -214,7 +219,7 @@ class ParallelEmbedding(Layer):
         return Cut(((self.span.begin, self.span.end),))
 
     def place(self, param: str, parts: tuple[str, ...]) -> Tensor | None:
-        return None
+        return self.weight.data[: self.span.count]  # what lies beyond is zero before
 
     def load(self, param: str, parts: tuple[str, ...], tensor: Tensor) -> None:
         self.weight.data[: self.span.count].copy_(tensor)
