@@ -28,6 +28,7 @@ KEYS = (
     *("q_len", "lengths", "hq", "hkv", "d", "page", "kv", "scales", "causal", "window", "layer"),
     *("n", "k", "bits", "m", "inner", "dim", "tokens", "vocab", "dtype", "shape"),
     *("overlapped", "batch_invariant", "plan", "workspace"),
+    *("kib", "hidden", "gpus", "link", "model", "weights", "tp", "pp", "requests"),
 )
 TITLES = {
     "prefill": "Prefill attention",
@@ -41,6 +42,7 @@ TITLES = {
     "e2e": "Whole models",
     "host": "Host time of a call",
     "speculative": "Speculative decoding",
+    "parallel": "More than one GPU",
 }
 # which of a file's rows compete with which peers
 INT4 = ("marlin_int4", "machete_int4", "tinygemm_int4", "gemlite_int4")
