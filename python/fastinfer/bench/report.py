@@ -229,6 +229,19 @@ def plot_sweep(results: Sequence[Result], path: str | Path) -> None:
     pyplot.close(figure)
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure; the same one gives the same bytes, and a PNG few of them (64 colours)."""
+    if path.suffix != ".png":
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        return
+    from PIL import Image
+
+    figure.savefig(path, dpi=100)
+    with Image.open(path) as image:
+        few = image.convert("RGB").quantize(64)
+    few.save(path, optimize=True)
+
+
 def json_rate(rate: float) -> float | str:
     """An infinite rate as JSON can write it, and as vLLM does."""
     return "inf" if math.isinf(rate) else rate

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..bench import BACKENDS
 from ..bench.workloads import SHAPES, Conversation, arrival_times, make_workload, read_trace
 from .options import add_engine_options, make_llm
 
 if TYPE_CHECKING:
     from ..engine import LLM
 
-_PERCENTILES = (10, 25, 50, 75, 90, 99)  # of vLLM's latency benchmark
+PERCENTILES = (10, 25, 50, 75, 90, 99)  # of vLLM's latency benchmark
 
 
 def add_parser(commands: Any) -> None:
@@ -91,6 +92,12 @@ def add_parser(commands: Any) -> None:
         output.add_argument("--detailed", action="store_true", help="JSON with every request")
         output.add_argument("--label", metavar="TEXT", help="name of this test in its results")
         add_engine_options(kind, model_required=kind is not serve)
+        kind.add_argument(
+            "--backend",
+            default="fastinfer",
+            choices=BACKENDS,
+            help="run the test on another engine that is installed (default: fastinfer)",
+        )
     compare = kinds.add_parser(
         "compare",
         help="two result files side by side",
@@ -142,6 +149,10 @@ def run(args: argparse.Namespace) -> int:
     rates = parse_rates(getattr(args, "request_rate", "inf"))
     if getattr(args, "url", None):
         results = run_on_server(args, rates, goodput)
+    elif args.backend != "fastinfer":
+        from .bench_other import run_on_backend
+
+        results = run_on_backend(args)
     elif args.model is None:
         raise ValueError("bench: --model or --url must be given")
     else:
@@ -194,7 +205,7 @@ def run_on_server(
         load = server.run(
             work, times, max_concurrency=args.max_concurrency, progress=Progress(total, label)
         )
-        result = _named(args, rate) | {
+        result = describe_test(args, rate) | {
             "backend": "openai",
             "model_id": server.model,
             "device": None,
@@ -278,7 +289,7 @@ def run_latency(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     result |= {
         "avg_latency": sum(latencies) / len(latencies),
         "latencies": latencies,
-        "percentiles": {str(q): percentile(latencies, q) for q in _PERCENTILES},
+        "percentiles": {str(q): percentile(latencies, q) for q in PERCENTILES},
         "batch_size": args.batch_size,
     }
     return result
@@ -353,7 +364,7 @@ def make_warmup(llm: LLM) -> list[Conversation]:
     )
 
 
-def _named(args: argparse.Namespace, rate: float) -> dict[str, Any]:
+def describe_test(args: argparse.Namespace, rate: float) -> dict[str, Any]:
     """What was asked for, and when."""
     from ..bench.report import json_rate
 
@@ -374,7 +385,7 @@ def _described(args: argparse.Namespace, llm: LLM, rate: float) -> dict[str, Any
 
     device = llm.device
     config = llm.config
-    return _named(args, rate) | {
+    return describe_test(args, rate) | {
         "backend": "fastinfer",
         "model_id": args.model,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

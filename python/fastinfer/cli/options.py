@@ -14,6 +14,7 @@ _ENGINE = {
     "device": (str, "NAME", "cpu, cuda, cuda:1, ... (default: cuda where usable)"),
     "load_format": (str, "NAME", "auto, or dummy for random weights"),
     "requantize": (int, "BITS", "4 or 8: for quantised weights without a kernel of their own"),
+    "quantization": (str, "NAME", "int8 or int4: round the weights to nearest while loading"),
     "max_model_len": (int, "N", "longest prompt + output in tokens"),
     "block_size": (int, "N", "tokens per block of the KV cache"),
     "num_blocks": (int, "N", "blocks of the KV cache"),

@@ -96,6 +96,8 @@ class EngineCore:
             self.speculator = Speculator(config, runner.drafter, runner.vocab_size, rows)
         self._finished_at = 0.0  # of the step before; 0: nothing ran just before
         self.num_ended = 0  # completions, for whatever reason
+        # is shown every plan before it is launched; for measurements
+        self.on_plan: Callable[[SchedulePlan], None] | None = None
         self._completions: dict[str, tuple[Generation, Completion]] = {}
         self._abandoned: deque[Generation] = deque()
         self._launched: _Launched | None = None
@@ -259,6 +261,8 @@ class EngineCore:
                 self.runner.move_blocks(plan)
                 self._finished_at = 0.0
                 return None
+            if self.on_plan is not None:
+                self.on_plan(plan)
             launched = _Launched(plan, *self.runner.step(plan))
             self.num_steps += 1
             return launched

@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import _lib, ops
 from ..models import AttentionMetadata, LayerCache
 from .batch import RequestRows
+from .kv_cache import cache_config
 from .replay import StepReplay
 from .request import Request
 from .sampler import DrawnTokens
@@ -312,7 +313,7 @@ class DecodeGraphs:
         return self._model.compute_logits(self._model(input_ids, meta, self._layers))
 
     def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
-        config = self._model.config
+        config = cache_config(self._model)
         if bucket.rows < PLANNED_ROWS:
             return None
         return {

@@ -8,14 +8,22 @@ import torch
 from torch import Tensor
 
 from .. import _lib, ops
-from ..models import start_loading
+from ..models import CausalLM, start_loading
+from ..models.quantized import quantize_layers
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
 from .draft_model import ModelDrafter, load_draft
 from .drafting import Drafter, NGramDrafter
 from .graphs import DecodeGraphs
-from .kv_cache import allocate_cache, block_bytes, cache_dtype, choose_num_blocks, must_fit
+from .kv_cache import (
+    allocate_cache,
+    block_bytes,
+    cache_config,
+    cache_dtype,
+    choose_num_blocks,
+    must_fit,
+)
 from .metrics import RequestMetrics
 from .request import Request
 from .sampler import DrawnTokens, sample_tokens
@@ -73,25 +81,32 @@ class ModelRunner:
                 requantize=config.requantize,
             )
         with loading:  # weights may go on arriving while memory is measured and steps captured
+            if config.quantization is not None:
+                with must_fit(weights, device, plan):
+                    quantize_layers(loading.finish(), config.quantization, device)
             self._set_up(config, loading.model)
-            with must_fit(weights, device, plan):
-                loading.finish()
+            if config.quantization is None:
+                with must_fit(weights, device, plan):
+                    loading.finish()
 
     def _set_up(self, config: EngineConfig, model: Any) -> None:
         """Everything but the values of the weights."""
         device = self.device
         if config.batch_invariant:
             model.set_batch_invariant(True)
+        if isinstance(model, CausalLM):
+            model.set_attention(fused=config.fused_attention, share_heads=config.share_kv_heads)
         self.model = model
+        cached = cache_config(model)
         self.vocab_size: int = model.config.vocab_size
         self.max_model_len: int = config.max_model_len or model.max_model_len
         self.cache_dtype = cache_dtype(config.kv_cache_dtype, model.dtype)
-        self.block_bytes = block_bytes(model.config, config.block_size, self.cache_dtype)
+        self.block_bytes = block_bytes(cached, config.block_size, self.cache_dtype)
         draft = load_draft(config, model, device)
         if draft is not None:
             draft_cache = cache_dtype(config.kv_cache_dtype, draft.dtype)
             self.block_bytes += block_bytes(draft.config, config.block_size, draft_cache)
-        self._workspace = make_workspace(model.config, device)
+        self._workspace = make_workspace(cached, device)
         # tokens of the latest step, where the model is
         self._drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         self.num_blocks = choose_num_blocks(
@@ -102,7 +117,7 @@ class ModelRunner:
             measure_peak=lambda: self._measure_peak(config),
         )
         self.cache, self.layers = allocate_cache(
-            model.config,
+            cached,
             num_blocks=self.num_blocks,
             block_size=config.block_size,
             dtype=self.cache_dtype,
@@ -110,11 +125,11 @@ class ModelRunner:
         )
         self._host: HostCache | None = None
         self.swap: SwapSpace | None = None
-        own_bytes = block_bytes(model.config, config.block_size, self.cache_dtype)
+        own_bytes = block_bytes(cached, config.block_size, self.cache_dtype)
         if config.swap_space >= own_bytes:
             count = min(config.swap_space // own_bytes, self.num_blocks)
             with must_fit(f"swap_space of {config.swap_space} bytes", device, "lower swap_space"):
-                self._host = HostCache(model.config, self.layers, count, config.block_size)
+                self._host = HostCache(cached, self.layers, count, config.block_size)
             self.swap = SwapSpace(count, own_bytes, self._host.measure_bandwidth())
         max_len = min(self.max_model_len, self.num_blocks * config.block_size)
         self.drafter: Drafter | None = None
@@ -275,7 +290,7 @@ class ModelRunner:
             plan.chunks.append(ScheduledChunk(request, 0, tokens, num_drafts=0, samples=True))
             plan.num_tokens += tokens
         _, self.layers = allocate_cache(
-            self.model.config,
+            cache_config(self.model),
             num_blocks=count * per_prompt,
             block_size=config.block_size,
             dtype=self.cache_dtype,

@@ -44,7 +44,8 @@ class Scheduler:
 
     Args:
         config: Reads block_size, max_num_seqs, max_num_batched_tokens,
-            long_prefill_token_threshold, enable_prefix_caching.
+            long_prefill_token_threshold, enable_prefix_caching, enable_chunked_prefill, batching,
+            use_kv_cache.
         num_blocks: Size of the pool.
         max_model_len: Longest prompt + output in tokens.
         clock: Monotonic time in seconds.
@@ -73,6 +74,12 @@ class Scheduler:
         )
         self.config = config
         self.max_model_len = max_model_len
+        longest = self.max_total_tokens - 1
+        if not config.enable_chunked_prefill and longest > config.max_num_batched_tokens:
+            raise ValueError(
+                "LLM: enable_chunked_prefill=False must go with max_num_batched_tokens of at least "
+                f"{longest}, the longest prompt, got {config.max_num_batched_tokens}"
+            )
         self.clock = clock
         self.swap = swap
         self.waiting: deque[Request] = deque()
@@ -169,9 +176,10 @@ class Scheduler:
         running = list(self.running)
         at = 0
         while at < len(running) and budget > 0:
-            at, decodes = self.decodes.plan(running, at, budget, plan.chunks)
-            plan.num_tokens += decodes
-            budget -= decodes
+            if self.config.use_kv_cache:
+                at, decodes = self.decodes.plan(running, at, budget, plan.chunks)
+                plan.num_tokens += decodes
+                budget -= decodes
             if at < len(running) and budget > 0:
                 budget -= self._plan_running(running[at], min(budget, limit), plan)
                 at += 1
@@ -269,7 +277,7 @@ class Scheduler:
         samples = drafts >= 0
         plan.chunks.append(ScheduledChunk(request, start, count, max(drafts, 0), samples))
         plan.num_tokens += count
-        request.num_computed = start + count
+        request.num_computed = start + count if self.config.use_kv_cache or not samples else 0
         request.in_flight += samples
 
     def _grow(self, request: Request, count: int, plan: SchedulePlan) -> int:
@@ -306,8 +314,9 @@ class Scheduler:
         plan.preempted.append(request.request_id)
 
     def _admit(self, plan: SchedulePlan, budget: int) -> None:
-        if not self.waiting:
+        if not self.waiting or (self.running and self.config.batching == "static"):
             return
+        whole = not self.config.enable_chunked_prefill
         self._held_up = budget > 0 and len(self.running) >= self.config.max_num_seqs
         reserved = sum(
             # what a running request still has to get for the tokens it has, and one block to grow
@@ -325,7 +334,10 @@ class Scheduler:
             total = self._blocks_for(request.num_tokens)
             # blocks found in the cache that nobody holds leave the free list as well
             needed = total - len(shared) + self.pool.count_free(shared)
-            if needed + (reserved if self.running else 0) > self.pool.num_free:
+            lacks = needed + (reserved if self.running else 0) > self.pool.num_free
+            if whole and parent is None:
+                lacks |= request.num_tokens - len(shared) * self.config.block_size > budget
+            if lacks:
                 request.fork_of = parent
                 self._held_up = True
                 break

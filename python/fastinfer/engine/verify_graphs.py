@@ -26,6 +26,7 @@ from .. import ops
 from ..models import AttentionMetadata, LayerCache
 from .batch import RequestRows
 from .graphs import PLANNED_ROWS, PROGRAMMATIC_LAUNCH
+from .kv_cache import cache_config
 from .sampler import DrawnTokens
 from .static_step import Capturer, StaticBuffer, make_workspace, query_lengths, row_buckets
 from .step_plan import SchedulePlan
@@ -251,7 +252,7 @@ class VerifyGraphs:
         ops.sample(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
 
     def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
-        config = self._model.config
+        config = cache_config(self._model)
         if bucket.rows < PLANNED_ROWS:
             return None
         return {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastinfer import ops
 
+from . import materialized
 from .config import ModelConfig
 from .layers import Linear, RMSNorm
 from .rotary import RotaryTable
@@ -59,6 +60,8 @@ class SelfAttention(nn.Module):
     """
 
     batch_invariant = False
+    fused = True  # see `CausalLM.set_attention`
+    share_heads = True
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -86,6 +89,9 @@ class SelfAttention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if not self.share_heads:
+            repeats = self.num_heads // self.num_kv_heads
+            k, v = ops.repeat_kv(k, repeats), ops.repeat_kv(v, repeats)
         ops.apply_rotary_and_cache(
             q,
             k,
@@ -103,6 +109,8 @@ class SelfAttention(nn.Module):
 
     def _attend(self, q: Tensor, meta: AttentionMetadata, cache: LayerCache) -> Tensor:
         """q [T, Hq, D], already rotated -> [T, Hq, D]."""
+        if not self.fused:
+            return materialized.attend(q, meta, cache, self.window[0])
         tokens, sequences = q.shape[0], meta.seq_lens.shape[0]
         decodes = meta.num_decodes
         if decodes is None:

@@ -11,6 +11,7 @@ Every operator between the embedding lookup and the logits is one of `fastinfer.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -174,6 +175,23 @@ class CausalLM(nn.Module):
         for module in self.modules():
             if hasattr(module, "batch_invariant"):
                 module.batch_invariant = on
+
+    def set_attention(self, *, fused: bool = True, share_heads: bool = True) -> None:
+        """How attention works, for comparisons; the tokens are the same up to rounding.
+
+        Args:
+            fused: False writes all scores to memory (`materialized.py`).
+            share_heads: False stores keys and values once per query head.
+        """
+        for layer in self.layers:
+            layer.attn.fused, layer.attn.share_heads = fused, share_heads
+
+    @property
+    def cache_config(self) -> ModelConfig:
+        """`config` with the key/value heads that the cache stores."""
+        if self.layers[0].attn.share_heads:
+            return self.config
+        return dataclasses.replace(self.config, num_kv_heads=self.config.num_heads)
 
     def fill_tables(self) -> None:
         """Compute the rotary tables."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import ops
+from ..quant.canonical import CanonicalWeight
 from ..quant.formats import Stored
 from ..quant.fused import FusedLinear
-from .layers import RowParts
+from .layers import Linear, RowParts
+
+_GROUPS = (128, 64, 32, 16, 8)  # of 4-bit weights: the largest that divides the input channels
 
 
 class QuantizedLinear(RowParts):
@@ -61,3 +65,38 @@ class QuantizedLinear(RowParts):
     def forward(self, x: Tensor) -> Tensor:
         assert self.fused is not None, "the loader fills every layer"
         return self.fused(x, self.bias)
+
+
+@torch.no_grad()
+def quantize_layers(model: nn.Module, scheme: str, device: torch.device) -> None:
+    """Round the weights of a decoder's linear layers to nearest, in place; the head stays.
+
+    Args:
+        model: its weights are there.
+        scheme: "int8": one scale per output channel; "int4": groups of up to 128 input channels.
+        device: where it is.
+
+    Raises:
+        ValueError: the checkpoint is quantised already.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            raise ValueError(
+                f"load_model: quantization={scheme!r} must go with a plain checkpoint, got one "
+                "that is quantised already; leave it out"
+            )
+        if not isinstance(layer, Linear) or name == "lm_head":
+            continue
+        bits, group = 8, -1
+        if scheme == "int4":
+            bits, group = 4, next((g for g in _GROUPS if layer.in_features % g == 0), -1)
+        dtype = layer.weight.dtype
+        codes, scales, zeros = ops.quantize_weight(layer.weight, bits, group, scale_dtype=dtype)
+        with torch.device("meta"):
+            quantized = QuantizedLinear(
+                layer.in_features, layer.parts, bias=False, dtype=dtype, device=device
+            )
+        quantized.bias = layer.bias
+        quantized.load_quantized((), CanonicalWeight(codes, scales, zeros, bits, group))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized)
