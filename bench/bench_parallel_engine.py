@@ -114,7 +114,9 @@ def run_case(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         with llm:
             if "tpot" in what:
-                rows.append({"op": "tpot", **case, **tpot(llm, 64 if small else 512, 128, 3)})
+                new, iters = (64, 2) if "70b" in shape else (128, 3)
+                prompt = 64 if small else 512
+                rows.append({"op": "tpot", **case, **tpot(llm, prompt, new, iters)})
                 print(json.dumps(rows[-1]), flush=True)
             if "load" in what:
                 count, lengths = (16, (64, 16)) if small else (256, (512, 128))
