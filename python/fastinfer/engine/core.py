@@ -94,6 +94,7 @@ class EngineCore:
         if runner.drafter is not None:
             rows = config.max_num_seqs if runner.max_draft_rows is None else runner.max_draft_rows
             self.speculator = Speculator(config, runner.drafter, runner.vocab_size, rows)
+            self.speculator.bursts = runner.bursts
         self._finished_at = 0.0  # of the step before; 0: nothing ran just before
         self.num_ended = 0  # completions, for whatever reason
         self._completions: dict[str, tuple[Generation, Completion]] = {}
@@ -237,7 +238,7 @@ class EngineCore:
                 self._finish_launched()
             if speculates:
                 self._propose()
-            launched = self._launch()
+            launched = self._launch(speculates)
             previous, self._launched = self._launched, launched
             self._finish(previous)
             if not self.overlap:
@@ -251,10 +252,12 @@ class EngineCore:
             self._fail(None, error)
             raise
 
-    def _launch(self) -> _Launched | None:
+    def _launch(self, speculates: bool) -> _Launched | None:
         plan: SchedulePlan | None = None
         try:
             plan = self.scheduler.schedule()
+            if speculates and self.speculator is not None:
+                plan.burst = self.speculator.burst
             if not plan.chunks:
                 self.runner.move_blocks(plan)
                 self._finished_at = 0.0
@@ -283,7 +286,9 @@ class EngineCore:
         self, plan: SchedulePlan, result: SampleResult, sampled: Sequence[Request]
     ) -> None:
         tokens: list[Any] = result.token_ids
-        if result.first_rows is not None:
+        if result.runs is not None:
+            tokens = result.runs
+        elif result.first_rows is not None:
             tokens = tokens_that_stand(plan, result.token_ids, result.first_rows)
         elif len(tokens) != len(plan.chunks):
             drawn = iter(result.token_ids)  # in the order of the chunks that are sampled from
@@ -295,8 +300,8 @@ class EngineCore:
         before, self._finished_at = self._finished_at, self.clock()
         seconds = self._finished_at - before if before else 0.0
         if self.speculator is not None:
-            self.speculator.learn(plan, tokens, seconds)
-        if self.scheduler.swap is not None:
+            self.speculator.learn(plan, tokens, seconds, result.checks)
+        if self.scheduler.swap is not None and plan.burst is None:
             self.scheduler.swap.observe(plan.num_tokens - len(plan.chunks), seconds)
         for request in self.scheduler.commit(plan, tokens):
             _, completion = self._completions[request.request_id]

@@ -11,6 +11,7 @@ from .. import _lib, ops
 from ..models import start_loading
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
+from .bursts import Bursts
 from .config import EngineConfig, SamplingParams
 from .draft_model import ModelDrafter, load_draft
 from .drafting import Drafter, NGramDrafter
@@ -146,6 +147,7 @@ class ModelRunner:
                 )
             self._drawn = self._graphs.drawn
         self._verify: VerifyGraphs | None = None
+        self.bursts: Bursts | None = None
         if self._graphs is not None and self.drafter is not None and config.num_speculative_tokens:
             self._verify = VerifyGraphs(
                 model,
@@ -158,6 +160,19 @@ class ModelRunner:
                 device=device,
             )
             self._verify.prepare(rows=4 if device.type == "cuda" else 0)
+            own_drafter = self.drafter if isinstance(self.drafter, ModelDrafter) else None
+            self.bursts = Bursts(
+                model,
+                self.layers,
+                self._rows,
+                drafter=own_drafter,
+                ngram=(config.prompt_lookup_min, config.prompt_lookup_max),
+                max_rows=config.max_num_seqs,
+                max_drafts=config.num_speculative_tokens,
+                max_len=max_len,
+                block_size=config.block_size,
+                device=device,
+            )
 
     def move_blocks(self, plan: SchedulePlan) -> None:
         """The block copies of a plan, in front of its step."""
@@ -179,6 +194,9 @@ class ModelRunner:
             penalties (else none), and the tokens to come.
         """
         self.move_blocks(plan)
+        if plan.burst is not None:
+            assert self.bursts is not None and not plan.copies
+            return [], self.bursts.launch(plan)
         if self._graphs is not None and self._graphs.accepts(plan):
             if plan.copies:
                 self._copy_blocks(torch.tensor(plan.copies).to(self.device))
@@ -231,7 +249,7 @@ class ModelRunner:
 
     def release(self) -> None:
         """Let go of the model and the cache."""
-        self._graphs = self._verify = self.drafter = self._host = None
+        self._graphs = self._verify = self.bursts = self.drafter = self._host = None
         del self.model, self.cache, self.layers
 
     def _measure_peak(self, config: EngineConfig) -> int:
