@@ -12,9 +12,9 @@ from fastinfer.engine import rounds
 def make_tensors(
     k: int, rows: list[list[int]], capacity: list[int], *, block_size: int, history: bool = True
 ) -> dict[str, torch.Tensor]:
-    n, width = len(rows), 40
+    n, width = len(rows), 180
     rng = random.Random(k)
-    tables = [rng.sample(range(200), width) for _ in rows]
+    tables = [rng.sample(range(500), width) for _ in rows]
     whole = torch.zeros(n, 170, dtype=torch.int32)
     for i, row in enumerate(rows):
         whole[n - 1 - i, : len(row)] = torch.tensor(row, dtype=torch.int32)
@@ -51,7 +51,7 @@ def numbers(tensors: dict[str, torch.Tensor], k: int, block_size: int) -> dict[s
         "vocab_size": 50,
         "min_n": 2,
         "max_n": 4,
-        "table_width": 40,
+        "table_width": 180,
         "history_width": tensors["history"].shape[1] if "history" in tensors else 0,
         "max_rounds": 4,
     }

@@ -41,13 +41,19 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.plans: list[tuple[int, int]] = []
-        launch = Bursts.launch
+        self.behind = 0
+        launch, go_on = Bursts.launch, Bursts.go_on
 
         def counted(bursts: Bursts, plan):  # type: ignore[no-untyped-def]
             self.plans.append(plan.burst)
             return launch(bursts, plan)
 
+        def counted_too(bursts: Bursts, plan, room):  # type: ignore[no-untyped-def]
+            self.behind += 1
+            return go_on(bursts, plan, room)
+
         monkeypatch.setattr(Bursts, "launch", counted)
+        monkeypatch.setattr(Bursts, "go_on", counted_too)
 
 
 def bursting(steps: int = 3, **settings: object) -> LLM:
@@ -73,6 +79,7 @@ def expected() -> dict[str, list[list[int]]]:
         {"num_speculative_tokens": 3, "num_blocks": 9, "swap_space": 1 << 26},
         {"num_speculative_tokens": 2, "max_num_batched_tokens": 64, "max_num_seqs": 2},
         {"num_speculative_tokens": 4, "async_scheduling": True},
+        {"num_speculative_tokens": 2, "async_scheduling": True, "num_blocks": 9, "steps": 2},
     ],
     ids=str,
 )
@@ -81,13 +88,14 @@ def test_the_tokens_do_not_change(expected, drafter, settings, monkeypatch) -> N
     with bursting(speculative=drafter, **settings) as llm:
         for name, params in PARAMS.items():
             assert tokens(llm.generate(TEXTS, params)) == expected[name], name
-        assert len(counted.plans) > 8
+        assert len(counted.plans) > 4
+        assert (counted.behind > 0) == ("async_scheduling" in settings)
         stats = llm.stats()
         assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
         assert_idle(llm)
         if settings.get("num_blocks") == 9:
             assert stats.num_preemptions > 0
-        if drafter != "ngram":
+        if drafter != "ngram" and settings["num_speculative_tokens"] < 16:
             assert stats.num_accepted_tokens > 0.25 * stats.num_draft_tokens
 
 

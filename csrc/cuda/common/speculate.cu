@@ -24,11 +24,11 @@ struct FastinferSpeculation {
   int64_t min_n, max_n;  // of n-grams
   int64_t table_width;
   int64_t history_width;
-  int64_t max_rounds;     // that `out` holds
+  int64_t max_rounds;     // that `out` holds, in turn
   void* length;           // int32 [rows], all its tokens; read and written
   void* capacity;         // int32 [rows]; -1: no request
   void* num_prompt;       // int32 [rows]
-  void* round;            // int32 [rows], steps so far
+  void* round;            // int32 [rows], where in `out` the next one goes
   void* tail;             // int64 [rows, 2], the last two tokens
   void* tables;           // int32 [rows, table_width]
   void* history_row;      // int32 [rows]
@@ -79,7 +79,7 @@ __device__ int accept(const Row& r, int length, int lane) {
   const int64_t width = s.drafts + 1, first = r.row * width;
   const int count = *r.at<int32_t>(s.count, r.row);
   int32_t* round = r.at<int32_t>(s.round, r.row);
-  const int64_t now = *round < s.max_rounds ? *round : s.max_rounds - 1;
+  const int64_t now = *round;
   int32_t* out = r.at<int32_t>(s.out, (now * s.rows + r.row) * (s.drafts + 3));
   const bool runs = length <= r.capacity();
   const int64_t last = width - 1 - count;  // place of the last token, in front of the drafts
@@ -108,7 +108,7 @@ __device__ int accept(const Row& r, int length, int lane) {
     }
     out[0] = runs ? count : 0;
     out[1] = yielded;
-    *round = static_cast<int32_t>(now + 1);
+    *round = now + 1 < s.max_rounds ? static_cast<int32_t>(now + 1) : 0;
     *r.at<int32_t>(s.length, r.row) = length + yielded;
   }
   return length + yielded;

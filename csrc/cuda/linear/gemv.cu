@@ -1,4 +1,4 @@
-// Y[M, N] = X[M, K] W[N, K]^T + bias for one to four tokens and 16-bit weights: plain fp32 FMAs, no
+// Y[M, N] = X[M, K] W[N, K]^T + bias for one to five tokens and 16-bit weights: plain fp32 FMAs, no
 // tensor cores; the weights pass once, at memory speed.
 //
 // A persistent CTA per multiprocessor takes rows, eight neighbours at a time. Its 8 warps split the
@@ -8,8 +8,12 @@
 // read and converted once per step for eight rows.
 //
 // At the end of eight rows a lane's sums are added across the warp by a butterfly that also deals
-// them out (9 shuffles for 8 sums instead of 40), then across warps in order through shared memory:
-// two buffers, one barrier. The order of every sum is fixed by K.
+// them out (9 shuffles for 8 sums instead of 40; those of a fifth token by one more), then across
+// warps in order through shared memory: two buffers, one barrier. The order of every sum is fixed
+// by K.
+//
+// More than five tokens of a tiny layer are groups along y: its weights come out of the
+// second-level cache, and what counts is how soon a kernel begins and ends.
 //
 // Under programmatic launch a CTA starts where one of the kernel in front has ended, and fills its
 // ring while others still run. Weights are read before grid_wait(): they are older than the launch
@@ -104,7 +108,9 @@ struct Weights {
 
 template <class E, int kTokens>
 __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant__ Params p) {
-  constexpr int kSums = kGemvRows * kTokens, kStages = gemv_stages(kTokens);
+  constexpr int kMain = kTokens < 4 ? kTokens : 4, kRest = kTokens - kMain;
+  constexpr int kMainSums = kGemvRows * kMain, kSums = kGemvRows * kTokens;
+  constexpr int kStages = gemv_stages(kTokens);
   extern __shared__ __align__(128) unsigned char shared[];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const GemvShared at = gemv_shared(kTokens, p.steps);
@@ -113,15 +119,16 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
 
   grid_launch_dependents();
 
+  const int first = static_cast<int>(blockIdx.y) * kTokens, m = p.m - first;
   const auto stage_x = [&] {
     grid_wait();
-    const E* const x = static_cast<const E*>(p.x);
+    const E* const x = static_cast<const E*>(p.x) + first * p.x_stride;
     if (p.x_packs) {
 #pragma unroll 4
       for (int c = thread * 8; c < x_pitch; c += kThreads * 8) {
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
-          const bool there = c < p.k && t < p.m;
+          const bool there = c < p.k && t < m;
           cp_async_zero(x_base + (t * x_pitch + c) * 2, there ? x + t * p.x_stride + c : x,
                         there ? 16 : 0);
         }
@@ -132,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
         E* const to = reinterpret_cast<E*>(shared) + t * x_pitch;
 #pragma unroll 1
         for (int c = thread * 8; c < x_pitch; c += kThreads * 8)
-          *reinterpret_cast<uint4*>(to + c) = c < p.k && t < p.m
+          *reinterpret_cast<uint4*>(to + c) = c < p.k && t < m
                                                   ? load_pack(x + t * p.x_stride, c, p.k, false)
                                                   : make_uint4(0, 0, 0, 0);
       }
@@ -161,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
     const GemvRange rows =
         gemv_rows(p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), round);
     if (rows.begin >= rows.end) break;
-    float sums[kSums] = {};
+    float sums[kMainSums] = {}, rest[kRest > 0 ? kGemvRows * kRest : 1] = {};
     uint32_t x_at = x_lane;
 #pragma unroll 1
     for (int step = 0; step < p.steps; ++step) {
@@ -179,28 +186,39 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
         float v[8];
         unpack<E>(v, w[r]);
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t)
+        for (int t = 0; t < kTokens; ++t) {
+          float& sum = t < kMain ? sums[r * kMain + t] : rest[r * kRest + t - kMain];
 #pragma unroll
-          for (int j = 0; j < 8; ++j)
-            sums[r * kTokens + t] = fmaf(v[j], x[t][j], sums[r * kTokens + t]);
+          for (int j = 0; j < 8; ++j) sum = fmaf(v[j], x[t][j], sum);
+        }
       }
       x_at += kGemvColumns * 2;
       previous = slot;
       slot = slot + 1 == kStages ? 0 : slot + 1;
     }
-    deal_sums<kSums / 2>(sums, lane);
-    constexpr int kShift = 5 - log2_of(kSums);
+    deal_sums<kMainSums / 2>(sums, lane);
+    constexpr int kShift = 5 - log2_of(kMainSums);
     float* const mine = all_sums + buffer * (kGemvWarps * kSums);
     if (lane % (1 << kShift) == 0) mine[warp * kSums + (lane >> kShift)] = sums[0];
+    if constexpr (kRest > 0) {
+      deal_sums<kGemvRows * kRest / 2>(rest, lane);
+      constexpr int kRestShift = 5 - log2_of(kGemvRows * kRest);
+      if (lane % (1 << kRestShift) == 0)
+        mine[warp * kSums + kMainSums + (lane >> kRestShift)] = rest[0];
+    }
     __syncthreads();  // who writes this buffer again has passed the next one
     if (thread < kSums) {
-      const int n = rows.begin + thread / kTokens, t = thread % kTokens;
+      const bool main = kRest == 0 || thread < kMainSums;
+      constexpr int kDivisor = kRest > 0 ? kRest : 1;
+      const int row = main ? thread / kMain : (thread - kMainSums) / kDivisor;
+      const int t = main ? thread % kMain : kMain + (thread - kMainSums) % kDivisor;
+      const int n = rows.begin + row;
       float v = mine[thread];
 #pragma unroll
       for (int i = 1; i < kGemvWarps; ++i) v += mine[i * kSums + thread];
-      if (n < rows.end && t < p.m) {
+      if (n < rows.end && t < m) {
         if (p.bias) v = __fadd_rn(v, to_float(static_cast<const E*>(p.bias)[n]));
-        static_cast<E*>(p.out)[t * p.out_stride + n] = from_float<E>(v);
+        static_cast<E*>(p.out)[(first + t) * p.out_stride + n] = from_float<E>(v);
       }
     }
     buffer ^= 1;
@@ -208,12 +226,12 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
 }
 
 template <class E>
-int run(const Params& p, int tokens, int ctas, void* stream) {
+int run(const Params& p, int tokens, dim3 ctas, void* stream) {
   const auto kernel = tokens == 1   ? gemv_kernel<E, 1>
                       : tokens == 2 ? gemv_kernel<E, 2>
-                                    : gemv_kernel<E, 4>;
-  return launch(kernel, dim3(static_cast<unsigned>(ctas)), dim3(kThreads),
-                gemv_shared(tokens, p.steps).bytes, stream, p);
+                      : tokens == 4 ? gemv_kernel<E, 4>
+                                    : gemv_kernel<E, 5>;
+  return launch(kernel, ctas, dim3(kThreads), gemv_shared(tokens, p.steps).bytes, stream, p);
 }
 
 }  // namespace
@@ -221,15 +239,18 @@ int run(const Params& p, int tokens, int ctas, void* stream) {
 bool gemv_dense_fits(const DenseLinear& p) {
   return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.n > 0 && p.n <= INT32_MAX / 2 &&
          p.k % 8 == 0 && packs_fit(p.w, p.k, 2, {p.w_stride}) &&
-         gemv_tokens(p.m, p.k, device_facts().shared_bytes) > 0;
+         gemv_tokens(gemv_group(p.m, p.n, p.k), p.k, device_facts().shared_bytes) > 0;
 }
 
 int gemv_dense(const DenseLinear& p, void* stream) {
   const DeviceFacts& facts = device_facts();
   // Under programmatic launch one multiprocessor is left to the small kernels between linears.
   const int most = facts.sms - (programmatic_launch() && facts.sms > 1 ? 1 : 0);
-  const int64_t strips = ceil_div(p.n, kGemvRows);
-  const int ctas = static_cast<int>(strips < most ? strips : most);
+  const int64_t strips = ceil_div(p.n, kGemvRows), group = gemv_group(p.m, p.n, p.k);
+  const int tokens = gemv_tokens(group, p.k, facts.shared_bytes);
+  const auto groups = static_cast<unsigned>(ceil_div(p.m, tokens));
+  const int64_t each = most / groups > 0 ? most / groups : 1;
+  const dim3 ctas(static_cast<unsigned>(strips < each ? strips : each), groups);
   Params s{};
   s.x = p.x, s.x_stride = p.x_stride;
   s.w = p.w, s.w_stride = p.w_stride;
@@ -238,7 +259,6 @@ int gemv_dense(const DenseLinear& p, void* stream) {
   s.steps = static_cast<int>(gemv_steps(p.k));
   s.x_packs = packs_fit(p.x, p.k, 2, {p.x_stride});
   s.weights_first = programmatic_launch();
-  const int tokens = gemv_tokens(p.m, p.k, facts.shared_bytes);
   return p.dtype == DType::bf16 ? run<__nv_bfloat16>(s, tokens, ctas, stream)
                                 : run<__half>(s, tokens, ctas, stream);
 }

@@ -1,4 +1,4 @@
-// Rows of a 16-bit weight times one to four tokens (gemv.cu): what the host decides. Pure.
+// Rows of a 16-bit weight times one to five tokens (gemv.cu): what the host decides. Pure.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ FI_GEMV_BOTH constexpr GemvShared gemv_shared(int tokens, int steps) {
 // Tokens of the instance that serves m; 0: X of all columns does not fit beside a ring.
 constexpr int gemv_tokens(int64_t m, int64_t k, int shared_bytes) {
   if (m < 1 || k < 1 || k > (1 << 20)) return 0;
-  for (int tokens : {1, 2, 4})
+  for (int tokens : {1, 2, 4, 5})
     if (m <= tokens && gemv_shared(tokens, static_cast<int>(gemv_steps(k))).bytes <= shared_bytes)
       return tokens;
   return 0;
@@ -47,7 +47,15 @@ constexpr int gemv_tokens(int64_t m, int64_t k, int shared_bytes) {
 static_assert(gemv_tokens(1, 28672, 227 * 1024) == 1 && gemv_tokens(2, 28672, 227 * 1024) == 2);
 static_assert(gemv_tokens(3, 14336, 227 * 1024) == 4 && gemv_tokens(3, 28672, 227 * 1024) == 0);
 static_assert(gemv_tokens(1, 4096, 163 * 1024) == 2, "sm_80: the smaller ring");
-static_assert(gemv_tokens(1, 4096, 99 * 1024) == 0 && gemv_tokens(5, 64, 227 * 1024) == 0);
+static_assert(gemv_tokens(1, 4096, 99 * 1024) == 0 && gemv_tokens(6, 64, 227 * 1024) == 0);
+static_assert(gemv_tokens(5, 4096, 227 * 1024) == 5 && gemv_tokens(5, 14336, 227 * 1024) == 0);
+
+// Tokens of a CTA: all of them, or of a tiny layer up to five of at most 20; 0: too many.
+constexpr int64_t kGemvTiny = 1 << 18;
+constexpr int64_t gemv_group(int64_t m, int64_t n, int64_t k) {
+  return m <= 5 ? m : m <= 20 && n * k <= kGemvTiny ? 5 : 0;
+}
+static_assert(gemv_group(9, 1024, 192) == 5 && gemv_group(9, 4096, 4096) == 0);
 
 // Rows in rounds: kGemvRows neighbours per CTA, CTAs in turn.
 struct GemvRange {

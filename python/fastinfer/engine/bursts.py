@@ -11,6 +11,9 @@ replayed a few times and the host reads the tokens of all of them at once.
 To the scheduler a burst of n steps is one step with up to n (k + 1) - 1 drafts per request; how
 many tokens it yields is known afterwards, as ever. A request that ends within is noticed at the end
 of it. The tokens are those of steps one at a time: drafting.py says why.
+
+Where nothing else has come up, the next burst is launched behind one that still runs (`go_on`), and
+the host looks at the tokens of the first meanwhile; it only says how far the requests may write.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from .step_plan import SchedulePlan
 
 MAX_ROWS = 8  # requests; with more a step takes long enough to hide the host's work
 MAX_STEPS = 8
+_ROUNDS = 2 * MAX_STEPS  # that the device keeps: those of a burst and of the one behind it
 SECONDS = 2e-3  # a burst is about as long as that: nobody who arrives waits longer for his step
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds")
 
@@ -46,13 +50,18 @@ class _Bucket:
     rows: int
     drafts: int  # k
     buffer: StaticBuffer
+    room: Tensor  # int32: capacity of the rows, then their block tables
+    host_room: list[Tensor]  # in turn: one may still be on its way
     tensors: dict[str, Tensor]  # what stays on the device
     rounds: Rounds
     cu_seqlens: Tensor  # of the check
     draft_cu_seqlens: tuple[Tensor, Tensor]  # of the draft model's first call, and of the others
-    tokens: Tensor  # `out` on the host
-    done: torch.cuda.Event | None
+    tokens: list[Tensor]  # `out` on the host, in turn
+    done: list[torch.cuda.Event | None]
     replay: dict[bool, Callable[[], object]]  # greedy -> run a step
+    greedy: bool = True
+    at: int = 0  # the round that comes next
+    turn: int = 0
 
 
 class Bursts:
@@ -119,6 +128,10 @@ class Bursts:
             return False
         return self._drafter is None or self._drafter.catch_up(requests, most)
 
+    def reaches(self, requests: Sequence[Request], most: int) -> bool:
+        """Whether the draft model, if there is one, goes so many tokens further."""
+        return self._drafter is None or self._drafter.reaches(requests, most)
+
     def launch(self, plan: SchedulePlan) -> DrawnTokens:
         """Run `plan.burst` = (steps, drafts per step); its block copies must have been done."""
         assert plan.burst is not None
@@ -127,29 +140,62 @@ class Bursts:
         if (rows, drafts) not in self._buckets:
             self._buckets[rows, drafts] = self._make(rows, drafts)
         bucket = self._buckets[rows, drafts]
-        greedy = self._fill(bucket, plan)
+        self._fill(bucket, plan)
         bucket.rounds(PREPARE)
+        return self._replay(bucket, plan, steps)
+
+    @torch.inference_mode()
+    def go_on(self, plan: SchedulePlan, capacity: Sequence[int]) -> DrawnTokens:
+        """Run the same requests, in the same order, behind the burst that was launched last.
+
+        Args:
+            plan: `burst` as before.
+            capacity: Tokens of each request that its blocks hold, if it may use them.
+        """
+        assert plan.burst is not None
+        steps, drafts = plan.burst
+        bucket = self._buckets[self._rows[bisect_left(self._rows, len(plan.chunks))], drafts]
+        self._send_room(bucket, plan, capacity)
+        bucket.rounds(PREPARE)  # once more, for whom there was no room
+        return self._replay(bucket, plan, steps)
+
+    def _replay(self, bucket: _Bucket, plan: SchedulePlan, steps: int) -> DrawnTokens:
         for _ in range(steps):
-            bucket.replay[greedy]()
-        bucket.tokens[:steps].copy_(bucket.tensors["out"][:steps], non_blocking=True)
-        if bucket.done is not None:
-            bucket.done.record(torch.cuda.current_stream(self._device))
-        return _BurstTokens(self, bucket, plan, steps)
+            bucket.replay[bucket.greedy]()
+        bucket.turn ^= 1
+        tokens, done = bucket.tokens[bucket.turn], bucket.done[bucket.turn]
+        tokens.copy_(bucket.tensors["out"], non_blocking=True)
+        if done is not None:
+            done.record(torch.cuda.current_stream(self._device))
+        rounds = [(bucket.at + i) % _ROUNDS for i in range(steps)]
+        bucket.at = (bucket.at + steps) % _ROUNDS
+        return _BurstTokens(tokens, done, rounds, len(plan.chunks))
 
-    def took(self, request: Request, length: int) -> None:
-        """A burst has left this many tokens of a request, if it still runs."""
+    def took(self, request: Request) -> None:
+        """The tokens of a burst have been added to those of a request."""
         if self._drafter is not None:
-            self._drafter.took(request, length)
+            self._drafter.took(request)
         elif request.request_id in self._known:
-            self._known[request.request_id][1] = length
+            self._known[request.request_id][1] = len(request.tokens)
 
-    def _fill(self, bucket: _Bucket, plan: SchedulePlan) -> bool:
-        """Write and send where a burst starts: whether all requests are greedy."""
-        held, host, count, k = self._held, bucket.buffer.host, len(plan.chunks), bucket.drafts
+    def _send_room(self, bucket: _Bucket, plan: SchedulePlan, capacity: Sequence[int]) -> None:
+        count, held = len(capacity), self._held
         rows, width = held.update(plan)
+        bucket.host_room.reverse()
+        host = bucket.host_room[0].numpy()
+        host[: bucket.rows] = -1
+        host[:count] = capacity
+        tables = host[bucket.rows :].reshape(bucket.rows, -1)
+        tables[:count, :width] = held.tables[rows, :width]
+        end = bucket.rows + count * tables.shape[1]
+        bucket.room[:end].copy_(bucket.host_room[0][:end], non_blocking=True)
+
+    def _fill(self, bucket: _Bucket, plan: SchedulePlan) -> None:
+        """Write and send where a burst starts."""
+        self._send_room(bucket, plan, [chunk.start + chunk.count for chunk in plan.chunks])
+        held, host, count, k = self._held, bucket.buffer.host, len(plan.chunks), bucket.drafts
         requests = [chunk.request for chunk in plan.chunks]
-        host["capacity"][:] = -1
-        host["capacity"][:count] = [chunk.start + chunk.count for chunk in plan.chunks]
+        rows = np.array([request.row for request in requests])
         host["length"][:] = 0
         host["length"][:count] = [len(request.tokens) for request in requests]
         host["num_prompt"][:count] = held.num_prompt[rows]
@@ -164,10 +210,8 @@ class Bursts:
                 host[name][:count] = getattr(held, name)[rows]
         for name in ("temperature",) if greedy else _SAMPLING:
             host["each_" + name].reshape(bucket.rows, k + 1)[:] = host[name][:, None]
-        tables = host["tables"].reshape(bucket.rows, -1)
-        tables[:count, :width] = held.tables[rows, :width]
-        bucket.buffer.send(4 * count * tables.shape[1])
-        return greedy
+        bucket.buffer.send(4 * bucket.rows)
+        bucket.greedy, bucket.at = greedy, 0
 
     def _remember(self, request: Request, running: Sequence[Request]) -> int:
         """The row of the history with this request's tokens."""
@@ -194,18 +238,19 @@ class Bursts:
             "seeds": (np.int64, rows, 0),
             "each_seeds": (np.int64, n, 0),
             "length": (np.int32, rows, 0),
-            "capacity": (np.int32, rows, -1),
             "num_prompt": (np.int32, rows, 0),
             "round": (np.int32, rows, 0),
-            "history_row": (np.int32, rows, 0),
         }
         for prefix, length in (("", rows), ("each_", n)):
             columns[prefix + "top_k"] = (np.int32, length, 0)
             columns[prefix + "temperature"] = (np.float32, length, 0)
             columns[prefix + "top_p"] = (np.float32, length, 1)
             columns[prefix + "min_p"] = (np.float32, length, 0)
-        columns["tables"] = (np.int32, rows * self._held.tables.shape[1], 0)
-        buffer = StaticBuffer(columns, device)
+        columns["history_row"] = (np.int32, rows, 0)
+        buffer, on_cuda = StaticBuffer(columns, device), device.type == "cuda"
+        size = rows * (1 + self._held.tables.shape[1])
+        room = torch.zeros(size, dtype=torch.int32, device=device)
+        room[:rows] = -1
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -218,7 +263,9 @@ class Bursts:
             "steps": zeros(n),
             "seq_lens": zeros(rows, dtype=torch.int32),
             "drawn": zeros(n),
-            "out": zeros(MAX_STEPS, rows, k + 3, dtype=torch.int32),
+            "out": zeros(_ROUNDS, rows, k + 3, dtype=torch.int32),
+            "capacity": room[:rows],
+            "tables": room[rows:],
         }
         if self._history is not None:
             tensors["history"] = self._history
@@ -228,7 +275,7 @@ class Bursts:
             tensors["draft_steps"] = zeros(k, rows)
             tensors["draft_seq_lens"] = zeros(k, rows, dtype=torch.int32)
             tensors["draft_drawn"] = zeros(k, rows)
-        sent = ("length", "capacity", "num_prompt", "round", "tail", "tables", "history_row")
+        sent = ("length", "num_prompt", "round", "tail", "history_row")
         rounds = Rounds(
             {**tensors, **{name: buffer.device[name] for name in sent}},
             rows=rows,
@@ -239,9 +286,8 @@ class Bursts:
             max_n=self._ngram[1],
             table_width=self._held.tables.shape[1],
             history_width=0 if self._history is None else self._history.shape[1],
-            max_rounds=MAX_STEPS,
+            max_rounds=_ROUNDS,
         )
-        on_cuda = device.type == "cuda"
 
         def bounds(count: int) -> Tensor:
             return torch.arange(0, rows * count + 1, count, dtype=torch.int32, device=device)
@@ -250,12 +296,14 @@ class Bursts:
             rows,
             k,
             buffer,
+            room,
+            [torch.zeros(size, dtype=torch.int32, pin_memory=on_cuda) for _ in range(2)],
             tensors,
             rounds,
             bounds(k + 1),
             (bounds(2), bounds(1)),
-            torch.zeros(tensors["out"].shape, dtype=torch.int32, pin_memory=on_cuda),
-            torch.cuda.Event() if on_cuda else None,
+            [torch.zeros_like(tensors["out"], device="cpu", pin_memory=on_cuda) for _ in range(2)],
+            [torch.cuda.Event() if on_cuda else None for _ in range(2)],
             {},
         )
         for greedy in (True, False):
@@ -277,7 +325,7 @@ class Bursts:
             slot_mapping=tensors["slots"],
             cu_seqlens_q=bucket.cu_seqlens,
             seq_lens=tensors["seq_lens"],
-            block_table=columns["tables"].view(bucket.rows, -1),
+            block_table=tensors["tables"].view(bucket.rows, -1),
             max_seqlen_q=bucket.drafts + 1,
             max_seqlen_k=self._max_len,  # a graph must hold for any length
             num_decodes=bucket.rows,
@@ -305,7 +353,7 @@ class Bursts:
                 slots=tensors["draft_slots"][first:last],
                 cu_seqlens=bucket.draft_cu_seqlens[i > 0],
                 seq_lens=tensors["draft_seq_lens"][i],
-                tables=columns["tables"].view(rows, -1),
+                tables=tensors["tables"].view(rows, -1),
                 each=1 if i else 2,
             )
             if not greedy:
@@ -315,28 +363,33 @@ class Bursts:
 
 
 class _BurstTokens(DrawnTokens):
-    """The tokens of a burst on their way to the host."""
+    """The tokens of a burst on their way to the host.
 
-    def __init__(self, bursts: Bursts, bucket: _Bucket, plan: SchedulePlan, steps: int) -> None:
+    Args:
+        out: Where they come, see rounds.py.
+        done: When they are there.
+        rounds: Those of this burst.
+        count: Requests.
+    """
+
+    def __init__(
+        self, out: Tensor, done: torch.cuda.Event | None, rounds: list[int], count: int
+    ) -> None:
         super().__init__(None)
         self.first_rows = []  # the next step needs these tokens
-        self._ready = bucket.done
-        self._bursts, self._bucket, self._plan, self._steps = bursts, bucket, plan, steps
+        self._ready, self._out, self._rounds, self._count = done, out, rounds, count
 
     def result(self) -> SampleResult:
         """Wait for the burst and read what stands of it."""
         self.wait()
-        result = SampleResult([], runs=[], checks=[])
-        assert result.runs is not None and result.checks is not None
-        out = self._bucket.tokens[: self._steps].numpy()
-        for row, chunk in enumerate(self._plan.chunks):
-            run: list[int] = []
-            checks: list[tuple[int, int]] = []
+        runs: list[list[int]] = []
+        checks: list[list[tuple[int, int]]] = []
+        out = self._out.numpy()[self._rounds]
+        for row in range(self._count):
+            runs.append([])
+            checks.append([])
             for checked, yielded, *tokens in out[:, row].tolist():
                 if yielded:
-                    run += tokens[:yielded]
-                    checks.append((checked, yielded - 1))
-            result.runs.append(run)
-            result.checks.append(checks)
-            self._bursts.took(chunk.request, chunk.start + 1 + len(run))
-        return result
+                    runs[-1] += tokens[:yielded]
+                    checks[-1].append((checked, yielded - 1))
+        return SampleResult([], runs=runs, checks=checks)

@@ -33,7 +33,7 @@ from .request import Request
 from .runner import ModelRunner
 from .sampler import DrawnTokens, SampleResult
 from .scheduler import Scheduler
-from .step_plan import SchedulePlan
+from .step_plan import ScheduledChunk, SchedulePlan
 
 KEPT_RECORDS = 10_000  # timelines kept for `metrics`, the latest ones
 
@@ -234,6 +234,8 @@ class EngineCore:
             speculates = self.speculator is not None and self.speculator.wants(
                 self.scheduler.running
             )
+            if speculates and self._go_on():
+                return
             if self._launched is not None and (speculates or self._launched.needed_now):
                 self._finish_launched()
             if speculates:
@@ -243,6 +245,25 @@ class EngineCore:
             self._finish(previous)
             if not self.overlap:
                 self._finish_launched()
+
+    def _go_on(self) -> bool:
+        """Launch a burst behind the one that runs, then look at that one: whether it was so."""
+        running, speculator, bursts = self._launched, self.speculator, self.runner.bursts
+        if running is None or speculator is None or bursts is None or not self.overlap:
+            return False
+        try:
+            room = speculator.goes_on(self.scheduler, running.plan)
+            if room is None:
+                return False
+            behind = [ScheduledChunk(c.request, -1, 0, 0, True) for c in running.plan.chunks]
+            plan = SchedulePlan(behind, burst=running.plan.burst)
+            self._launched = _Launched(plan, [], bursts.go_on(plan, room))
+            self.num_steps += 1
+        except BaseException as error:
+            self._fail(running.plan, error)
+            raise
+        self._finish(running)
+        return True
 
     def _propose(self) -> None:
         assert self.speculator is not None
@@ -288,6 +309,8 @@ class EngineCore:
         tokens: list[Any] = result.token_ids
         if result.runs is not None:
             tokens = result.runs
+            if any(chunk.start < 0 for chunk in plan.chunks):
+                self.scheduler.plan_afterwards(plan, result.runs)
         elif result.first_rows is not None:
             tokens = tokens_that_stand(plan, result.token_ids, result.first_rows)
         elif len(tokens) != len(plan.chunks):
@@ -311,6 +334,9 @@ class EngineCore:
                 request.finish_reason, request.stop_reason = "stop", stop
             if request.finished:
                 self._forget(request)
+        if plan.burst is not None and self.runner.bursts is not None:
+            for chunk in plan.chunks:
+                self.runner.bursts.took(chunk.request)
 
     def _fail(self, plan: SchedulePlan | None, error: BaseException) -> None:
         failed = (

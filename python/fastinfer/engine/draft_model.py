@@ -235,12 +235,11 @@ class ModelDrafter:
         """
         behind: list[tuple[Request, int, int]] = []
         budget = self._budget
+        if not self.reaches(requests, most):
+            return False
         for request in requests:
-            length = len(request.tokens)
-            if length + most > self._max_len:
-                return False
             state = self._sync(request)
-            missing = length - 1 - state.computed
+            missing = len(request.tokens) - 1 - state.computed
             if missing > 1 and budget > 0:
                 behind.append((request, state.computed, min(missing, budget)))
             budget -= missing if missing > 1 else 0
@@ -248,10 +247,14 @@ class ModelDrafter:
             self._run_behind(behind)
         return budget >= 0
 
-    def took(self, request: Request, length: int) -> None:
-        """A burst has left so many tokens of a request; the last two will be run again."""
+    def reaches(self, requests: Sequence[Request], most: int) -> bool:
+        """Whether they may all get so many tokens more."""
+        return all(len(request.tokens) + most <= self._max_len for request in requests)
+
+    def took(self, request: Request) -> None:
+        """A burst has added to a request's tokens; the last two will be run again."""
         if request.draft_state is not None:
-            request.draft_state.computed = length - 2
+            request.draft_state.computed = len(request.tokens) - 2
 
     def _run_behind(self, behind: Sequence[tuple[Request, int, int]]) -> None:
         """Run (request, from, how many) tokens that the target has run already."""

@@ -101,6 +101,7 @@ class Speculator:
         self.burst: tuple[int, int] | None = None  # of the next step: (steps, drafts per step)
         self.burst_steps: int | None = None  # None: by the time of a step
         self._seconds: dict[int, float] = {}  # of a step, by power of two of requests
+        self._yield = 1.0 + self.max_drafts  # tokens of a request per step of the latest burst
 
     def wants(self, running: Sequence[Request]) -> bool:
         """Whether the next step may have drafts: then the tokens of this one are needed first."""
@@ -157,6 +158,29 @@ class Speculator:
         self.burst = steps, drafts
         return True
 
+    def goes_on(self, scheduler: Scheduler, plan: SchedulePlan) -> list[int] | None:
+        """Whether another burst is launched behind one whose tokens are not known yet.
+
+        Returns:
+            How many tokens of each request there is room for; None: it is not.
+        """
+        running, bursts = scheduler.running, self.bursts
+        if bursts is None or plan.burst is None or scheduler.waiting or not running:
+            return None
+        steps, drafts = plan.burst
+        requests = [chunk.request for chunk in plan.chunks]
+        if set(map(id, requests)) != set(map(id, running)) or bursts.drafts(self._drafts) != drafts:
+            return None
+        left = [request.max_total_tokens - len(request.tokens) for request in requests]
+        if max(left) <= steps * self._yield:  # they will all have ended
+            return None
+        most = 2 * steps * (drafts + 1)  # of both bursts
+        if not bursts.reaches(requests, most):
+            return None
+        room = [len(r.tokens) + min(most, few) - 1 for r, few in zip(requests, left, strict=True)]
+        pairs = zip(requests, room, strict=True)
+        return room if all(scheduler.make_room(*pair) for pair in pairs) else None
+
     def learn(
         self,
         plan: SchedulePlan,
@@ -199,12 +223,16 @@ class Speculator:
         checks: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
         steps, drafts = burst
+        if all(chunk.request.finished for chunk in plan.chunks):
+            return
+        yielded = sum(accepted + 1 for each in checks for _, accepted in each)
+        self._yield = max(yielded / (steps * len(checks)), 1.0)
         if seconds > 0:
             self._seconds[(len(plan.chunks) - 1).bit_length()] = seconds / steps
         if seconds > 0 and self.pace is not None:
             self.pace.observe(len(plan.chunks), drafts + 1, True, seconds / steps, steps)
         for chunk, each in zip(plan.chunks, checks, strict=True):
-            for proposed, accepted in each:
+            for proposed, accepted in () if chunk.request.finished else each:
                 if proposed:
                     self._record(chunk.request, proposed, accepted)
                 elif self.pace is not None:

@@ -136,9 +136,9 @@ class _Twin:
 
     def _accept(self, row: int) -> None:
         t, first = self.t, row * self.width
-        now = min(int(t["round"][row]), self.n["max_rounds"] - 1)
+        now = int(t["round"][row])
         at = (now * self.rows + row) * (self.k + 3)
-        t["round"][row] = now + 1
+        t["round"][row] = (now + 1) % self.n["max_rounds"]
         t["out"][at : at + 2] = 0
         if not self._runs(row):
             return
