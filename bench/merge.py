@@ -1,4 +1,4 @@
-"""Put the rows of a run into a results file: `python bench/merge.py RUN.json results/h200/e2e.json`.
+"""Put the rows of a run into a results file: `python bench/merge.py RUN.json results/gpu/e2e.json`.
 
 A row takes the place of the one with the same case, peer and shape, or comes last. It carries the
 commit and the command of its run, and with `--as OP` another `op`: what the file is about.
