@@ -18,13 +18,22 @@ def key(row: Row) -> tuple[Any, ...]:
     return row["op"], row.get("case"), row["peer"], row.get("shape")
 
 
-def merge(run: Row, into: Row, op: str | None = None) -> int:
-    """Merge two documents; returns the number of rows that were there before."""
+def merge(run: Row, into: Row, op: str | None = None, only: str = "") -> tuple[int, int]:
+    """Merge two documents: how many rows, and how many of them were there before.
+
+    Args:
+        run, into: The documents; `into` is changed.
+        op: Replaces that of the rows.
+        only: Rows whose case contains one of these (a,b,c).
+    """
     if run["device"] != into["device"]:
         raise ValueError(f"merge: expected a run on {into['device']}, got {run['device']}")
     places = {key(row): at for at, row in enumerate(into["rows"])}
-    replaced = 0
+    count = replaced = 0
     for row in run["rows"]:
+        if not any(text in row.get("case", "") for text in only.split(",")):
+            continue
+        count += 1
         new = {**row, "op": op or row["op"], "commit": run["commit"], "command": run["command"]}
         at = places.get(key(new))
         if at is None:
@@ -32,7 +41,7 @@ def merge(run: Row, into: Row, op: str | None = None) -> int:
         else:
             into["rows"][at] = new
             replaced += 1
-    return replaced
+    return count, replaced
 
 
 def main() -> None:
@@ -40,12 +49,13 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="+")
     parser.add_argument("into", type=Path)
     parser.add_argument("--as", dest="op", metavar="OP")
+    parser.add_argument("--only", default="", metavar="A,B", help="cases that contain one of these")
     args = parser.parse_args()
     document = json.loads(args.into.read_text())
     for path in args.run:
         run = json.loads(path.read_text())
-        replaced = merge(run, document, args.op)
-        print(f"{path}: {len(run['rows'])} rows, {replaced} of them there before")
+        count, replaced = merge(run, document, args.op, args.only)
+        print(f"{path}: {count} rows, {replaced} of them there before")
     args.into.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -35,7 +35,7 @@ from .graphs import PROGRAMMATIC_LAUNCH
 from .request import Request
 from .rounds import ADVANCE, PREPARE, ROWS, Rounds
 from .sampler import DrawnTokens, SampleResult
-from .static_step import Capturer, StaticBuffer, make_workspace, query_lengths, row_buckets
+from .static_step import Capturer, StaticBuffer, query_lengths, row_buckets
 from .step_plan import SchedulePlan
 
 MAX_ROWS = 8  # requests; with more a step takes long enough to hide the host's work
@@ -73,6 +73,7 @@ class Bursts:
         held: Of the running requests.
         drafter: A draft model; None looks for n-grams.
         ngram: Shortest and longest ending to look for.
+        workspace: Of the decode kernel.
         max_rows: Most requests in a step.
         max_drafts: Most drafts of a request.
         max_len: Most tokens of a sequence.
@@ -88,6 +89,7 @@ class Bursts:
         *,
         drafter: ModelDrafter | None,
         ngram: tuple[int, int],
+        workspace: Tensor | None,
         max_rows: int,
         max_drafts: int,
         max_len: int,
@@ -100,7 +102,7 @@ class Bursts:
         self._rows = row_buckets(min(max_rows, MAX_ROWS))
         self._drafts = [length - 1 for length in query_lengths(max_drafts)]
         self._capturer = Capturer(device)
-        self._workspace = make_workspace(model.config.head_dim, device)
+        self._workspace = workspace
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         # request -> [row of the history, how many of its tokens are there]
         self._known: dict[str, list[int]] = {}

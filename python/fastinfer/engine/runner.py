@@ -167,6 +167,7 @@ class ModelRunner:
                 self._rows,
                 drafter=own_drafter,
                 ngram=(config.prompt_lookup_min, config.prompt_lookup_max),
+                workspace=self._verify.workspace,
                 max_rows=config.max_num_seqs,
                 max_drafts=config.num_speculative_tokens,
                 max_len=max_len,

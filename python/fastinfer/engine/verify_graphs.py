@@ -61,6 +61,9 @@ class VerifyGraphs:
         max_len: Most tokens of a sequence.
         block_size: P.
         device: Where everything is.
+
+    Attributes:
+        workspace: Of the decode kernel, for all steps of this stream.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class VerifyGraphs:
         self._rows = row_buckets(min(max_rows, MAX_ROWS))
         self._lengths = query_lengths(max_drafts)
         self._capturer = Capturer(device)
-        self._workspace = make_workspace(model.config.head_dim, device)
+        self.workspace = make_workspace(model.config.head_dim, device)
         self._buckets: dict[tuple[int, int], _Bucket] = {}
 
     @property
@@ -242,7 +245,7 @@ class VerifyGraphs:
             num_decodes=bucket.rows,
             decode_len=bucket.length,
             plans=self._plans(bucket),
-            workspace=self._workspace,
+            workspace=self.workspace,
         )
         hidden = self._model(inputs["input_ids"], meta, self._layers)
         logits = self._model.compute_logits(hidden)
