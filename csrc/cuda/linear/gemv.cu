@@ -1,11 +1,11 @@
 // Y[M, N] = X[M, K] W[N, K]^T + bias for one to five tokens and 16-bit weights: plain fp32 FMAs, no
 // tensor cores; the weights pass once, at memory speed.
 //
-// A persistent CTA per multiprocessor takes rows, eight neighbours at a time. Its 8 warps split the
-// columns: in a step of 2048 columns, lane l of warp w owns the 8 at 256 w + 8 l, so that every
-// load of a warp is 512 contiguous bytes. What a lane multiplies it copied itself: the ring of
-// cp.async stages needs no barrier, and runs across rows. X lies in shared memory in its own type,
-// read and converted once per step for eight rows.
+// A persistent CTA per multiprocessor takes rows, eight neighbours at a time (four where X leaves
+// little room). Its 8 warps split the columns: in a step of 2048 columns, lane l of warp w owns the
+// 8 at 256 w + 8 l, so that every load of a warp is 512 contiguous bytes. What a lane multiplies it
+// copied itself: the ring of cp.async stages needs no barrier, and runs across rows. X lies in
+// shared memory in its own type, read and converted once per step for eight rows.
 //
 // At the end of eight rows a lane's sums are added across the warp by a butterfly that also deals
 // them out (9 shuffles for 8 sums instead of 40; those of a fifth token by one more), then across
@@ -70,8 +70,10 @@ __device__ __forceinline__ void deal_sums(float (&v)[kCount], int lane, int mask
 }
 constexpr int log2_of(int n) { return n == 1 ? 0 : 1 + log2_of(n / 2); }
 
-// The weights of a lane: its 16 bytes of eight rows per step, through a ring of its own.
+// The weights of a lane: its 16 bytes of kRows rows per step, through a ring of its own.
+template <int kRows>
 struct Weights {
+  static constexpr int kStageBytes = kRows * kGemvColumns * 2;
   const Params& p;
   const char* from;
   int64_t stride;  // bytes
@@ -86,17 +88,18 @@ struct Weights {
     next_rows();
   }
   __device__ __forceinline__ void next_rows() {
-    rows = gemv_rows(p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), ++round);
+    rows =
+        gemv_rows(kRows, p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), ++round);
     column = first;
     from = static_cast<const char*>(p.w) + rows.begin * stride + column * 2;
   }
   // Nothing is read of absent rows and columns; zeros stand for them.
   __device__ __forceinline__ void load(int slot) {
     if (rows.begin < rows.end) {
-      const uint32_t to = ring + slot * kGemvStageBytes;
+      const uint32_t to = ring + slot * kStageBytes;
       const int present = column < p.k ? rows.end - rows.begin : 0;
 #pragma unroll
-      for (int r = 0; r < kGemvRows; ++r)
+      for (int r = 0; r < kRows; ++r)
         cp_async_zero(to + r * (kGemvColumns * 2), r < present ? from + r * stride : p.w,
                       r < present ? 16 : 0);
       column += kGemvColumns, from += kGemvColumns * 2;
@@ -106,14 +109,13 @@ struct Weights {
   }
 };
 
-template <class E, int kTokens>
+template <class E, int kTokens, int kRows, int kStages>
 __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant__ Params p) {
   constexpr int kMain = kTokens < 4 ? kTokens : 4, kRest = kTokens - kMain;
-  constexpr int kMainSums = kGemvRows * kMain, kSums = kGemvRows * kTokens;
-  constexpr int kStages = gemv_stages(kTokens);
+  constexpr int kMainSums = kRows * kMain, kSums = kRows * kTokens;
   extern __shared__ __align__(128) unsigned char shared[];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const GemvShared at = gemv_shared(kTokens, p.steps);
+  const GemvShared at = gemv_shared({kTokens, kRows, kStages}, p.steps);
   const int x_pitch = p.steps * kGemvColumns;
   const uint32_t x_base = ptx::shared_address(shared);
 
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
     }
     cp_async_commit();
   };
-  Weights weights(p, x_base + at.ring);
+  Weights<kRows> weights(p, x_base + at.ring);
   // x first: its loads would wait behind those of the weights. Under programmatic launch the
   // weights first, as they may be read while the kernel in front still writes x.
   if (!p.weights_first) stage_x();
@@ -166,23 +168,23 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
 #pragma unroll 1
   for (int round = 0;; ++round) {
     const GemvRange rows =
-        gemv_rows(p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), round);
+        gemv_rows(kRows, p.n, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x), round);
     if (rows.begin >= rows.end) break;
-    float sums[kMainSums] = {}, rest[kRest > 0 ? kGemvRows * kRest : 1] = {};
+    float sums[kMainSums] = {}, rest[kRest > 0 ? kRows * kRest : 1] = {};
     uint32_t x_at = x_lane;
 #pragma unroll 1
     for (int step = 0; step < p.steps; ++step) {
       cp_async_wait<kStages - 2>();
       weights.load(previous);  // all of it was read in the last step, by this lane
-      const uint32_t from = weights.ring + slot * kGemvStageBytes;
-      uint4 w[kGemvRows];
+      const uint32_t from = weights.ring + slot * weights.kStageBytes;
+      uint4 w[kRows];
 #pragma unroll
-      for (int r = 0; r < kGemvRows; ++r) w[r] = load_shared(from + r * (kGemvColumns * 2));
+      for (int r = 0; r < kRows; ++r) w[r] = load_shared(from + r * (kGemvColumns * 2));
       float x[kTokens][8];
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) unpack<E>(x[t], load_shared(x_at + t * x_pitch * 2));
 #pragma unroll
-      for (int r = 0; r < kGemvRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
         float v[8];
         unpack<E>(v, w[r]);
 #pragma unroll
@@ -201,8 +203,8 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
     float* const mine = all_sums + buffer * (kGemvWarps * kSums);
     if (lane % (1 << kShift) == 0) mine[warp * kSums + (lane >> kShift)] = sums[0];
     if constexpr (kRest > 0) {
-      deal_sums<kGemvRows * kRest / 2>(rest, lane);
-      constexpr int kRestShift = 5 - log2_of(kGemvRows * kRest);
+      deal_sums<kRows * kRest / 2>(rest, lane);
+      constexpr int kRestShift = 5 - log2_of(kRows * kRest);
       if (lane % (1 << kRestShift) == 0)
         mine[warp * kSums + kMainSums + (lane >> kRestShift)] = rest[0];
     }
@@ -225,13 +227,21 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_kernel(const __grid_constant
   }
 }
 
+template <class E, int kAt>
+int run_kind(const Params& p, dim3 ctas, void* stream) {
+  constexpr GemvKind k = kGemvKinds[kAt];
+  return launch(gemv_kernel<E, k.tokens, k.rows, k.stages>, ctas, dim3(kThreads),
+                gemv_shared(k, p.steps).bytes, stream, p);
+}
+
 template <class E>
-int run(const Params& p, int tokens, dim3 ctas, void* stream) {
-  const auto kernel = tokens == 1   ? gemv_kernel<E, 1>
-                      : tokens == 2 ? gemv_kernel<E, 2>
-                      : tokens == 4 ? gemv_kernel<E, 4>
-                                    : gemv_kernel<E, 5>;
-  return launch(kernel, ctas, dim3(kThreads), gemv_shared(tokens, p.steps).bytes, stream, p);
+int run(const Params& p, int kind, dim3 ctas, void* stream) {
+  const auto with = kind == 0   ? run_kind<E, 0>
+                    : kind == 1 ? run_kind<E, 1>
+                    : kind == 2 ? run_kind<E, 2>
+                    : kind == 3 ? run_kind<E, 3>
+                                : run_kind<E, 4>;
+  return with(p, ctas, stream);
 }
 
 }  // namespace
@@ -246,9 +256,10 @@ int gemv_dense(const DenseLinear& p, void* stream) {
   const DeviceFacts& facts = device_facts();
   // Under programmatic launch one multiprocessor is left to the small kernels between linears.
   const int most = facts.sms - (programmatic_launch() && facts.sms > 1 ? 1 : 0);
-  const int64_t strips = ceil_div(p.n, kGemvRows), group = gemv_group(p.m, p.n, p.k);
-  const int tokens = gemv_tokens(group, p.k, facts.shared_bytes);
-  const auto groups = static_cast<unsigned>(ceil_div(p.m, tokens));
+  const int at = gemv_kind(gemv_group(p.m, p.n, p.k), p.k, facts.shared_bytes);
+  const GemvKind kind = kGemvKinds[at];
+  const int64_t strips = ceil_div(p.n, kind.rows);
+  const auto groups = static_cast<unsigned>(ceil_div(p.m, kind.tokens));
   const int64_t each = most / groups > 0 ? most / groups : 1;
   const dim3 ctas(static_cast<unsigned>(strips < each ? strips : each), groups);
   Params s{};
@@ -259,8 +270,8 @@ int gemv_dense(const DenseLinear& p, void* stream) {
   s.steps = static_cast<int>(gemv_steps(p.k));
   s.x_packs = packs_fit(p.x, p.k, 2, {p.x_stride});
   s.weights_first = programmatic_launch();
-  return p.dtype == DType::bf16 ? run<__nv_bfloat16>(s, tokens, ctas, stream)
-                                : run<__half>(s, tokens, ctas, stream);
+  return p.dtype == DType::bf16 ? run<__nv_bfloat16>(s, at, ctas, stream)
+                                : run<__half>(s, at, ctas, stream);
 }
 
 }  // namespace fastinfer::cuda
