@@ -84,4 +84,4 @@ def test_tokens_to_the_last_bit(drafter: str, temperature: float, monkeypatch) -
                 assert got == wanted, (adaptive, steps)
             stats = llm.stats()
             assert stats.num_accepted_tokens > 0 and stats.kv_blocks_used == 0
-    assert len(bursts) > 10
+    assert len(bursts) > 4

@@ -116,6 +116,13 @@ class Bursts:
         """Most requests in a burst."""
         return self._rows[-1]
 
+    def prepare(self, rows: int) -> None:
+        """Capture the bursts of few requests now rather than when they are needed."""
+        for drafts in self._drafts:
+            for size in self._rows:
+                if size <= rows:
+                    self._bucket(size, drafts)
+
     def steps(self, seconds: float) -> int:
         """How many there are where one takes so long; below 2 there is no burst."""
         return min(int(SECONDS / seconds), MAX_STEPS)
@@ -139,9 +146,7 @@ class Bursts:
         assert plan.burst is not None
         steps, drafts = plan.burst
         rows = self._rows[bisect_left(self._rows, len(plan.chunks))]
-        if (rows, drafts) not in self._buckets:
-            self._buckets[rows, drafts] = self._make(rows, drafts)
-        bucket = self._buckets[rows, drafts]
+        bucket = self._bucket(rows, drafts)
         self._fill(bucket, plan)
         bucket.rounds(PREPARE)
         return self._replay(bucket, plan, steps)
@@ -232,6 +237,11 @@ class Bursts:
             self._history[row, have : len(request.tokens)] = news.to(self._device)
             known[1] = len(request.tokens)
         return row
+
+    def _bucket(self, rows: int, drafts: int) -> _Bucket:
+        if (rows, drafts) not in self._buckets:
+            self._buckets[rows, drafts] = self._make(rows, drafts)
+        return self._buckets[rows, drafts]
 
     def _make(self, rows: int, k: int) -> _Bucket:
         n, device = rows * (k + 1), self._device

@@ -174,6 +174,8 @@ class ModelRunner:
                 block_size=config.block_size,
                 device=device,
             )
+            if device.type == "cuda" and self.bursts.steps(self._verify.seconds()) > 1:
+                self.bursts.prepare(rows=4)
 
     def move_blocks(self, plan: SchedulePlan) -> None:
         """The block copies of a plan, in front of its step."""

@@ -13,6 +13,7 @@ graphs, the same function runs over the same buffers; that is how it is tested.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,17 @@ class VerifyGraphs:
             for size in self._rows:
                 if size <= rows:
                     self._bucket(size, length)
+
+    def seconds(self) -> float:
+        """Of the smallest step, on a GPU."""
+        replay = self._bucket(1, self._lengths[0]).replay[True]
+        start = 0.0
+        for _ in range(2):  # the first one is a warm-up
+            torch.cuda.synchronize(self._device)
+            start = time.perf_counter()
+            replay()
+        torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start
 
     def launch(self, plan: SchedulePlan) -> DrawnTokens:
         """Run a step that qualifies; its block copies must have been done."""
