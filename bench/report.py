@@ -220,7 +220,8 @@ def figure(row: Row) -> str:
         ("out_tok_s", "tok/s", 0),
         ("host_us", "us host", 0),
         ("speedup", "x without drafts", 2),
-        ("ratio", "x one token", 2),
+        ("ratio", "x its base", 2),
+        ("overhead", "more than the engine alone", 3),
     ):
         if row.get(key):
             parts.append(f"{row[key]:,.{digits}f} {unit}")
