@@ -16,7 +16,8 @@
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kThreads = 128, kUnroll = 4, kHeadUnroll = 1, kRowPacks = 4, kRowThreads = 32;
+constexpr int kThreads = 128, kUnroll = 4, kHeadUnroll = 1, kRowPacks = 4, kRowThreads = 32,
+              kMostRowThreads = 1024;
 
 // ---- float caches: bytes
 struct BytesSide {
@@ -107,10 +108,9 @@ struct RowsSide {
 struct RowsParams {
   RowsSide side[2];
   Indices slots;
-  uint32_t tokens, dim, token_head_stride, position_stride, head_stride, scale_slot, scale_head;
+  uint32_t tokens, part, token_head_stride, position_stride, head_stride, scale_slot, scale_head;
   int32_t block_size, block_shift, lanes_log2;  // shift -1: not a power of two
   bool dynamic, fp8, soft;
-  Divisor heads;
 };
 static __device__ __noinline__ Slot divide_slot(int64_t slot, int32_t block_size) {
   return split_slot(slot, block_size);
@@ -192,27 +192,25 @@ __device__ __forceinline__ void write_half_heads(const CodesParams& p, int64_t f
       char* to = store.cache + at.block * store.block_stride + at.position * store.position_stride +
                  head[u] * store.head_stride + lane * 16;
       uint32_t code[4];
-      half_codes<T>(code, row[u], Quotient(scale[u]), top, fp8, store.soft);
+      half_codes<T>(code, row[u], scale[u], top, fp8, store.soft);
       *reinterpret_cast<uint4*>(to) = make_uint4(code[0], code[1], code[2], code[3]);
     }
   }
 }
 
 // Much work: kRowPacks packs of 8 elements per lane, a head's packs dealt to its lanes in turn, so
-// that what an access of the warp touches lies together. Once per thread is index arithmetic, which
-// at two packs still takes as many instructions as the codes.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 12)
+// that what an access of the warp touches lies together. threadIdx.x is a lane of a head of a
+// token, threadIdx.y and blockIdx.x are tokens: no division.
+template <class T, int kPacks>
+__global__ void __launch_bounds__(kMostRowThreads)
     write_rows_kernel(const __grid_constant__ RowsParams p) {
   const RowsSide& s = p.side[blockIdx.y];
   const uint32_t lanes = 1u << p.lanes_log2, lane = threadIdx.x & (lanes - 1);
-  const uint32_t item = (blockIdx.x * blockDim.x + threadIdx.x) >> p.lanes_log2;
-  uint32_t head;
-  const uint32_t t = p.heads(item, head);
-  const uint32_t part = p.dim / kRowPacks;
+  const uint32_t head = threadIdx.x >> p.lanes_log2;
+  const uint32_t t = blockIdx.x * blockDim.y + threadIdx.y, part = p.part;
   const bool active = t < p.tokens && lane * 8 < part;
   grid_wait();
-  HalfWords<4 * kRowPacks> row{};
+  HalfWords<4 * kPacks> row{};
   int64_t slot = -1;
   float scale = 1.0f;
   if (active) {
@@ -220,15 +218,18 @@ __global__ void __launch_bounds__(kThreads, 12)
     const T* from = static_cast<const T*>(s.tokens) + t * s.token_stride +
                     (head * p.token_head_stride + lane * 8);
 #pragma unroll
-    for (int k = 0; k < kRowPacks; ++k)
+    for (int k = 0; k < kPacks; ++k)
       reinterpret_cast<uint4*>(&row)[k] = *reinterpret_cast<const uint4*>(from + k * part);
     if (!p.dynamic) scale = s.scale[head * p.scale_head];
   }
-  uint32_t top = top_bits<T>(row);
+  uint32_t top;
   if (p.dynamic) {
+    top = top_bits<T>(row);
 #pragma unroll 1
     for (uint32_t other = lanes / 2; other > 0; other /= 2)
       top = max(top, __shfl_xor_sync(kAllLanes, top, other));
+  } else {
+    top = nan_bits<T>(row);
   }
   if (slot < 0) return;
   if (p.dynamic) {
@@ -241,10 +242,10 @@ __global__ void __launch_bounds__(kThreads, 12)
   char* to =
       s.cache + at.block * s.block_stride +
       (static_cast<uint32_t>(at.position) * p.position_stride + head * p.head_stride + lane * 8);
-  uint32_t code[2 * kRowPacks];
-  half_codes<T>(code, row, Quotient(scale), top, p.fp8, p.soft);
+  uint32_t code[2 * kPacks];
+  half_codes<T>(code, row, scale, top, p.fp8, p.soft);
 #pragma unroll
-  for (int k = 0; k < kRowPacks; ++k)
+  for (int k = 0; k < kPacks; ++k)
     *reinterpret_cast<uint2*>(to + k * part) = make_uint2(code[2 * k], code[2 * k + 1]);
 }
 
@@ -303,6 +304,15 @@ int write_bytes(const cpu::CacheWriteParams& p, int64_t tokens, void* stream) {
   return launch(write_bytes_kernel, grid, kThreads, 0, stream, b);
 }
 
+// A block of write_rows_kernel: the lanes of a token (a power of two per head) by as many tokens as
+// make whole warps.
+dim3 rows_block(int64_t heads, int lanes) {
+  const unsigned width = static_cast<unsigned>(heads * lanes);
+  unsigned height = kRowThreads / width > 1 ? kRowThreads / width : 1;
+  while (height * width % 32 != 0) ++height;
+  return dim3(width, height);
+}
+
 // Much work, both sides alike, offsets that fit 32 bits?
 bool rows_fit(const cpu::CacheWriteParams& p, int64_t tokens) {
   const cpu::CacheSide &k = p.key, &v = p.value;
@@ -320,7 +330,9 @@ bool rows_fit(const cpu::CacheWriteParams& p, int64_t tokens) {
        {k.token_head_stride, k.position_stride, k.head_stride, a.position, a.head})
     if (n < 0) return false;
   const int64_t lanes = p.dim / (8 * kRowPacks);
-  return alike && p.dim % (8 * kRowPacks) == 0 && most <= INT32_MAX - p.dim &&
+  if (!alike || p.dim % (8 * kRowPacks) != 0 || most > INT32_MAX - p.dim) return false;
+  const dim3 block = rows_block(p.heads, lanes_of_head(lanes));
+  return block.x * block.y <= kMostRowThreads &&
          2 * tokens * p.heads * lanes >= int64_t{1024} * device_facts().sms;
 }
 
@@ -335,7 +347,7 @@ int write_rows(const cpu::CacheWriteParams& p, int64_t tokens, bool soft, void* 
   }
   const cpu::CacheSide& k = p.key;
   r.slots = Indices(p.slots, p.slot_dtype, p.slot_stride);
-  r.tokens = static_cast<uint32_t>(tokens), r.dim = static_cast<uint32_t>(p.dim);
+  r.tokens = static_cast<uint32_t>(tokens), r.part = static_cast<uint32_t>(p.dim / kRowPacks);
   r.token_head_stride = static_cast<uint32_t>(k.token_head_stride);
   r.position_stride = static_cast<uint32_t>(k.position_stride);
   r.head_stride = static_cast<uint32_t>(k.head_stride);
@@ -345,12 +357,11 @@ int write_rows(const cpu::CacheWriteParams& p, int64_t tokens, bool soft, void* 
   for (int b = 0; b < 31; ++b)
     if (int64_t{1} << b == p.block_size) r.block_shift = b;
   r.dynamic = k.scale.dynamic, r.fp8 = p.cache_dtype == DType::f8e4m3, r.soft = soft;
-  r.heads = Divisor(p.heads);
   const int lanes = lanes_of_head(p.dim / (8 * kRowPacks));
   while (1 << r.lanes_log2 < lanes) ++r.lanes_log2;
-  const int64_t blocks = ceil_div(tokens * p.heads, kRowThreads >> r.lanes_log2);
-  return launch(write_rows_kernel<T>, dim3(static_cast<unsigned>(blocks), 2), kRowThreads, 0,
-                stream, r);
+  const dim3 block = rows_block(p.heads, lanes);
+  const dim3 grid(static_cast<unsigned>(ceil_div(tokens, block.y)), 2);
+  return launch(write_rows_kernel<T, kRowPacks>, grid, block, 0, stream, r);
 }
 
 template <class T>

@@ -123,8 +123,11 @@ __device__ __forceinline__ void cache_head(const A& a, const Target& target, con
   constexpr int kWords = Part<E, V>::kWords;
   const HalfWords<kWords> row = part.words();
   uint32_t top = 0;
-  if (a.codes) top = top_bits<E>(row);
-  if (a.dynamic) top = group_max(top, 1 << a.lane_bits);
+  if (a.dynamic) {
+    top = group_max(top_bits<E>(row), 1 << a.lane_bits);
+  } else if (a.codes) {
+    top = nan_bits<E>(row);
+  }
   if (!target.row) return;
   if (!a.codes) {
     E* to = reinterpret_cast<E*>(target.row);
@@ -140,7 +143,7 @@ __device__ __forceinline__ void cache_head(const A& a, const Target& target, con
     scale = *target.scale;
   }
   alignas(8) uint32_t code[kWords / 2];
-  half_codes<E>(code, row, Quotient(scale), top, a.fp8, a.soft);
+  half_codes<E>(code, row, scale, top, a.fp8, a.soft);
   *reinterpret_cast<Codes*>(target.row + at_first) = reinterpret_cast<const Codes*>(code)[0];
   *reinterpret_cast<Codes*>(target.row + at_second) = reinterpret_cast<const Codes*>(code)[1];
 }
