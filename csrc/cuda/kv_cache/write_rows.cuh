@@ -5,20 +5,15 @@
 // turn so that what an access of the warp touches lies together. What is left per thread beside the
 // codes is index arithmetic, which at two packs takes as many instructions as they do; so blocks
 // are shaped that no division is needed.
-//
-//   write_rows_kernel   a thread loads its packs itself
-//   write_bulk_kernel   sm_90: a warp's elements of a token (its 32 lanes' heads, up to 2 KiB) come
-//                       by one bulk copy to shared memory; fewer requests, a few per cent faster
 #pragma once
 
 #include "../common/launch.cuh"
-#include "../ptx/bulk.cuh"
 #include "divide.cuh"
 #include "half_codes.cuh"
 
 namespace fastinfer::cuda {
 
-constexpr int kRowPacks = 4, kRowThreads = 32, kMostRowThreads = 1024, kBulkWarps = 2;
+constexpr int kRowPacks = 4, kRowThreads = 32, kMostRowThreads = 1024;
 
 struct RowsSide {
   const void* tokens;
@@ -31,7 +26,6 @@ struct RowsParams {
   Indices slots;
   uint32_t tokens, part, token_head_stride, position_stride, head_stride, scale_slot, scale_head;
   int32_t block_size, block_shift, lanes_log2;  // shift -1: not a power of two
-  uint32_t warps_per_token;                     // of write_bulk_kernel
   bool dynamic, fp8, soft;
 };
 using RowPacks = HalfWords<4 * kRowPacks>;
@@ -40,12 +34,27 @@ static __device__ __noinline__ Slot divide_slot(int64_t slot, int32_t block_size
   return split_slot(slot, block_size);
 }
 
-// A lane's part of a head to its place. Every lane of the warp calls; a negative slot writes
-// nothing.
+// threadIdx.x is a lane of a head of a token, threadIdx.y and blockIdx.x are tokens.
 template <class T>
-__device__ __forceinline__ void write_part(const RowsParams& p, const RowsSide& s,
-                                           const RowPacks& row, int64_t slot, float scale,
-                                           uint32_t head, uint32_t lane) {
+__global__ void __launch_bounds__(kMostRowThreads)
+    write_rows_kernel(const __grid_constant__ RowsParams p) {
+  const RowsSide& s = p.side[blockIdx.y];
+  const uint32_t lane = threadIdx.x & ((1u << p.lanes_log2) - 1);
+  const uint32_t head = threadIdx.x >> p.lanes_log2;
+  const uint32_t t = blockIdx.x * blockDim.y + threadIdx.y;
+  grid_wait();
+  RowPacks row{};
+  int64_t slot = -1;
+  float scale = 1.0f;
+  if (t < p.tokens && lane * 8 < p.part) {
+    slot = p.slots[t];
+    const T* from = static_cast<const T*>(s.tokens) + t * s.token_stride +
+                    (head * p.token_head_stride + lane * 8);
+#pragma unroll
+    for (int k = 0; k < kRowPacks; ++k)
+      reinterpret_cast<uint4*>(&row)[k] = *reinterpret_cast<const uint4*>(from + k * p.part);
+    if (!p.dynamic) scale = s.scale[head * p.scale_head];
+  }
   uint32_t top;
   if (p.dynamic) {
     top = top_bits<T>(row);
@@ -71,73 +80,6 @@ __device__ __forceinline__ void write_part(const RowsParams& p, const RowsSide& 
 #pragma unroll
   for (int k = 0; k < kRowPacks; ++k)
     *reinterpret_cast<uint2*>(to + k * p.part) = make_uint2(code[2 * k], code[2 * k + 1]);
-}
-
-// threadIdx.x is a lane of a head of a token, threadIdx.y and blockIdx.x are tokens.
-template <class T>
-__global__ void __launch_bounds__(kMostRowThreads)
-    write_rows_kernel(const __grid_constant__ RowsParams p) {
-  const RowsSide& s = p.side[blockIdx.y];
-  const uint32_t lane = threadIdx.x & ((1u << p.lanes_log2) - 1);
-  const uint32_t head = threadIdx.x >> p.lanes_log2;
-  const uint32_t t = blockIdx.x * blockDim.y + threadIdx.y;
-  grid_wait();
-  RowPacks row{};
-  int64_t slot = -1;
-  float scale = 1.0f;
-  if (t < p.tokens && lane * 8 < p.part) {
-    slot = p.slots[t];
-    const T* from = static_cast<const T*>(s.tokens) + t * s.token_stride +
-                    (head * p.token_head_stride + lane * 8);
-#pragma unroll
-    for (int k = 0; k < kRowPacks; ++k)
-      reinterpret_cast<uint4*>(&row)[k] = *reinterpret_cast<const uint4*>(from + k * p.part);
-    if (!p.dynamic) scale = s.scale[head * p.scale_head];
-  }
-  write_part<T>(p, s, row, slot, scale, head, lane);
-}
-
-// A warp is a token, or a part of it where a token has more heads; blockIdx.y counts the parts of K
-// and then those of V.
-template <class T>
-__global__ void __launch_bounds__(32 * kBulkWarps)
-    write_bulk_kernel(const __grid_constant__ RowsParams p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr int kMostBytes = 32 * kRowPacks * 16;
-  __shared__ alignas(128) char shared[kBulkWarps][kMostBytes];
-  __shared__ uint64_t barrier[kBulkWarps];
-  const uint32_t warp = threadIdx.x / 32, within = threadIdx.x % 32;
-  const uint32_t t = blockIdx.x * kBulkWarps + warp;
-  const bool value = blockIdx.y >= p.warps_per_token;
-  const RowsSide& s = p.side[value];
-  const uint32_t heads = 32u >> p.lanes_log2, dim = p.part * kRowPacks;
-  const uint32_t first = (value ? blockIdx.y - p.warps_per_token : blockIdx.y) * heads;
-  grid_wait();
-  if (t >= p.tokens) return;
-  if (within == 0) {
-    ptx::mbarrier_init(&barrier[warp], 1);
-    ptx::mbarrier_init_fence();
-    const uint32_t bytes = heads * dim * sizeof(T);
-    ptx::mbarrier_arrive_expect(&barrier[warp], bytes);
-    ptx::bulk_load(ptx::shared_address(shared[warp]),
-                   static_cast<const T*>(s.tokens) + t * s.token_stride + first * dim, bytes,
-                   &barrier[warp]);
-  }
-  const uint32_t lane = within & ((1u << p.lanes_log2) - 1), at = within >> p.lanes_log2;
-  const bool active = lane * 8 < p.part;
-  const int64_t slot = active ? p.slots[t] : -1;
-  const float scale = p.dynamic ? 1.0f : s.scale[(first + at) * p.scale_head];
-  RowPacks row{};
-  __syncwarp();
-  ptx::mbarrier_wait(&barrier[warp], 0);  // also where nothing is written: the copy must have ended
-  if (active) {
-    const T* from = reinterpret_cast<const T*>(shared[warp]) + at * dim + lane * 8;
-#pragma unroll
-    for (int k = 0; k < kRowPacks; ++k)
-      reinterpret_cast<uint4*>(&row)[k] = *reinterpret_cast<const uint4*>(from + k * p.part);
-  }
-  write_part<T>(p, s, row, slot, scale, first + at, lane);
-#endif
 }
 
 // ---- host
@@ -196,13 +138,6 @@ int write_rows(const cpu::CacheWriteParams& p, int64_t tokens, bool soft, void* 
   r.dynamic = k.scale.dynamic, r.fp8 = p.cache_dtype == DType::f8e4m3, r.soft = soft;
   const int lanes = lanes_of_head(p.dim / (8 * kRowPacks));
   while (1 << r.lanes_log2 < lanes) ++r.lanes_log2;
-  const int64_t lanes_of_token = p.heads * lanes;
-  if (device_facts().compute_capability >= 90 && !force_portable() && lanes_of_token % 32 == 0 &&
-      k.token_head_stride == p.dim) {
-    r.warps_per_token = static_cast<uint32_t>(lanes_of_token / 32);
-    const dim3 grid(static_cast<unsigned>(ceil_div(tokens, kBulkWarps)), 2 * r.warps_per_token);
-    return launch(write_bulk_kernel<T>, grid, 32 * kBulkWarps, 0, stream, r);
-  }
   const dim3 block = rows_block(p.heads, lanes);
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, block.y)), 2);
   return launch(write_rows_kernel<T>, grid, block, 0, stream, r);
