@@ -43,7 +43,8 @@ def main() -> None:
             "operator": lambda: ops.fused_add_rms_norm(x, r, w, 1e-6),
         },
         "rms_norm_quant": {
-            OURS: lambda: fastinfer.rms_norm_quant(x, w),
+            OURS: lambda: fastinfer.rms_norm_quant(x, w, out=(codes, scale)),
+            "fastinfer, allocating": lambda: fastinfer.rms_norm_quant(x, w),
             "operator": lambda: ops.rms_norm_quant(
                 x, w, 1e-6, residual=None, q=codes, scale=scale, zeros=None
             ),
@@ -52,8 +53,13 @@ def main() -> None:
             OURS: lambda: fastinfer.silu_and_mul(gated, out=y),
             "torch, silu alone": lambda: torch.nn.functional.silu(x),
         },
+        "silu_and_mul_quant": {
+            OURS: lambda: fastinfer.silu_and_mul_quant(gated, out=(codes, scale)),
+            "fastinfer, allocating": lambda: fastinfer.silu_and_mul_quant(gated),
+        },
         "quantize_per_token": {
-            OURS: lambda: fastinfer.quantize_per_token(x, out=codes),
+            OURS: lambda: fastinfer.quantize_per_token(x, out=(codes, scale)),
+            "fastinfer, allocating": lambda: fastinfer.quantize_per_token(x),
             "operator": lambda: ops.quantize_per_token(
                 x, static_scale=None, q=codes, scale=scale, zeros=None
             ),

@@ -94,6 +94,7 @@ for _dtype in (torch.bfloat16, torch.float16, torch.float32):
     for _tokens, _dim, _half, _cache, _dynamic in (
         (_FEW, 128, 64, _dtype, False),
         (_FEW, 128, 64, _FP8, True),
+        (_MANY, 128, 64, _dtype, False),
         (_MANY, 128, 64, _FP8, True),
         (_FEW, 64, 32, torch.int8, False),
         (_FEW, 64, 16, torch.int8, False),

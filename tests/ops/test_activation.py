@@ -139,6 +139,10 @@ def test_quant_matches_reference(
     b = silu_and_mul_quant(x.transpose(0, 1)[..., 1:67].contiguous(), symmetric=symmetric)
     assert a[0].shape == (3, 4, 33) and a[1].shape == (3, 4)
     assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True) if s is not None)
+    out = tuple(torch.empty_like(t) for t in b if t is not None)
+    c = silu_and_mul_quant(x.transpose(0, 1)[..., 1:67], symmetric=symmetric, out=out)
+    assert all(s is t for s, t in zip(out, c, strict=False))
+    assert all(torch.equal(s, t) for s, t in zip(b, c, strict=True) if s is not None)
 
 
 @DEVICES

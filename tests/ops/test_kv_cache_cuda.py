@@ -30,11 +30,14 @@ def raw(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("cache_dtype", [FP8, torch.int8])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_code(arch: str, dtype: torch.dtype, cache_dtype: torch.dtype, heads: int) -> None:
-    """All 65536 patterns, NaN and infinities among them, under scales that hit ties and not."""
+    """All 65536 patterns, NaN and infinities among them, under scales that hit ties, that nearly do
+    (next to short numbers), and others.
+    """
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(512, 1, 128)
     patterns = patterns.expand(512, heads, 128).contiguous()
     nan = torch.tensor([float("nan")])
-    for scale in (1.0, 0.5, 0.0123, 3.7e-20, 1.1e30, float(nan)):
+    near = (1 + 2**-23, 1 - 2**-24, 1.375 + 2**-23, 0.01, 1 / 448, 1 / 127, 0.25 / 448)
+    for scale in (1.0, 0.5, 0.0123, *near, 3.7e-20, 1.1e30, float(nan)):
         written = []
         for device in ("cpu", "cuda"):
             caches = [torch.zeros(32, 16, heads, 128).to(cache_dtype).to(device) for _ in "kv"]

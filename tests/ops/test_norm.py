@@ -240,6 +240,19 @@ def test_nan_stays_in_its_row(device: str) -> None:
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("device", devices("rms_norm_quant"))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_quant_into_given_tensors(symmetric: bool, device: str) -> None:
+    x, w = randn(2, 3, 40, seed=1).to(device), randn(40, seed=2).to(device)
+    want = rms_norm_quant(x, w, symmetric=symmetric)
+    out = tuple(torch.empty_like(t) for t in want if t is not None)
+    got = rms_norm_quant(x, w, symmetric=symmetric, out=out)
+    assert all(a is b for a, b in zip(out, got, strict=False))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True) if b is not None)
+    refuses(lambda: rms_norm_quant(x, w, symmetric=not symmetric, out=out), "out must be (q, scale")
+    refuses(lambda: rms_norm_quant(x, w, symmetric=symmetric, out=(x, *out[1:])), "q must be")
+
+
 def test_opcheck() -> None:
     w = randn(17, seed=1)
     for x in (randn(3, 17, seed=2), randn(3, 4, 20, seed=2)[:, 1:3, :17], torch.empty(0, 17)):

@@ -371,6 +371,13 @@ def test_leading_dimensions_out_and_empty_cases() -> None:
     out = poisoned(2, 3, 8, dtype=torch.int8)
     q, s, _ = Q.quantize_per_token(x, out=out)
     assert q is out and s.shape == (6,)
+    scale, zeros = poisoned(6), torch.full((6,), 99, dtype=torch.int32)
+    codes = out.clone()
+    for given in ((codes, scale), (codes, scale, zeros)):
+        want = Q.quantize_per_token(x, symmetric=len(given) == 2)
+        got = Q.quantize_per_token(x, symmetric=len(given) == 2, out=given)
+        assert all(a is b for a, b in zip(given, got, strict=False))
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True) if b is not None)
     assert torch.equal(q.view(6, 8), Q.quantize_per_token(x.view(6, 8))[0])
     assert Q.quantize_per_token(x[0, 0])[1].shape == (1,)
     q, s, _ = Q.quantize_per_token(torch.empty(0, 8))
@@ -452,6 +459,10 @@ WRONG = {
     "out shape": (
         lambda: Q.quantize_per_token(ONES(2, 8), out=_codes()),
         "out must be contiguous with shape [2, 8]",
+    ),
+    "out of two": (
+        lambda: Q.quantize_per_token(ONES(4, 16), symmetric=False, out=(_codes(), ONES(4))),
+        "out must be (q, scale, zeros), got 2",
     ),
     "out dtype": (
         lambda: Q.quantize_per_token(ONES(4, 16), out=_codes()),

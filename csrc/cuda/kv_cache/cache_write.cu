@@ -12,11 +12,12 @@
 #include "divide.cuh"
 #include "half_codes.cuh"
 #include "kv_cache.h"
+#include "write_rows.cuh"
 
 namespace fastinfer::cuda {
 namespace {
 
-constexpr int kThreads = 128, kUnroll = 4, kHeadUnroll = 1, kRowPacks = 4, kRowThreads = 32;
+constexpr int kThreads = 128, kUnroll = 4, kHeadUnroll = 1;
 
 // ---- float caches: bytes
 struct BytesSide {
@@ -97,25 +98,6 @@ struct CodesParams {
   Divisor heads;
 };
 
-// For much work; offsets within a token or a block fit 32 bits.
-struct RowsSide {
-  const void* tokens;
-  char* cache;
-  float* scale;
-  int64_t token_stride, block_stride;
-};
-struct RowsParams {
-  RowsSide side[2];
-  Indices slots;
-  uint32_t tokens, dim, token_head_stride, position_stride, head_stride, scale_slot, scale_head;
-  int32_t block_size, block_shift, lanes_log2;  // shift -1: not a power of two
-  bool dynamic, fp8, soft;
-  Divisor heads;
-};
-static __device__ __noinline__ Slot divide_slot(int64_t slot, int32_t block_size) {
-  return split_slot(slot, block_size);
-}
-
 // Any alignment, head dim and type: a pack per lane and round; the tokens are read again for the
 // codes.
 template <class T>
@@ -192,60 +174,10 @@ __device__ __forceinline__ void write_half_heads(const CodesParams& p, int64_t f
       char* to = store.cache + at.block * store.block_stride + at.position * store.position_stride +
                  head[u] * store.head_stride + lane * 16;
       uint32_t code[4];
-      half_codes<T>(code, row[u], Quotient(scale[u]), top, fp8, store.soft);
+      half_codes<T>(code, row[u], scale[u], top, fp8, store.soft);
       *reinterpret_cast<uint4*>(to) = make_uint4(code[0], code[1], code[2], code[3]);
     }
   }
-}
-
-// Much work: kRowPacks packs of 8 elements per lane, a head's packs dealt to its lanes in turn, so
-// that what an access of the warp touches lies together. Once per thread is index arithmetic, which
-// at two packs still takes as many instructions as the codes.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 12)
-    write_rows_kernel(const __grid_constant__ RowsParams p) {
-  const RowsSide& s = p.side[blockIdx.y];
-  const uint32_t lanes = 1u << p.lanes_log2, lane = threadIdx.x & (lanes - 1);
-  const uint32_t item = (blockIdx.x * blockDim.x + threadIdx.x) >> p.lanes_log2;
-  uint32_t head;
-  const uint32_t t = p.heads(item, head);
-  const uint32_t part = p.dim / kRowPacks;
-  const bool active = t < p.tokens && lane * 8 < part;
-  grid_wait();
-  HalfWords<4 * kRowPacks> row{};
-  int64_t slot = -1;
-  float scale = 1.0f;
-  if (active) {
-    slot = p.slots[t];
-    const T* from = static_cast<const T*>(s.tokens) + t * s.token_stride +
-                    (head * p.token_head_stride + lane * 8);
-#pragma unroll
-    for (int k = 0; k < kRowPacks; ++k)
-      reinterpret_cast<uint4*>(&row)[k] = *reinterpret_cast<const uint4*>(from + k * part);
-    if (!p.dynamic) scale = s.scale[head * p.scale_head];
-  }
-  uint32_t top = top_bits<T>(row);
-  if (p.dynamic) {
-#pragma unroll 1
-    for (uint32_t other = lanes / 2; other > 0; other /= 2)
-      top = max(top, __shfl_xor_sync(kAllLanes, top, other));
-  }
-  if (slot < 0) return;
-  if (p.dynamic) {
-    scale = dynamic_scale(top, p.fp8);
-    if (lane == 0) s.scale[slot * p.scale_slot + head * p.scale_head] = scale;
-  }
-  const Slot at = p.block_shift >= 0
-                      ? Slot{slot >> p.block_shift, slot & ((1 << p.block_shift) - 1)}
-                      : divide_slot(slot, p.block_size);
-  char* to =
-      s.cache + at.block * s.block_stride +
-      (static_cast<uint32_t>(at.position) * p.position_stride + head * p.head_stride + lane * 8);
-  uint32_t code[2 * kRowPacks];
-  half_codes<T>(code, row, Quotient(scale), top, p.fp8, p.soft);
-#pragma unroll
-  for (int k = 0; k < kRowPacks; ++k)
-    *reinterpret_cast<uint2*>(to + k * part) = make_uint2(code[2 * k], code[2 * k + 1]);
 }
 
 template <class T>
@@ -301,56 +233,6 @@ int write_bytes(const cpu::CacheWriteParams& p, int64_t tokens, void* stream) {
   b.tokens_per_cta = tokens_of_cta(tokens, b.token_units.value, kUnroll);
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, b.tokens_per_cta)), 2);
   return launch(write_bytes_kernel, grid, kThreads, 0, stream, b);
-}
-
-// Much work, both sides alike, offsets that fit 32 bits?
-bool rows_fit(const cpu::CacheWriteParams& p, int64_t tokens) {
-  const cpu::CacheSide &k = p.key, &v = p.value;
-  const cpu::ScaleView &a = k.scale, &b = v.scale;
-  const bool alike = k.token_head_stride == v.token_head_stride &&
-                     k.position_stride == v.position_stride && k.head_stride == v.head_stride &&
-                     a.dynamic == b.dynamic && a.block == b.block && a.position == b.position &&
-                     a.head == b.head && a.block == a.position * p.block_size;
-  int64_t most = tokens * p.heads;
-  for (const int64_t n :
-       {k.token_head_stride * p.heads, k.position_stride * p.block_size + k.head_stride * p.heads,
-        a.position, a.head, p.block_size})
-    most = n > most ? n : most;
-  for (const int64_t n :
-       {k.token_head_stride, k.position_stride, k.head_stride, a.position, a.head})
-    if (n < 0) return false;
-  const int64_t lanes = p.dim / (8 * kRowPacks);
-  return alike && p.dim % (8 * kRowPacks) == 0 && most <= INT32_MAX - p.dim &&
-         2 * tokens * p.heads * lanes >= int64_t{1024} * device_facts().sms;
-}
-
-template <class T>
-int write_rows(const cpu::CacheWriteParams& p, int64_t tokens, bool soft, void* stream) {
-  const cpu::CacheSide* sides[2] = {&p.key, &p.value};
-  RowsParams r{};
-  for (int i = 0; i < 2; ++i) {
-    const cpu::CacheSide& s = *sides[i];
-    r.side[i] = {s.tokens, static_cast<char*>(s.cache), s.scale.data, s.token_stride,
-                 s.block_stride};
-  }
-  const cpu::CacheSide& k = p.key;
-  r.slots = Indices(p.slots, p.slot_dtype, p.slot_stride);
-  r.tokens = static_cast<uint32_t>(tokens), r.dim = static_cast<uint32_t>(p.dim);
-  r.token_head_stride = static_cast<uint32_t>(k.token_head_stride);
-  r.position_stride = static_cast<uint32_t>(k.position_stride);
-  r.head_stride = static_cast<uint32_t>(k.head_stride);
-  r.scale_slot = static_cast<uint32_t>(k.scale.position);
-  r.scale_head = static_cast<uint32_t>(k.scale.head);
-  r.block_size = static_cast<int32_t>(p.block_size), r.block_shift = -1;
-  for (int b = 0; b < 31; ++b)
-    if (int64_t{1} << b == p.block_size) r.block_shift = b;
-  r.dynamic = k.scale.dynamic, r.fp8 = p.cache_dtype == DType::f8e4m3, r.soft = soft;
-  r.heads = Divisor(p.heads);
-  const int lanes = lanes_of_head(p.dim / (8 * kRowPacks));
-  while (1 << r.lanes_log2 < lanes) ++r.lanes_log2;
-  const int64_t blocks = ceil_div(tokens * p.heads, kRowThreads >> r.lanes_log2);
-  return launch(write_rows_kernel<T>, dim3(static_cast<unsigned>(blocks), 2), kRowThreads, 0,
-                stream, r);
 }
 
 template <class T>

@@ -135,12 +135,9 @@ struct Quotient {
   __device__ __forceinline__ bool quick(const float (&x)[N]) const {
     return __uint_as_float(top_bits(x)) < limit;  // false where x holds NaN
   }
-  __device__ __forceinline__ float unsigned_zero(float x) const {
-    const float q = __fmaf_rn(x, r, __fmul_rn(x, e));
-    return __fmaf_rn(__fmaf_rn(-q, scale, x), r, q);
-  }
   __device__ __forceinline__ float operator()(float x) const {
-    return copysignf(unsigned_zero(x), x);  // -0 stays -0
+    const float q = __fmaf_rn(x, r, __fmul_rn(x, e));
+    return copysignf(__fmaf_rn(__fmaf_rn(-q, scale, x), r, q), x);  // -0 stays -0
   }
 };
 

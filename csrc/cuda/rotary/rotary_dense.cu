@@ -16,9 +16,10 @@ namespace {
 // Tokens between the one of a block and the one whose rows it asks for, per SM.
 constexpr int kAheadPerSm = 3;
 
-// kHeads: of a thread, at most. V: what it loads and stores at a time.
-template <class E, class A, class V, int kHeads>
-__global__ void __launch_bounds__(kRotaryThreads, 4)
+// kHeads: of a thread, at most. V: what it loads and stores at a time. kCodes: the cache holds
+// codes. These take more registers; fewer blocks per SM cost them nothing, as they do float caches.
+template <class E, class A, class V, int kHeads, bool kCodes = false>
+__global__ void __launch_bounds__(kRotaryThreads, kCodes ? 3 : 4)
     rotary_dense_kernel(const __grid_constant__ A a) {
   constexpr int kSize = Part<E, V>::kSize;
   const int lanes = 1 << a.lane_bits, lane = threadIdx.x & (lanes - 1);
@@ -33,20 +34,8 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
   int64_t position = t, slot = -1;
   if (a.positions && live)
     position = index_of(a.positions, a.wide_positions, t * a.position_stride);
-  int64_t later = -1;  // position of a token whose rows of cos and sin are asked for
   if constexpr (A::kCached) {
     if (live) slot = index_of(a.slots, a.wide_slots, t * a.slot_stride);
-    const int64_t token = t + a.ahead;
-    if (blockIdx.y == 0 && token < a.tokens) {
-      if (threadIdx.x == 0) {
-        const uint32_t head = dim * sizeof(E);
-        prefetch_l2(static_cast<const E*>(a.q) + token * a.q_token, a.q_heads * head);
-        prefetch_l2(static_cast<const E*>(a.k) + token * a.k_token, a.k_heads * head);
-        prefetch_l2(static_cast<const E*>(a.v) + token * a.v_token, a.k_heads * head);
-      }
-      if (threadIdx.x == blockDim.x - 1 && a.positions)
-        later = index_of(a.positions, a.wide_positions, token * a.position_stride);
-    }
   }
 
   Part<E, V> part[kHeads] = {};
@@ -72,6 +61,20 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
     part[j].first = *reinterpret_cast<const V*>(from + at_first);
     part[j].second = *reinterpret_cast<const V*>(from + at_second);
   }
+  int64_t later = -1;          // position of a token whose rows of cos and sin are asked for
+  if constexpr (A::kCached) {  // behind the block's own loads
+    const int64_t token = t + a.ahead;
+    if (blockIdx.y == 0 && token < a.tokens) {
+      if (threadIdx.x == 0) {
+        const uint32_t head = dim * sizeof(E);
+        prefetch_l2(static_cast<const E*>(a.q) + token * a.q_token, a.q_heads * head);
+        prefetch_l2(static_cast<const E*>(a.k) + token * a.k_token, a.k_heads * head);
+        prefetch_l2(static_cast<const E*>(a.v) + token * a.v_token, a.k_heads * head);
+      }
+      if (threadIdx.x == blockDim.x - 1 && a.positions)
+        later = index_of(a.positions, a.wide_positions, token * a.position_stride);
+    }
+  }
   float c[kSize], sine[kSize];
   if (which[0] < 2) {  // the first head of a thread is the one of the lower number
     const int64_t row = position * a.table_stride;
@@ -96,8 +99,8 @@ __global__ void __launch_bounds__(kRotaryThreads, 4)
     }
 #pragma unroll
     for (int j = 0; j < kHeads; ++j) {
-      const Target target = target_of<E>(a, which[j], slot, head[j], dim);
-      cache_head(a, target, part[j], at_first, at_second, lane);
+      const Target target = target_of<E, kCodes>(a, which[j], slot, head[j], dim);
+      cache_head<kCodes>(a, target, part[j], at_first, at_second, lane);
     }
   }
 }

@@ -104,34 +104,33 @@ struct Target {
   char* row = nullptr;
   float* scale = nullptr;
 };
-template <class E, class A>
+template <class E, bool kCodes, class A>
 __device__ __forceinline__ Target target_of(const A& a, int which, int64_t slot, int head,
                                             int dim) {
   if (slot < 0 || (which != 1 && which != 2)) return {};
   const Slot where = place_of(a, slot);
   const int64_t at = where.block * a.block_stride +
                      where.position * static_cast<int64_t>(a.cache_position) + head * dim;
-  return {(which == 1 ? a.key_cache : a.value_cache) + at * (a.codes ? 1 : sizeof(E)),
+  return {(which == 1 ? a.key_cache : a.value_cache) + at * (kCodes ? 1 : sizeof(E)),
           (which == 1 ? a.k_scale : a.v_scale) + slot * a.scale_slot + head * a.scale_head};
 }
 
 // A head, as a lane holds it, to its place. Every lane of the warp calls.
-template <class E, class V, class A>
+template <bool kCodes, class E, class V, class A>
 __device__ __forceinline__ void cache_head(const A& a, const Target& target, const Part<E, V>& part,
                                            int at_first, int at_second, int lane) {
   using Codes = std::conditional_t<sizeof(V) == 16, uint2, uint32_t>;
   constexpr int kWords = Part<E, V>::kWords;
-  const HalfWords<kWords> row = part.words();
-  uint32_t top = 0;
-  if (a.codes) top = top_bits<E>(row);
-  if (a.dynamic) top = group_max(top, 1 << a.lane_bits);
-  if (!target.row) return;
-  if (!a.codes) {
+  if constexpr (!kCodes) {
+    if (!target.row) return;
     E* to = reinterpret_cast<E*>(target.row);
     *reinterpret_cast<V*>(to + at_first) = part.first;
     *reinterpret_cast<V*>(to + at_second) = part.second;
     return;
   }
+  const HalfWords<kWords> row = part.words();
+  const uint32_t top = a.dynamic ? group_max(top_bits<E>(row), 1 << a.lane_bits) : nan_bits<E>(row);
+  if (!target.row) return;
   float scale;
   if (a.dynamic) {
     scale = dynamic_scale(top, a.fp8);
@@ -140,7 +139,7 @@ __device__ __forceinline__ void cache_head(const A& a, const Target& target, con
     scale = *target.scale;
   }
   alignas(8) uint32_t code[kWords / 2];
-  half_codes<E>(code, row, Quotient(scale), top, a.fp8, a.soft);
+  half_codes<E>(code, row, scale, top, a.fp8, a.soft);
   *reinterpret_cast<Codes*>(target.row + at_first) = reinterpret_cast<const Codes*>(code)[0];
   *reinterpret_cast<Codes*>(target.row + at_second) = reinterpret_cast<const Codes*>(code)[1];
 }

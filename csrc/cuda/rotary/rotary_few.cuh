@@ -22,7 +22,7 @@ static __device__ __noinline__ FewCodes few_codes_any(uint32_t first, uint32_t s
                                                       bool soft) {
   if (dynamic) scale = dynamic_scale(top, fp8);
   uint32_t code[1];
-  half_codes<E>(code, HalfWords<2>{{first, second}}, Quotient(scale), top, fp8, soft);
+  half_codes<E>(code, HalfWords<2>{{first, second}}, scale, top, fp8, soft);
   return {code[0], scale};
 }
 
@@ -106,14 +106,10 @@ __global__ void __launch_bounds__(kFewThreads)
     const float x = __uint_as_float(top), q = __fmul_rn(x, r);
     scale = __fmaf_rn(__fmaf_rn(-q, d, x), r, q);
   }
-  const Quotient divide(scale);
+  const HalfQuotient divide(scale);
   uint32_t code;
-  if (usual && __uint_as_float(top) < divide.limit) {
-    const float2 x = two_floats<E>(first), y = two_floats<E>(second);
-    code = four_codes({divide.unsigned_zero(x.x), divide.unsigned_zero(x.y),
-                       divide.unsigned_zero(y.x), divide.unsigned_zero(y.y)},
-                      a.fp8);
-    if (a.fp8) code ^= (code ^ __byte_perm(first, second, 0x7531)) & 0x80808080u;
+  if (usual && divide.quick && top <= 0x7F800000u) {
+    code = four_half_codes<E>(first, second, divide, a.fp8);
   } else {
     const FewCodes any = few_codes_any<E>(first, second, top, scale, a.dynamic, a.fp8, a.soft);
     code = any.code, scale = any.scale;

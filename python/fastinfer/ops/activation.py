@@ -8,12 +8,14 @@ References: Shazeer, "GLU Variants Improve Transformer", 2020 (SwiGLU, GEGLU); H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _lib
-from .norm import _check_codes, _empty_codes, quantize_rows_reference
+from .norm import _check_codes, _codes, quantize_rows_reference
 
 _silu_and_mul = _lib.op("silu_and_mul")
 _gelu_and_mul = _lib.op("gelu_and_mul")
@@ -78,7 +80,7 @@ def gelu_and_mul(x: Tensor, approximate: str = "none", *, out: Tensor | None = N
 
 
 def silu_and_mul_quant(
-    x: Tensor, *, symmetric: bool = True
+    x: Tensor, *, symmetric: bool = True, out: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """silu(gate) * up, then int8 codes per row: what w8a8_linear takes as its input.
 
@@ -90,6 +92,8 @@ def silu_and_mul_quant(
             any outer strides.
         symmetric: scale = max|y| / 127 and codes in [-127, 127]; otherwise the codes span the range
             of y and 0, and zero points come back too.
+        out: (q, scale), or (q, scale, zeros) when not symmetric, to write to. Allocating them takes
+            the host as long as the call.
 
     Returns:
         (q int8 [..., I], scale fp32 [...], zeros int32 [...] or None when symmetric). A row of
@@ -100,9 +104,11 @@ def silu_and_mul_quant(
 
     References: Shazeer 2020 (SwiGLU); Dettmers et al., "LLM.int8()", 2022 (int8 per row).
     """
-    _lib.require_tensors("silu_and_mul_quant", x=x)
-    _lib.refuse_grad("silu_and_mul_quant", x)
-    q, scale, zeros = _empty_codes(x, _half_shape("silu_and_mul_quant", x), symmetric)
+    name = "silu_and_mul_quant"
+    _lib.require_tensors(name, x=x)
+    _lib.refuse_grad(name, x)
+    columns = 0 if out is not None else _half_shape(name, x)[-1]
+    q, scale, zeros = _codes(name, x, columns, symmetric, out)
     _silu_and_mul_quant(x, q, scale, zeros)
     return q, scale, zeros
 

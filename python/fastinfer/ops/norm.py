@@ -77,6 +77,7 @@ def rms_norm_quant(
     *,
     residual: Tensor | None = None,
     symmetric: bool = True,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """RMS normalisation, then int8 codes per row: what w8a8_linear takes as its input.
 
@@ -91,6 +92,8 @@ def rms_norm_quant(
             sum is what is normalised.
         symmetric: scale = max|y| / 127 and codes in [-127, 127]; otherwise the codes span the range
             of y and 0, and zero points come back too.
+        out: (q, scale), or (q, scale, zeros) when not symmetric, to write to. Allocating them takes
+            the host as long as the call.
 
     Returns:
         (q int8 [..., D], scale fp32 [...], zeros int32 [...] or None when symmetric). A row of
@@ -102,29 +105,39 @@ def rms_norm_quant(
     References: Zhang and Sennrich 2019 (RMS norm); Dettmers et al., "LLM.int8()", 2022 (int8 per
     row).
     """
-    _lib.require_tensors("rms_norm_quant", x=x, weight=weight)
-    _lib.refuse_grad("rms_norm_quant", x, residual, weight)
-    q, scale, zeros = _empty_codes(x, x.shape, symmetric)
-    _rms_norm_quant(x, weight, eps, residual, q, scale, zeros)
+    try:
+        _lib.refuse_grad("rms_norm_quant", x, residual, weight)
+        q, scale, zeros = _codes("rms_norm_quant", x, None, symmetric, out)
+        _rms_norm_quant(x, weight, eps, residual, q, scale, zeros)
+    except Exception:  # looked at only when something was wrong
+        _lib.require_tensors("rms_norm_quant", x=x, weight=weight)
+        raise
     return q, scale, zeros
 
 
-def _empty_codes(
-    x: Tensor, shape: Sequence[int], symmetric: bool
+def _codes(
+    name: str, x: Tensor, columns: int | None, symmetric: bool, out: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs of a quantising op: q of `shape`, scale and zeros (None when symmetric) without its
-    last dimension. torch takes lists and empty_like in two thirds of the time of a torch.Size.
+    """Outputs of a quantising op, the caller's or new: q like x (with `columns` columns, where
+    given), scale and zeros (None when symmetric) without its last dimension. torch takes lists and
+    empty_like in two thirds of the time of a torch.Size.
     """
-    rows = [*shape[:-1]]
-    if shape == x.shape:
+    if out is not None:
+        _lib.check(
+            len(out) == (2 if symmetric else 3),
+            lambda: (
+                f"{name}: out must be {'(q, scale)' if symmetric else '(q, scale, zeros)'}, "
+                f"got {len(out)} tensors"
+            ),
+        )
+        return out[0], out[1], None if symmetric else out[2]
+    rows = [x.size(0)] if x.dim() == 2 else [*x.shape[:-1]]
+    if columns is None:
         q = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     else:
-        q = x.new_empty([*shape], dtype=torch.int8)
-    return (
-        q,
-        x.new_empty(rows, dtype=torch.float32),
-        None if symmetric else x.new_empty(rows, dtype=torch.int32),
-    )
+        q = x.new_empty([*rows, columns], dtype=torch.int8)
+    scale = x.new_empty(rows, dtype=torch.float32)
+    return q, scale, None if symmetric else x.new_empty(rows, dtype=torch.int32)
 
 
 def quantize_rows_reference(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _lib
+from ._fake_kv_cache import check_cache_write
 from ._reference_kv_cache import reshape_and_cache_reference
-from .kv_cache import check_cache_write
 
 _apply_rotary = _lib.op("apply_rotary")
 _apply_rotary_inplace = _lib.op("apply_rotary_inplace")
