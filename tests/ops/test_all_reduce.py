@@ -27,7 +27,7 @@ from helpers import FLOATS, assert_close_to_reference, assert_same, opcheck, ran
 # each other in vain.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-LIMIT_S = 5.0
+LIMIT_S = 20.0
 MAX_BYTES = 1 << 20
 
 
@@ -95,9 +95,10 @@ def test_add_norm_has_the_bits_of_two_steps(dtype: torch.dtype, world: int, algo
             parts = parts_of(world, *shape, dtype=dtype, seed=10 * seed)
             before = randn(*shape, seed=1000 + seed, dtype=dtype)
             weight = randn(shape[-1], seed=2000 + seed, dtype=dtype)
-            # Also loads the norm's code, which may wait for the GPU.
-            two_steps = peer_all_reduce_reference(parts).cuda()
-            fastinfer.fused_add_rms_norm(two_steps, before.cuda(), weight.cuda(), 1e-5)
+            # Also loads the norm's code on every device, which may wait for what runs there.
+            for device in {each.device for each in reduces}:
+                two_steps = peer_all_reduce_reference(parts).to(device)
+                fastinfer.fused_add_rms_norm(two_steps, before.to(device), weight.to(device), 1e-5)
             xs = [part.to(each.device) for part, each in zip(parts, reduces, strict=True)]
             residuals = [before.to(each.device) for each in reduces]
             weights = [weight.to(each.device) for each in reduces]
