@@ -40,7 +40,7 @@ def test_a_rank_is_lost_in_the_middle(folder: Path, stop: signal.Signals) -> Non
     with pytest.raises(RuntimeError, match="rank 1"):
         for _ in stream:
             pass
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - begin < 40
     with pytest.raises(RankError, match="rank 1"):  # and from now on
         llm.generate("again", LONG)
     llm.close()
@@ -51,7 +51,7 @@ def test_a_worker_ends_with_the_process_that_started_it(folder: Path) -> None:
     llm = LLM(str(folder), **SETTINGS | {"pipeline_parallel_size": 2})
     (process,) = llm.core.runner._run._processes
     llm.core.runner._run.hub.hang_up()  # as when this process is killed
-    assert process.wait(10) == 1
+    assert process.wait(60) == 1
     llm.close()
 
 
