@@ -36,6 +36,7 @@ KEYS = (
     *("q_len", "lengths", "hq", "hkv", "d", "page", "kv", "scales", "causal", "window", "layer"),
     *("n", "k", "bits", "m", "inner", "dim", "tokens", "vocab", "dtype", "shape"),
     *("overlapped", "batch_invariant", "plan", "workspace"),
+    *("kib", "hidden", "gpus", "link", "model", "weights", "tp", "pp", "requests"),
 )
 TITLES = {
     "prefill": "Prefill attention",
@@ -49,7 +50,7 @@ TITLES = {
     "e2e": "Whole models",
     "host": "Host time of a call",
     "speculative": "Speculative decoding",
-    "parallel": "Tensor parallel",
+    "parallel": "More than one GPU",
 }
 NOT_ROWS = ("ablate",)  # files with a section of their own
 # which of a file's rows compete with which peers

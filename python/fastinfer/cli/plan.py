@@ -1,4 +1,6 @@
-"""`fastinfer plan`: what a model needs in memory for a context and a batch, and what fits."""
+"""`fastinfer plan`: what a model needs in memory for a context and a batch, and what fits; how fast
+it would be on one GPU or many.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,15 @@ import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .plan_cluster import (
+    add_cluster_options,
+    check_cluster,
+    predict_speed,
+    speed_text,
+    weight_format,
+    weights_per_device,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +35,8 @@ def add_parser(commands: Any) -> None:
         "plan",
         help="memory for weights and KV cache, and what fits",
         description="Say how much memory a model's weights and KV cache take for a context length "
-        "and a batch, and what fits into a device. Needs config.json only. The exit code is 1 "
-        "when the batch does not fit.",
+        "and a batch, and what fits into a device; with --tp, --pp or --link also how fast it "
+        "would be. Needs config.json only. The exit code is 1 when the batch does not fit.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
     parser.add_argument(
@@ -52,6 +63,7 @@ def add_parser(commands: Any) -> None:
         "--speculative", metavar="DIR", help="folder of a draft model that runs beside it"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_cluster_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -67,8 +79,12 @@ def run(args: argparse.Namespace) -> int:
         kv_cache_dtype=args.kv_cache_dtype,
         block_size=args.block_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        tp=1 if args.tp is None else args.tp,
+        pp=1 if args.pp is None else args.pp,
         speculative=args.speculative,
     )
+    if (args.tp, args.pp, args.link) != (None, None, None):
+        report["speed"] = predict_speed(report, args)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0 if report["fits"] else 1
 
@@ -100,9 +116,11 @@ def plan_memory(
     kv_cache_dtype: str = "auto",
     block_size: int = 16,
     max_num_batched_tokens: int = 2048,
+    tp: int = 1,
+    pp: int = 1,
     speculative: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Everything the command prints, in bytes and tokens.
+    """Everything the command prints of memory, in bytes and tokens. All of one device.
 
     Args:
         folder: Checkpoint folder; only config.json is read (and file headers for the dtype).
@@ -114,6 +132,8 @@ def plan_memory(
         kv_cache_dtype: As in `EngineConfig`.
         block_size: As in `EngineConfig`.
         max_num_batched_tokens: As in `EngineConfig`.
+        tp: Devices that share a layer.
+        pp: Stages that the layers are divided into.
         speculative: As in `EngineConfig`: a draft model has weights and, in every block of the
             cache, keys and values of its own.
 
@@ -124,6 +144,7 @@ def plan_memory(
     from ..engine import EngineConfig
     from ..engine.kv_cache import block_bytes, cache_dtype
     from ..models import load_config
+    from ..quant import read_quant_config
 
     EngineConfig(  # checks the shared settings, with the engine's messages
         model=str(folder),
@@ -136,12 +157,16 @@ def plan_memory(
     config = load_config(folder)
     model_dtype = _model_dtype(folder, config, dtype)
     context = config.max_position if context is None else context
-    for name, value in (("--context", context), ("--batch", batch)):
+    for name, value in (("--context", context), ("--batch", batch), ("--tp", tp), ("--pp", pp)):
         if value < 1:
             raise ValueError(f"plan: {name} must be at least 1, got {value}")
-    weights = _weights(folder, config, model_dtype, context)
+    check_cluster(config, tp, pp)
+    weights = _weights(folder, config, model_dtype, context, tp, pp)
     kv_dtype = cache_dtype(kv_cache_dtype, model_dtype)
-    block, token = (block_bytes(config, size, kv_dtype) for size in (block_size, 1))
+    # Of the device that holds most: heads are repeated where there are fewer than devices.
+    heads, layers = max(config.num_kv_heads // tp, 1), -(-config.num_layers // pp)
+    share = heads * layers / (config.num_kv_heads * config.num_layers)
+    block, token = (int(block_bytes(config, size, kv_dtype) * share) for size in (block_size, 1))
     draft_weights = draft_block = 0
     if speculative is not None and speculative != "ngram":
         draft = load_config(speculative)
@@ -166,6 +191,9 @@ def plan_memory(
         "context": context,
         "batch": batch,
         "weight_bytes": weights,
+        "tp": tp,
+        "pp": pp,
+        "weight_format": weight_format(read_quant_config(folder)),
         "draft_weight_bytes": draft_weights,  # of these
         "kv_bytes_per_token": token,
         "kv_bytes_per_request": per_request,
@@ -193,7 +221,14 @@ def _model_dtype(folder: str | Path, config: ModelConfig, dtype: Any) -> torch.d
     return resolve_dtype(dtype, config, Checkpoint(Path(folder)) if has_weights else None)
 
 
-def _weights(folder: str | Path, config: ModelConfig, dtype: torch.dtype, context: int) -> int:
+def _weights(
+    folder: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    context: int,
+    tp: int = 1,
+    pp: int = 1,
+) -> int:
     import torch
 
     from ..models import CausalLM
@@ -201,7 +236,8 @@ def _weights(folder: str | Path, config: ModelConfig, dtype: torch.dtype, contex
 
     with torch.device("meta"):
         model = CausalLM(config, dtype=dtype, max_model_len=context)
-    return weight_bytes(model, config, read_quant_config(folder))
+    total = weight_bytes(model, config, read_quant_config(folder))
+    return total if tp * pp == 1 else weights_per_device(total, model, config, tp, pp)
 
 
 def weight_bytes(model: CausalLM, config: ModelConfig, quant: QuantConfig | None) -> int:
@@ -293,6 +329,13 @@ def as_text(report: dict[str, Any]) -> str:
             f"{report['max_context']}; {report['kv_tokens']} tokens in all",
         ),
     ]
+    if report["tp"] * report["pp"] > 1:
+        count = report["tp"] * report["pp"]
+        rows.insert(
+            1, ("devices", f"{count}: TP {report['tp']} x PP {report['pp']}; below: of one")
+        )
+    if "speed" in report:
+        rows.append(("speed", speed_text(report["speed"])))
     if context > report["max_position"]:
         rows.append(("remark", f"the model was trained for {report['max_position']} tokens"))
     return "\n".join(f"{label:<13}{text}" for label, text in rows)
