@@ -5,7 +5,6 @@
 #include "paged_attention.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #ifdef FASTINFER_WITH_CUDA
 #include "../cuda/common/launch.h"
@@ -254,8 +253,7 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);
-  p.min_share = p.rows > 16 ? 4 : 1;
-  if (const char* e = getenv("FI_MIN_SHARE"); e && p.rows > 16) p.min_share = atoi(e);
+  p.min_share = p.rows > 32 ? 4 : p.rows > 16 ? 2 : 1;
   place_workspace(op, p, slots, t, counters, partials);
   check_launch(op, launch_attention(p, slots, device.stream()));
 #else
