@@ -162,12 +162,8 @@ def test_more_sequences_than_threads():
 def test_cache_of_more_than_2_31_elements(code):
     blocks, used = 140000, 320
     dtype = code or torch.bfloat16
-    k, v = (
-        torch.full((blocks, 16, 8, 128), float("nan"), dtype=torch.bfloat16, device="cuda").to(
-            dtype
-        )
-        for _ in "kv"
-    )
+    nan = float("nan")
+    k, v = (torch.full((blocks, 16, 8, 128), nan, device="cuda").to(dtype) for _ in "kv")
     lengths = torch.tensor([5000, 33], dtype=torch.int32).cuda()
     table = torch.full((2, 400), -1, dtype=torch.int32).cuda()
     table[0, :313] = torch.arange(blocks - 313, blocks)

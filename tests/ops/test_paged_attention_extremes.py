@@ -1,5 +1,5 @@
-"""Paged attention at its edges: strided tensors, table padding of a whole row, long sequences, large
-logits over 8-bit caches, how exact those are, and keys that come in TMA boxes.
+"""Paged attention at its edges: strided tensors, rows without pages, long sequences, large logits,
+how exact 8-bit caches are, and keys that come in TMA boxes.
 """
 
 from __future__ import annotations
