@@ -22,7 +22,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-full test-gpu bench report wheel compat lint format clean
+.PHONY: help dev demo test test-full test-gpu bench bench-all report docs wheel compat lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,8 +81,14 @@ test-gpu:  ## what needs a GPU: operators on CUDA, graphs, streams, sanitizer (G
 bench: $(STAMP)/installed dev  ## the benchmarks of this machine's device, as tables
 	@for script in bench/bench_*.py; do echo "== $$script"; $(PY) $$script $(BENCH_ARGS) || exit 1; done
 
-report: $(STAMP)/torch  ## docs/performance.md and its plots, from bench/results (needs matplotlib)
-	$(PY) bench/report.py
+bench-all: $(STAMP)/installed dev  ## every benchmark with progress, to build/bench (small on a CPU; BENCH_ARGS="--device cuda")
+	$(PY) bench/run_all.py $(BENCH_ARGS)
+
+report: $(STAMP)/torch $(STAMP)/docs  ## docs/performance.md and its plots, from bench/results
+	PYTHONPATH=python $(PY) bench/report.py
+
+docs: $(STAMP)/installed $(STAMP)/docs dev  ## the site of docs/ in build/site; every warning is an error
+	PYTHONPATH=python $(PY) -m mkdocs build --strict -q
 
 wheel: $(STAMP)/torch $(STAMP)/build  ## dist/*.whl and dist/*.tar.gz
 	$(PY) -m build --no-isolation --wheel --sdist --outdir dist .

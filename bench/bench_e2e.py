@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from common import Bench
 from shapes import SHAPES
+from shapes import write_config as write_shape
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.bench.drive import LoadResult, run_load
@@ -46,25 +47,7 @@ TINY_LOADS = [("32 req 64/16", 32, "random"), ("32 req mixed", 32, "lognormal")]
 
 
 def write_config(folder: Path, shape: str, dtype: str, int4: bool) -> None:
-    config: dict[str, Any] = {
-        **SHAPES[shape],
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": DTYPES[dtype],
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
-    if int4:
-        config["quantization_config"] = {
-            "quant_method": "gptq",
-            "bits": 4,
-            "group_size": 128,
-            "sym": True,
-        }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_shape(shape, folder, DTYPES[dtype], int4=int4)
 
 
 def run_batch(llm: LLM, batch: int, prompt: int, new: int, seed: int) -> LoadResult:

@@ -1,6 +1,7 @@
 """Every `bench/results/<gpu>/*.json` as `docs/performance.md`, with plots beside the peers.
 
     python bench/report.py                     (or `make report`)
+    python bench/report.py --engines DIR       also load tests of other engines (vLLM's JSON)
 
 Rows of ours are matched with rows of the same case in the same file (peers that ran in the same
 process) and in `bench/peers/<gpu>.json` (other engines and libraries, measured on another card of
@@ -13,10 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+
+import guide_blocks
+
+from fastinfer.bench.report import save_figure
 
 Row = dict[str, Any]
 
@@ -28,6 +36,7 @@ KEYS = (
     *("q_len", "lengths", "hq", "hkv", "d", "page", "kv", "scales", "causal", "window", "layer"),
     *("n", "k", "bits", "m", "inner", "dim", "tokens", "vocab", "dtype", "shape"),
     *("overlapped", "batch_invariant", "plan", "workspace"),
+    *("kib", "hidden", "gpus", "link", "model", "weights", "tp", "pp", "requests"),
 )
 TITLES = {
     "prefill": "Prefill attention",
@@ -41,7 +50,9 @@ TITLES = {
     "e2e": "Whole models",
     "host": "Host time of a call",
     "speculative": "Speculative decoding",
+    "parallel": "More than one GPU",
 }
+NOT_ROWS = ("ablate",)  # files with a section of their own
 # which of a file's rows compete with which peers
 INT4 = ("marlin_int4", "machete_int4", "tinygemm_int4", "gemlite_int4")
 KINDS: dict[str, tuple[str, ...]] = {
@@ -137,6 +148,8 @@ def load(folder: Path, peers: list[Row]) -> list[Section]:
         by_case.setdefault(case_of(peer), []).append(peer)
     sections: dict[str, Section] = {}
     for path in sorted(folder.glob("*.json")):
+        if path.stem.startswith(NOT_ROWS):
+            continue
         document = json.loads(path.read_text())
         rows: list[Row] = document["rows"]
         here: dict[Any, list[Row]] = {}
@@ -145,7 +158,7 @@ def load(folder: Path, peers: list[Row]) -> list[Section]:
         for row in rows:
             if not is_ours(row):
                 continue
-            op = row["op"] if row["op"] in TITLES else next(o for o in TITLES if o in path.stem)
+            op = row["op"] if row["op"] in TITLES else title_of(path.stem)
             section = sections.setdefault(op, Section(op, folder.name))
             wanted, case = rivals(row), case_of(row)
             section.results.append(
@@ -163,6 +176,13 @@ def load(folder: Path, peers: list[Row]) -> list[Section]:
             if head not in section.heads:
                 section.heads.append(head)
     return [sections[op] for op in TITLES if op in sections]
+
+
+def title_of(stem: str) -> str:
+    """The section of a file whose rows name none; one of its own where no title fits."""
+    found = next((op for op in TITLES if op in stem), stem)
+    TITLES.setdefault(found, found.replace("_", " ").capitalize())
+    return found
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -330,19 +350,21 @@ def plot_roofline(section: Section, folder: Path, ceilings: Row, pyplot: Any) ->
 def save(figure_: Any, stem: Path, pyplot: Any) -> str:
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure_.tight_layout()
-    figure_.savefig(stem.with_suffix(".png"), dpi=110)
-    figure_.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    save_figure(figure_, stem.with_suffix(".png"))
+    save_figure(figure_, stem.with_suffix(".svg"))
     pyplot.close(figure_)
     return stem.name
 
 
-def write(results: Path, peers: Path, page: Path) -> int:
+def write(results: Path, peers: Path, page: Path, engines: Path | None = None) -> int:
     """Write the page and its plots; returns the number of sections."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "fastinfer"  # the same plot, the same bytes
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: a third of the size
     import matplotlib.pyplot as pyplot
+    import report_extras as extras
 
     pictures = page.with_suffix("")
     lines = ["# Performance", "", (__doc__ or "").split("\n\n")[2].replace("\n", " "), ""]
@@ -370,6 +392,11 @@ def write(results: Path, peers: Path, page: Path) -> int:
             body = gemm_table(section) if section.op == "gemm" else table(section)
             lines += ["", "<details><summary>Rows</summary>", "", *body, "", "</details>", ""]
             lines += ["Runs: " + "; ".join(section.heads) + "."]
+        for path in sorted(folder.glob("ablate*.json")):
+            count += 1
+            lines += extras.ablation(path, pictures, pyplot)
+        if engines is not None:
+            lines += extras.load_tests(engines / folder.name)
     page.write_text("\n".join(lines) + "\n")
     return count
 
@@ -386,10 +413,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--peers", type=Path, default=HERE / "peers")
+    parser.add_argument(
+        "--engines", type=Path, default=HERE / "engines", help="DIR/<gpu>/*.json: load tests"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "performance.md")
     args = parser.parse_args()
-    count = write(args.results, args.peers, args.output)
+    count = write(args.results, args.peers, args.output, args.engines)
     print(f"wrote {args.output} ({count} sections)")
+    for guide in sorted(args.output.parent.glob("guide*.md")):
+        guide.write_text(guide_blocks.fill(guide.read_text(), args.results))
+        print(f"wrote {guide}: its outputs")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ def names(pages: list[Path]) -> list[str]:
 
 
 PYTHON = [page for page in PAGES if blocks(page, "python")]
-COMMANDS = [page for page in PAGES if blocks(page, "")]
 
 
 def prepare(page: str, folder: Path) -> None:
@@ -67,13 +66,19 @@ def test_python(page: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+PROGRAMS = ("make", "python", "pip", "fastinfer", "cmake", "build/cpp/generate", "curl")
+
+
 def lines(page: Path) -> list[str]:
-    found = [line.strip() for code in blocks(page, "") for line in code.splitlines()]
-    programs = ("make", "python", "pip", "fastinfer", "cmake", "build/cpp/generate")
-    return [line for line in found if line.startswith(tuple(f"{p} " for p in programs))]
+    """The commands of a page: of its blocks without a language, and of indented blocks."""
+    shown = blocks(page, "")
+    shown += re.findall(r"(?:^    .*\S.*\n)+", page.read_text(), re.MULTILINE)
+    found = "\n".join(shown).replace("\\\n", " ").splitlines()
+    commands = [" ".join(line.split()) for line in found]
+    return [line for line in commands if line.startswith(tuple(f"{p} " for p in PROGRAMS))]
 
 
-@pytest.mark.parametrize("page", names([p for p in COMMANDS if lines(p)]))
+@pytest.mark.parametrize("page", names([p for p in PAGES if lines(p)]))
 def test_commands(page: str) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in lines(ROOT / page):

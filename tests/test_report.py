@@ -110,3 +110,53 @@ def test_the_results_in_the_repository_can_be_read():
         assert found and all(section.results for section in found)
         for section in found:
             assert report.table(section) and (section.op != "gemm" or report.gemm_table(section))
+
+
+def load_test(tok_s: float, **more: Any) -> dict[str, Any]:
+    work = {"total_input_tokens": 100, "total_output_tokens": 50, "request_rate": "inf"}
+    return {"output_throughput": tok_s, "median_ttft_ms": 12.0, "completed": 4, **work, **more}
+
+
+def test_load_tests_of_other_engines(tmp_path: Path) -> None:
+    """vLLM's files name no backend the way ours do; tests of other work are not compared."""
+    import report_extras
+
+    files = {
+        "ours": load_test(300.0, backend="fastinfer", command="fastinfer bench serve"),
+        "vllm": load_test(200.0),
+        "hf": [load_test(50.0, backend="transformers", total_output_tokens=60)],
+    }
+    for name, result in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    lines = report_extras.load_tests(tmp_path)
+    rows = {line.split(" | ")[1]: line for line in lines if line.startswith("| `")}
+    assert rows["vllm"].endswith("| 1.50 |")
+    assert rows["transformers"].endswith("|  |") and rows["fastinfer"].endswith("|  |")
+    assert lines[-1] == "Commands: `fastinfer bench serve`."
+    assert report_extras.load_tests(tmp_path / "nothing") == []
+
+
+def test_every_script_is_run_by_run_all(tmp_path: Path) -> None:
+    import run_all
+
+    scripts = {path.name for path in (ROOT / "bench").glob("bench_*.py")}
+    assert {script for script, _, _ in run_all.JOBS.values()} == scripts
+    for device, names in run_all.EVERYTHING.items():
+        for name in names:
+            line = run_all.command(name, device, 0.01, tmp_path)
+            assert line[-2:] == ["--json", str(tmp_path / f"{name}.json")]
+            assert line[line.index("--device") + 1] == device
+
+
+def test_run_all_goes_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import run_all
+
+    codes = {"norm": "import sys; sys.exit(3)", "rotary": "print(1)", "host": "while True: pass"}
+    monkeypatch.setattr(run_all, "command", lambda name, *_: [sys.executable, "-c", codes[name]])
+    arguments = ["--only", "norm", "rotary", "host", "--out", str(tmp_path), "--limit", "3"]
+    monkeypatch.setattr(sys, "argv", ["run_all.py", *arguments])
+    assert run_all.main() == 1
+    assert "not finished: norm, host" in capsys.readouterr().err
+    assert (tmp_path / "rotary.txt").read_text() == "1\n"

@@ -20,6 +20,7 @@
 #include "../ptx/async_copy.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "gemv.h"
+#include "load_shared.cuh"
 
 namespace fastinfer::cuda {
 namespace {
@@ -37,15 +38,6 @@ struct Params {
   int m, n, k, steps;
   bool x_packs, weights_first;
 };
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
 
 // Adds kCount sums (a power of two, at most 32) of every lane across the warp: v[0] of lane l is
 // then sum l >> (5 - log2 kCount).

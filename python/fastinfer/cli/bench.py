@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..bench import BACKENDS
 from ..bench.workloads import SHAPES, Conversation, arrival_times, make_workload, read_trace
 from .options import add_engine_options, make_llm
 
 if TYPE_CHECKING:
     from ..engine import LLM
 
-_PERCENTILES = (10, 25, 50, 75, 90, 99)  # of vLLM's latency benchmark
+PERCENTILES = (10, 25, 50, 75, 90, 99)  # of vLLM's latency benchmark
 
 
 def add_parser(commands: Any) -> None:
@@ -91,6 +92,12 @@ def add_parser(commands: Any) -> None:
         output.add_argument("--detailed", action="store_true", help="JSON with every request")
         output.add_argument("--label", metavar="TEXT", help="name of this test in its results")
         add_engine_options(kind, model_required=kind is not serve)
+        kind.add_argument(
+            "--backend",
+            default="fastinfer",
+            choices=BACKENDS,
+            help="run the test on another engine that is installed (default: fastinfer)",
+        )
     compare = kinds.add_parser(
         "compare",
         help="two result files side by side",
@@ -142,6 +149,10 @@ def run(args: argparse.Namespace) -> int:
     rates = parse_rates(getattr(args, "request_rate", "inf"))
     if getattr(args, "url", None):
         results = run_on_server(args, rates, goodput)
+    elif args.backend != "fastinfer":
+        from .bench_other import run_on_backend
+
+        results = run_on_backend(args)
     elif args.model is None:
         raise ValueError("bench: --model or --url must be given")
     else:
@@ -194,7 +205,7 @@ def run_on_server(
         load = server.run(
             work, times, max_concurrency=args.max_concurrency, progress=Progress(total, label)
         )
-        result = _named(args, rate) | {
+        result = describe_test(args, rate) | {
             "backend": "openai",
             "model_id": server.model,
             "device": None,
@@ -264,6 +275,8 @@ def run_latency(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
         warm = i < args.warmup
         label = "warm-up " if warm else f"batch {i - args.warmup + 1} of {args.iters}: "
         progress = Progress(args.batch_size, label)
+        if i == args.warmup:
+            llm.pipeline_stats(reset=True)
         load = run_load(llm.core, batch, [0.0] * args.batch_size, progress=progress)
         if not warm:
             loads.append(load)
@@ -273,12 +286,12 @@ def run_latency(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
         engine=functools.reduce(operator.add, [load.engine for load in loads]),
     )
     latencies = [load.duration for load in loads]
-    result = _described(args, llm, math.inf)
+    result = _described(args, llm, math.inf) | _pipeline(llm)
     result |= report.describe_load(merged, detailed=args.detailed)
     result |= {
         "avg_latency": sum(latencies) / len(latencies),
         "latencies": latencies,
-        "percentiles": {str(q): percentile(latencies, q) for q in _PERCENTILES},
+        "percentiles": {str(q): percentile(latencies, q) for q in PERCENTILES},
         "batch_size": args.batch_size,
     }
     return result
@@ -303,8 +316,9 @@ def run_rate(
     times = arrival_times(len(work), rate=rate, burstiness=burstiness, seed=args.seed_workload)
     label = "" if math.isinf(rate) else f"rate {rate:g}: "
     total = sum(len(conversation.turns) for conversation in work)
+    llm.pipeline_stats(reset=True)
     load = run_load(llm.core, work, times, max_concurrency=limit, progress=Progress(total, label))
-    result = _described(args, llm, rate)
+    result = _described(args, llm, rate) | _pipeline(llm)
     result |= report.describe_load(load, goodput=goodput, detailed=args.detailed)
     result |= {"num_prompts": total, "max_concurrency": limit, "burstiness": burstiness}
     result["goodput_limits"] = goodput
@@ -318,6 +332,11 @@ def run_rate(
             "tokens_per_second": result["total_token_throughput"],
         }
     return result
+
+
+def _pipeline(llm: LLM) -> dict[str, Any]:
+    stages = llm.pipeline_stats()
+    return {"pipeline": stages} if stages else {}
 
 
 def workload(
@@ -353,7 +372,7 @@ def make_warmup(llm: LLM) -> list[Conversation]:
     )
 
 
-def _named(args: argparse.Namespace, rate: float) -> dict[str, Any]:
+def describe_test(args: argparse.Namespace, rate: float) -> dict[str, Any]:
     """What was asked for, and when."""
     from ..bench.report import json_rate
 
@@ -374,7 +393,7 @@ def _described(args: argparse.Namespace, llm: LLM, rate: float) -> dict[str, Any
 
     device = llm.device
     config = llm.config
-    return _named(args, rate) | {
+    return describe_test(args, rate) | {
         "backend": "fastinfer",
         "model_id": args.model,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

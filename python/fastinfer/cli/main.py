@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..read_ahead import read_ahead
-from . import bench, chat, env, generate, inspect, plan, quantize, serve, tune
+from . import ablate, bench, chat, env, generate, inspect, plan, quantize, serve, tune
 
-COMMANDS = (generate, chat, serve, bench, tune, plan, quantize, inspect, env)
+COMMANDS = (generate, chat, serve, bench, ablate, tune, plan, quantize, inspect, env)
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 

@@ -14,6 +14,7 @@ _ENGINE = {
     "device": (str, "NAME", "cpu, cuda, cuda:1, ... (default: cuda where usable)"),
     "load_format": (str, "NAME", "auto, or dummy for random weights"),
     "requantize": (int, "BITS", "4 or 8: for quantised weights without a kernel of their own"),
+    "quantization": (str, "NAME", "int8 or int4: round the weights to nearest while loading"),
     "max_model_len": (int, "N", "longest prompt + output in tokens"),
     "block_size": (int, "N", "tokens per block of the KV cache"),
     "num_blocks": (int, "N", "blocks of the KV cache"),
@@ -25,7 +26,11 @@ _ENGINE = {
     "swap_space": (int, "BYTES", "host memory for the blocks of preempted requests"),
     "speculative": (str, "DIR", "ngram, or the folder of a draft model: several tokens per step"),
     "num_speculative_tokens": (int, "N", "most guessed tokens per request and step"),
+    "tensor_parallel_size": (int, "N", "GPUs that share every layer (--tp)"),
+    "pipeline_parallel_size": (int, "N", "groups of GPUs with a part of the layers each (--pp)"),
+    "distributed_timeout": (float, "S", "seconds until a GPU that does not answer ends the run"),
 }
+_SHORT = {"tensor_parallel_size": "--tp", "pipeline_parallel_size": "--pp"}
 _SAMPLING = {
     "max_tokens": (int, "N", "most tokens to generate"),
     "min_tokens": (int, "N", "no end before this many tokens"),
@@ -46,8 +51,10 @@ def _add(
     for name, (kind, metavar, text) in table.items():
         if name in defaults:
             text += f" (default: {defaults[name]})"
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kind, metavar=metavar, help=text, default=defaults.get(name))
+        flags = ["--" + name.replace("_", "-"), *filter(None, [_SHORT.get(name)])]
+        group.add_argument(
+            *flags, type=kind, metavar=metavar, help=text, default=defaults.get(name)
+        )
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, model_required: bool = True) -> None:

@@ -1,4 +1,6 @@
-"""`fastinfer plan`: what a model needs in memory for a context and a batch, and what fits."""
+"""`fastinfer plan`: what a model needs in memory for a context and a batch, and what fits; how fast
+it would be on one GPU or many.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,15 @@ import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .plan_cluster import (
+    add_cluster_options,
+    check_cluster,
+    predict_speed,
+    speed_text,
+    weight_format,
+    weights_per_device,
+)
 
 if TYPE_CHECKING:
     from ..models import CausalLM, ModelConfig
@@ -22,8 +33,8 @@ def add_parser(commands: Any) -> None:
         "plan",
         help="memory for weights and KV cache, and what fits",
         description="Say how much memory a model's weights and KV cache take for a context length "
-        "and a batch, and what fits into a device. Needs config.json only. The exit code is 1 "
-        "when the batch does not fit.",
+        "and a batch, and what fits into a device; with --tp, --pp or --link also how fast it "
+        "would be. Needs config.json only. The exit code is 1 when the batch does not fit.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
     parser.add_argument(
@@ -47,6 +58,7 @@ def add_parser(commands: Any) -> None:
         "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="budget of a step"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_cluster_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -62,7 +74,11 @@ def run(args: argparse.Namespace) -> int:
         kv_cache_dtype=args.kv_cache_dtype,
         block_size=args.block_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        tp=1 if args.tp is None else args.tp,
+        pp=1 if args.pp is None else args.pp,
     )
+    if (args.tp, args.pp, args.link) != (None, None, None):
+        report["speed"] = predict_speed(report, args)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0 if report["fits"] else 1
 
@@ -94,8 +110,10 @@ def plan_memory(
     kv_cache_dtype: str = "auto",
     block_size: int = 16,
     max_num_batched_tokens: int = 2048,
+    tp: int = 1,
+    pp: int = 1,
 ) -> dict[str, Any]:
-    """Everything the command prints, in bytes and tokens.
+    """Everything the command prints of memory, in bytes and tokens. All of one device.
 
     Args:
         folder: Checkpoint folder; only config.json is read (and file headers for the dtype).
@@ -107,6 +125,8 @@ def plan_memory(
         kv_cache_dtype: As in `EngineConfig`.
         block_size: As in `EngineConfig`.
         max_num_batched_tokens: As in `EngineConfig`.
+        tp: Devices that share a layer.
+        pp: Stages that the layers are divided into.
 
     Raises:
         FileNotFoundError: There is no such folder or no config.json.
@@ -133,14 +153,21 @@ def plan_memory(
     has_weights = any(Path(folder).glob("*.safetensors"))
     model_dtype = resolve_dtype(dtype, config, Checkpoint(Path(folder)) if has_weights else None)
     context = config.max_position if context is None else context
-    for name, value in (("--context", context), ("--batch", batch)):
+    for name, value in (("--context", context), ("--batch", batch), ("--tp", tp), ("--pp", pp)):
         if value < 1:
             raise ValueError(f"plan: {name} must be at least 1, got {value}")
+    check_cluster(config, tp, pp)
     with torch.device("meta"):
         model = CausalLM(config, dtype=model_dtype, max_model_len=context)
-    weights = weight_bytes(model, config, read_quant_config(folder))
+    quant = read_quant_config(folder)
+    weights = weight_bytes(model, config, quant)
+    if tp * pp > 1:
+        weights = weights_per_device(weights, model, config, tp, pp)
     kv_dtype = cache_dtype(kv_cache_dtype, model_dtype)
-    block = block_bytes(config, block_size, kv_dtype)
+    # Of the device that holds most: heads are repeated where there are fewer than devices.
+    heads, layers = max(config.num_kv_heads // tp, 1), -(-config.num_layers // pp)
+    share = heads * layers / (config.num_kv_heads * config.num_layers)
+    block = int(block_bytes(config, block_size, kv_dtype) * share)
     per_request = -(-context // block_size) * block
     activations = activation_bytes(config, model_dtype.itemsize, max_num_batched_tokens, batch)
     where = "given"
@@ -156,7 +183,10 @@ def plan_memory(
         "context": context,
         "batch": batch,
         "weight_bytes": weights,
-        "kv_bytes_per_token": block_bytes(config, 1, kv_dtype),
+        "tp": tp,
+        "pp": pp,
+        "weight_format": weight_format(quant),
+        "kv_bytes_per_token": int(block_bytes(config, 1, kv_dtype) * share),
         "kv_bytes_per_request": per_request,
         "kv_bytes": per_request * batch,
         "activation_bytes": activations,
@@ -257,6 +287,13 @@ def as_text(report: dict[str, Any]) -> str:
             f"{report['max_context']}; {report['kv_tokens']} tokens in all",
         ),
     ]
+    if report["tp"] * report["pp"] > 1:
+        count = report["tp"] * report["pp"]
+        rows.insert(
+            1, ("devices", f"{count}: TP {report['tp']} x PP {report['pp']}; below: of one")
+        )
+    if "speed" in report:
+        rows.append(("speed", speed_text(report["speed"])))
     if context > report["max_position"]:
         rows.append(("remark", f"the model was trained for {report['max_position']} tokens"))
     return "\n".join(f"{label:<13}{text}" for label, text in rows)

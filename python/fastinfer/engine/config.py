@@ -10,6 +10,8 @@ GREEDY_BELOW = 1e-5  # temperatures under this are zero for all purposes: exp(x 
 MAX_LOGPROBS = 128
 MAX_DRAFTS = 16  # per request and step
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
+BATCHING = ("continuous", "static")
+QUANTIZATION = ("int8", "int4")
 # What a mode sets where the user says nothing; a value given by the user always stands.
 PRESETS: dict[str, dict[str, int]] = {
     "balanced": {"max_num_seqs": 256, "max_num_batched_tokens": 2048},
@@ -198,8 +200,26 @@ class EngineConfig:
         adaptive_speculation: Draft fewer tokens, or none, where the measured acceptance and the
             measured time of a step say that it is faster. False always drafts what it can.
         prompt_lookup_min, prompt_lookup_max: Shortest and longest ending that "ngram" looks for.
+        tensor_parallel_size: GPUs (or processes, on the CPU) that share every layer.
+        pipeline_parallel_size: Groups of those that have a part of the layers each.
+        distributed_timeout: Seconds after which a rank that does not answer ends the run.
         seed: Where requests without a seed get theirs from.
         progress: Show a bar while the weights are read.
+        quantization: "int8" (one scale per output channel) or "int4" (groups of up to 128 input
+            channels): round the weights of a plain checkpoint to nearest while loading. None
+            leaves them as they are stored.
+        enable_chunked_prefill: Cut prompts to what is left of a step's budget. False runs each in
+            one step, and needs max_num_batched_tokens of at least max_model_len.
+        batching: "continuous" admits a request as soon as there is room; "static" only when the
+            whole batch before it has ended.
+        use_kv_cache: False computes every token again at each step, as a loop without a cache does.
+        fused_attention: False writes the scores of all queries and keys to memory, as plain torch
+            does.
+        share_kv_heads: False stores the keys and values of a group once per query head, as a cache
+            without grouped heads would.
+
+    The last four exist to be compared with (`fastinfer ablate`); nothing is faster without them.
+    A contiguous cache instead of a paged one is block_size=max_model_len: one block per request.
 
     Raises:
         ValueError: A value is out of its range.
@@ -231,8 +251,17 @@ class EngineConfig:
     adaptive_speculation: bool = True
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    distributed_timeout: float = 300.0
     seed: int = 0
     progress: bool = True
+    quantization: str | None = None
+    enable_chunked_prefill: bool = True
+    batching: str = "continuous"
+    use_kv_cache: bool = True
+    fused_attention: bool = True
+    share_kv_heads: bool = True
 
     def __post_init__(self) -> None:
         me = "LLM"
@@ -248,6 +277,12 @@ class EngineConfig:
         _integer(me, "long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         _integer(me, "swap_space", self.swap_space, 0)
         _integer(me, "seed", self.seed, 0)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            _integer(me, name, getattr(self, name), 1)
+        if _number(me, "distributed_timeout", self.distributed_timeout) <= 0:
+            raise ValueError(
+                f"{me}: distributed_timeout must be > 0 seconds, got {self.distributed_timeout}"
+            )
         if not 0.0 < _number(me, "gpu_memory_utilization", self.gpu_memory_utilization) <= 1.0:
             raise ValueError(
                 f"{me}: gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
@@ -258,13 +293,27 @@ class EngineConfig:
         if self.requantize not in (None, 4, 8):
             raise ValueError(f"{me}: requantize must be None, 4 or 8, got {self.requantize!r}")
         self._check_speculation()
-        booleans = ("enable_prefix_caching", "batch_invariant", "adaptive_speculation")
+        _choice(me, "batching", self.batching, BATCHING)
+        if self.quantization is not None:
+            _choice(me, "quantization", self.quantization, QUANTIZATION)
+        booleans: tuple[str, ...] = (
+            "enable_prefix_caching",
+            "batch_invariant",
+            "adaptive_speculation",
+        )
+        booleans += ("enable_chunked_prefill", "use_kv_cache", "fused_attention", "share_kv_heads")
         for name in (*booleans, "async_scheduling", "cuda_graphs"):
             value = getattr(self, name)
             if value is None and name in ("async_scheduling", "cuda_graphs"):
                 continue
             if not isinstance(value, bool):
                 raise ValueError(f"{me}: {name} must be True or False, got {value!r}")
+        kept = self.enable_prefix_caching or self.speculative is not None or self.swap_space
+        if not self.use_kv_cache and kept:
+            raise ValueError(
+                f"{me}: use_kv_cache=False must go with enable_prefix_caching=False, "
+                "speculative=None and swap_space=0: they keep keys and values"
+            )
 
     def _check_speculation(self) -> None:
         me = "LLM"

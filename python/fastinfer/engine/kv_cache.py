@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ from .config import EngineConfig
 # Without instructions a CPU engine takes at most this, and at most a quarter of what is available.
 CPU_CACHE_BYTES = 4 << 30
 EIGHT_BIT = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def cache_config(model: Any) -> ModelConfig:
+    """Of a decoder, with the key/value heads that its cache has."""
+    return getattr(model, "cache_config", model.config)
 
 
 def block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

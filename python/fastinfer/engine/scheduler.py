@@ -44,11 +44,14 @@ class Scheduler:
 
     Args:
         config: Reads block_size, max_num_seqs, max_num_batched_tokens,
-            long_prefill_token_threshold, enable_prefix_caching.
+            long_prefill_token_threshold, enable_prefix_caching, enable_chunked_prefill, batching,
+            use_kv_cache.
         num_blocks: Size of the pool.
         max_model_len: Longest prompt + output in tokens.
         clock: Monotonic time in seconds.
         swap: Blocks of the host; None recomputes what was preempted.
+        stages: Of a pipeline: with more than one a request with a token on its way is not planned,
+            and a step takes its share of the running requests, so that there are some for the next.
     """
 
     def __init__(
@@ -59,7 +62,9 @@ class Scheduler:
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
         swap: SwapSpace | None = None,
+        stages: int = 1,
     ) -> None:
+        self.stages = stages
         host = load_host()
         self._extend_hashes = host.extend_block_hashes
         self.pool: BlockPool = host.BlockPool(num_blocks)
@@ -73,6 +78,12 @@ class Scheduler:
         )
         self.config = config
         self.max_model_len = max_model_len
+        longest = self.max_total_tokens - 1
+        if not config.enable_chunked_prefill and longest > config.max_num_batched_tokens:
+            raise ValueError(
+                "LLM: enable_chunked_prefill=False must go with max_num_batched_tokens of at least "
+                f"{longest}, the longest prompt, got {config.max_num_batched_tokens}"
+            )
         self.clock = clock
         self.swap = swap
         self.waiting: deque[Request] = deque()
@@ -166,12 +177,13 @@ class Scheduler:
         self._held_up = False
         budget = self.config.max_num_batched_tokens
         limit = self.config.long_prefill_token_threshold or budget
-        running = list(self.running)
+        running = list(self.running) if self.stages == 1 else self._turn()
         at = 0
         while at < len(running) and budget > 0:
-            at, decodes = self.decodes.plan(running, at, budget, plan.chunks)
-            plan.num_tokens += decodes
-            budget -= decodes
+            if self.config.use_kv_cache:
+                at, decodes = self.decodes.plan(running, at, budget, plan.chunks)
+                plan.num_tokens += decodes
+                budget -= decodes
             if at < len(running) and budget > 0:
                 budget -= self._plan_running(running[at], min(budget, limit), plan)
                 at += 1
@@ -181,6 +193,11 @@ class Scheduler:
             plan.chunks.sort(key=lambda chunk: chunk.count > 1)  # decodes first
         self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
         return plan
+
+    def _turn(self) -> list[Request]:
+        """The running requests of the next step of a pipeline."""
+        ready = [request for request in self.running if not request.in_flight]
+        return ready[: -(-len(self.running) // self.stages)]
 
     def commit(self, plan: SchedulePlan, sampled: list[int] | list[list[int]]) -> list[Request]:
         """Take the results of a step.
@@ -269,7 +286,7 @@ class Scheduler:
         samples = drafts >= 0
         plan.chunks.append(ScheduledChunk(request, start, count, max(drafts, 0), samples))
         plan.num_tokens += count
-        request.num_computed = start + count
+        request.num_computed = start + count if self.config.use_kv_cache or not samples else 0
         request.in_flight += samples
 
     def _grow(self, request: Request, count: int, plan: SchedulePlan) -> int:
@@ -306,8 +323,9 @@ class Scheduler:
         plan.preempted.append(request.request_id)
 
     def _admit(self, plan: SchedulePlan, budget: int) -> None:
-        if not self.waiting:
+        if not self.waiting or (self.running and self.config.batching == "static"):
             return
+        whole = not self.config.enable_chunked_prefill
         self._held_up = budget > 0 and len(self.running) >= self.config.max_num_seqs
         reserved = sum(
             # what a running request still has to get for the tokens it has, and one block to grow
@@ -325,7 +343,10 @@ class Scheduler:
             total = self._blocks_for(request.num_tokens)
             # blocks found in the cache that nobody holds leave the free list as well
             needed = total - len(shared) + self.pool.count_free(shared)
-            if needed + (reserved if self.running else 0) > self.pool.num_free:
+            lacks = needed + (reserved if self.running else 0) > self.pool.num_free
+            if whole and parent is None:
+                lacks |= request.num_tokens - len(shared) * self.config.block_size > budget
+            if lacks:
                 request.fork_of = parent
                 self._held_up = True
                 break

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from fastinfer import ops
 
+from . import materialized
 from .config import ModelConfig
 from .layers import Linear, RMSNorm
 from .rotary import RotaryTable
+from .shard import WHOLE, Shard
 
 
 @dataclass(slots=True)
@@ -53,27 +55,33 @@ class SelfAttention(nn.Module):
     """Projections, per-head norms, rotary positions, cache write, attention.
 
     Args:
-        config: of the model.
-        layer: index of the layer; decides its window.
+        config: of the whole model.
+        layer: index of the layer in it; decides its window.
         dtype: of the parameters.
+        shard: which heads are here.
     """
 
     batch_invariant = False
+    fused = True  # see `CausalLM.set_attention`
+    share_heads = True
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, *, dtype: torch.dtype, shard: Shard = WHOLE
+    ) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         self.window = config.window_of(layer)
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q = shard.heads(config.num_heads, config.head_dim)
+        kv = shard.heads(config.num_kv_heads, config.head_dim)
+        self.num_heads = q.size // config.head_dim
+        self.num_kv_heads = kv.size // config.head_dim
         self.qkv_proj = Linear(
             config.hidden_size,
-            {"q": q_size, "k": kv_size, "v": kv_size},
+            {"q": q, "k": kv, "v": kv},
             bias=config.qkv_bias,
             dtype=dtype,
         )
-        self.o_proj = Linear(q_size, {"o": config.hidden_size}, bias=config.o_bias, dtype=dtype)
+        self.o_proj = Linear(q, {"o": config.hidden_size}, bias=config.o_bias, dtype=dtype)
         norms = config.qk_norm
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype) if norms else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype) if norms else None
@@ -86,6 +94,9 @@ class SelfAttention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if not self.share_heads:
+            repeats = self.num_heads // self.num_kv_heads
+            k, v = ops.repeat_kv(k, repeats), ops.repeat_kv(v, repeats)
         ops.apply_rotary_and_cache(
             q,
             k,
@@ -103,6 +114,8 @@ class SelfAttention(nn.Module):
 
     def _attend(self, q: Tensor, meta: AttentionMetadata, cache: LayerCache) -> Tensor:
         """q [T, Hq, D], already rotated -> [T, Hq, D]."""
+        if not self.fused:
+            return materialized.attend(q, meta, cache, self.window[0])
         tokens, sequences = q.shape[0], meta.seq_lens.shape[0]
         decodes = meta.num_decodes
         if decodes is None:

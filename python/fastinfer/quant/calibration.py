@@ -6,6 +6,7 @@ memory or in files); everything inside a block lives for one step of about 512 t
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass
@@ -162,10 +163,29 @@ def pack_all(sequences: Sequence[Tensor], tokens: int = _TOKENS_PER_RUN) -> list
     return steps
 
 
-def empty_cache(config: ModelConfig, blocks: int, dtype: torch.dtype) -> LayerCache:
-    """A cache of one layer."""
+def empty_cache(
+    config: ModelConfig,
+    blocks: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> LayerCache:
+    """A cache of one layer; one of 8 bits has a scale per token and head."""
     shape = (blocks, _PAGE, config.num_kv_heads, config.head_dim)
-    return LayerCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+    k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    if dtype.itemsize > 1:
+        return LayerCache(k, v)
+    scales = (torch.empty(shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
+    return LayerCache(k, v, *scales)
+
+
+def move_metadata(meta: AttentionMetadata, device: torch.device) -> AttentionMetadata:
+    """The same step, its tensors on a device."""
+    tensors = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(meta)
+        if isinstance(value := getattr(meta, field.name), Tensor)
+    }
+    return dataclasses.replace(meta, **tensors)
 
 
 class _Reached(Exception):

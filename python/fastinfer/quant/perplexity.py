@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.decoder import CausalLM
-from .calibration import empty_cache, pack_sequences
+from .calibration import empty_cache, move_metadata, pack_sequences
 
 _LOGIT_ROWS = 1024
 
@@ -21,16 +21,19 @@ def perplexity(
     *,
     window: int = 2048,
     stride: int | None = None,
+    cache_dtype: torch.dtype | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> float:
     """exp of the mean negative log likelihood per token.
 
     Args:
-        model: plain or quantised, on the CPU.
+        model: plain or quantised.
         tokens: int64 [T], T >= 2; the first is context only.
         window: tokens the model sees at once, at most its `max_model_len`.
         stride: new tokens per window; the rest of it is context that was scored before. None: half
             a window.
+        cache_dtype: of the keys and values that attention reads; 8-bit ones get a scale per token
+            and head. None: the model's.
         on_tokens: called with the number of tokens scored after each window.
 
     Returns:
@@ -54,7 +57,7 @@ def perplexity(
     while scored < tokens.numel():
         end = min(tokens.numel(), window if scored == 1 else scored + stride)
         begin = max(0, end - window)
-        loss = _losses(model, tokens[begin:end], end - scored)
+        loss = _losses(model, tokens[begin:end], end - scored, cache_dtype or model.dtype)
         total += float(loss.sum(dtype=torch.float64))
         if on_tokens is not None:
             on_tokens(end - scored)
@@ -63,14 +66,16 @@ def perplexity(
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
 
 
-def _losses(model: CausalLM, tokens: Tensor, last: int) -> Tensor:
+def _losses(model: CausalLM, tokens: Tensor, last: int, cache_dtype: torch.dtype) -> Tensor:
     """Negative log likelihoods of the last tokens of a sequence."""
-    inputs, targets = tokens[:-1], tokens[1:]
+    inputs, targets = tokens[:-1], tokens[1:].to(model.device)
     packed = pack_sequences([inputs])
     caches = [
-        empty_cache(model.config, packed.blocks, model.dtype) for _ in range(len(model.layers))
+        empty_cache(model.cache_config, packed.blocks, cache_dtype, model.device)
+        for _ in range(len(model.layers))
     ]
-    hidden = model(inputs, packed.meta, caches)[-last:]
+    meta = move_metadata(packed.meta, model.device)
+    hidden = model(inputs.to(model.device), meta, caches)[-last:]
     targets = targets[-last:]
     losses = [
         torch.nn.functional.cross_entropy(

@@ -1,0 +1,184 @@
+"""`fastinfer ablate`: its rows, what it counts, what it says, and a whole run on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastinfer.bench import ablate_report
+from fastinfer.bench.ablate import Ablation, Options, _judge
+from fastinfer.bench.ablate_cost import Rates, WorkCounter, bound, weight_bytes
+from fastinfer.bench.ablate_rows import Plan, Row, make_rows, settings_of, why_not
+from fastinfer.cli.main import main
+from fastinfer.engine.config import EngineConfig
+
+TINY = Path(__file__).parents[2] / "examples/tiny"
+SIZES = Plan(max_model_len=256, longest=100, at_once=4, whole_budget=256, chunk_budget=64)
+SMALL = ["--prompt-lens", "16,32", "--output-len", "8", "--requests", "6", "--at-once", "3"]
+SMALL += ["--repeats", "1", "--eval-tokens", "400", "--device", "cpu"]
+
+
+def test_each_row_is_the_one_before_and_settings_of_the_engine() -> None:
+    rows = make_rows(SIZES)
+    keys = [row.key for row in rows]
+    assert keys[:2] == ["transformers", "naive"] and len(keys) == len(set(keys)) == 17
+    known: dict[str, Any] = {}
+    for row, settings in zip(rows, settings_of(rows), strict=True):
+        known |= row.change
+        assert settings == known
+        assert row.effect and (row.price or row.key in ("transformers", "kv_cache"))
+        if not row.change.keys() - EngineConfig.__dataclass_fields__.keys():
+            EngineConfig(model="x", **settings)
+    changed = [row for row in rows[1:] if not row.change]
+    assert not changed
+
+
+def test_why_a_row_does_not_run() -> None:
+    rows = {row.key: row for row in make_rows(SIZES)}
+    assert why_not(rows["flash"], SIZES, "cpu") is None
+    reason = why_not(rows["tensor_parallel"], SIZES, "cpu")
+    assert reason is not None and reason.startswith("not run: ")
+
+
+def test_work_is_counted_from_the_plans() -> None:
+    config = SimpleNamespace(
+        num_heads=4, num_kv_heads=2, num_layers=3, head_dim=8, hidden_size=32, vocab_size=100
+    )
+    config.intermediate_size = 64
+    attention = SimpleNamespace(fused=True)
+    model: Any = torch.nn.Module()
+    model.config, model.dtype, model.lm_head = config, torch.bfloat16, None
+    model.layers = [SimpleNamespace(attn=attention)]
+    model.weight = torch.nn.Parameter(torch.zeros(10, 10, dtype=torch.bfloat16))
+    model.tied = model.weight
+    assert weight_bytes(model) == 200
+    counter = WorkCounter(model, token_bytes=48, block_size=16)
+    request = SimpleNamespace(block_table=[0, 1])
+    chunks = [SimpleNamespace(request=request, start=0, count=20, samples=True)]
+    chunks.append(SimpleNamespace(request=request, start=20, count=1, samples=True))
+    counter(SimpleNamespace(chunks=chunks[:1], num_tokens=20))  # type: ignore[arg-type]
+    counter(SimpleNamespace(chunks=chunks[1:], num_tokens=1))  # type: ignore[arg-type]
+    assert (counter.steps, counter.tokens, counter.sampled) == (2, 21, 2)
+    assert counter.scores == 20 * 21 // 2 + 21
+    assert counter.cached == (20 + 20) + (21 + 1)
+    assert counter.waste == pytest.approx(1 - 41 / 64)
+    per_token = 2 * 3 * (32 * (2 * 4 + 2 * 2) * 8 + 3 * 32 * 64)
+    assert counter.flops_per_token == per_token
+    parts = counter.parts(1.0, Rates(bytes=1e3, flops=1e12))
+    assert parts["weights"] == pytest.approx(0.4) and parts["scores"] == 0
+    assert parts["cache"] == pytest.approx(62 * 48 / 1e3)
+    assert bound(parts) == "cache" and parts["launch"] == 0
+    assert bound(counter.parts(9.0, Rates(bytes=1e3, flops=1e12))) == "launch"
+
+
+def figures(**more: Any) -> dict[str, Any]:
+    fast = {"out_tok_s": 100.0, "ttft_ms": 10.0, "tpot_ms": 1.0, "itl_p99_ms": 2.0}
+    return {"title": "x", "bound": "weights", **fast, **more}
+
+
+def test_what_got_worse_is_said() -> None:
+    row = Row(key="x", title="x", effect="e", price="because", price_of_launches="launches")
+    better = figures(out_tok_s=150.0)
+    _judge(better, figures(), row)
+    assert better["speedup"] == 1.5 and "worse" not in better
+    worse = figures(out_tok_s=50.0, ttft_ms=30.0)
+    _judge(worse, figures(), row)
+    assert worse["worse"] == ["throughput / 2.00", "TTFT x 3.00"]
+    assert worse["why_worse"] == "because"
+    launches = figures(out_tok_s=50.0, bound="launch")
+    _judge(launches, figures(), row)
+    assert launches["why_worse"] == "launches"
+    told = ablate_report.notes([better, worse])
+    assert told == "* x: throughput / 2.00, TTFT x 3.00. because."
+    assert ablate_report.line(worse).startswith("x *")
+
+
+def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row that a CPU can run runs, with a picture, in well under three minutes."""
+    pytest.importorskip("matplotlib")
+    started = time.process_time()  # a busy machine takes longer
+    out, picture = tmp_path / "a.json", tmp_path / "a"
+    command = ["ablate", "--model", str(TINY / "model"), *SMALL]
+    assert main([*command, "--json", str(out), "--plot", str(picture)]) == 0
+    assert time.process_time() - started < 150
+    document = json.loads(out.read_text())
+    rows = {row["row"]: row for row in document["rows"]}
+    assert list(rows) == [row.key for row in make_rows(SIZES)]
+    assert rows.pop("tensor_parallel")["not_run"].startswith("not run: ")
+    if "transformers" not in sys.modules:
+        assert "not_run" in rows["transformers"]
+    rows.pop("transformers")
+    for key, row in rows.items():
+        assert "not_run" not in row, (key, row)
+        assert row["out_tok_s"] > 0 and row["explanation"]
+        assert row["bound"] == bound(row["parts_s"])
+        assert 0 <= row["kv_waste"] < 1
+        assert "why_worse" in row or not row.get("worse")
+    # what does not depend on how busy the machine is
+    assert rows["naive"]["kv_waste"] > 0.9 > 0.5 > rows["paging"]["kv_waste"]
+    assert rows["flash"]["cache_mb"] == pytest.approx(3 * rows["gqa"]["cache_mb"], rel=1e-3)
+    assert rows["int4"]["weights_mb"] < rows["int8"]["weights_mb"] < rows["prefix"]["weights_mb"]
+    assert rows["cache8"]["cache_mb"] < rows["int4"]["cache_mb"]
+    assert rows["prefix"]["prefix_hits"] > 0 == rows["chunked"]["prefix_hits"]
+    perplexities = {key: row["perplexity"] for key, row in rows.items() if "perplexity" in row}
+    assert list(perplexities) == ["naive", "flash", "int8", "int4", "cache8"]
+    assert perplexities["flash"] == pytest.approx(perplexities["naive"], rel=1e-3)
+    assert perplexities["int4"] > perplexities["int8"]
+    for end in (".png", ".svg"):
+        assert picture.with_name("a" + end).stat().st_size > 10_000
+    said = capsys.readouterr().out
+    assert "no KV cache" in said and "bound by" in said
+
+
+def test_some_rows_of_random_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["ablate", "--model", str(TINY / "model"), *SMALL, "--load-format", "dummy"]
+    assert main([*command, "--rows", "kv_cache", "int4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:9].strip() for line in lines[2:4]] == ["KV cache", "INT4 weig"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rows", "fast"], "--rows must be of transformers, naive"),
+        (["--prompt-lens", "1"], "--prompt-lens must be"),
+        (["--prompt-lens", "a"], "--prompt-lens must be numbers"),
+        (["--output-len", "4000"], "must fit into 1024 tokens"),
+        (["--requests", "0"], "--requests must be at least 1"),
+        (["--json", "nowhere/x.json"], "--json must be in a folder"),
+    ],
+)
+def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "--model", str(TINY / "model"), "--device", "cpu", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_row_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(
+        model=str(TINY / "model"),
+        device="cpu",
+        load_format="dummy",
+        prompt_lens=[8],
+        output_len=2,
+        requests=1,
+        at_once=1,
+        rows=["flash", "gqa"],
+    )
+    ablation = Ablation(options)
+    original = ablation._measure
+
+    def measure(row: Row, settings: dict[str, Any]) -> dict[str, Any]:
+        if row.key == "flash":
+            raise ValueError("no room\nmore")
+        return original(row, settings)
+
+    monkeypatch.setattr(ablation, "_measure", measure)
+    first, second = ablation.run(lambda title: None)
+    assert first["not_run"] == "not run: no room" and second["out_tok_s"] > 0

@@ -1,0 +1,140 @@
+"""The pages as a whole: links and anchors, a page per operator, outputs that are those of the
+result files, pictures that are there; and the site builds without a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastinfer import ops
+from test_docs_snippets import PAGES
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "docs/site"), str(ROOT / "bench")]
+
+import guide_blocks  # noqa: E402
+import ops_pages  # noqa: E402
+
+ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md"]
+LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub and mkdocs make them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        text = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        found.add(re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", text)))
+    return found
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in ALL_PAGES])
+def test_links_and_anchors(page: str) -> None:
+    text = CODE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    for link in LINK.findall(text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), f"{page}: {link}"
+        if anchor:
+            assert file.suffix == ".md" and anchor in anchors(file), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("name", ops_pages.operators())
+def test_page_of_an_operator(name: str) -> None:
+    text = ops_pages.render(name)
+    wanted = ["Shapes and arguments", "Semantics", "Limits", "Accuracy", "Speed", "Source"]
+    assert [h for h in re.findall(r"^## (.+)$", text, re.MULTILINE) if h in wanted] == wanted
+    for _, path in ops_pages.sources(ops_pages.PAGES[name]):
+        assert (ROOT / path).exists(), path
+    assert "No results yet" not in text
+    stem = ops_pages.PAGES[name].stem
+    assert (ROOT / f"docs/kernels/{stem}.md").is_file()
+
+
+def test_every_operator_has_a_page() -> None:
+    functions = {name for name in ops.__all__ if name[0].islower()}
+    assert functions == set(ops_pages.operators())
+
+
+@pytest.mark.parametrize("page", ["docs/guide.md", "docs/guide.zh.md"])
+def test_outputs_of_the_guide_are_those_of_the_files(page: str) -> None:
+    """`make report` writes them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert guide_blocks.fill(text, ROOT / "bench/results") == text
+    shown = guide_blocks.BLOCK.findall(text)
+    assert len(shown) >= 12
+    for _, file, _, _ in shown:
+        assert (ROOT / f"bench/results/{file}.json").is_file(), file
+
+
+def test_both_guides_show_the_same() -> None:
+    first, second = ((ROOT / f"docs/guide{end}.md").read_text() for end in ("", ".zh"))
+    commands = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    assert commands.findall(first) == commands.findall(second)
+    shown = [[block[1:3] for block in guide_blocks.BLOCK.findall(text)] for text in (first, second)]
+    assert shown[0] == shown[1]
+    named = re.compile(r"`((?:csrc|python|engine|models)/[\w./]+)`")
+    files = [set(named.findall(text)) for text in (first, second)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("page", ["docs/guide.md", "docs/adding_a_kernel.md"])
+def test_files_named_by_a_page_are_there(page: str) -> None:
+    named = set(re.findall(r"`([\w./]+/[\w.]+\.\w+)`", (ROOT / page).read_text()))
+    roots = (ROOT, ROOT / "python/fastinfer", ROOT / "docs")
+    missing = [name for name in named if not any((root / name).exists() for root in roots)]
+    assert not missing
+
+
+def test_pictures_of_the_report_are_there() -> None:
+    page = ROOT / "docs/performance.md"
+    shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())
+    assert shown
+    for picture in shown:
+        assert (page.parent / picture).is_file(), picture
+        assert (page.parent / picture).with_suffix(".svg").is_file(), picture
+
+
+@pytest.mark.full
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT / "python"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "ops/rms_norm/index.html").is_file()
+    assert "指南" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_outputs_are_written_from_a_file(tmp_path: Path) -> None:
+    """Only the rows that a block names; a block whose file is not there stays as it is."""
+    row = {"row": "flash", "title": "FlashAttention", "at_once": 1, "out_tok_s": 12.0}
+    worse = {**row, "row": "gqa", "title": "GQA", "worse": ["TTFT x 2"], "why_worse": "noise"}
+    document = {"device": "Some GPU", "date": "2026-01-02", "commit": "abc", "rows": [row, worse]}
+    document["workload"] = {"prompt_lens": [8], "output_len": 4, "requests": 2, "at_once": 1}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/ablate.json").write_text(json.dumps(document))
+    page = "a\n<!-- shown: x/ablate gqa -->\nold\n<!-- end -->\nb\n"
+    page += "<!-- shown: y/z -->\nc\n<!-- end -->"
+    filled = guide_blocks.fill(page, tmp_path)
+    assert "GQA *" in filled and "FlashAttention" not in filled and "old" not in filled
+    assert "* GQA: TTFT x 2. noise." in filled
+    assert "`bench/results/x/ablate.json`: Some GPU, 2026-01-02, commit abc" in filled
+    assert filled.endswith("b\n<!-- shown: y/z -->\nc\n<!-- end -->")
+    assert guide_blocks.fill(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match="has no rows paging"):
+        guide_blocks.fill(page.replace("ablate gqa", "ablate paging"), tmp_path)
