@@ -128,6 +128,7 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
     p.token16 = static_cast<uint32_t>(s.k.token * size / 16);
     p.head16 = static_cast<uint32_t>(s.k.head * size / 16);
   }
+  p.pages = t.k_cache.size(0), p.page_rows = t.k_cache.size(1);
   p.out_packs =
       aligned(s.out, 8) && p.out_batch % 4 == 0 && s.out_token % 4 == 0 && s.out_head % 4 == 0;
   return p;
@@ -208,6 +209,9 @@ void place_workspace(const char* op, DecodeParams& p, int64_t slots, const Tenso
 }
 
 int launch_attention(const DecodeParams& p, int slots, void* stream) {
+#ifdef FASTINFER_HAVE_SM90A
+  if (cuda::boxes_serve(p)) return cuda::launch_decode_boxes(p, slots, stream);
+#endif
   if (p.kv_dtype == DType::bf16) return cuda::launch_decode_bf16(p, slots, stream);
   if (p.kv_dtype == DType::f16) return cuda::launch_decode_f16(p, slots, stream);
   if (p.kv_dtype == DType::f8e4m3)

@@ -169,6 +169,12 @@ CASES = [
         Case(f"decode_pairs_d{dim}", decode(PAIRS, dtype=dtype, heads=(32, 1), dim=dim))
         for dtype, dim in ((torch.bfloat16, 128), (F16, 64), (F16, 256))
     ),
+    # Keys of 8-bit caches in boxes of 16; pages of 8 keys: row by row.
+    Case("decode_boxes_int8_token", decode(PAIRS, cache=INT8, scales="token", dim=112, block=32)),
+    Case("decode_boxes_dense", decode(LENGTHS, cache=E4M3, scales="scalar", dim=96, block=None)),
+    Case("decode_boxes_two_splits", decode([2500, 2400], cache=INT8, scales="scalar")),
+    Case("decode_rows_e4m3", decode(PAIRS, cache=E4M3, block=8)),
+    Case("decode_rows_int8_token", decode(LENGTHS, cache=INT8, scales="token", block=8)),
     Case("decode_64_rows", decode([700, 0], heads=(16, 1), q_len=4, causal=True)),
     Case("decode_many_rows", decode([300, 40], heads=(12, 2), q_len=21, causal=True, block=None)),
     Case("decode_d72_window", decode([500, 90], dim=72, window_size=(100, 0), sinks=True)),

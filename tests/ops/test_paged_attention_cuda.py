@@ -158,21 +158,30 @@ def test_more_sequences_than_threads():
 
 
 @pytest.mark.full
-def test_cache_of_more_than_2_31_elements():
+@pytest.mark.parametrize("code", [None, FP8], ids=str)
+def test_cache_of_more_than_2_31_elements(code):
     blocks, used = 140000, 320
-    k, v = (
-        torch.full((blocks, 16, 8, 128), float("nan"), dtype=torch.bfloat16, device="cuda")
-        for _ in "kv"
-    )
+    dtype = code or torch.bfloat16
+    nan = float("nan")
+    k, v = (torch.full((blocks, 16, 8, 128), nan, device="cuda").to(dtype) for _ in "kv")
     lengths = torch.tensor([5000, 33], dtype=torch.int32).cuda()
     table = torch.full((2, 400), -1, dtype=torch.int32).cuda()
     table[0, :313] = torch.arange(blocks - 313, blocks)
     table[1, :3] = torch.tensor([0, blocks - used, 7])
+    pages = table[table >= 0].long()
     for t in (k, v):
-        t[table[table >= 0].long()] = randn(316, 16, 8, 128, seed=1).bfloat16().cuda()
+        rows = randn(316, 16, 8, 128, seed=1).to(dtype).cuda()
+        t.view(torch.uint8)[pages] = rows.view(torch.uint8)
     q = randn(2, 1, 32, 128, seed=2).bfloat16().cuda()
     options = {"cache_seqlens": lengths, "block_table": table}
+    if code:
+        options |= dict.fromkeys(("k_scale", "v_scale"), torch.ones((), device="cuda"))
     out, lse = flash_attn_with_kvcache(q, k, v, **options, return_softmax_lse=True)
+    # The reference, over the pages that are used.
+    small = table.clone()
+    small[table >= 0] = torch.arange(316, device="cuda", dtype=torch.int32)
+    options["block_table"] = small
+    k, v = (t.view(torch.uint8)[pages].view(dtype) for t in (k, v))
     reference = flash_attn_with_kvcache_reference(q, k, v, **options)
     baseline = flash_attn_with_kvcache_reference(q, k, v, **options, compute_dtype=q.dtype)
     check(out, lse, reference, baseline)

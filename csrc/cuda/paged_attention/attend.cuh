@@ -176,6 +176,12 @@ struct Attend {
     }
   }
 
+  // To be xored with the offset, a multiple of 32, of a pair of 16-byte segments of a row r, modulo
+  // 8: the first (0) or second (1) of the pair.
+  static __device__ __forceinline__ uint32_t segment(int second, int r) {
+    return (L::kBoxes ? second ^ r : second) * 16;
+  }
+
   template <int kSlices>
   __device__ __forceinline__ void scores(uint32_t slice, float (&x)[kSlices * kBlocks][4]) const {
 #pragma unroll
@@ -198,7 +204,8 @@ struct Attend {
         }
       }
     } else {
-      const uint32_t at_lane = slice + ((i % 2) * 8 + r) * L::kPitch + (i / 2) * 16;
+      const uint32_t turn = segment(i / 2, r);
+      const uint32_t at_lane = slice + ((i % 2) * 8 + r) * L::kPitch;
 #pragma unroll
       for (int s = 0; s < kSteps; s += 2) {
         uint32_t a[2][4];
@@ -207,7 +214,7 @@ struct Attend {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t k[4];
-          ldmatrix_x4(k, at_lane + half * 16 * L::kPitch + s * 16);
+          ldmatrix_x4(k, at_lane + half * 16 * L::kPitch + (s * 16 ^ turn));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const HalfPairs b = halves_from_codes<F::kE4m3, kSoft>(k[j]);
@@ -223,12 +230,13 @@ struct Attend {
     const int i = lane() / 8, r = lane() % 8;
     constexpr int kHalves = L::kTokens / 16;
     const uint32_t at_lane = slice + half / kHalves * L::kSlice + L::kV +
-                             (half % kHalves * 16 + (i % 2) * 8 + r) * L::kPitch + (i / 2) * 16;
+                             (half % kHalves * 16 + (i % 2) * 8 + r) * L::kPitch;
+    const uint32_t turn = segment(i / 2, r);
     if constexpr (!k8) {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         uint32_t v[4];
-        ldmatrix_x4_trans(v, at_lane + s * 32);
+        ldmatrix_x4_trans(v, at_lane + (s * 32 ^ turn));
         mma_16816<F::kBf16>(o[2 * s], a, v[0], v[1]);
         mma_16816<F::kBf16>(o[2 * s + 1], a, v[2], v[3]);
       }
@@ -236,7 +244,7 @@ struct Attend {
 #pragma unroll
       for (int s = 0; s < kSteps; s += 2) {
         uint32_t v[4];
-        ldmatrix_x4_trans(v, at_lane + s * 16);
+        ldmatrix_x4_trans(v, at_lane + (s * 16 ^ turn));
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           // Bytes: (key 2t; even, odd column), (key 2t + 1; even, odd column).

@@ -56,9 +56,14 @@ __device__ __forceinline__ bool start_loads(const P& p, uint32_t shared) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.q) + thread * 128));
   if (!p.table) return false;
   if (p.entries <= L::kTableEntries) {
+    const int packs = p.entries / 4, rest = p.entries % 4;
 #pragma unroll 1
-    for (int i = threadIdx.x * 4; i < p.entries; i += kDecodeThreads * 4)
-      cp_async_part(shared + L::kTable + i * 4, p.table + i, min(p.entries - i, 4) * 4);
+    for (int i = threadIdx.x; i < packs; i += kDecodeThreads)
+      cp_async_16(shared + L::kTable + i * 16, p.table + i * 4, true);
+    if (threadIdx.x < rest) {
+      const int i = packs * 4 + threadIdx.x;
+      cp_async_4(shared + L::kTable + i * 4, p.table + i, true);
+    }
     cp_async_commit();
     return true;
   }
@@ -68,14 +73,39 @@ __device__ __forceinline__ bool start_loads(const P& p, uint32_t shared) {
   return false;
 }
 
+// Values of a slice from row `first` on become zeros: a box brings what is behind the last key.
+template <class L>
+__device__ __forceinline__ void clear_values(uint32_t slice, int first) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int row = first + lane / 8; row < L::kTokens; row += 4)
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(slice + L::kV + row * L::kPitch +
+                                                                  lane % 8 * 16),
+                 "r"(0)
+                 : "memory");
+  ptx::proxy_fence_shared();
+  __syncwarp();
+}
+
 template <class F, int D, bool kSoft, class L, class P>
 __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
     decode_kernel(const __grid_constant__ P p) {
   using A = Attend<F, D, kSoft, L>;
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   const uint32_t ring = shared_address(shared);
   const int warp = threadIdx.x / 32;
 
+  uint64_t* const full = reinterpret_cast<uint64_t*>(shared + L::kFull);  // of boxes
+  if constexpr (L::kBoxes) {
+    if (threadIdx.x % 32 == 0) {
+      ptx::tma_prefetch(&p.k_map);
+      ptx::tma_prefetch(&p.v_map);
+#pragma unroll
+      for (int s = 0; s < L::kStages; ++s) ptx::mbarrier_init(full + s * kDecodeWarps + warp, 1);
+      ptx::mbarrier_init_fence();
+    }
+    __syncwarp();
+  }
   int length = first_length(p);
   const bool near = start_loads<L>(p, ring);
   asm volatile("" : "+r"(length));  // not used, which is to wait for it, any earlier
@@ -115,6 +145,7 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
   const int team = warp >> p.row_shift, tile = warp & (p.row_tiles - 1);
   A a;
   int stage = 0;
+  [[maybe_unused]] uint32_t phase = 0;  // of `full`
 #pragma unroll 1
   do {
     Item item = make_item(p, slot, walk);
@@ -133,6 +164,7 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
         stream.fetched = -1;
       } else {
         A::stage_query(p, item, query, unit);
+        if constexpr (L::kBoxes) ptx::proxy_fence_shared();
       }
       __syncthreads();
       a.load_rows(p, item, tile, query, unit);
@@ -140,7 +172,8 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
       a.clear();
 #pragma unroll 1
       for (int base = from * kPlanTile; base < end; base += L::kStepTokens) {
-        cp_async_wait<L::kStages - 2>();
+        if (!L::kBoxes || p.scale_per_token_k) cp_async_wait<L::kStages - 2>();
+        if constexpr (L::kBoxes) ptx::mbarrier_wait(full + stage * kDecodeWarps + warp, phase);
         if (p.row_tiles == 1)
           __syncwarp();
         else
@@ -153,13 +186,15 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
           const int owner = team * p.row_tiles + s, first = base + owner * L::kTokens;
           const uint32_t slice = ring + (stage * kDecodeWarps + owner) * L::kSlice;
           if (first >= min(end, item.last) || first + joint * L::kTokens <= item.first) continue;
+          if constexpr (L::kBoxes)
+            if (first + L::kTokens > item.last) clear_values<L>(slice, item.last - first);
           if (A::kJoint == 1 || joint == 1)
             a.template step<1>(p, item, slice, first);
           else
             a.template step<A::kJoint>(p, item, slice, first);
         }
         read = stage;
-        if (++stage == L::kStages) stage = 0;
+        if (++stage == L::kStages) stage = 0, phase ^= 1;
       }
       const Finish<A, P> finish{p, item, shared, shared + read * L::kStage};
       const bool idle = to >= walk.end && walk.position + walk.cost >= slot.end;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../ptx/async_copy.cuh"
+#include "../ptx/tma.cuh"
 #include "attend.cuh"
 #include "pieces.cuh"
 
@@ -164,6 +165,7 @@ struct Finish {
         if (last && threadIdx.x == 0) *c.done = 0;
       }
     }
+    if constexpr (L::kBoxes) ptx::proxy_fence_shared();  // also by boxes
     __syncthreads();  // the stage, the states and the flag may be written again
   }
 

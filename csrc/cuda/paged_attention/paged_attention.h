@@ -24,4 +24,8 @@ int launch_decode_f16(const DecodeParams& p, int ctas, void* stream);
 int launch_decode_e4m3(const DecodeParams& p, int ctas, bool soft, void* stream);
 int launch_decode_i8(const DecodeParams& p, int ctas, void* stream);
 
+// Plain steps over 8-bit caches whose keys come in boxes of TMA (sm_90a).
+bool boxes_serve(const DecodeParams& p);
+int launch_decode_boxes(const DecodeParams& p, int ctas, void* stream);
+
 }  // namespace fastinfer::cuda

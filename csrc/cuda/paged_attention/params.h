@@ -73,6 +73,7 @@ struct DecodeParams {
   int64_t k_page, k_token, k_head, v_page, v_token, v_head;  // elements
   int64_t ks_page, ks_token, vs_page, vs_token;
   int64_t cache_rows_stride, leftpad_stride, alibi_batch, alibi_head, sinks_stride;
+  int64_t pages, page_rows;  // shape of the caches
   static constexpr bool kPlain = false;
   static constexpr int kRowsAtOnce = 1;  // that a thread merges
 };

@@ -9,6 +9,7 @@
 
 #include "../ptx/async_copy.cuh"
 #include "../ptx/mma.cuh"
+#include "../ptx/tma.cuh"
 #include "layout.cuh"
 
 namespace fastinfer::cuda {
@@ -27,7 +28,8 @@ struct Stream {
   // Key of this lane in the next step.
   int page, place, head;
   bool valid, any;
-  bool starts;  // an item
+  bool reached;  // valid, whatever the table says
+  bool starts;   // an item
   int sequence, row_block, position;
 
   __device__ __forceinline__ Stream(const P& params, const Slot& s, const Walk& start,
@@ -51,12 +53,12 @@ struct Stream {
   // Where the keys of the next step are.
   __device__ __forceinline__ void look_up() {
     any = more;
-    valid = false;
+    valid = reached = false;
     page = place = head = 0;
     if (!more) return;
     const int end = min(walk.len, walk.end * kPlanTile);
     const int key = base + warp() * L::kTokens + lane() % L::kTokens;
-    valid = key >= walk.low && key < end;
+    valid = reached = key >= walk.low && key < end;
     head = walk.pair(p, slot);
     row_block = 0;
     if (p.row_blocks > 1) {
@@ -100,7 +102,9 @@ struct Stream {
       if (starts && query && fetched < 0 && p.row_tiles <= L::kFetchTiles && p.query_packs)
         fetch_query();
     const uint32_t slice = shared + (stage * kDecodeWarps + warp()) * L::kSlice;
-    if (p.packs)
+    if constexpr (L::kBoxes)
+      issue_boxes(slice, shared + L::kFull + (stage * kDecodeWarps + warp()) * 8);
+    else if (p.packs)
       issue_packs(slice);
     else
       copy_elements(p, slice, page, place, head, valid);
@@ -148,6 +152,30 @@ struct Stream {
       cp_async_16(to, k + bytes, there);
       cp_async_16(to + L::kV, v + bytes, there);
     }
+  }
+
+  // Boxes of 16 keys, whose pages their first keys' lanes know, with whatever is behind the last
+  // key of the sequence. A page that does not exist arrives as zeros.
+  __device__ __forceinline__ void issue_boxes(uint32_t slice, uint32_t barrier) {
+    constexpr int kBox = 16 * L::kPitch;
+    const uint32_t boxes = __ballot_sync(kAllLanes, lane() % 16 == 0 && reached);
+    if (lane() == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                   "r"(__popc(boxes) * 2 * kBox)
+                   : "memory");
+    __syncwarp();
+    if (boxes >> lane() & 1) {
+      load_box(slice + lane() / 16 * kBox, &p.k_map, barrier);
+      load_box(slice + lane() / 16 * kBox + L::kV, &p.v_map, barrier);
+    }
+  }
+
+  __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(0), "r"(place), "r"(head), "r"(page)
+        : "memory");
   }
 
   __device__ __forceinline__ void issue_scales(uint32_t slice) {

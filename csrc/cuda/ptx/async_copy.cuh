@@ -14,12 +14,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// The first `bytes` of 16, zeros behind them.
-__device__ __forceinline__ void cp_async_part(uint32_t shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(bytes)
-               : "memory");
-}
 __device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
 }
