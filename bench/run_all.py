@@ -43,7 +43,7 @@ JOBS: dict[str, tuple[str, list[str], list[str]]] = {
 # `fastinfer ablate`, a command of its own: of the bundled model, on a GPU also of random weights.
 ABLATE = "--prompt-lens 16,32 --output-len 8 --requests 6 --at-once 3 --device cpu"
 ABLATE_TINY = "--prompt-lens 64,128,256 --output-len 64 --requests 48 --at-once 16 --device cuda"
-ABLATE_8B = "--prompt-lens 256,1024 --output-len 64 --requests 128 --repeats 1 --device cuda"
+ABLATE_8B = "--prompt-lens 256,1024 --output-len 64 --requests 128 --device cuda"
 EVERYTHING = {"cpu": [*JOBS, "ablate"], "cuda": [*JOBS, "ablate", "ablate_tiny"]}
 
 

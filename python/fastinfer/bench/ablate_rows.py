@@ -126,6 +126,8 @@ def make_rows(plan: Plan) -> list[Row]:
             "share of the cache that is reserved and unused",
             price="one request alone has the memory to itself: paging costs an indirection per "
             "block, and pays when many share the cache",
+            price_of_launches="the same kernels are launched, one by one: what differs is how busy "
+            "the host was",
         ),
         Row(
             key="static",

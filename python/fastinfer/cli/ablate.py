@@ -40,7 +40,11 @@ def add_parser(commands: Any) -> None:
         "--at-once", type=int, metavar="N", help=f"most requests together; {told['at_once']}"
     )
     work.add_argument(
-        "--repeats", type=int, default=2, metavar="N", help="runs per row, the fastest counts (2)"
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="most runs of a row, the fastest counts (3)",
     )
     work.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     engine = parser.add_argument_group("engine")
