@@ -6,7 +6,9 @@ A Llama with random weights (Llama-3-8B's shape on a GPU), built from its config
     sdpa compiled   a static cache; transformers compiles the step (CUDA graphs through inductor)
     fastinfer bf16  our attention, compiled like the above
     fastinfer int4  and linears in 4 bits, groups of 128
-    continuous[...] `generate_batch`
+    continuous[...] `generate_batch`: one model and one process for all, the same prompts; each runs
+                    to its end. `time_ratio`: its time over that of the first, `ratio_to`;
+                    `same_first_tokens`: of how many requests the first token is that one's
 
 Greedy, fixed lengths. `ttft_ms` is the time of a run with one new token, `tpot_ms` what the others
 take on top, each; `first_run_s` is a run before those measured, with compilation, or with captured
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -136,8 +139,12 @@ def show_profile(run: Callable[[], Any], steps: int, rows: int = 24) -> None:
 
 
 def batch_row(
-    model: transformers.PreTrainedModel, attention: str, args: argparse.Namespace
+    model: transformers.PreTrainedModel,
+    attention: str,
+    args: argparse.Namespace,
+    first: dict[str, Any],
 ) -> dict[str, Any]:
+    """`first` is what the first attention left for those after it; it fills it."""
     count, prompt, new, device = args.requests, args.prompt, args.new, model.device.type
     model.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(count)
@@ -149,7 +156,7 @@ def batch_row(
         page_size = getattr(page, "page_size", None) or page.block_size
         options["max_blocks_per_request"] = -(-(prompt + new) // page_size) + 1
 
-    def run(n: int, tokens: int) -> None:
+    def run(n: int, tokens: int) -> list[int]:
         prompts = torch.randint(1, model.config.vocab_size, (n, prompt), generator=generator)
         results = model.generate_batch(
             prompts.tolist(),
@@ -157,22 +164,35 @@ def batch_row(
             continuous_batching_config=ContinuousBatchingConfig(**options),
             max_new_tokens=tokens,
             persistent_manager=True,
-            progress_bar=False,
+            progress_bar=args.progress,
         )
-        made = [len(r.generated_tokens) for r in results.values() if r.error is None]
-        assert made == [tokens] * n, (len(made), set(made))
+        made = {
+            tuple(r.prompt_ids): r.generated_tokens for r in results.values() if r.error is None
+        }
+        lengths = [len(made.get(tuple(ids), ())) for ids in prompts.tolist()]
+        assert lengths == [tokens] * n, (len(made), set(lengths))
+        return [made[tuple(ids)][0] for ids in prompts.tolist()]
 
     first_run = timed(device, lambda: run(2, 2))
     if args.profile and device == "cuda":
         show_profile(lambda: run(count, 8), 8)
-    whole = timed(device, lambda: run(count, new))
+    tokens: list[int] = []
+    whole = timed(device, lambda: tokens.extend(run(count, new)))
     model.destroy_cached_continuous_batching_manager()
-    return {
+    row: dict[str, Any] = {
         "total_s": round(whole, 3),
         "out_tok_s": round(count * new / whole, 3),
         "tok_s": round(count * (prompt + new) / whole, 3),
         "first_run_s": round(first_run, 2),
     }
+    if first:
+        row["time_ratio"] = round(whole / first["total_s"], 3)
+        row["ratio_to"] = first["peer"]
+        row["same_first_tokens"] = sum(map(operator.eq, tokens, first["tokens"]))
+    else:
+        first |= {"peer": f"transformers continuous[{attention}]", "total_s": whole}
+        first["tokens"] = tokens
+    return row
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +205,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=float, default=0.6, help="of the GPU, for its cache")
     parser.add_argument("--prompt", type=int)
     parser.add_argument("--new", type=int)
+    parser.add_argument("--progress", action="store_true", help="show the one of generate_batch")
     parser.add_argument("--profile", action="store_true", help="also print GPU time by kernel")
 
 
@@ -205,7 +226,8 @@ def main() -> None:
         if args.layers:
             row["layers"] = args.layers
         bench.rows.append(row)
-        figures = " ".join(f"{k}={row[k]}" for k in row if k.endswith(("_ms", "_s")))
+        told = ("_ms", "_s", "_ratio", "_tokens")
+        figures = " ".join(f"{k}={row[k]}" for k in row if k.endswith(told))
         print(f"{case:<36} {peer:<24} {figures}  ({time.perf_counter() - begin:.1f} s)", flush=True)
         if args.json:
             bench._write()
@@ -214,13 +236,15 @@ def main() -> None:
     names = [a for a in args.continuous if bench.wanted(f"{batch_case} continuous[{a}]")]
     if names:
         model = make_model(shape, args.layers, bench.dtype, device)
+        first: dict[str, Any] = {}
         for attention in names:
             report(
                 batch_case,
                 f"continuous[{attention}]",
-                lambda m=model, a=attention: batch_row(m, a, args),
+                lambda m=model, a=attention: batch_row(m, a, args, first),
             )
             gc.collect()
+            torch.cuda.empty_cache()  # what is kept counts as taken when the next cache is sized
         del model
     case = f"HF generate b1 prompt{args.prompt} new{args.new}"
     for peer in args.peers:

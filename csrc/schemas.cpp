@@ -160,6 +160,15 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
       "Tensor? min_p, Tensor? seeds, Tensor? steps, Tensor(a!) token_ids, Tensor(b!) num_accepted, "
       "Tensor(c!)? workspace) -> ()");
 
+  // ---- all_reduce
+  // -----------------------------------------------------------------------------------------------
+  // x, residual [...,D] with one row stride; weight [D]; group: a number of peer_memory.cu;
+  // algorithm 0 by size, 1 one-shot, 2 two-shot; CUDA only
+  m.def("peer_all_reduce(Tensor(a!) x, int group, int algorithm) -> ()");
+  m.def(
+      "peer_all_reduce_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps, "
+      "int group, int algorithm) -> ()");
+
   // ---- what was built, what runs
   // ----------------------------------------------------------------------------------
   m.def("cpu_isa() -> str");

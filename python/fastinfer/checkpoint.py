@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -65,13 +67,61 @@ class Checkpoint:
                         file, tuple(header.get_shape()), header.get_dtype()
                     )
 
-    def read(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, file by file, on the CPU."""
+    def read(
+        self, names: set[str], cuts: Mapping[str, Cut] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, file by file, on the CPU.
+
+        Args:
+            names: which.
+            cuts: of these tensors only the rows and columns that are said, and no other bytes.
+        """
         for file in self.files:
             with _open(file, self._who) as handle:
                 for name in handle.keys():  # noqa: SIM118
                     if name in names:
-                        yield name, handle.get_tensor(name)
+                        cut = None if cuts is None else cuts.get(name)
+                        if cut is None:
+                            yield name, handle.get_tensor(name)
+                        else:
+                            yield name, _read_cut(handle.get_slice(name), cut)
+
+
+class Cut(NamedTuple):
+    """A piece of a tensor: these ranges of rows, one after the other, of these columns."""
+
+    rows: tuple[tuple[int, int], ...]
+    columns: tuple[int, int] | None = None  # None: all
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece of a tensor that is in memory."""
+        if self.columns is not None:
+            tensor = tensor[:, slice(*self.columns)]
+        taken = [tensor[slice(*rows)] for rows in self.rows]
+        return taken[0] if len(taken) == 1 else torch.cat(taken)
+
+    def back(self, piece: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A whole tensor with one piece in its place and zeros elsewhere."""
+        whole = torch.zeros(shape, dtype=piece.dtype)
+        (rows,) = self.rows
+        columns = slice(None) if self.columns is None else slice(*self.columns)
+        whole[slice(*rows), columns] = piece
+        return whole
+
+
+def _read_cut(stored: Any, cut: Cut) -> Tensor:
+    """`stored`: a slice of safetensors, which reads what it is indexed with."""
+    taken = []
+    for begin, end in cut.rows:
+        if begin == end:
+            continue
+        if cut.columns is None:
+            taken.append(stored[begin:end])
+        else:
+            taken.append(stored[begin:end, slice(*cut.columns)])
+    if not taken:
+        return stored[:1][:0]
+    return taken[0] if len(taken) == 1 else torch.cat(taken)
 
 
 def _find_files(folder: Path, who: str) -> list[Path]:

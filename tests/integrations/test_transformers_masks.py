@@ -11,6 +11,7 @@ import torch
 from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 
+from fastinfer.integrations import _masks
 from fastinfer.integrations._masks import (
     as_bool,
     decode,
@@ -57,6 +58,9 @@ def expand(got, case: dict, window: int | None) -> torch.Tensor:
         if window is not None:
             assert k <= window
         return seen.expand(case["batch_size"], 1, q, k)
+    if got.dtype == torch.bool:  # as somebody works on it
+        assert not case["allow_is_causal_skip"]
+        return got
     assert got.dim() == 4 and is_key_range(got)
     return as_bool(got, q, k)
 
@@ -114,6 +118,43 @@ def test_patterns_without_a_kernel_keep_their_mask() -> None:
     assert torch.equal(got, sdpa_mask(batch_size=1, q_length=5, kv_length=5, attention_mask=hole))
 
 
+def test_masks_that_models_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does not allow a mask to be skipped gets rows and columns, in every step."""
+
+    class Config:
+        model_type = "with an indexer"
+
+    def ask(q_length: int, kv_length: int, q_offset, skip: bool, window: int | None = None):
+        return fastinfer_mask(
+            batch_size=2,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            mask_function=causal(window),
+            local_size=window,
+            allow_is_causal_skip=skip,
+            config=Config,
+        )
+
+    monkeypatch.setattr(_masks, "_workers", set())
+    fixed = torch.tensor(6)
+    # transformers skips no mask of such a step: one more that is not worked on
+    assert is_key_range(ask(1, 12, fixed, False)) and is_key_range(ask(1, 9, 6, False, 4))
+    assert ask(1, 7, 6, False).dtype == torch.bool
+    assert ask(6, 6, 0, False).shape == (2, 1, 6, 6) and ask(6, 6, 0, True) is None
+    assert ask(6, 12, torch.tensor(0), False).shape == (2, 1, 6, 12)
+    for got in (ask(1, 12, fixed, False), ask(1, 9, 6, False, 4)):
+        assert got.dtype == torch.bool and got.shape[2] == 1
+    both = fastinfer_mask(
+        batch_size=2,
+        q_length=5,
+        kv_length=7,
+        mask_function=masking_utils.bidirectional_mask_function,
+        allow_is_bidirectional_skip=False,
+    )
+    assert both.dtype == torch.bool and both.all() and both.shape[2:] == (5, 7)
+
+
 def test_recognised_functions() -> None:
     assert recognise(masking_utils.causal_mask_function) == (True, None)
     assert recognise(masking_utils.bidirectional_mask_function) == (False, None)
@@ -138,5 +179,5 @@ def test_masks_survive_contiguous() -> None:
     got = fastinfer_mask(
         batch_size=2, q_length=9, kv_length=9, attention_mask=mask, mask_function=causal(4)
     )
-    assert got.shape == (2, 1, 5, 2) and got.dtype == torch.int32
+    assert got.shape == (2, 9, 1, 2) and got.dtype == torch.int32
     assert torch.equal(as_bool(got, 9, 9), as_bool(got.contiguous(), 9, 9))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from _model_harness import Tiny
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.engine import runner
-from fastinfer.models import device_read, load_model, loader, start_loading
+from fastinfer.models import device_read, filling, load_model, start_loading
 from fastinfer.models.layers import Linear
+from fastinfer.models.shard import Shard
 
 GetTiny = Callable[[str], Tiny]
 FAMILIES = ["llama", "llama_biases", "qwen2", "qwen3", "baichuan"]
@@ -24,7 +26,7 @@ FAMILIES = ["llama", "llama_biases", "qwen2", "qwen3", "baichuan"]
 
 @pytest.fixture
 def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "_in_background", lambda device: True)
+    monkeypatch.setattr(filling, "_in_background", lambda device: True)
     monkeypatch.setattr(device_read, "_PIECE", 1000)
 
 
@@ -125,6 +127,24 @@ def test_giving_up_in_between_stops_the_threads(
     monkeypatch.setattr(runner.ModelRunner, "_set_up", fail)
     with pytest.raises(RuntimeError, match="no room"):
         LLM(tiny("llama").folder, device="cpu", num_blocks=64, progress=False)
+    assert no_thread_left()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_same_part_of_a_model(
+    tiny: GetTiny, family: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: Any = object()  # nothing is run
+    shard = Shard(rank=rank, ranks=2, group=others)
+    expected = load_model(tiny(family).folder, shard=shard, progress=False)
+    monkeypatch.setattr(filling, "_in_background", lambda device: True)
+    monkeypatch.setattr(device_read, "_PIECE", 1000)
+    with start_loading(tiny(family).folder, shard=shard, progress=False) as loading:
+        assert loading.filler is not None and loading.filler.background is not None
+        model = loading.finish()
+    for name, tensor in expected.named_parameters():
+        assert torch.equal(tensor, model.get_parameter(name)), name
     assert no_thread_left()
 
 

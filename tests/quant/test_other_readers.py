@@ -1,5 +1,5 @@
 """Files we write, read by others: transformers with the compressed-tensors package, where that is
-installed, and vLLM's loader as its parameters are registered (vLLM itself is not run).
+installed, and names, shapes and dtypes as vLLM registers them (test_vllm_loads.py runs its loader).
 """
 
 from __future__ import annotations

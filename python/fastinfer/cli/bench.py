@@ -275,6 +275,8 @@ def run_latency(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
         warm = i < args.warmup
         label = "warm-up " if warm else f"batch {i - args.warmup + 1} of {args.iters}: "
         progress = Progress(args.batch_size, label)
+        if i == args.warmup:
+            llm.pipeline_stats(reset=True)
         load = run_load(llm.core, batch, [0.0] * args.batch_size, progress=progress)
         if not warm:
             loads.append(load)
@@ -284,7 +286,7 @@ def run_latency(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
         engine=functools.reduce(operator.add, [load.engine for load in loads]),
     )
     latencies = [load.duration for load in loads]
-    result = _described(args, llm, math.inf)
+    result = _described(args, llm, math.inf) | _pipeline(llm)
     result |= report.describe_load(merged, detailed=args.detailed)
     result |= {
         "avg_latency": sum(latencies) / len(latencies),
@@ -314,8 +316,9 @@ def run_rate(
     times = arrival_times(len(work), rate=rate, burstiness=burstiness, seed=args.seed_workload)
     label = "" if math.isinf(rate) else f"rate {rate:g}: "
     total = sum(len(conversation.turns) for conversation in work)
+    llm.pipeline_stats(reset=True)
     load = run_load(llm.core, work, times, max_concurrency=limit, progress=Progress(total, label))
-    result = _described(args, llm, rate)
+    result = _described(args, llm, rate) | _pipeline(llm)
     result |= report.describe_load(load, goodput=goodput, detailed=args.detailed)
     result |= {"num_prompts": total, "max_concurrency": limit, "burstiness": burstiness}
     result["goodput_limits"] = goodput
@@ -329,6 +332,11 @@ def run_rate(
             "tokens_per_second": result["total_token_throughput"],
         }
     return result
+
+
+def _pipeline(llm: LLM) -> dict[str, Any]:
+    stages = llm.pipeline_stats()
+    return {"pipeline": stages} if stages else {}
 
 
 def workload(

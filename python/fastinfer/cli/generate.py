@@ -154,11 +154,16 @@ def summary(outputs: list[RequestOutput], llm: LLM) -> str:
             f"{figures['total_draft_tokens']} drafts accepted, "
             f"{figures['mean_accepted_length']:.2f} tokens per check"
         )
+    pipeline = "".join(
+        f"\nstage {number}: {stage['step_ms']:.2f} ms a step, {stage['idle_share']:.0%} idle"
+        for number, stage in enumerate(llm.pipeline_stats())
+    )
     return (
         f"{many}TTFT {figures['mean_ttft_ms']:.1f} ms | {many}TPOT {tpot} | {rate} tokens/s | "
         f"{figures['total_input_tokens']} tokens in, {tokens} out\n"
         f"KV cache: {cache['blocks_used']} of {cache['blocks_total']} blocks used "
-        f"({cache['used_mb']:.2f} of {cache['total_mb']:.1f} MB){speculation}"
+        f"({cache['used_mb']:.2f} of {cache['total_mb']:.1f} MB)"
+        f"{speculation}{pipeline}"
     )
 
 

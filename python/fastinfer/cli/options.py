@@ -26,7 +26,11 @@ _ENGINE = {
     "swap_space": (int, "BYTES", "host memory for the blocks of preempted requests"),
     "speculative": (str, "DIR", "ngram, or the folder of a draft model: several tokens per step"),
     "num_speculative_tokens": (int, "N", "most guessed tokens per request and step"),
+    "tensor_parallel_size": (int, "N", "GPUs that share every layer (--tp)"),
+    "pipeline_parallel_size": (int, "N", "groups of GPUs with a part of the layers each (--pp)"),
+    "distributed_timeout": (float, "S", "seconds until a GPU that does not answer ends the run"),
 }
+_SHORT = {"tensor_parallel_size": "--tp", "pipeline_parallel_size": "--pp"}
 _SAMPLING = {
     "max_tokens": (int, "N", "most tokens to generate"),
     "min_tokens": (int, "N", "no end before this many tokens"),
@@ -47,8 +51,10 @@ def _add(
     for name, (kind, metavar, text) in table.items():
         if name in defaults:
             text += f" (default: {defaults[name]})"
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kind, metavar=metavar, help=text, default=defaults.get(name))
+        flags = ["--" + name.replace("_", "-"), *filter(None, [_SHORT.get(name)])]
+        group.add_argument(
+            *flags, type=kind, metavar=metavar, help=text, default=defaults.get(name)
+        )
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, model_required: bool = True) -> None:

@@ -84,8 +84,9 @@ class AsyncLLM:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive() and not self._closing
+        """Whether the engine's thread runs, and with it every process of the model."""
+        running = self._thread.is_alive() and not self._closing
+        return running and self._core.runner.failure is None
 
     def parse(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> ParsedPrompt:
         """Text, token ids and checked parameters of a prompt; may run in any thread.
@@ -141,7 +142,8 @@ class AsyncLLM:
     ) -> AsyncStream:
         """Queue what `parse` returned; `whole` makes a stream of one, complete output."""
         if not self.alive:
-            raise RuntimeError("AsyncLLM: this object is closed; create a new one")
+            why = self._core.runner.failure or "AsyncLLM: this object is closed"
+            raise RuntimeError(f"{why}; create a new one")
         with self._count:
             if self.max_requests is not None and self._open >= self.max_requests:
                 raise EngineBusy(

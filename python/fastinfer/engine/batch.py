@@ -123,7 +123,12 @@ class RequestRows:
 
 
 def build_batch(
-    plan: SchedulePlan, held: RequestRows, *, block_size: int, device: torch.device
+    plan: SchedulePlan,
+    held: RequestRows,
+    *,
+    block_size: int,
+    device: torch.device,
+    vocabulary: range,
 ) -> StepBatch:
     """Lay out the chunks of a plan one after the other.
 
@@ -133,6 +138,7 @@ def build_batch(
         held: Of the running requests; brought up to date.
         block_size: P, tokens per block.
         device: Where the model is.
+        vocabulary: Tokens that this process has logits of.
 
     Returns:
         The batch; a chunk's tokens keep their order, chunks keep the plan's.
@@ -184,7 +190,8 @@ def build_batch(
     if 0 < decodes < len(chunks):
         arrays["cu_rest"] = cu_seqlens[decodes:] - np.int32(decodes)
     columns = sampling_columns(sampling, ahead)
-    stops = early_stops(sampling, ahead)
+    first_id = vocabulary.start
+    stops = [(r, t - first_id) for r, t in early_stops(sampling, ahead) if t in vocabulary]
     for name, numbers in (("copies", plan.copies), ("carried", carried), ("stops", stops)):
         if numbers:
             arrays[name] = np.array(numbers, dtype=np.int64)

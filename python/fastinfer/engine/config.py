@@ -200,6 +200,9 @@ class EngineConfig:
         adaptive_speculation: Draft fewer tokens, or none, where the measured acceptance and the
             measured time of a step say that it is faster. False always drafts what it can.
         prompt_lookup_min, prompt_lookup_max: Shortest and longest ending that "ngram" looks for.
+        tensor_parallel_size: GPUs (or processes, on the CPU) that share every layer.
+        pipeline_parallel_size: Groups of those that have a part of the layers each.
+        distributed_timeout: Seconds after which a rank that does not answer ends the run.
         seed: Where requests without a seed get theirs from.
         progress: Show a bar while the weights are read.
         quantization: "int8" (one scale per output channel) or "int4" (groups of up to 128 input
@@ -248,6 +251,9 @@ class EngineConfig:
     adaptive_speculation: bool = True
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    distributed_timeout: float = 300.0
     seed: int = 0
     progress: bool = True
     quantization: str | None = None
@@ -271,6 +277,12 @@ class EngineConfig:
         _integer(me, "long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         _integer(me, "swap_space", self.swap_space, 0)
         _integer(me, "seed", self.seed, 0)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            _integer(me, name, getattr(self, name), 1)
+        if _number(me, "distributed_timeout", self.distributed_timeout) <= 0:
+            raise ValueError(
+                f"{me}: distributed_timeout must be > 0 seconds, got {self.distributed_timeout}"
+            )
         if not 0.0 < _number(me, "gpu_memory_utilization", self.gpu_memory_utilization) <= 1.0:
             raise ValueError(
                 f"{me}: gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"

@@ -8,7 +8,8 @@
 
 With `async_scheduling` the last three of a step follow the first two of the next one, so that a
 GPU has its next step before it has finished this one. A request that ends is noticed one step late;
-what that step did for it is dropped.
+what that step did for it is dropped. Over a pipeline of several stages as many steps are launched
+as there are stages, of different requests: one that has a token on its way waits for it.
 
 A step either happens or ends its requests: whatever goes wrong in it, their blocks are free
 afterwards and the next step starts from a clean state.
@@ -74,9 +75,12 @@ class EngineCore:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.runner = runner
+        self.stages: int = getattr(runner, "stages", 1)
         self.overlap = config.async_scheduling
         if self.overlap is None:
             self.overlap = runner.device.type == "cuda"
+        # steps that stay launched when `step` returns
+        self.depth = self.stages - 1 if self.stages > 1 else int(self.overlap)
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.clock = clock
@@ -86,6 +90,7 @@ class EngineCore:
             max_model_len=runner.max_model_len,
             clock=clock,
             swap=runner.swap,
+            stages=self.stages,
         )
         self.lock = threading.RLock()
         self.records: deque[RequestMetrics] = deque(maxlen=KEPT_RECORDS)
@@ -100,7 +105,7 @@ class EngineCore:
         self.on_plan: Callable[[SchedulePlan], None] | None = None
         self._completions: dict[str, tuple[Generation, Completion]] = {}
         self._abandoned: deque[Generation] = deque()
-        self._launched: _Launched | None = None
+        self._launched: deque[_Launched] = deque()  # the oldest first
         self._random = random.Random(config.seed)
         self._next_id = 0
 
@@ -235,15 +240,17 @@ class EngineCore:
             speculates = self.speculator is not None and self.speculator.wants(
                 self.scheduler.running
             )
-            if self._launched is not None and (speculates or self._launched.needed_now):
+            if self.stages == 1 and (speculates or any(s.needed_now for s in self._launched)):
                 self._finish_launched()
             if speculates:
                 self._propose()
             launched = self._launch()
-            previous, self._launched = self._launched, launched
-            self._finish(previous)
-            if not self.overlap:
-                self._finish_launched()
+            if launched is not None:
+                self._launched.append(launched)
+            elif self._launched:  # nothing to run until a token arrives
+                self._finish(self._launched.popleft())
+            while len(self._launched) > self.depth:
+                self._finish(self._launched.popleft())
 
     def _propose(self) -> None:
         assert self.speculator is not None
@@ -271,12 +278,14 @@ class EngineCore:
             raise
 
     def _finish_launched(self) -> None:
-        launched, self._launched = self._launched, None
-        self._finish(launched)
+        while self._launched:
+            self._finish(self._launched.popleft())
 
-    def _finish(self, launched: _Launched | None) -> None:
-        if launched is None:
-            return
+    def drop_launched(self) -> None:
+        """Forget the steps that run; for the end of an engine."""
+        self._launched.clear()
+
+    def _finish(self, launched: _Launched) -> None:
         try:
             self._deliver(launched.plan, launched.drawn.result(), launched.sampling)
         except BaseException as error:

@@ -36,6 +36,7 @@ from .replay import StepReplay
 from .request import Request
 from .sampler import DrawnTokens
 from .step_plan import SchedulePlan
+from .team import Stage
 
 _ALIGN = 16
 _COLUMNS: dict[str, type] = {
@@ -110,6 +111,7 @@ class _Bucket:
     columns: Tensor  # uint8, all inputs together
     inputs: dict[str, Tensor]
     drawn: Tensor  # the tokens of its rows
+    hidden: Tensor  # of a pipeline's stage: what comes in, and then what goes out; else empty
     staging: list[_Staging]
     # by greedy: the captured step and its cudaGraphExec_t, or without a GPU what runs it
     graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)
@@ -129,6 +131,8 @@ class DecodeGraphs:
         max_len: Most tokens of a sequence.
         block_size: P.
         device: Where everything is.
+        sample: What stands in for the operator where the vocabulary is divided.
+        stage: Of a pipeline, which the model is a part of; None: it is the whole.
 
     Attributes:
         drawn: int64 [max_rows], tokens of the latest step, read and written by the graphs; steps
@@ -146,7 +150,10 @@ class DecodeGraphs:
         max_len: int,
         block_size: int,
         device: torch.device,
+        sample: Callable[..., Any] | None = None,
+        stage: Stage | None = None,
     ) -> None:
+        self._sample, self._stage = sample, stage
         self._model, self._layers = model, layers
         self._held, self._workspace = held, workspace
         self._max_len, self._block_size, self._device = max_len, block_size, device
@@ -158,6 +165,7 @@ class DecodeGraphs:
         self.drawn = self._whole[: 8 * max_rows].view(torch.int64)
         self._buffer = self._whole[first:]
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
+        self._hidden = torch.empty(0) if stage is None else stage.buffer(max_rows)
         self._sent = (-1, b"")  # what `_tables` holds: version of the tables, the requests' rows
         self._pool: Any = None
         self._side: torch.cuda.Stream | None = None
@@ -189,6 +197,8 @@ class DecodeGraphs:
         if staging.done is not None:
             staging.done.synchronize()  # of the step before the last one
         greedy, width = self._fill(staging, plan)
+        if self._stage is not None:
+            self._stage.receive_into(bucket.hidden)
         if staging.replay is not None:
             staging.replay(bucket.handles[greedy], count, width)
         else:
@@ -197,6 +207,8 @@ class DecodeGraphs:
             self._tables[:count, :width] = sent
             bucket.replay[greedy]()
             staging.tokens.copy_(bucket.drawn)
+        if self._stage is not None:
+            self._stage.send(bucket.hidden)
         return DrawnTokens.in_buffer(staging.drawn[:count], staging.done)
 
     def _fill(self, staging: _Staging, plan: SchedulePlan) -> tuple[bool, int]:
@@ -245,7 +257,8 @@ class DecodeGraphs:
         inputs["source"].copy_(torch.from_numpy(own))
         on_cuda, blocks = self._device.type == "cuda", self._tables.shape[1]
         staging = [_Staging(rows, begins, size, own, blocks, on_cuda) for _ in range(2)]
-        bucket = _Bucket(rows, self._buffer[:size], inputs, self.drawn[:rows], staging)
+        hidden, drawn = self._hidden[:rows], self.drawn[:rows]
+        bucket = _Bucket(rows, self._buffer[:size], inputs, drawn, hidden, staging)
         if on_cuda:
             self._capture(bucket)
         else:
@@ -290,15 +303,20 @@ class DecodeGraphs:
         self._draw(bucket, self._logits(bucket), greedy)
 
     @torch.inference_mode()
-    def _draw(self, bucket: _Bucket, logits: Tensor, greedy: bool) -> None:
+    def _draw(self, bucket: _Bucket, logits: Tensor | None, greedy: bool) -> None:
+        if logits is None:
+            return
         names = ("temperature",) if greedy else _SAMPLING
         columns = {name: bucket.inputs[name] for name in names}
-        ops.sample(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
+        draw = self._sample or ops.sample
+        draw(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def _logits(self, bucket: _Bucket) -> Tensor:
-        inputs = bucket.inputs
-        input_ids = self._whole.view(torch.int64).index_select(0, inputs["source"])
+    def _logits(self, bucket: _Bucket) -> Tensor | None:
+        inputs, stage = bucket.inputs, self._stage
+        entering = bucket.hidden
+        if stage is None or stage.is_first:
+            entering = self._whole.view(torch.int64).index_select(0, inputs["source"])
         meta = AttentionMetadata(
             positions=inputs["positions"],
             slot_mapping=inputs["slots"],
@@ -310,7 +328,11 @@ class DecodeGraphs:
             plans=self._plans(bucket),
             workspace=self._workspace,
         )
-        return self._model.compute_logits(self._model(input_ids, meta, self._layers))
+        hidden = self._model(entering, meta, self._layers)
+        if stage is None or stage.is_last:
+            return self._model.compute_logits(hidden)
+        bucket.hidden.copy_(hidden)
+        return None
 
     def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
         config = cache_config(self._model)

@@ -49,6 +49,10 @@ class LLM:
         enable_prefix_caching: Reuse the KV blocks of prompts that begin alike.
         batch_invariant: A request's tokens and log-probabilities do not depend, to the last bit,
             on what else runs, on chunking, a cached prefix or preemption. Costs speed on a GPU.
+        tensor_parallel_size: GPUs that share every layer; on the CPU, processes. Under torchrun
+            those are the processes it started, else they are started here. There, all but rank 0
+            serve inside of this call and end with it (SystemExit).
+        pipeline_parallel_size: Groups of those with a part of the layers each.
         progress: Show a bar while the weights are read.
         **options: The remaining fields of `EngineConfig`.
 
@@ -82,6 +86,8 @@ class LLM:
         seed: int = 0,
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         progress: bool = True,
         **options: Any,
     ) -> None:
@@ -104,13 +110,21 @@ class LLM:
             seed=seed,
             enable_prefix_caching=enable_prefix_caching,
             batch_invariant=batch_invariant,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
             progress=progress,
             **options,
         )
         if config.load_format == "auto":
             read_ahead(config.model)
-        runner = ModelRunner(config, choose_device(config.device))
-        self._start(config, runner, find_tokenizer(config))
+        device = choose_device(config.device)
+        several = config.tensor_parallel_size * config.pipeline_parallel_size > 1
+        if several:
+            from .parallel import LeadRunner, serve_under_torchrun
+
+            serve_under_torchrun(config, device)
+        make = LeadRunner if several else ModelRunner
+        self._start(config, make(config, device), find_tokenizer(config))
 
     @classmethod
     def from_config(
@@ -293,13 +307,27 @@ class LLM:
         """Aggregate latency and throughput of the latest finished requests; see `summarize`."""
         return summarize(list(self._engine.records), goodput=goodput)
 
+    def pipeline_stats(self, *, reset: bool = False) -> list[dict[str, float]]:
+        """What each stage of a pipeline did; empty without one.
+
+        Args:
+            reset: Begin to measure anew, after this.
+
+        Returns:
+            Per stage `steps`, `step_ms` of work per step, and `idle_share` of the time since its
+            first step, waiting for requests included.
+        """
+        core = self._engine
+        with core.lock:
+            return core.runner.pipeline_stats(reset=reset)
+
     def close(self) -> None:
         """End all requests and let go of model and cache. May be called twice."""
         core, self._core = self._core, None
         if core is None:
             return
         core.abort_all()
-        core._launched = None
+        core.drop_launched()
         on_cuda = core.runner.device.type == "cuda"
         core.runner.release()
         if on_cuda:

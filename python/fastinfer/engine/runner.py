@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import _lib, ops
-from ..models import CausalLM, start_loading
+from ..distributed.sampling import ShardedSample
+from ..models import CausalLM, load_config, start_loading
 from ..models.quantized import quantize_layers
+from ..models.shard import WHOLE, divide
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .config import EngineConfig, SamplingParams
@@ -29,6 +31,7 @@ from .request import Request
 from .sampler import DrawnTokens, sample_tokens
 from .step_plan import ScheduledChunk, SchedulePlan
 from .swap import HostCache, SwapSpace
+from .team import Stage, Team
 from .verify_graphs import VerifyGraphs
 
 # What the decode kernel needs for up to 32 queries per key head of up to 128 channels.
@@ -54,6 +57,7 @@ class ModelRunner:
         config: Of the engine.
         device: Where to run.
         model: Stands in for the model of `config.model`; for tests.
+        team: The other processes that run the model; None: there are none.
 
     Attributes:
         model: The decoder.
@@ -62,14 +66,22 @@ class ModelRunner:
         block_bytes: Bytes of a block over all layers.
     """
 
-    def __init__(self, config: EngineConfig, device: torch.device, model: Any = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        device: torch.device,
+        model: Any = None,
+        team: Team | None = None,
+    ) -> None:
         self.device = device
         self.block_size = config.block_size
+        self._team = team
         if model is not None:
             self._set_up(config, model)
             return
         plan = f"`fastinfer plan --model {config.model}` says how much they are"
         weights = f"the weights of {config.model}"
+        shard = WHOLE if team is None else divide(load_config(config.model), team.groups)
         with must_fit(weights, device, plan):
             loading = start_loading(
                 config.model,
@@ -79,6 +91,7 @@ class ModelRunner:
                 progress=config.progress,
                 max_model_len=config.max_model_len,
                 requantize=config.requantize,
+                shard=shard,
             )
         with loading:  # weights may go on arriving while memory is measured and steps captured
             if config.quantization is not None:
@@ -97,24 +110,36 @@ class ModelRunner:
         if isinstance(model, CausalLM):
             model.set_attention(fused=config.fused_attention, share_heads=config.share_kv_heads)
         self.model = model
+        self._least("begun", 0)  # from here on ranks wait for each other
         cached = cache_config(model)
         self.vocab_size: int = model.config.vocab_size
+        self._vocabulary = range(self.vocab_size)
+        self._sample: Any = None
+        groups = None if self._team is None else self._team.groups
+        if groups is not None and groups.tensor is not None:
+            self._sample = sample = ShardedSample(groups.tensor, self.vocab_size)
+            self._vocabulary = range(sample.begin, sample.begin + sample.count)
+        self._stage = None if groups is None or groups.stages == 1 else Stage(groups, model)
         self.max_model_len: int = config.max_model_len or model.max_model_len
         self.cache_dtype = cache_dtype(config.kv_cache_dtype, model.dtype)
         self.block_bytes = block_bytes(cached, config.block_size, self.cache_dtype)
-        draft = load_draft(config, model, device)
+        leads = self._team is None or self._team.groups.rank == 0
+        draft = load_draft(config, model, device) if leads else None
         if draft is not None:
             draft_cache = cache_dtype(config.kv_cache_dtype, draft.dtype)
             self.block_bytes += block_bytes(draft.config, config.block_size, draft_cache)
         self._workspace = make_workspace(cached, device)
         # tokens of the latest step, where the model is
         self._drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-        self.num_blocks = choose_num_blocks(
-            config,
-            self.block_bytes,
-            max_model_len=self.max_model_len,
-            device=device,
-            measure_peak=lambda: self._measure_peak(config),
+        self.num_blocks = self._least(
+            "num_blocks",
+            choose_num_blocks(
+                config,
+                self.block_bytes,
+                max_model_len=self.max_model_len,
+                device=device,
+                measure_peak=lambda: self._measure_peak(config),
+            ),
         )
         self.cache, self.layers = allocate_cache(
             cached,
@@ -126,8 +151,8 @@ class ModelRunner:
         self._host: HostCache | None = None
         self.swap: SwapSpace | None = None
         own_bytes = block_bytes(cached, config.block_size, self.cache_dtype)
-        if config.swap_space >= own_bytes:
-            count = min(config.swap_space // own_bytes, self.num_blocks)
+        count = self._least("swap", min(config.swap_space // own_bytes, self.num_blocks))
+        if count:
             with must_fit(f"swap_space of {config.swap_space} bytes", device, "lower swap_space"):
                 self._host = HostCache(cached, self.layers, count, config.block_size)
             self.swap = SwapSpace(count, own_bytes, self._host.measure_bandwidth())
@@ -158,10 +183,13 @@ class ModelRunner:
                     max_len=max_len,
                     block_size=config.block_size,
                     device=device,
+                    sample=self._sample,
+                    stage=self._stage,
                 )
             self._drawn = self._graphs.drawn
         self._verify: VerifyGraphs | None = None
-        if self._graphs is not None and self.drafter is not None and config.num_speculative_tokens:
+        speculates = config.speculative is not None and config.num_speculative_tokens > 0
+        if self._graphs is not None and speculates:
             self._verify = VerifyGraphs(
                 model,
                 self.layers,
@@ -171,11 +199,39 @@ class ModelRunner:
                 max_len=max_len,
                 block_size=config.block_size,
                 device=device,
+                sample=self._sample,
+                stage=self._stage,
             )
             self._verify.prepare(rows=4 if device.type == "cuda" else 0)
 
+    @property
+    def failure(self) -> str | None:
+        """Why no step can run any more; None while they can."""
+        return None
+
+    def pipeline_stats(self, *, reset: bool = False) -> list[dict[str, float]]:
+        """Per stage of a pipeline its steps, milliseconds of work per step and the share of the
+        time that it was idle; see `StageClock`. Empty where there is one stage.
+
+        Args:
+            reset: Begin to measure anew.
+        """
+        if self._stage is None:
+            return []
+        report = self._stage.clock.report()
+        if reset:
+            self._stage.clock.reset()
+        return [report]
+
+    def _least(self, what: str, value: int) -> int:
+        """The smallest of all ranks' values; here everybody meets."""
+        return value if self._team is None else self._team.least(what, value)
+
     def move_blocks(self, plan: SchedulePlan) -> None:
-        """The block copies of a plan, in front of its step."""
+        """The moves between device and host of a plan that has nothing to run."""
+        self._move_blocks(plan)
+
+    def _move_blocks(self, plan: SchedulePlan) -> None:
         if plan.swap_out or plan.swap_in:
             assert self._host is not None
             self._host.move(plan.swap_out, plan.swap_in)
@@ -193,7 +249,7 @@ class ModelRunner:
             The requests it draws tokens for, if one of them wants more than a token or has
             penalties (else none), and the tokens to come.
         """
-        self.move_blocks(plan)
+        self._move_blocks(plan)
         if self._graphs is not None and self._graphs.accepts(plan):
             if plan.copies:
                 self._copy_blocks(torch.tensor(plan.copies).to(self.device))
@@ -221,12 +277,26 @@ class ModelRunner:
             batch.input_ids.index_copy_(0, batch.carry_to, carried)
         # The embedding, a kernel of torch's, stands between all that was written before this step
         # and the first kernel that may start early.
+        stage, inputs = self._stage, batch.input_ids
+        if stage is not None:
+            inputs = stage.receive(inputs)
         with _lib.programmatic_launch(graphs.PROGRAMMATIC_LAUNCH):
-            hidden = self.model(batch.input_ids, batch.meta, self.layers)
+            hidden = self.model(inputs, batch.meta, self.layers)
+            if stage is not None and (not stage.is_last or not batch.sampling):
+                stage.send(hidden)
+                return DrawnTokens(None, batch.first_rows)
             if not batch.sampling:
                 return DrawnTokens(None)
             logits = self.model.compute_logits(hidden.index_select(0, batch.logits_index))
-        out = sample_tokens(logits, batch.sampling, batch.options)
+        out = sample_tokens(
+            logits,
+            batch.sampling,
+            batch.options,
+            vocab_size=self.vocab_size,
+            sample=self._sample,
+        )
+        if stage is not None:
+            stage.send(hidden)
         drawn = DrawnTokens(out)
         drawn.first_rows = batch.first_rows
         if batch.first_rows is None:  # else the host has to see them before the next step
@@ -240,7 +310,13 @@ class ModelRunner:
 
     def build(self, plan: SchedulePlan) -> StepBatch:
         """The tensors of a plan."""
-        batch = build_batch(plan, self._rows, block_size=self.block_size, device=self.device)
+        batch = build_batch(
+            plan,
+            self._rows,
+            block_size=self.block_size,
+            device=self.device,
+            vocabulary=self._vocabulary,
+        )
         batch.meta.workspace = self._workspace
         return batch
 

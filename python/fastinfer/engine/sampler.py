@@ -7,7 +7,7 @@ batch, on the row it sits in or on preemption.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,11 @@ class SampleResult:
 
 @dataclass(slots=True)
 class SampleOptions:
-    """Per-row arguments of `sample`, on the device; `stops` int64 [n, 2] are (row, token) that must
-    not be drawn, `ahead` the drafts of its request in front of each row (None: there are none)."""
+    """Per-row arguments of `sample`, on the device.
+
+    `stops` int64 [n, 2] are (row, column of the logits) that must not be drawn, `ahead` the drafts
+    of its request in front of each row (None: there are none).
+    """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     stops: Tensor | None = None
@@ -44,13 +47,14 @@ class DrawnTokens:
     """Tokens on their way to the host: one copy (two more where log-probabilities were asked for).
 
     Args:
-        out: What `sample` returned; None for a step that draws nothing.
+        out: What `sample` returned; None for a step that draws nothing, or not here.
+        first_rows: See `SampleResult`.
     """
 
-    def __init__(self, out: Any | None) -> None:
+    def __init__(self, out: Any | None, first_rows: list[int] | None = None) -> None:
         self._parts: list[Any] = [None] * 4  # with a `tolist` each
         self._ready: torch.cuda.Event | None = None
-        self.first_rows: list[int] | None = None
+        self.first_rows = first_rows
         if out is None:
             return
         self._parts = [out.token_ids, out.logprobs, out.top_ids, out.top_logprobs]
@@ -67,6 +71,11 @@ class DrawnTokens:
         tokens = cls(None)
         tokens._parts[0], tokens._ready = token_ids, ready
         return tokens
+
+    @property
+    def ready(self) -> torch.cuda.Event | None:
+        """Happens when the step is done; None where it is."""
+        return self._ready
 
     def wait(self) -> None:
         """Wait for the step."""
@@ -149,7 +158,14 @@ def _seen_tokens(
     return prompt.to(device), counts.to(device)
 
 
-def sample_tokens(logits: Tensor, requests: Sequence[Request], options: SampleOptions) -> Any:
+def sample_tokens(
+    logits: Tensor,
+    requests: Sequence[Request],
+    options: SampleOptions,
+    *,
+    vocab_size: int,
+    sample: Callable[..., Any] | None = None,
+) -> Any:
     """Draw the next token of each request.
 
     Args:
@@ -157,6 +173,8 @@ def sample_tokens(logits: Tensor, requests: Sequence[Request], options: SampleOp
         requests: B of them, that of each row. Those with penalties must have all their tokens on
             the host.
         options: Of these requests.
+        vocab_size: Of the model, also where `logits` are a piece of the vocabulary.
+        sample: What stands in for the operator where the vocabulary is divided.
 
     Returns:
         The op's `SampleOutput`, on the device.
@@ -165,10 +183,10 @@ def sample_tokens(logits: Tensor, requests: Sequence[Request], options: SampleOp
         logits[options.stops[:, 0], options.stops[:, 1]] = float("-inf")
     more: dict[str, Any] = dict(options.columns)
     if any(request.sampling.has_penalties for request in requests):
-        seen = _seen_tokens(requests, options.ahead, logits.shape[1], logits.device)
+        seen = _seen_tokens(requests, options.ahead, vocab_size, logits.device)
         more["prompt_mask"], more["output_counts"] = seen
     wanted = [r.sampling.logprobs for r in requests if r.sampling.logprobs is not None]
     if wanted:
         more["return_logprobs"] = True
-        more["num_top_logprobs"] = min(max(wanted), logits.shape[1])
-    return ops.sample(logits, **more)
+        more["num_top_logprobs"] = min(max(wanted), vocab_size)
+    return (sample or ops.sample)(logits, **more)

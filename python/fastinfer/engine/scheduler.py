@@ -50,6 +50,8 @@ class Scheduler:
         max_model_len: Longest prompt + output in tokens.
         clock: Monotonic time in seconds.
         swap: Blocks of the host; None recomputes what was preempted.
+        stages: Of a pipeline: with more than one a request with a token on its way is not planned,
+            and a step takes its share of the running requests, so that there are some for the next.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Scheduler:
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
         swap: SwapSpace | None = None,
+        stages: int = 1,
     ) -> None:
+        self.stages = stages
         host = load_host()
         self._extend_hashes = host.extend_block_hashes
         self.pool: BlockPool = host.BlockPool(num_blocks)
@@ -173,7 +177,7 @@ class Scheduler:
         self._held_up = False
         budget = self.config.max_num_batched_tokens
         limit = self.config.long_prefill_token_threshold or budget
-        running = list(self.running)
+        running = list(self.running) if self.stages == 1 else self._turn()
         at = 0
         while at < len(running) and budget > 0:
             if self.config.use_kv_cache:
@@ -189,6 +193,11 @@ class Scheduler:
             plan.chunks.sort(key=lambda chunk: chunk.count > 1)  # decodes first
         self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
         return plan
+
+    def _turn(self) -> list[Request]:
+        """The running requests of the next step of a pipeline."""
+        ready = [request for request in self.running if not request.in_flight]
+        return ready[: -(-len(self.running) // self.stages)]
 
     def commit(self, plan: SchedulePlan, sampled: list[int] | list[list[int]]) -> list[Request]:
         """Take the results of a step.

@@ -30,6 +30,7 @@ from .kv_cache import cache_config
 from .sampler import DrawnTokens
 from .static_step import Capturer, StaticBuffer, make_workspace, query_lengths, row_buckets
 from .step_plan import SchedulePlan
+from .team import Stage
 
 MAX_ROWS = 128  # with more requests nothing is drafted: decoding is far from memory bound then
 _FEW = 4  # requests
@@ -42,6 +43,7 @@ class _Bucket:
     length: int  # Q
     buffer: StaticBuffer
     cu_seqlens: Tensor  # kept here: a graph does not keep what it reads
+    hidden: Tensor  # of a pipeline's stage: what comes in, and then what goes out; else empty
     drawn: Tensor  # int64 [rows * Q]
     tokens: Tensor  # the same on the host
     done: torch.cuda.Event | None
@@ -62,6 +64,8 @@ class VerifyGraphs:
         max_len: Most tokens of a sequence.
         block_size: P.
         device: Where everything is.
+        sample: What stands in for the operator where the vocabulary is divided.
+        stage: Of a pipeline, which the model is a part of; None: it is the whole.
     """
 
     def __init__(
@@ -75,7 +79,10 @@ class VerifyGraphs:
         max_len: int,
         block_size: int,
         device: torch.device,
+        sample: Callable[..., Any] | None = None,
+        stage: Stage | None = None,
     ) -> None:
+        self._sample, self._stage = sample, stage
         self._model, self._layers, self._held = model, layers, held
         self._max_len, self._block_size, self._device = max_len, block_size, device
         self._rows = row_buckets(min(max_rows, MAX_ROWS))
@@ -123,7 +130,11 @@ class VerifyGraphs:
             self._lengths[bisect_left(self._lengths, int(counts.max()))],
         )
         greedy = self._fill(bucket, plan, counts)
+        if self._stage is not None:
+            self._stage.receive_into(bucket.hidden)
         bucket.replay[greedy]()
+        if self._stage is not None:
+            self._stage.send(bucket.hidden)
         bucket.tokens.copy_(bucket.drawn, non_blocking=True)
         if bucket.done is not None:
             bucket.done.record(torch.cuda.current_stream(self._device))
@@ -214,6 +225,7 @@ class VerifyGraphs:
             length,
             buffer,
             torch.arange(0, n + 1, length, dtype=torch.int32, device=self._device),
+            torch.empty(0) if self._stage is None else self._stage.buffer(n),
             torch.zeros(n, dtype=torch.int64, device=self._device),
             torch.zeros(n, dtype=torch.int64, pin_memory=on_cuda),
             torch.cuda.Event() if on_cuda else None,
@@ -245,11 +257,17 @@ class VerifyGraphs:
             plans=self._plans(bucket),
             workspace=self._workspace,
         )
-        hidden = self._model(inputs["input_ids"], meta, self._layers)
+        stage = self._stage
+        first = stage is None or stage.is_first
+        hidden = self._model(inputs["input_ids"] if first else bucket.hidden, meta, self._layers)
+        if stage is not None and not stage.is_last:
+            bucket.hidden.copy_(hidden)
+            return
         logits = self._model.compute_logits(hidden)
         names = ("temperature",) if greedy else _SAMPLING
         columns = {name: inputs[name] for name in names}
-        ops.sample(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
+        draw = self._sample or ops.sample
+        draw(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
 
     def _plans(self, bucket: _Bucket) -> dict[tuple[int, int], Tensor] | None:
         config = cache_config(self._model)

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ._fallback import fallback, refuse_or_warn
+from ._fallback import fallback, only_chosen, refuse_or_warn
 from ._masks import decode, is_key_range, window_sides
 
 _FEW_QUERIES = 16
+# Arguments that change the result in a way only their models know.
+_OF_OTHER_MODELS = ("block_indices", "sinks")
 
 
 def fastinfer_attention(
@@ -38,6 +40,7 @@ def fastinfer_attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     output_attentions: bool = False,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer of a transformers model, with transformers' calling convention.
@@ -47,11 +50,12 @@ def fastinfer_attention(
         query: [B, Hq, Nq, D].
         key, value: [B, Hkv, Nk, D], heads not repeated.
         attention_mask: from `fastinfer_mask`, or a mask of the user [B, 1, Nq, Nk].
-        dropout, position_bias, output_attentions: not served by the kernels.
+        dropout, position_bias, output_attentions, indices: not served by the kernels.
         scaling: factor of q . k; None: D ** -0.5.
         sliding_window: keys a query sees in causal attention, its own position included.
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: [Hq], sinks.
+        indices: [B, Nq, n], the keys that each query sees, of those that the mask leaves it.
         kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` of packed inputs
             and `block_table`, `k_cache`, `v_cache` of continuous batching; the rest is ignored.
 
@@ -59,14 +63,24 @@ def fastinfer_attention(
         ([B, Nq, Hq, D], None).
 
     Raises:
-        RuntimeError: with FASTINFER_STRICT=1, instead of computing in torch what has no kernel.
+        RuntimeError: with FASTINFER_STRICT=1, instead of computing in torch what has no kernel;
+            without, where torch would need to know the model.
     """
+    for name in _OF_OTHER_MODELS:
+        if kwargs.get(name) is not None:
+            raise RuntimeError(
+                f"fastinfer attention: {name} of {type(module).__name__} has no kernel; load the "
+                'model with attn_implementation="sdpa" or "eager"'
+            )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     packed = kwargs.get("cu_seq_lens_q") is not None and kwargs.get("cu_seq_lens_k") is not None
     reason = _why_not(
         query, key, value, dropout if module.training else 0.0, position_bias, output_attentions
     )
-    if attention_mask is not None and not packed and not is_key_range(attention_mask):
+    if indices is not None:
+        reason = reason or "keys chosen for every query have no kernel"
+        attention_mask = only_chosen(indices, attention_mask, query, key, causal)
+    elif attention_mask is not None and not packed and not is_key_range(attention_mask):
         reason = reason or "masks other than causal, windowed and one-sided padding have no kernel"
     if reason is not None:
         if kwargs.get("block_table") is not None:

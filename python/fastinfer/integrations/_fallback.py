@@ -76,6 +76,26 @@ def fallback(
     )
 
 
+def only_chosen(
+    indices: Tensor, attention_mask: Tensor | None, query: Tensor, key: Tensor, causal: bool
+) -> Tensor:
+    """The mask, without the keys that are not among a query's `indices`; negative ones are none."""
+    q_length, kv_length = query.shape[2], key.shape[2]
+    chosen = indices.new_zeros((*indices.shape[:2], kv_length + 1), dtype=torch.bool)
+    indices = indices.long()
+    chosen.scatter_(2, torch.where(indices < 0, kv_length, indices), True)
+    seen = chosen[:, None, :, :kv_length]
+    if attention_mask is None:
+        if causal and q_length > 1:
+            seen = seen & torch.ones_like(seen[:1]).tril()
+        return seen
+    if is_key_range(attention_mask):
+        attention_mask = as_bool(attention_mask, q_length, kv_length)
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & seen
+    return attention_mask.masked_fill(~seen, torch.finfo(attention_mask.dtype).min)
+
+
 def plain_attention(
     module: nn.Module,
     query: Tensor,

@@ -6,12 +6,15 @@ None or a 4-D tensor. Ours is
     None        plain: causal with equal numbers of queries and keys, one query that sees all keys,
                 a causal prefill of the first Nq keys (the rest of a static cache is empty), or no
                 mask at all in encoders
-    int32       [B, kind, W + 1, 2]: row b sees keys first[b] .. count[b] - 1, the last query
-                aligned with key count[b] - 1. Only [:, 0, 0, :] is data (the rest is a broadcast
-                view); kind is 1 (causal) or 2 (both directions), W the window that a key must be
-                in, the query's own position included in causal ones; 0: none. Sizes rather than
-                values, because the host has to know them without waiting for the device.
-    bool        [B, 1, Nq, Nk], transformers' own: patterns that the kernels do not have
+    int32       [B, form, 1, 2]: row b sees keys first[b] .. count[b] - 1, the last query aligned
+                with key count[b] - 1. Only [:, 0, 0, :] is data (the rest is a broadcast view);
+                form is 1 + 2 W, or 2 + 2 W in both directions, with W the window that a key must be
+                in, the query's own position included in causal ones; 0: none. A size rather than a
+                value, because the host has to know it without waiting for the device, and not that
+                of a dimension of queries or keys, because models cut those (Gemma 4 keeps the last
+                queries).
+    bool        [B, 1, Nq, Nk], transformers' own: patterns that the kernels do not have, and masks
+                that the model works on itself (adds to, concatenates, gives to an indexer)
 """
 
 from __future__ import annotations
@@ -26,8 +29,6 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.import_utils import is_tracing
-
-CAUSAL, BOTH = 1, 2
 
 
 @dataclass(slots=True)
@@ -56,21 +57,19 @@ def encode(first: Tensor, count: Tensor, *, causal: bool, window: int | None) ->
     """The int32 mask of these ranges."""
     # Stored as [2, B], so that what `decode` takes out of it needs no copy in every layer.
     data = torch.stack([first, count]).to(torch.int32).t()[:, None, None, :]
-    return data.expand(-1, CAUSAL if causal else BOTH, (window or 0) + 1, 2)
+    return data.expand(-1, 2 * (window or 0) + (1 if causal else 2), 1, 2)
 
 
 def is_key_range(mask: Tensor) -> bool:
     """Whether a mask is one of `encode`."""
-    return mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[3] == 2
+    return mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2:] == (1, 2)
 
 
 def decode(mask: Tensor) -> KeyRange:
     """What `encode` was given."""
     data = mask[:, 0, 0]
-    window = mask.shape[2] - 1
-    return KeyRange(
-        data[:, 0].contiguous(), data[:, 1].contiguous(), mask.shape[1] == CAUSAL, window or None
-    )
+    window, both = divmod(mask.shape[1] - 1, 2)
+    return KeyRange(data[:, 0].contiguous(), data[:, 1].contiguous(), not both, window or None)
 
 
 def as_bool(mask: Tensor, q_length: int, kv_length: int) -> Tensor:
@@ -189,6 +188,11 @@ def fastinfer_mask(
     if kind is None:
         return theirs()
     causal, window = kind
+    skip = allow_is_causal_skip if causal else allow_is_bidirectional_skip
+    if not skip and _is_worked_on(
+        causal, q_length, window is None and not isinstance(q_offset, Tensor), kwargs.get("config")
+    ):
+        return theirs()
     if window is not None and window >= kv_length:
         window = None
     end = q_offset + q_length - kv_offset if causal else kv_length
@@ -202,10 +206,11 @@ def fastinfer_mask(
         if not one_run:
             return theirs()
         padding = None if full else padding
-    if padding is None and window is None and not tracing:
-        skip = allow_is_causal_skip if causal else allow_is_bidirectional_skip
-        if skip and _is_plain(causal, q_length, kv_length, q_offset, kv_offset):
-            return None
+    plain = padding is None and window is None and skip and not tracing
+    if getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
+        plain = False  # fewer queries may arrive than were asked for
+    if plain and _is_plain(causal, q_length, kv_length, q_offset, kv_offset):
+        return None
     if not causal and window is not None and (padding is not None or q_length != kv_length):
         return theirs()  # the kernels align windows with the last key of each sequence
 
@@ -221,6 +226,24 @@ def fastinfer_mask(
         if not causal:
             count = (kv_length - _first(padding.flip(1))).expand(batch_size)
     return encode(first, count, causal=causal, window=window)
+
+
+# Types of models that were seen to work on their causal masks.
+_workers: set[str] = set()
+
+
+def _is_worked_on(causal: bool, q_length: int, growing: bool, config: Any) -> bool:
+    """Whether a mask that must not be skipped is one that the model works on, so that it needs a
+    row for every query and a column for every key.
+
+    transformers itself never skips the mask of a step of one token with a cache of fixed size (one
+    that is not `growing`): then it matters what the model asked for in the prompt.
+    """
+    if not causal or growing or q_length > 1:
+        if causal and config is not None and not torch.compiler.is_compiling():
+            _workers.add(config.model_type)
+        return True
+    return getattr(config, "model_type", None) in _workers
 
 
 def _no_padding(attention_mask: Tensor, keys: int | Tensor) -> bool:

@@ -53,7 +53,7 @@ def enable() -> None:
             "fastinfer.integrations.transformers: transformers must be 5 or newer, got "
             f"{transformers.__version__}; pip install -U transformers"
         )
-    from . import _loader, _quantizer
+    from . import _loader, _own_attention, _quantizer
     from ._attention import fastinfer_attention
     from ._masks import fastinfer_mask
 
@@ -61,6 +61,7 @@ def enable() -> None:
         transformers.AttentionInterface.register(name, fastinfer_attention)
         # Without a mask function of its own name, transformers drops the mask in silence.
         transformers.AttentionMaskInterface.register(name, fastinfer_mask)
+    _own_attention.watch_names((ATTENTION, PAGED_ATTENTION))
     _loader.order_streams()
     problem = _loader.install()
     if problem is not None and not _loader.offer_package():

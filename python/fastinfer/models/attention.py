@@ -14,6 +14,7 @@ from . import materialized
 from .config import ModelConfig
 from .layers import Linear, RMSNorm
 from .rotary import RotaryTable
+from .shard import WHOLE, Shard
 
 
 @dataclass(slots=True)
@@ -54,29 +55,33 @@ class SelfAttention(nn.Module):
     """Projections, per-head norms, rotary positions, cache write, attention.
 
     Args:
-        config: of the model.
-        layer: index of the layer; decides its window.
+        config: of the whole model.
+        layer: index of the layer in it; decides its window.
         dtype: of the parameters.
+        shard: which heads are here.
     """
 
     batch_invariant = False
     fused = True  # see `CausalLM.set_attention`
     share_heads = True
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, *, dtype: torch.dtype, shard: Shard = WHOLE
+    ) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         self.window = config.window_of(layer)
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q = shard.heads(config.num_heads, config.head_dim)
+        kv = shard.heads(config.num_kv_heads, config.head_dim)
+        self.num_heads = q.size // config.head_dim
+        self.num_kv_heads = kv.size // config.head_dim
         self.qkv_proj = Linear(
             config.hidden_size,
-            {"q": q_size, "k": kv_size, "v": kv_size},
+            {"q": q, "k": kv, "v": kv},
             bias=config.qkv_bias,
             dtype=dtype,
         )
-        self.o_proj = Linear(q_size, {"o": config.hidden_size}, bias=config.o_bias, dtype=dtype)
+        self.o_proj = Linear(q, {"o": config.hidden_size}, bias=config.o_bias, dtype=dtype)
         norms = config.qk_norm
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype) if norms else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype) if norms else None

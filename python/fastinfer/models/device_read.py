@@ -37,6 +37,13 @@ class _Stored:
     begin: int
     size: int
 
+    def rows(self, begin: int, end: int) -> _Stored:
+        """Some of its rows."""
+        each = self.size // self.shape[0]
+        shape = (end - begin, *self.shape[1:])
+        at = self.begin + begin * each
+        return _Stored(self.name, self.dtype, shape, at, (end - begin) * each)
+
 
 def can_send(dtype: str, target: torch.dtype | None = None) -> bool:
     """Whether `read_to_device` takes tensors of this dtype, as safetensors spells it; with a
@@ -54,10 +61,15 @@ class BackgroundRead:
         files: safetensors files whose headers are sound.
         places: tensor name -> contiguous memory of the tensor's dtype and size.
         device: where the places are. Work queued on its current stream is waited for.
+        rows: of these tensors only the rows [begin, end) are read, and the place is for them.
     """
 
     def __init__(
-        self, files: Sequence[Path], places: Mapping[str, Tensor], device: torch.device
+        self,
+        files: Sequence[Path],
+        places: Mapping[str, Tensor],
+        device: torch.device,
+        rows: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fastinfer-read")
         self._descriptors: list[int] = []
@@ -71,6 +83,8 @@ class BackgroundRead:
                 self._descriptors.append(descriptor)
                 for stored in _layout(file, set(places)):
                     target = places[stored.name]
+                    if rows is not None and stored.name in rows:
+                        stored = stored.rows(*rows[stored.name])
                     job = (target, stored, file, descriptor, ready)
                     self._reads.append(_submit(*job, self._pool, slots))
         except BaseException:

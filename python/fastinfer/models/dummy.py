@@ -13,9 +13,9 @@ from ..quant.formats.common import num_groups
 from ..quant.fused import runnable
 from .config import ModelConfig
 from .decoder import CausalLM
-from .layers import RMSNorm, RowParts, give_memory
+from .layers import ParallelEmbedding, RMSNorm, give_memory
 from .quantized import QuantizedLinear
-from .weights import weight_targets
+from .weights import targets_here, weight_targets
 
 _STD = 0.02
 
@@ -33,16 +33,16 @@ def fill_random(
     """Give a model on the meta device small random weights from a fixed seed.
 
     Args:
-        model: to fill.
-        config: of the model.
+        model: to fill, the whole or a part.
+        config: of the whole model.
         quant: quantisation that config.json declares; those layers get random codes.
         device: where the model shall live.
         exchange: puts a quantised layer in the place of a plain one.
     """
     quantized = {}
-    for tensor, target in weight_targets(config).items():
-        layer = model.get_submodule(target.module)
-        if quant is None or target.param != "weight" or not isinstance(layer, RowParts):
+    here = targets_here(weight_targets(config), model.shard, config.tie_word_embeddings)
+    for tensor, target in here.items():
+        if quant is None or not target.is_linear_weight:
             continue
         scheme = quant.for_module(tensor.removesuffix(".weight"))
         if scheme is not None:
@@ -57,11 +57,13 @@ def fill_random(
                 param.fill_(1.0)
             else:
                 param.normal_(std=_STD, generator=generator)
-    for tensor, target in weight_targets(config).items():
+        if isinstance(module, ParallelEmbedding):
+            module.clear_padding()
+    for tensor, target in here.items():
         layer = model.get_submodule(target.module)
         if not isinstance(layer, QuantizedLinear) or target.param != "weight":
             continue
-        rows, columns = layer.part_shape("weight", target.parts)
+        rows, columns = layer.local_shape(target.parts)
         weight: Stored
         if tensor in quantized:
             weight = _random(quantized[tensor][1], rows, columns, generator, config.dtype)

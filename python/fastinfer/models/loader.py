@@ -1,39 +1,32 @@
 """Builds a model from a checkpoint folder.
 
 The model is built on the meta device, checked against the file headers, then given memory once;
-each tensor is copied from its (memory-mapped) file straight into its place, converting the dtype on
-the way; to a GPU by threads that read ahead, in the background where there is nothing to convert
-(`start_loading`). Linear layers that the checkpoint holds quantised are exchanged for
-`QuantizedLinear` before; their tensors are collected until a layer is complete and packed then.
+tensors are then put into their places (`filling.py`), to a GPU in the background where there is
+nothing to convert (`start_loading`). Linear layers that the checkpoint holds quantised are
+exchanged for `QuantizedLinear` before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from ..checkpoint import Checkpoint
 from ..quant import notes
 from ..quant.canonical import QuantError
 from ..quant.config import QuantConfig, read_quant_config
-from ..quant.formats import read_linear
-from ..quant.fused import runnable
 from .config import ModelConfig, load_config
 from .decoder import CausalLM
-from .device_read import BackgroundRead, can_send, read_to_device
 from .dummy import fill_random
-from .layers import Layer, RowParts, give_memory
-from .quantized import QuantizedLinear
-from .weights import EMBEDDING, HEAD, TensorPlan, plan_tensors
+from .filling import Filler, exchange
+from .shard import WHOLE, Shard
+from .weights import EMBEDDING, weight_targets
 
 _DTYPES = {
     "float32": torch.float32,
@@ -53,6 +46,7 @@ def load_model(
     progress: bool = True,
     max_model_len: int | None = None,
     requantize: int | None = None,
+    shard: Shard = WHOLE,
 ) -> CausalLM:
     """Load a checkpoint folder in Hugging Face layout, plain or quantised.
 
@@ -70,6 +64,7 @@ def load_model(
         requantize: 4 or 8: quantise again what no kernel reads as it is stored (bitsandbytes nf4
             and fp4, GPTQ with irregular groups), rounding to nearest in groups of 64. None:
             dequantise it to `dtype`. Either is logged.
+        shard: which part of the model to build; only its bytes are read of plain tensors.
 
     Returns:
         The model, ready to run; its `config.dtype` is the dtype of its parameters.
@@ -88,6 +83,7 @@ def load_model(
         progress=progress,
         max_model_len=max_model_len,
         requantize=requantize,
+        shard=shard,
     ) as loading:
         return loading.finish()
 
@@ -104,7 +100,7 @@ class Loading:
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
-        self.filler: _Filler | None = None
+        self.filler: Filler | None = None
 
     def finish(self) -> CausalLM:
         """Wait for the weights; returns the model, ready to run. Raises what `load_model` does."""
@@ -135,6 +131,7 @@ def start_loading(
     progress: bool = True,
     max_model_len: int | None = None,
     requantize: int | None = None,
+    shard: Shard = WHOLE,
 ) -> Loading:
     """Like `load_model`, but tensors for a GPU that need no conversion are read in the background.
 
@@ -162,14 +159,15 @@ def start_loading(
         quant = read_quant_config(path)
         checkpoint = Checkpoint(Path(path)) if load_format == "auto" else None
         config = dataclasses.replace(config, dtype=resolve_dtype(dtype, config, checkpoint))
+        shard = dataclasses.replace(shard, unit=_unit(config, quant)) if shard != WHOLE else shard
         with torch.device("meta"):
-            model = CausalLM(config, dtype=config.dtype, max_model_len=max_model_len)
+            model = CausalLM(config, dtype=config.dtype, max_model_len=max_model_len, shard=shard)
         model.eval()
         loading = Loading(model)
         if checkpoint is None:
-            fill_random(model, config, quant, target, exchange=_exchange)
+            fill_random(model, config, quant, target, exchange=exchange)
         else:
-            loading.filler = _Filler(model, config, checkpoint, quant, target, requantize)
+            loading.filler = Filler(model, config, checkpoint, quant, target, requantize)
             loading.filler.start(progress=progress)
         model.fill_tables()
     return loading
@@ -184,180 +182,15 @@ def _named() -> Iterator[None]:
         raise QuantError(f"load_model: {error}") from error
 
 
-def _exchange(
-    model: CausalLM, module: str, config: ModelConfig, device: torch.device
-) -> QuantizedLinear:
-    """Put a quantised layer in the place of a plain one."""
-    plain = model.get_submodule(module)
-    if isinstance(plain, QuantizedLinear):
-        return plain
-    assert isinstance(plain, RowParts)
-    assert config.dtype is not None
-    if module == "lm_head" and config.normalized_head:
-        raise ValueError(
-            f"load_model: lm_head of {config.architecture} must be in floating point, got a "
-            "quantised one; its rows are normalised while loading"
-        )
-    with torch.device("meta"):
-        layer = QuantizedLinear(
-            plain.in_features,
-            plain.parts,
-            bias=plain.bias is not None,
-            dtype=config.dtype,
-            device=device,
-        )
-    parent, _, child = module.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-    return layer
-
-
-class _Filler:
-    """Puts every tensor of a checkpoint into its place."""
-
-    def __init__(
-        self,
-        model: CausalLM,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        quant: QuantConfig | None,
-        device: torch.device,
-        requantize: int | None,
-    ) -> None:
-        self.model, self.config, self.checkpoint = model, config, checkpoint
-        self.device, self.requantize = device, requantize
-        infos = checkpoint.tensors
-        self.plan: TensorPlan = plan_tensors(
-            model,
-            config,
-            {name: info.shape for name, info in infos.items()},
-            {name: info.dtype for name, info in infos.items()},
-            quant,
-        )
-        for target in self.plan.quantized.values():
-            _exchange(model, target.module, config, device)
-        _check_complete(model, {(t.module, t.param) for t in self.plan.plain.values()})
-        give_memory(model, device)
-        # Tensor name -> the layer it belongs to, and what has been read of each layer so far.
-        self.owner = {n: name for name, t in self.plan.quantized.items() for n in t.tensors}
-        self.waiting: dict[str, dict[str, Tensor]] = {}
-        self.background: BackgroundRead | None = None
-        self.bar: Any = None
-
-    def start(self, *, progress: bool) -> None:
-        """Have threads read what needs no work; read everything else."""
-        names = {*self.plan.plain, *self.owner, *self.plan.zero_biases}
-        self.bar = tqdm(
-            total=len(names),
-            desc="loading weights",
-            unit="tensor",
-            disable=not (progress and sys.stderr.isatty()),
-        )
-        try:
-            places = self._places()
-            if places:
-                for param in self.model.parameters():
-                    param.zero_()
-                self.background = BackgroundRead(self.checkpoint.files, places, self.device)
-            for name, tensor in self._read(names - places.keys()):
-                if name in self.owner:
-                    self._quantized(self.owner[name], name, tensor)
-                elif name in self.plan.zero_biases:
-                    _check_zero(name, tensor)
-                else:
-                    self._plain(name, tensor)
-                self.bar.update()
-        except BaseException:
-            self.close()
-            raise
-
-    def finish(self) -> None:
-        """Wait for the threads."""
-        try:
-            if self.background is not None:
-                self.background.wait(self.bar.update)
-            if self.config.tie_word_embeddings and HEAD in self.checkpoint.tensors:
-                _check_tied(self.model, self.checkpoint)
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Stop the threads."""
-        if self.background is not None:
-            self.background.close()
-        self.bar.close()
-
-    def _places(self) -> dict[str, Tensor]:
-        """The tensors whose bytes are copied as they are, to a GPU."""
-        places: dict[str, Tensor] = {}
-        for name, where in self.plan.plain.items() if _in_background(self.device) else ():
-            layer = self.model.get_submodule(where.module)
-            assert isinstance(layer, Layer)
-            place = layer.place(where.param, where.parts)
-            if place is not None and can_send(self.checkpoint.tensors[name].dtype, place.dtype):
-                places[name] = place
-        return places
-
-    def _read(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-        sent: set[str] = set()
-        if self.device.type == "cuda":
-            infos = self.checkpoint.tensors
-            sent = {n for n in names & self.plan.plain.keys() if can_send(infos[n].dtype)}
-        if sent:
-            yield from read_to_device(self.checkpoint.files, sent, self.device)
-        yield from self.checkpoint.read(names - sent)
-
-    def _plain(self, name: str, tensor: Tensor) -> None:
-        where = self.plan.plain[name]
-        layer = self.model.get_submodule(where.module)
-        assert isinstance(layer, Layer)
-        layer.load(where.param, where.parts, tensor)
-
-    def _quantized(self, layer_name: str, name: str, tensor: Tensor) -> None:
-        where = self.plan.quantized[layer_name]
-        tensors = self.waiting.setdefault(layer_name, {})
-        tensors[name] = tensor
-        if len(tensors) < len(where.tensors):
-            return
-        del self.waiting[layer_name]
-        layer = self.model.get_submodule(where.module)
-        assert isinstance(layer, QuantizedLinear)
-        rows, columns = layer.part_shape("weight", where.parts)
-        stored = read_linear(layer_name, tensors, where.scheme, columns, rows)
-        layer.load_quantized(where.parts, runnable(layer_name, stored, self.requantize))
-
-
-def _in_background(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def _check_zero(name: str, bias: Tensor) -> None:
-    if bool(bias.any()):
-        raise ValueError(
-            f"load_model: {name} must be zero, because config.json describes a layer without bias, "
-            "got other values; check that config.json belongs to these weights"
-        )
-
-
-def _check_complete(model: CausalLM, filled: set[tuple[str, str]]) -> None:
-    """A parameter that no tensor of the map fills would keep whatever its memory held."""
-    names = {f"{module}.{param}" for module, param in filled}
-    left = [name for name, _ in model.named_parameters() if name not in names]
-    if left:
-        raise RuntimeError(
-            "load_model: every parameter must have a checkpoint tensor, got none for "
-            f"{', '.join(left)}; the weight map of this architecture is incomplete, please report "
-            "it"
-        )
-
-
-def _check_tied(model: CausalLM, checkpoint: Checkpoint) -> None:
-    head = next(tensor for _, tensor in checkpoint.read({HEAD}))
-    embedding = model.embed_tokens.weight
-    if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
-        raise ValueError(
-            f"load_model: {HEAD} must equal {EMBEDDING} when tie_word_embeddings is true, got "
-            "another tensor; set tie_word_embeddings to false in config.json to use it"
-        )
+def _unit(config: ModelConfig, quant: QuantConfig | None) -> int:
+    """Feed-forward channels that must stay together: the quantisation groups of the down layers."""
+    sizes = {1}
+    for tensor, target in weight_targets(config).items() if quant is not None else ():
+        if target.is_linear_weight and target.module.endswith("down_proj"):
+            scheme = quant.for_module(tensor.removesuffix(".weight"))
+            if scheme is not None and scheme.group_size > 0:
+                sizes.add(scheme.group_size)
+    return math.lcm(*sizes)
 
 
 def resolve_dtype(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..distributed.group import Communicator
+from ..distributed.span import Span
 from ..quant.canonical import CanonicalWeight
 from ..quant.formats import Stored
 from ..quant.fused import FusedLinear
@@ -22,7 +24,7 @@ class QuantizedLinear(RowParts):
     The parts wait in canonical form until all are there, then become one `FusedLinear`.
 
     Args:
-        in_features: K.
+        in_features: K, or a `Span` of it.
         parts: name -> rows, in the order in which they are stacked.
         bias: whether there is a bias [N].
         dtype: of the bias, of dense parts and of the activations.
@@ -31,8 +33,8 @@ class QuantizedLinear(RowParts):
 
     def __init__(
         self,
-        in_features: int,
-        parts: Mapping[str, int],
+        in_features: int | Span,
+        parts: Mapping[str, int | Span],
         *,
         bias: bool,
         dtype: torch.dtype,
@@ -41,6 +43,7 @@ class QuantizedLinear(RowParts):
         super().__init__(in_features, parts, bias=bias, dtype=dtype)
         self._dtype, self._device = dtype, device
         self._waiting: dict[str, tuple[tuple[str, ...], Stored]] = {}
+        self._inputs: GatheredInputs | None = None
         self.fused: FusedLinear | None = None
 
     def place(self, param: str, parts: tuple[str, ...]) -> Tensor | None:
@@ -52,9 +55,18 @@ class QuantizedLinear(RowParts):
         else:
             super().load(param, parts, tensor)
 
-    def load_quantized(self, parts: tuple[str, ...], weight: Stored) -> None:
-        """Take the weight of `parts` (neighbours; none: all of them)."""
+    def load_quantized(
+        self, parts: tuple[str, ...], weight: Stored, inputs: GatheredInputs | None = None
+    ) -> None:
+        """Take the weight of `parts` (neighbours; none: all of them).
+
+        Args:
+            parts: which.
+            weight: what `cut` says of it.
+            inputs: where its input channels come from, if not from this rank alone.
+        """
         parts = parts or tuple(self.parts)
+        self._inputs = inputs
         self._waiting[parts[0]] = (parts, weight)
         if sum(len(parts) for parts, _ in self._waiting.values()) < len(self.parts):
             return
@@ -64,6 +76,8 @@ class QuantizedLinear(RowParts):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.fused is not None, "the loader fills every layer"
+        if self._inputs is not None:
+            x = self._inputs(x)
         return self.fused(x, self.bias)
 
 
@@ -100,3 +114,35 @@ def quantize_layers(model: nn.Module, scheme: str, device: torch.device) -> None
         quantized.load_quantized((), CanonicalWeight(codes, scales, zeros, bits, group))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantized)
+
+
+class GatheredInputs:
+    """The input channels of a piece of an act-order weight, wherever they were computed.
+
+    Args:
+        group: of the ranks that have them.
+        pieces: channels [begin, end) of each rank.
+        channels: int64, those that this rank multiplies, in the order of its columns.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        group: Communicator,
+        pieces: Sequence[Span],
+        channels: Tensor,
+        device: torch.device,
+    ) -> None:
+        self._group = group
+        self._width = max(piece.count for piece in pieces)
+        place = torch.empty(pieces[0].total, dtype=torch.int64)
+        for rank, piece in enumerate(pieces):
+            place[piece.begin : piece.end] = rank * self._width + torch.arange(piece.count)
+        self._places = place[channels.cpu()].to(device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, channels of this rank] -> [T, channels it multiplies]."""
+        if x.shape[1] < self._width:
+            x = torch.nn.functional.pad(x, (0, self._width - x.shape[1]))
+        everything = self._group.all_gather(x).transpose(0, 1).flatten(1)
+        return everything.index_select(1, self._places)

@@ -7,15 +7,15 @@ used" is a comparison of two sets of names, made from the file headers before an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-from torch import nn
+from dataclasses import dataclass, replace
 
 from ..quant.config import LinearScheme, QuantConfig
 from ..quant.formats import check_headers, is_plain, tensor_names
 from ..quant.notes import note
 from .config import ModelConfig
-from .layers import Layer, RowParts
+from .decoder import CausalLM
+from .layers import Layer
+from .shard import Shard
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -29,6 +29,12 @@ class Target:
     module: str  # dotted path of a `Layer` in the model
     param: str  # "weight" or "bias"
     parts: tuple[str, ...] = ()  # row blocks of a fused layer, in the tensor's order; (): all
+
+    @property
+    def is_linear_weight(self) -> bool:
+        """Whether it may be stored quantised."""
+        linear = self.module.endswith("_proj") or self.module == "lm_head"
+        return linear and self.param == "weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,31 @@ def weight_targets(config: ModelConfig) -> dict[str, Target]:
     return targets
 
 
+def targets_here(targets: Mapping[str, Target], shard: Shard, tied: bool) -> dict[str, Target]:
+    """Those of a part of the model, with the paths of its modules.
+
+    Args:
+        targets: of the whole model.
+        shard: which part.
+        tied: whether the embedding is the output head too.
+    """
+    if shard.num_layers is None:
+        return dict(targets)
+    here = {}
+    for name, target in targets.items():
+        kind, _, rest = target.module.partition(".")
+        if kind == "layers":
+            number, _, path = rest.partition(".")
+            at = int(number) - shard.first_layer
+            if 0 <= at < shard.num_layers:
+                here[name] = replace(target, module=f"layers.{at}.{path}")
+        elif (
+            shard.is_last if kind != "embed_tokens" else shard.is_first or (tied and shard.is_last)
+        ):
+            here[name] = target
+    return here
+
+
 def _layer_targets(config: ModelConfig, theirs: str, ours: str) -> dict[str, Target]:
     attn, mlp = theirs + "self_attn.", theirs + "mlp."
     if config.packed_qkv:
@@ -89,7 +120,7 @@ def _layer_targets(config: ModelConfig, theirs: str, ours: str) -> dict[str, Tar
 
 
 def plan_tensors(
-    model: nn.Module,
+    model: CausalLM,
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str],
@@ -98,21 +129,21 @@ def plan_tensors(
     """Match the tensors of a checkpoint with the parameters of a model.
 
     Args:
-        model: a `CausalLM`, on any device including meta.
-        config: of the model.
+        model: the whole or a part, on any device including meta.
+        config: of the whole model.
         shapes: tensor name -> shape, for all tensors in the files.
         dtypes: tensor name -> dtype as safetensors spells it.
         quant: how the linear layers are stored; None: in floating point.
 
     Returns:
-        What to do with each tensor.
+        What to do with each tensor that goes into this part.
 
     Raises:
         ValueError: a tensor is missing, superfluous, of another shape, or not stored as floating
             point nor as quantization_config says.
     """
     plain = weight_targets(config)
-    quantized = {} if quant is None else _quantized_targets(model, plain, quant, dtypes)
+    quantized = {} if quant is None else _quantized_targets(plain, quant, dtypes)
     required = set()
     for name, target in quantized.items():
         del plain[f"{name}.weight"]
@@ -142,6 +173,13 @@ def plan_tensors(
             f"config.json{how} describes it, got {found}; check that config.json belongs to these "
             "weights and that no shard is missing"
         )
+    here = targets_here(weight_targets(config), model.shard, config.tie_word_embeddings)
+    plain = {name: here[name] for name in plain if name in here}
+    quantized = {
+        name: replace(target, module=here[f"{name}.weight"].module)
+        for name, target in quantized.items()
+        if f"{name}.weight" in here
+    }
     _check_plain(model, plain, shapes, dtypes)
     for name, target in quantized.items():
         layer = model.get_submodule(target.module)
@@ -152,12 +190,12 @@ def plan_tensors(
 
 
 def _quantized_targets(
-    model: nn.Module, targets: Mapping[str, Target], quant: QuantConfig, dtypes: Mapping[str, str]
+    targets: Mapping[str, Target], quant: QuantConfig, dtypes: Mapping[str, str]
 ) -> dict[str, QuantizedTarget]:
     found = {}
     for tensor, target in targets.items():
         name = tensor.removesuffix(".weight")
-        if target.param != "weight" or not isinstance(model.get_submodule(target.module), RowParts):
+        if not target.is_linear_weight:
             continue
         scheme = quant.for_module(name)
         if scheme is None:
@@ -171,7 +209,7 @@ def _quantized_targets(
 
 
 def _check_plain(
-    model: nn.Module,
+    model: CausalLM,
     targets: Mapping[str, Target],
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str],

@@ -4,6 +4,7 @@ family.
 
 from __future__ import annotations
 
+from . import all_reduce as all_reduce  # for fastinfer.distributed
 from .activation import gelu_and_mul, silu_and_mul, silu_and_mul_quant
 from .flash_attention import flash_attn_func, flash_attn_varlen_func
 from .kv_cache import copy_blocks, gather_cache, repeat_kv, reshape_and_cache, swap_blocks

@@ -8,11 +8,13 @@ and `read(prefix, tensors, scheme, in_features, out_features)`; formats that are
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ...checkpoint import Cut
 from ..canonical import CanonicalWeight, Int8Weight
 from ..config import LinearScheme
 from . import awq, bitsandbytes, compressed_tensors, gptq, native
@@ -84,6 +86,42 @@ def read_linear(
         return stored
     stored.bias = tensors.get(f"{prefix}.bias")
     return stored.validate(prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The tensor that holds the codes of a layer, nearly all of its bytes: [N, K] in some packing.
+
+    Attributes:
+        name: of the tensor.
+        rows_first: whether it is [N / per_row, K / per_column], or the transpose.
+        per_row, per_column: output rows and input channels that share an element.
+    """
+
+    name: str
+    rows_first: bool
+    per_row: int = 1
+    per_column: int = 1
+
+    def part(self, rows: tuple[int, int], columns: tuple[int, int]) -> Cut:
+        """What has to be read for these rows and columns of the weight."""
+        n = (rows[0] // self.per_row, -(-rows[1] // self.per_row))
+        k = (columns[0] // self.per_column, -(-columns[1] // self.per_column))
+        return Cut((n,), k) if self.rows_first else Cut((k,), n)
+
+
+def codes_of(prefix: str, scheme: LinearScheme) -> Codes | None:
+    """Where the codes of a layer are; None: not in two dimensions."""
+    words = 32 // scheme.bits
+    if scheme.method == "awq":
+        return Codes(f"{prefix}.qweight", rows_first=False, per_row=words)
+    if scheme.style == "pack-quantized":
+        return Codes(f"{prefix}.weight_packed", rows_first=True, per_column=words)
+    if scheme.method == "gptq" or (scheme.method == "fastinfer" and scheme.activations is None):
+        return Codes(f"{prefix}.qweight", rows_first=False, per_column=words)
+    if scheme.method == "bitsandbytes" and scheme.style != "int8":
+        return None
+    return Codes(f"{prefix}.weight", rows_first=True)
 
 
 def check_headers(

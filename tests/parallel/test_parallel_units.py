@@ -1,0 +1,172 @@
+"""What needs no second process: pieces, stages, plans as integers, cuts of quantised weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from engine_toy import ToyModel, toy_llm
+
+from fastinfer import LLM, SamplingParams
+from fastinfer.checkpoint import Cut
+from fastinfer.distributed.span import Span, even, in_units
+from fastinfer.engine.parallel import pack_result, unpack_result
+from fastinfer.engine.plan_wire import PlanReader, PlanWriter
+from fastinfer.engine.sampler import SampleResult
+from fastinfer.engine.step_plan import SchedulePlan
+from fastinfer.models.config import ModelConfig, parse_config
+from fastinfer.models.shard import Shard, stage_layers
+from fastinfer.quant.canonical import CanonicalWeight
+from fastinfer.quant.cutting import cut_columns
+from fastinfer.quant.formats import Codes
+
+
+def config(**changes: Any) -> ModelConfig:
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+    return parse_config(raw | changes)
+
+
+@pytest.mark.parametrize("total", [1, 5, 96, 131, 14336])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_pieces_cover_everything_once(total: int, ranks: int) -> None:
+    def covered(spans: list[Span]) -> bool:
+        places = [i for span in spans for i in range(span.begin, span.end)]
+        return places == list(range(total)) and all(s.count <= s.size for s in spans)
+
+    assert covered([even(total, rank, ranks) for rank in range(ranks)])
+    for unit in (1, 8, 40):
+        if -(-total // unit) < ranks:
+            with pytest.raises(ValueError, match="at most"):
+                in_units(total, 0, ranks, unit)
+        else:
+            spans = [in_units(total, rank, ranks, unit) for rank in range(ranks)]
+            assert covered(spans)
+            assert all(span.begin % unit == 0 for span in spans)
+    shards = [Shard(rank=rank, ranks=ranks, unit=128) for rank in range(ranks)]
+    if total >= 96:
+        assert covered([shard.inner(total) for shard in shards])
+
+
+def test_key_value_heads_are_repeated_when_they_are_fewer_than_ranks() -> None:
+    spans = [Shard(rank=rank, ranks=8).heads(2, 16) for rank in range(8)]
+    assert [(span.begin, span.size) for span in spans] == [(0, 16)] * 4 + [(16, 16)] * 4
+    assert Shard(rank=5, ranks=8).config(config(num_key_value_heads=2)).num_kv_heads == 1
+
+
+def test_stages_are_balanced_with_the_head_counted() -> None:
+    assert stage_layers(config(), 1) == [(0, 32)]
+    assert stage_layers(config(), 2) == [(0, 17), (17, 15)]  # the head weighs 2.4 layers
+    assert stage_layers(config(vocab_size=100), 2) == [(0, 16), (16, 16)]
+    for stages in range(1, 33):
+        division = stage_layers(config(), stages)
+        counts = [count for _, count in division]
+        assert sum(counts) == 32 and min(counts) >= 1 and len(counts) == stages
+        assert [first for first, _ in division] == [sum(counts[:i]) for i in range(stages)]
+        assert max(counts[:-1], default=0) - min(counts[:-1], default=0) <= 1
+    with pytest.raises(ValueError, match="at most the 32 layers"):
+        stage_layers(config(), 33)
+
+
+def mirror(llm: LLM) -> list[tuple[SchedulePlan, SchedulePlan]]:
+    """Every plan that is run from now on, with what the other side would make of it."""
+    core, seen = llm.core, []
+    writer, reader = (kind(core.config_rows) for kind in (PlanWriter, PlanReader))
+    step = core.runner.step
+
+    def spy(plan: SchedulePlan) -> Any:
+        seen.append((plan, reader.read(writer.write(plan))))
+        for chunk, copy in zip(plan.chunks, seen[-1][1].chunks, strict=True):
+            a, b = chunk.request, copy.request
+            assert (chunk.start, chunk.count) == (copy.start, copy.count)
+            assert (chunk.num_drafts, chunk.samples) == (copy.num_drafts, copy.samples)
+            for name in ("tokens", "block_table", "seed", "num_prompt", "in_flight", "row"):
+                assert getattr(a, name) == getattr(b, name), name
+            assert a.draft_tokens[: chunk.num_drafts] == b.draft_tokens
+            assert a.sample_position == b.sample_position
+            assert a.wants_only_tokens == b.wants_only_tokens
+            assert set(a.stop_ids) == set(b.stop_ids)
+            for name in ("temperature", "top_p", "top_k", "min_p", "min_tokens", "logprobs"):
+                assert getattr(a.sampling, name) == getattr(b.sampling, name), name
+            b.blocks_sent = len(b.block_table)
+        assert (plan.copies, plan.num_tokens) == (seen[-1][1].copies, seen[-1][1].num_tokens)
+        return step(plan)
+
+    core.runner.step = spy
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_plans_survive_the_wire(seed: int) -> None:
+    rng = random.Random(seed)
+    options: dict[str, Any] = {"num_blocks": 12, "max_num_batched_tokens": 16, "block_size": 4}
+    if seed % 2:
+        options["speculative"] = "ngram"
+    llm = toy_llm(ToyModel(), **options)
+    llm.core.config_rows = llm.config.max_num_seqs
+    seen = mirror(llm)
+    prompts = [{"prompt_token_ids": [rng.randrange(5) + 1] * rng.randint(1, 17)} for _ in range(12)]
+    params = [
+        SamplingParams(
+            max_tokens=rng.randint(1, 12),
+            temperature=rng.choice([0.0, 0.7]),
+            top_p=rng.choice([1.0, 0.9]),
+            n=rng.choice([1, 1, 2]),
+            logprobs=rng.choice([None, 2]),
+            min_tokens=rng.choice([0, 1]),
+            frequency_penalty=rng.choice([0.0, 0.3]),
+            seed=rng.choice([None, 2**63 - 1, -5]),
+        )
+        for _ in prompts
+    ]
+    llm.generate(prompts, params)
+    assert len(seen) > 10
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_results_survive_the_wire(logprobs: bool) -> None:
+    result = SampleResult([3, 1, 2**40])
+    if logprobs:
+        result = SampleResult([3, 1], [-0.5, float("-inf")], [[3, 4], [1, 0]], [[-1.0, -2.5]] * 2)
+    assert unpack_result(pack_result(result)) == result
+    assert unpack_result(pack_result(SampleResult([]))) == SampleResult([])
+
+
+@pytest.mark.parametrize("bounds", [(0, 32), (32, 96), (40, 96), (8, 24), (64, 90)])
+@pytest.mark.parametrize("order", [False, True])
+def test_columns_of_a_quantised_weight(bounds: tuple[int, int], order: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = CanonicalWeight(
+        torch.randint(0, 16, (5, 90), dtype=torch.uint8, generator=generator),
+        torch.rand(5, 3, generator=generator),
+        torch.randint(0, 16, (5, 3), dtype=torch.uint8, generator=generator),
+        4,
+        32,
+        torch.randperm(90, generator=generator).to(torch.int32) if order else None,
+    )
+    begin, end = bounds[0], min(bounds[1], 90)
+    piece, channels = cut_columns(weight, begin, end)
+    assert (channels is not None) == order
+    if channels is None:
+        channels = torch.arange(begin, end)
+    piece.validate("piece")
+    assert torch.equal(piece.dequantize(), weight.dequantize()[:, channels])
+
+
+def test_codes_are_read_in_whole_words() -> None:
+    codes = Codes("w", rows_first=False, per_row=8)  # AWQ: [in, out / 8]
+    cut = codes.part((12, 20), (3, 9))
+    assert cut == Cut(((3, 9),), (1, 3))
+    whole = torch.arange(40).view(10, 4)
+    assert torch.equal(cut.back(cut.of(whole), (10, 4))[3:9, 1:3], whole[3:9, 1:3])
+    assert dataclasses.replace(codes, rows_first=True).part((8, 16), (0, 5)).rows == ((1, 2),)
