@@ -9,6 +9,7 @@ time run one request per prompt length, the others all of them. Prompts begin wi
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -161,7 +162,9 @@ class Ablation:
             result |= {"peer": "transformers" if row.key == "transformers" else "fastinfer"}
             result |= {"change": row.change, "explanation": row.effect}
             try:
-                reason = why_not(row, self.plan, self.device.type)
+                cuda = self.device.type == "cuda"
+                devices = torch.cuda.device_count() if cuda else (os.cpu_count() or 1)
+                reason = why_not(row, self.plan, devices)
                 figures = {"not_run": reason} if reason else self._measure(row, engine)
             except (ValueError, RuntimeError, ImportError, MemoryError) as error:
                 figures = {"not_run": f"not run: {str(error).splitlines()[0][:200]}"}
