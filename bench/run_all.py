@@ -8,6 +8,7 @@ Each script writes `<out>/<name>.json` (names as in bench/results) and its table
 `<out>/<name>.txt`. On a CPU the sizes are small and every row gets a few milliseconds, so that the
 whole takes minutes: it shows that everything runs, and roughly how fast. A script that fails or
 takes too long is reported and does not stop the others; the exit code is then 1.
+`bench_parallel*.py`, which need several GPUs, are run by themselves.
 """
 
 from __future__ import annotations
