@@ -9,7 +9,8 @@ norm of rows of `hidden` elements behind it; send, half a round trip of two rank
 time of a call in a CUDA graph of a hundred. A rank that starts its replay first waits for the
 others, so a sample is the shortest time among the ranks.
 
-Rows of other `op`s in the JSON file are kept.
+Rows of other `op`s in the JSON file are kept. On a CPU it is torch's gloo alone that is timed, in
+two processes; with fewer GPUs than asked for, nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Rank:
 
     def __init__(self, args: argparse.Namespace, rank: int, world: int) -> None:
         self.args, self.rank, self.world = args, rank, world
-        self.device = torch.device("cuda", rank)
+        self.cuda = args.device == "cuda"
+        self.device = torch.device("cuda", rank) if self.cuda else torch.device("cpu")
         self.gloo = dist.new_group(backend="gloo")
         self.peer = PeerAllReduce(None, self.device, max(KIB) << 10, timeout_s=5)
         if rank == 0 and self.peer.reason:
@@ -57,10 +59,10 @@ class Rank:
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        for kib in KIB:
+        for kib in KIB if self.cuda else KIB[:4]:
             if str(kib) in self.args.kib.split(",") or not self.args.kib:
                 self._size(kib)
-        if self.world == 2:
+        if self.world == 2 and self.cuda:
             for kib in (8, 64, 1024, 16384):
                 x = torch.zeros(kib << 9, dtype=torch.bfloat16, device=self.device)
                 row = {"op": "send", "kib": kib}
@@ -80,7 +82,7 @@ class Rank:
         )
         weight = torch.ones(hidden, dtype=torch.bfloat16, device=self.device)
         plain: dict[str, Call] = {
-            "nccl": lambda i: dist.all_reduce(xs[i]),
+            "nccl" if self.cuda else "gloo": lambda i: dist.all_reduce(xs[i]),
             **self._symmetric_memory(shape),
         }
         fused: dict[str, Call] = {}
@@ -95,7 +97,7 @@ class Rank:
             dist.all_reduce(xs[i])
             fastinfer.fused_add_rms_norm(xs[i], residuals[i], weight)
 
-        fused["nccl, fused_add_rms_norm"] = nccl_norm
+        fused[f"{next(iter(plain))}, fused_add_rms_norm"] = nccl_norm
         for op, calls in (("all_reduce", plain), ("all_reduce_norm", fused)):
             row = {"op": op, "kib": kib} | ({"hidden": hidden} if op != "all_reduce" else {})
             for peer, call in calls.items():
@@ -103,7 +105,7 @@ class Rank:
 
     def _symmetric_memory(self, shape: tuple[int, int]) -> dict[str, Call]:
         """torch's kernels for the same, without NVLink multicast."""
-        if self.args.no_torch_peers or shape[0] * shape[1] > 1 << 19:
+        if not self.cuda or self.args.no_torch_peers or shape[0] * shape[1] > 1 << 19:
             return {}
         try:
             import torch.distributed._symmetric_memory as symm_mem
@@ -139,30 +141,22 @@ class Rank:
         before = [t.clone() for t in tensors]
         for i in range(BUFFERS):
             call(i)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),  # NCCL has a thread
-            _lib.programmatic_launch(),
-        ):
-            for i in range(calls):
-                call(i % BUFFERS)
-        samples = []
-        for _ in range(self.args.samples):
+        sample = self._graph(call, calls) if self.cuda else self._plain(call, calls)
+        times: list[float] = []
+        count = 2
+        while len(times) < count:
             for t, old in zip(tensors, before, strict=True):
                 t.copy_(old)
             dist.barrier(self.gloo)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e3 / calls * per)
-        mine = torch.tensor(samples[1:])
+            times.append(sample())
+            if len(times) == 2:  # as many on every rank
+                most = torch.tensor([min(max(self.args.seconds / times[1] * 1e6, 4), 100)])
+                dist.broadcast(most, 0, group=self.gloo)
+                count = int(most)
+        mine = torch.tensor(times[1:]) / calls * per
         every = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(every, mine, group=self.gloo)
         best = torch.stack(every).amin(0).tolist()
-        del graph
         self.rows.append(
             {
                 **row,
@@ -176,6 +170,36 @@ class Rank:
         )
         if self.rank == 0:
             print_row(self.rows[-1])
+
+    def _graph(self, call: Call, calls: int) -> Callable[[], float]:
+        """Microseconds of a graph of so many calls, when called."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),  # NCCL has a thread
+            _lib.programmatic_launch(),
+        ):
+            for i in range(calls):
+                call(i % BUFFERS)
+
+        def sample() -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e3
+
+        return sample
+
+    def _plain(self, call: Call, calls: int) -> Callable[[], float]:
+        def sample() -> float:
+            start = time.perf_counter()
+            for i in range(calls):
+                call(i % BUFFERS)
+            return (time.perf_counter() - start) * 1e6
+
+        return sample
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -195,7 +219,7 @@ def save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     when = {"date": datetime.date.today().isoformat(), "commit": commit()}
     kept = [row for row in document["rows"] if row["op"] not in OPS]
     document |= {
-        "device": torch.cuda.get_device_name(0),
+        "device": torch.cuda.get_device_name(0) if args.device == "cuda" else "CPU",
         "torch": torch.__version__,
         **when,
         "command": shlex.join(["python", *sys.argv]),
@@ -207,13 +231,16 @@ def save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def worker(rank: int, world: int, args: argparse.Namespace, store: str) -> None:
-    torch.cuda.set_device(rank)
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    torch.set_num_threads(1)
     if store:
         dist.init_process_group(
-            "nccl", store=dist.FileStore(store, world), rank=rank, world_size=world
+            backend, store=dist.FileStore(store, world), rank=rank, world_size=world
         )
     else:
-        dist.init_process_group("nccl")
+        dist.init_process_group(backend)
     with torch.inference_mode():
         mine = Rank(args, rank, world)
         mine.run()
@@ -224,9 +251,10 @@ def worker(rank: int, world: int, args: argparse.Namespace, store: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="write or update this file")
     parser.add_argument("--gpus", type=int, default=2, help="processes to start (default: 2)")
-    parser.add_argument("--samples", type=int, default=11, help="replays per row")
+    parser.add_argument("--seconds", type=float, default=0.02, help="time spent per row")
     parser.add_argument("--kib", default="", help="only these sizes: 8,64")
     parser.add_argument("--link", default="nvlink", help="what connects the GPUs, for the rows")
     parser.add_argument("--no-torch-peers", action="store_true", help="leave symmetric memory out")
@@ -235,9 +263,9 @@ def main() -> None:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     start = time.perf_counter()
     if "RANK" in os.environ:
-        worker(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), args, "")
-    elif torch.cuda.device_count() < args.gpus:
-        parser.exit(1, f"{args.gpus} GPUs are needed, {torch.cuda.device_count()} are here\n")
+        worker(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["WORLD_SIZE"]), args, "")
+    elif args.device == "cuda" and torch.cuda.device_count() < args.gpus:
+        print(f"{args.gpus} GPUs are needed, {torch.cuda.device_count()} are here: nothing to time")
     else:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(worker, (args.gpus, args, f"{folder}/store"), nprocs=args.gpus)

@@ -1,6 +1,8 @@
 """Whole models over several GPUs: tensor and pipeline parallel, random weights.
 
-    python bench/bench_parallel_engine.py --json bench/results/h200/parallel.json
+    python bench/bench_parallel_engine.py 8b 8b-tp2 --json bench/results/h200/parallel.json
+
+Without cases: those of an 8B model that fit the GPUs there are; on a CPU a tiny one.
 
 Rows have `op` "tpot" (one request, greedy: milliseconds per token), "load" (256 requests of 512
 prompt and 128 new tokens at once: tokens per second), "pipeline" (64 requests that run all the
@@ -114,7 +116,9 @@ def run_case(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         with llm:
             if "tpot" in what:
-                rows.append({"op": "tpot", **case, **tpot(llm, 64 if small else 512, 128, 3)})
+                new, iters = (64, 2) if "70b" in shape else (128, 3)
+                prompt = 64 if small else 512
+                rows.append({"op": "tpot", **case, **tpot(llm, prompt, new, iters)})
                 print(json.dumps(rows[-1]), flush=True)
             if "load" in what:
                 count, lengths = (16, (64, 16)) if small else (256, (512, 128))
@@ -130,9 +134,22 @@ def run_case(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="+", choices=CASES)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []])
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="taken for the sake of run_all; a case is one run"
+    )
+    parser.add_argument("--json", type=Path, help="write or update this file")
     args = parser.parse_args()
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    gpus = torch.cuda.device_count()
+    family = ("8b", "8b-tp2", "8b-pp2", "8b-tp4") if gpus else ("tiny", "tiny-tp2", "tiny-pp2")
+    args.cases = args.cases or [
+        name for name in family if not gpus or CASES[name][2] * CASES[name][3] <= gpus
+    ]
     rows: list[dict[str, Any]] = []
     for name in args.cases:
         rows += run_case(name, args)
@@ -153,18 +170,21 @@ def main() -> None:
         }
         print(json.dumps(row), flush=True)
     if args.json is not None:
-        kept = []
+        document: dict[str, Any] = {"rows": []}
         if args.json.is_file():
-            mine = {
-                (r["op"], r.get("model"), r.get("weights"), r.get("tp"), r.get("pp")) for r in rows
-            }
-            kept = [
-                row
-                for row in json.loads(args.json.read_text())
-                if (row["op"], row.get("model"), row.get("weights"), row.get("tp"), row.get("pp"))
-                not in mine
-            ]
-        args.json.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+            document = json.loads(args.json.read_text())
+        key = ("op", "model", "weights", "tp", "pp")
+        mine = {tuple(row.get(k) for k in key) for row in rows}
+        kept = [r for r in document["rows"] if tuple(r.get(k) for k in key) not in mine]
+        about = {
+            "device": gpu,
+            "torch": torch.__version__,
+            **{name: rows[-1][name] for name in ("date", "commit", "command")},
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(
+            json.dumps({**about, **document, "rows": [*kept, *rows]}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

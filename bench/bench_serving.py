@@ -133,7 +133,7 @@ def main() -> None:
             write_config(Path(folder), shape, args.dtype, weights == "int4")
             llm = make_llm(folder, bench)
             model = llm.core.runner.model
-            chat = (8, 32, 16, 4) if tiny else (8, 384, 128, 3)
+            chat = (8, 32, 16, 4) if tiny else (8, 384, 64, 2)
             ttft = {True: last_turn_ttft(llm, *chat)}
             row = server_row(llm, prompt, new, args.iters)  # closes the engine
             report(bench, shape, f"server {STREAMS} streams", peer, row)

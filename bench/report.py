@@ -36,6 +36,7 @@ KEYS = (
     *("q_len", "lengths", "hq", "hkv", "d", "page", "kv", "scales", "causal", "window", "layer"),
     *("n", "k", "bits", "m", "inner", "dim", "tokens", "vocab", "dtype", "shape"),
     *("overlapped", "batch_invariant", "plan", "workspace"),
+    *("kib", "hidden", "gpus", "link", "model", "weights", "tp", "pp", "requests"),
 )
 TITLES = {
     "prefill": "Prefill attention",
@@ -49,7 +50,7 @@ TITLES = {
     "e2e": "Whole models",
     "host": "Host time of a call",
     "speculative": "Speculative decoding",
-    "parallel": "Tensor parallel",
+    "parallel": "More than one GPU",
 }
 NOT_ROWS = ("ablate",)  # files with a section of their own
 # which of a file's rows compete with which peers
@@ -221,7 +222,8 @@ def figure(row: Row) -> str:
         ("out_tok_s", "tok/s", 0),
         ("host_us", "us host", 0),
         ("speedup", "x without drafts", 2),
-        ("ratio", "x one token", 2),
+        ("ratio", "x its base", 2),
+        ("overhead", "more than the engine alone", 3),
     ):
         if row.get(key):
             parts.append(f"{row[key]:,.{digits}f} {unit}")

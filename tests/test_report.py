@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import merge  # noqa: E402
 import report  # noqa: E402
 
 HEAD = {
@@ -161,3 +162,21 @@ def test_run_all_goes_on_after_a_failure(
     assert run_all.main() == 1
     assert "not finished: norm, host" in capsys.readouterr().err
     assert (tmp_path / "rotary.txt").read_text() == "1\n"
+
+
+def test_rows_of_a_run_are_merged_into_a_file() -> None:
+    def of(case: str, speedup: float) -> dict[str, Any]:
+        return {"op": "speculative", "case": case, "peer": "fastinfer", "speedup": speedup}
+
+    into = {**HEAD, "rows": [{**of("ngram", 1.0), "op": "e2e"}, {**of("b1", 2.0), "op": "e2e"}]}
+    run = {**HEAD, "commit": "def", "command": "run", "rows": [of("draft", 3.0), of("ngram", 4.0)]}
+    assert merge.merge(run, into, "e2e", "ngram,draft") == (2, 1)
+    told = [(r["op"], r["case"], r["speedup"], r.get("commit")) for r in into["rows"]]
+    assert told == [
+        ("e2e", "ngram", 4.0, "def"),
+        ("e2e", "b1", 2.0, None),
+        ("e2e", "draft", 3.0, "def"),
+    ]
+    assert merge.merge(run, into, "e2e", "nothing") == (0, 0)
+    with pytest.raises(ValueError, match="Some GPU"):
+        merge.merge({**run, "device": "another"}, into)

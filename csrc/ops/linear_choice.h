@@ -36,10 +36,9 @@ constexpr LinearKernel choose_packed_kernel(const PackedCall& c) {
   if (c.batch_invariant || c.k == 0) return LinearKernel::skinny;
   const bool wide =
       c.arch == 90 && groups_suit_wide(c.group_columns, c.k) && c.zeros != ZeroKind::floating;
-  // From 9 tokens on the skinny kernel is the slower one, unless columns are very long. At 256
-  // tokens scales of another type cost more.
-  const bool long_columns = c.bits == 4 && c.k > 16384;
-  const int64_t few = !wide ? 256 : c.perm || long_columns ? 16 : 8;
+  // From 9 tokens on the skinny kernel is the slower one. At 256 tokens scales of another type cost
+  // more.
+  const int64_t few = !wide ? 256 : c.perm ? 16 : 8;
   if (c.m <= few) return LinearKernel::skinny;
   return wide && (c.half || c.m <= 3072) ? LinearKernel::wide : LinearKernel::dequantise;
 }
@@ -50,46 +49,51 @@ struct WideChoice {
   int tokens, blocks, groups, split;
 };
 
-// What a tile costs, in nanoseconds, fitted to an H100 within 3 to 7 % (docs/kernels/linear.md): a
-// step of 64 columns; start and end of a tile; the same of a tile whose K is cut, and per CTA of
-// it.
+// What a tile costs, in nanoseconds, fitted to an H200 (1 to 4 % rms, 256 tokens 8 to 11 %;
+// docs/kernels/linear.md): a step of 64 columns; start and end of a tile; the same of a tile whose
+// K is cut, and per CTA of it.
 struct WideCost {
   int tokens, blocks, groups, step, round, cut, rank;
 };
 constexpr int kWideLaunch = 1800;
-// Scales of x's type (4 bit only), and others.
+// 4 bit with scales of x's type, and others; 8 bit.
 constexpr WideCost kWideHalf[] = {
-    {16, 2, 2, 462, 746, 2123, 183},    {16, 2, 4, 711, 730, 2919, 162},
-    {32, 2, 2, 484, 1283, 3126, 408},   {32, 2, 4, 777, 1860, 4778, 447},
-    {64, 1, 2, 383, 2413, 727, 1714},   {64, 2, 2, 550, 3446, 3813, 1794},
-    {128, 1, 2, 461, 2954, 1260, 1501}, {128, 2, 2, 748, 5121, 0, 3180},
-    {256, 1, 2, 673, 4853, 7047, 470},
+    {16, 2, 3, 500, 2751, 3115, 63},    {16, 2, 4, 659, 2189, 3323, 63},
+    {32, 2, 2, 441, 2242, 3216, 91},    {32, 2, 3, 560, 3535, 3539, 111},
+    {64, 2, 2, 516, 2375, 4771, 217},   {64, 1, 3, 470, 1769, 4040, 54},
+    {128, 1, 2, 446, 1097, 4490, 37},   {128, 1, 3, 559, 3171, 6132, 8},
+    {256, 1, 2, 651, 1996, 6562, 1495},
 };
 constexpr WideCost kWideExact4[] = {
-    {16, 1, 4, 465, 1036, 2331, 194},   {16, 2, 4, 764, 1167, 3395, 133},
-    {32, 1, 4, 560, 1659, 3486, 349},   {64, 2, 2, 663, 3116, 3618, 1862},
-    {128, 1, 2, 521, 3278, 2150, 1488}, {256, 1, 2, 724, 4413, 6180, 681},
+    {16, 2, 3, 500, 2751, 3115, 63},  {16, 2, 4, 659, 2189, 3323, 63},
+    {32, 2, 2, 441, 2242, 3216, 91},  {32, 2, 3, 560, 3535, 3539, 111},
+    {64, 2, 2, 516, 2375, 4771, 217}, {64, 1, 3, 470, 1769, 4040, 54},
+    {128, 1, 2, 462, 2262, 5234, 0},  {256, 1, 2, 718, 1532, 6427, 1115},
 };
 constexpr WideCost kWideExact8[] = {
-    {16, 1, 4, 630, 2761, 3624, 98},    {16, 2, 4, 976, 2331, 4560, 144},
-    {32, 1, 4, 679, 1867, 3746, 399},   {64, 2, 2, 795, 3116, 3618, 1862},
-    {128, 1, 2, 521, 3278, 2150, 1488}, {256, 1, 2, 724, 4413, 6180, 681},
+    {16, 1, 4, 591, 2565, 2772, 163},   {16, 2, 4, 955, 3329, 4777, 116},
+    {32, 2, 2, 637, 2730, 3484, 146},   {32, 2, 3, 849, 3820, 4025, 110},
+    {64, 2, 2, 741, 2881, 5051, 256},   {128, 1, 2, 545, 1205, 4019, 502},
+    {256, 1, 2, 701, 2924, 7975, 1352},
 };
 
 // CTAs of clusters that run at the same time: what does not fill a GPC stays idle.
 constexpr int64_t clustered_sms(int split, int64_t sms) {
-  return split <= 2 ? sms : sms * (split % 4 == 0 ? 10 : 9) / 11;
+  if (split <= 2) return sms;
+  const int64_t of_66 = split % 4 == 0 ? 60 : split == 5 ? 55 : split == 6 ? 48 : 54;
+  return sms * of_66 / 66;
 }
 
 // The candidate whose last CTA is done first.
 template <int kCount>
 constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int64_t m, int64_t n, int64_t k,
-                                 int64_t sms) {
+                                 int64_t sms, bool half_steps) {
   WideChoice best{};
   int64_t least = INT64_MAX;
   const int64_t steps = div_up(k, 64);
   for (const WideCost& t : costs) {
-    if (t.tokens < 64 && m > t.tokens) continue;  // those are for a single pass
+    if (t.tokens < 64 && m > t.tokens) continue;                    // those are for a single pass
+    if (half_steps && t.tokens != 64 && t.tokens != 256) continue;  // others take one group a step
     const int64_t tiles = div_up(n, 64 * t.blocks * t.groups) * div_up(m, t.tokens),
                   rest = tiles % sms;
     // After many rounds the last one hardly counts.
@@ -110,12 +114,12 @@ constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int64_t m, int
   }
   return best;
 }
-// half: scales of x's type.
-constexpr WideChoice choose_wide(int bits, bool half, int64_t m, int64_t n, int64_t k,
-                                 int64_t sms) {
-  return bits == 8 ? choose_wide(kWideExact8, m, n, k, sms)
-         : half    ? choose_wide(kWideHalf, m, n, k, sms)
-                   : choose_wide(kWideExact4, m, n, k, sms);
+// half: scales of x's type. half_steps: groups of 32 columns.
+constexpr WideChoice choose_wide(int bits, bool half, int64_t m, int64_t n, int64_t k, int64_t sms,
+                                 bool half_steps = false) {
+  return bits == 8 ? choose_wide(kWideExact8, m, n, k, sms, half_steps)
+         : half    ? choose_wide(kWideHalf, m, n, k, sms, half_steps)
+                   : choose_wide(kWideExact4, m, n, k, sms, half_steps);
 }
 
 static_assert(choose_packed_kernel({90, DType::f32, 4, 1, 64, 64, 64, ZeroKind::none, false}) ==
@@ -150,24 +154,24 @@ static_assert(choose_packed_kernel({90, DType::bf16, 4, 8, 4096, 4096, 128, Zero
 static_assert(choose_packed_kernel({90, DType::bf16, 4, 16, 4096, 4096, 128, ZeroKind::none, false,
                                     true, true}) == LinearKernel::skinny &&
                   choose_packed_kernel({90, DType::bf16, 4, 16, 8192, 28672, 128, ZeroKind::none,
-                                        false}) == LinearKernel::skinny &&
-                  choose_packed_kernel({90, DType::bf16, 8, 16, 8192, 28672, 128, ZeroKind::none,
                                         false}) == LinearKernel::wide,
               "columns to gather; long columns");
 
 constexpr bool is_wide(WideChoice c, int tokens, int blocks, int groups, int split) {
   return c.tokens == tokens && c.blocks == blocks && c.groups == groups && c.split == split;
 }
-static_assert(is_wide(choose_wide(4, true, 16, 4096, 4096, 132), 16, 2, 2, 6), "16 tiles");
-static_assert(is_wide(choose_wide(4, true, 9, 57344, 8192, 132), 16, 2, 4, 1), "112 tiles");
-static_assert(is_wide(choose_wide(4, true, 17, 28672, 4096, 132), 32, 2, 4, 2), "56 tiles");
+static_assert(is_wide(choose_wide(4, true, 16, 4096, 4096, 132), 16, 2, 3, 8), "11 tiles");
+static_assert(is_wide(choose_wide(4, true, 9, 28672, 4096, 132), 16, 2, 4, 2), "56 tiles");
+static_assert(is_wide(choose_wide(4, true, 16, 57344, 8192, 132), 16, 2, 3, 5), "132 and 18");
+static_assert(is_wide(choose_wide(4, false, 17, 4096, 4096, 132), 32, 2, 2, 6), "16 tiles");
 static_assert(is_wide(choose_wide(8, false, 16, 4096, 4096, 132), 16, 1, 4, 6), "8 bit");
 static_assert(is_wide(choose_wide(4, true, 64, 28672, 4096, 132), 64, 2, 2, 1), "112 tiles");
-static_assert(is_wide(choose_wide(4, true, 64, 4096, 4096, 132), 64, 1, 2, 3), "K in three");
-static_assert(is_wide(choose_wide(4, true, 128, 28672, 4096, 132), 128, 2, 2, 1), "rows first");
+static_assert(is_wide(choose_wide(4, true, 64, 4096, 4096, 132), 64, 1, 3, 5), "22 clusters");
+static_assert(is_wide(choose_wide(4, true, 20, 4096, 4096, 132, true), 64, 1, 3, 5),
+              "groups of 32 columns");
+static_assert(is_wide(choose_wide(4, true, 128, 10240, 8192, 132), 128, 1, 3, 2), "54 tiles");
 static_assert(is_wide(choose_wide(4, true, 1024, 6144, 4096, 132), 256, 1, 2, 2), "132 and 60");
 static_assert(is_wide(choose_wide(4, true, 8192, 8192, 28672, 132), 256, 1, 2, 1), "many rounds");
 static_assert(is_wide(choose_wide(4, false, 128, 28672, 4096, 132), 128, 1, 2, 1), "exact weights");
-static_assert(is_wide(choose_wide(4, true, 40, 1, 1, 132), 64, 1, 2, 1), "next to nothing");
 
 }  // namespace fastinfer

@@ -5,6 +5,7 @@
 #include "paged_attention.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #ifdef FASTINFER_WITH_CUDA
 #include "../cuda/common/launch.h"
@@ -254,6 +255,7 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);
   p.min_share = p.rows > 16 ? 4 : 1;
+  if (const char* e = getenv("FI_MIN_SHARE"); e && p.rows > 16) p.min_share = atoi(e);
   place_workspace(op, p, slots, t, counters, partials);
   check_launch(op, launch_attention(p, slots, device.stream()));
 #else

@@ -78,8 +78,8 @@ def test_several_completions_and_a_cached_prompt(expected: dict) -> None:
         drafter = llm.core.speculator.drafter
         assert isinstance(drafter, ModelDrafter)
         ran: list[int] = []
-        catch_up = drafter._catch_up
-        drafter._catch_up = lambda behind: (ran.append(sum(b[2] for b in behind)), catch_up(behind))
+        run = drafter._run_behind
+        drafter._run_behind = lambda behind: (ran.append(sum(b[2] for b in behind)), run(behind))
         assert tokens(llm.generate(PROMPTS[2], params)) == wanted
         first = sum(ran)
         ran.clear()

@@ -115,3 +115,26 @@ def test_lengths_and_rows(drafts: int) -> None:
     assert len(lengths) <= 4 and lengths[0] >= 2
     rows = row_buckets(drafts)
     assert rows[0] == 1 and rows[-1] == drafts and rows == sorted(set(rows))
+
+
+def test_a_burst_costs_as_much_where_nothing_is_found() -> None:
+    """The same steps, found one time in five: worth it only if those without guesses are plain."""
+    longest, cost, plain, steps = 5, 1.6, 1.0, 8
+    ends = {}
+    for found in (0.2, 0.9):
+        world = World(Pace(4), requests(1), accept=0.8, found=found)
+        for _ in range(600):
+            k = world.pace.drafts(world.running)
+            world.log.append(k)
+            if not k:
+                world.pace.observe(1, 1, False, plain)
+                continue
+            for _ in range(steps):
+                proposed = k if world.random.random() < found else 0
+                accepted = 0
+                while accepted < proposed and world.random.random() < 0.8:
+                    accepted += 1
+                world.pace.learn(world.running[0], proposed, accepted)
+            world.pace.observe(1, longest, True, cost, steps)
+        ends[found] = sum(k > 0 for k in world.log[-100:])
+    assert ends[0.2] < 20 and ends[0.9] > 80

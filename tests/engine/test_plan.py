@@ -127,3 +127,26 @@ def test_sizes() -> None:
     for text in ("", "GB", "1.2.3G", "-5", "0"):
         with pytest.raises(ValueError, match="must be a size"):
             parse_size(text)
+
+
+def test_a_draft_model_is_counted_as_the_engine_allocates_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny = Path(__file__).parents[2] / "examples" / "tiny"
+    target, draft = tiny / "model", tiny / "draft"
+    settings = {"context": 512, "batch": 2, "memory": 10**9, "dtype": "float32"}
+    plain = plan_memory(target, **settings)
+    alone = plan_memory(draft, **settings)
+    both = plan_memory(target, speculative=draft, **settings)
+    for name in ("weight_bytes", "kv_bytes_per_token", "kv_bytes_per_request", "kv_bytes"):
+        assert both[name] == plain[name] + alone[name], name
+    assert both["draft_weight_bytes"] == alone["weight_bytes"]
+    assert both["draft_kv_bytes_per_request"] == alone["kv_bytes_per_request"]
+    assert both["max_batch"] < plain["max_batch"]
+    assert plan_memory(target, speculative="ngram", **settings) == plain
+    with LLM(
+        str(target), device="cpu", dtype="float32", num_blocks=40, speculative=str(draft)
+    ) as llm:
+        assert llm.core.runner.block_bytes == both["kv_bytes_per_token"] * 16
+    assert main(["plan", "--model", str(target), "--speculative", str(draft)]) in (0, 1)
+    assert capsys.readouterr().out.count("of it the draft model's") == 2

@@ -73,6 +73,37 @@ def test_the_search_climbs_to_the_top_from_anywhere():
         assert len(seen) == len(set(seen)) and trials[0].settings == {"a": a, "b": "x"}
 
 
+def test_every_value_of_an_axis_without_order_is_tried():
+    height = {None: 3.0, "x": 1.0, "y": 2.0, "z": 4.0}
+
+    def measure(settings: dict[str, Any]) -> Trial:
+        return Trial(settings, goodput=height[settings["c"]] * (2 if settings["a"] == 2 else 1))
+
+    axes = {"a": (1, 2), "c": tuple(height)}
+    trials = list(tune.climb({"a": 1, "c": None}, axes, measure, max_trials=50, unordered=("c",)))
+    assert max(trials, key=lambda t: t.goodput).settings == {"a": 2, "c": "z"}
+    assert [t.settings["c"] for t in trials[:5]] == [None, None, "x", "y", "z"]
+
+
+def test_speculation_is_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "tuned.json"
+    arguments = ["tune", "--model", str(MODEL), "--device", "cpu", "--num-blocks", "64"]
+    arguments += ["--num-prompts", "2", "--input-len", "12", "--output-len", "4"]
+    arguments += ["--ttft-ms", "60000", "--tpot-ms", "60000", "--output", str(out)]
+    arguments += ["--max-num-seqs", "2", "--max-num-batched-tokens", "64"]
+    arguments += ["--kv-cache-dtype", "auto"]
+    draft = str(MODEL.with_name("draft"))
+    assert main([*arguments, "--draft-model", draft]) == 0
+    told = capsys.readouterr().err
+    for value in ("None", "ngram", draft):
+        assert f"speculative={value}: " in told and "requests/s within" in told
+    assert read_settings(out)["speculative"] in (None, "ngram", draft)
+    with LLM.from_config(str(MODEL), out, device="cpu", progress=False) as llm:
+        assert llm.generate([1, 2, 3])[0].finished
+    assert main([*arguments, "--speculative", "ngram", "--max-trials", "1"]) == 0
+    assert read_settings(out)["speculative"] == "ngram"
+
+
 def test_the_search_keeps_to_its_budget():
     for budget in (1, 2, 5):
         trials = list(tune.climb({"a": 1, "b": "x"}, AXES, hill, max_trials=budget))
@@ -166,11 +197,13 @@ def test_limits_out_of_reach_end_with_1(capsys: pytest.CaptureFixture[str]):
         ([], "--ttft-ms or --tpot-ms"),
         (["--ttft-ms", "0"], "must be > 0"),
         (["--ttft-ms", "5", "--max-trials", "0"], "at least 1"),
+        (["--ttft-ms", "5", "--draft-model", "/no/such"], "--draft-model must be"),
+        (["--ttft-ms", "5", "--draft-model", MODEL, "--speculative", "ngram"], "leaves out"),
         (["--ttft-ms", "5", "--output", "/no/such/folder/x.json"], "folder that is there"),
     ],
 )
 def test_wrong_options_are_said(
     options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["tune", "--model", str(MODEL), *options]) == 2
+    assert main(["tune", "--model", str(MODEL), *map(str, options)]) == 2
     assert sentence in capsys.readouterr().err

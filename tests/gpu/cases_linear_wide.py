@@ -16,11 +16,17 @@ CASES: list[Case] = [
     for dtype in (torch.bfloat16, torch.float16)
     for bits in (4, 8)
     for m, n, k, group, zeros, perm in (
-        (12, 200, 1040, 64, "int", False),  # 16 tokens x 256 rows, K cut
+        (12, 200, 1040, 64, "int", False),  # 16 tokens, K cut
         (16, 60000, 128, 128, "none", False),  # 16 tokens x 512 rows
-        (20, 200, 1040, 32, "int", False),  # 32 tokens x 256 rows, K cut
-        (64, 192, 520, 64, "int", False),  # K cut in two
-        (40, 20000, 128, 64, "none", False),  # 64 tokens x 256 rows
+        (12, 45000, 520, 128, "none", False),  # 16 tokens, one whole round and a rest
+        (20, 200, 1040, 64, "int", False),  # 32 tokens x 256 rows, K cut
+        (20, 6000, 1040, 128, "none", False),  # 32 tokens x 384 rows or 256
+        (20, 45000, 128, 128, "none", False),  # 32 tokens x 384 rows
+        (20, 200, 1040, 32, "int", False),  # two groups to a step, K cut
+        (40, 20000, 128, 64, "none", False),  # 64 tokens
+        (64, 192, 520, 64, "int", False),  # K cut
+        (130, 3000, 2056, 128, "none", False),  # 64 tokens x 256 rows, K cut
+        (600, 3000, 264, 64, "none", False),  # 128 tokens x 128 rows
         (600, 9000, 128, 64, "int", False),  # 256 tokens x 128 rows
         (65, 130, 1024, 32, "none", False),  # K cut in parts, two groups to a step
         (130, 200, 200, -1, "none", True),  # columns gathered first
@@ -38,12 +44,13 @@ CASES += [
     for m, n, k, group, zeros in (
         (12, 200, 1040, 64, "int"),
         (16, 60000, 128, 128, "none"),
-        (20, 200, 1040, 32, "int"),
-        (32, 60000, 128, 128, "none"),
+        (20, 6000, 2056, 128, "none"),
         (40, 200, 520, 64, "int"),
         (100, 300, 264, 128, "none"),
         (64, 20000, 128, 32, "int"),
-        (128, 20000, 128, 128, "none"),
+        (130, 3000, 2056, 128, "none"),
+        (1000, 3000, 1040, 128, "none"),
+        (600, 1000, 2056, 128, "int"),
         (600, 9000, 128, 64, "int"),
         (1000, 4096, 512, 128, "none"),
         (40, 192, 4096, 128, "int"),

@@ -16,6 +16,9 @@ TOOL = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitiz
 
 # initcheck must see the writes of torch's kernels too; the others look at our kernels only.
 OURS = ["--kernel-name", "kernel_substring=fastinfer"]
+# racecheck of CUDA 13.0 ends with an internal error where CTAs of a cluster write into each other's
+# shared memory with st.async (docs/kernels/linear.md).
+NOT_RACECHECK = ["--kernel-name-exclude", "kernel_substring=wide_kernel"]
 
 
 @pytest.mark.skipif(not Path(TOOL).is_file(), reason="compute-sanitizer is not installed")
@@ -23,6 +26,7 @@ OURS = ["--kernel-name", "kernel_substring=fastinfer"]
 def test_sanitizer(tool: str) -> None:
     command = [TOOL, "--tool", tool, "--error-exitcode", "9"]
     command += [] if tool == "initcheck" else OURS
+    command += NOT_RACECHECK if tool == "racecheck" else []
     done = subprocess.run([*command, sys.executable, str(PROGRAM)], capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "cases ran" in done.stdout

@@ -78,9 +78,10 @@ def test_chat_completions(device: str, tmp_path: Path) -> None:
             [*command, "--port", str(port)],
             stdout=log,
             stderr=log,
-            env={**os.environ, "PYTHONPATH": paths, "FASTINFER_STRICT": "1"},
+            env={**os.environ, "PYTHONPATH": paths, "FASTINFER_STRICT": "1", "HF_HUB_OFFLINE": "1"},
         )
     try:
+        want = [by_generate(question) for question in QUESTIONS]
         base = f"http://localhost:{port}"
         for _ in range(120):
             assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
@@ -97,7 +98,6 @@ def test_chat_completions(device: str, tmp_path: Path) -> None:
             text = answer["choices"][0]["message"]["content"]
             return text, answer["usage"]["completion_tokens"]
 
-        want = [by_generate(question) for question in QUESTIONS]
         assert ask(QUESTIONS[0]) == want[0]  # loads the model
         with ThreadPoolExecutor(len(QUESTIONS)) as threads:
             for _ in range(3):

@@ -30,11 +30,13 @@ SPECULATIVE = {
     "n-gram, overlapped": {**NGRAM, **RUNS["overlapped"]},
     "n-gram, swapped": {**NGRAM, **RUNS["swapped"]},
     "n-gram, static": {**NGRAM, **RUNS["static"], "num_speculative_tokens": 7},
+    "n-gram, bursts": {**NGRAM, **RUNS["static"], "bursts": 3},
     "draft": DRAFT,
     "draft, chunked": {**DRAFT, **RUNS["chunked"]},
     "draft, preempted": {**DRAFT, **RUNS["preempted"]},
     "draft, swapped": {**DRAFT, **RUNS["swapped"], "num_speculative_tokens": 2},
     "draft, static": {**DRAFT, **RUNS["static"], "num_speculative_tokens": 6},
+    "draft, bursts": {**DRAFT, **RUNS["static"], "bursts": 4, "num_speculative_tokens": 2},
     "adaptive": {**DRAFT, "adaptive_speculation": True},
 }
 
@@ -47,7 +49,10 @@ def check_speculation(
         options = {"num_blocks": 40, **SPECULATIVE[run]}
         if options["speculative"] == "self":
             options["speculative"] = str(folder)
+        steps = options.pop("bursts", None)
         with LLM(folder, device="cpu", **options) as llm:
+            assert llm.core.speculator is not None
+            llm.core.speculator.burst_steps = steps
             for chosen in (range(4), [1], [2]):
                 outputs = llm.generate([prompts[i] for i in chosen], params)
                 got = [output.outputs[0].token_ids for output in outputs]
@@ -101,6 +106,6 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
             assert llm.stats().kv_blocks_used == 0
     # every family with both drafters; all the modes over the families, and each with `full`
     first, names = list(TINY).index(name), list(SPECULATIVE)
-    check_speculation(tmp_path, [names[first % 4], names[4 + first % 6]], prompts, expected)
+    check_speculation(tmp_path, [names[first % 5], names[5 + first % 7]], prompts, expected)
     with LLM(tmp_path, device="cpu", num_blocks=40, enable_prefix_caching=False) as llm:
         assert [tokens(llm, [prompt])[0] for prompt in prompts] == expected

@@ -187,7 +187,7 @@ def test_graph_replays(algorithm: str, programmatic: bool) -> None:
             with (
                 torch.cuda.device(device),
                 _lib.programmatic_launch(programmatic),
-                torch.cuda.graph(graph),
+                torch.cuda.graph(graph, stream=torch.cuda.Stream(device)),
             ):
                 for _ in range(3):
                     for t, o, r, w in zip(x, out, rest, weights, strict=True):
@@ -245,10 +245,14 @@ def test_one_rank_needs_nobody() -> None:
 
 @gpu
 def test_opcheck() -> None:
-    """With a rank that has given up waiting: its own part is all it needs to run."""
-    with ranks(2, timeout_s=0) as (one, _):
-        x = torch.ones(2, 64, device=one.device)
-        opcheck(torch.ops.fastinfer.peer_all_reduce.default, (x, one._id, 1))
+    """With a group of one, which is all that runs alone."""
+    (alone,) = PeerAllReduce.in_process(["cuda"])
+    alone._allocate()
+    x, r = torch.randn(2, 2, 64, device="cuda").unbind()
+    opcheck(torch.ops.fastinfer.peer_all_reduce.default, (x, alone._id, 1))
+    op = torch.ops.fastinfer.peer_all_reduce_add_rms_norm.default
+    opcheck(op, (x, r.clone(), x[0].clone(), 1e-6, alone._id, 0))
+    alone.close()
 
 
 @gpu

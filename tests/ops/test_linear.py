@@ -116,16 +116,18 @@ def test_cuda_against_fp64(dtype: torch.dtype, m: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("programmatic", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS[1:])
-@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("m", "programmatic"), [*((m, p) for m in (1, 2, 3, 4) for p in (False, True)), (5, True)]
+)
 def test_cuda_few_tokens_exactly(dtype: torch.dtype, m: int, programmatic: bool) -> None:
     """Integers whose sums fp32 holds: every element equals the rounded exact sum. x at any address,
     rows of w with a gap, values behind the end of both that must not be read.
     """
     g = torch.Generator(device="cuda").manual_seed(m)
-    shapes = [(4096, 4096), (300, 14336), (65, 2056), (133, 2048), (1, 8)]
-    for n, k in shapes + [(777, 28672)] * (m <= 2):  # x of 4 such tokens does not fit: cuBLAS
+    shapes = [(4096, 4096), (65, 2056), (133, 2048), (1, 8)]
+    # x of more such tokens does not fit: cuBLAS
+    for n, k in shapes + [(300, 14336)] + [(777, 28672)] * (m <= 2):
         x, w, bias = (
             torch.randint(-8, 9, shape, generator=g, device="cuda").to(dtype)
             for shape in ((m, k), (n, k), (n,))
@@ -141,14 +143,15 @@ def test_cuda_few_tokens_exactly(dtype: torch.dtype, m: int, programmatic: bool)
         assert torch.equal(out, expected), (n, k)
         assert wide[m:].isnan().all() and wide[:, n:].isnan().all()
         x[0, k - 1] = float("nan")
-        y = linear(x, w, bias)
+        with _lib.programmatic_launch(programmatic):
+            y = linear(x, w, bias)
         assert y[0].isnan().all() and torch.equal(y[1:], expected[1:])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS[1:])
 def test_cuda_few_tokens_keep_their_bits(dtype: torch.dtype) -> None:
-    """Up to four tokens are one kernel with one order of summation, whatever their number."""
+    """Few tokens are one kernel with one order of summation, whatever their number."""
     like = {"dtype": dtype, "device": "cuda"}
     for n, k in ((4096, 4096), (300, 14336), (65, 2056)):
         x, w = randn(4, k, seed=3, **like), randn(n, k, seed=4, **like)
@@ -157,6 +160,11 @@ def test_cuda_few_tokens_keep_their_bits(dtype: torch.dtype) -> None:
             assert torch.equal(linear(x[:m], w), whole[:m]), (n, k, m)
         with _lib.programmatic_launch(True):
             assert torch.equal(linear(x, w), whole), (n, k)
+            if n == 65:  # tiny: groups of five
+                many = linear(x.repeat(5, 1)[:17], w)
+                assert torch.equal(many, whole.repeat(5, 1)[:17]), (n, k)
+            five = linear(torch.cat([x, x[1:2]]), w)
+            assert torch.equal(five, torch.cat([whole, whole[1:2]])), (n, k)
 
 
 @pytest.mark.gpu

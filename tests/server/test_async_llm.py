@@ -23,7 +23,8 @@ def greedy(n: int) -> SamplingParams:
 
 def with_engine(test: Callable[[AsyncLLM], Coroutine[Any, Any, None]], **options: Any) -> None:
     """Run a test coroutine; afterwards no request may be open and no block held."""
-    llm = AsyncLLM(make_llm(), **options)
+    engine = {name: options.pop(name) for name in ("max_num_seqs",) if name in options}
+    llm = AsyncLLM(make_llm(**engine), **options)
 
     async def body() -> None:
         await test(llm)
@@ -43,6 +44,29 @@ async def read(llm: AsyncLLM, prompt: Any, params: SamplingParams) -> tuple[str,
         tokens += completion.token_ids
         reason = completion.finish_reason
     return text, tokens, reason
+
+
+def test_a_lower_priority_number_is_served_first():
+    ended: list[int] = []
+
+    async def ask(llm: AsyncLLM, priority: int, params: SamplingParams, whole: bool) -> None:
+        if whole:
+            await llm.complete("The dog", params, priority=priority)
+        else:
+            async for _ in llm.generate("The dog", params, priority=priority):
+                pass
+        ended.append(priority)
+
+    async def test(llm: AsyncLLM) -> None:
+        tasks = [asyncio.create_task(ask(llm, -9, LONG, True))]
+        while llm.stats().running == 0:
+            await asyncio.sleep(0.01)
+        for i, priority in enumerate((3, 0, -1)):
+            tasks.append(asyncio.create_task(ask(llm, priority, greedy(3), i == 1)))
+        await asyncio.gather(*tasks)
+        assert ended == [-9, -1, 0, 3]
+
+    with_engine(test, max_num_seqs=1)
 
 
 def test_streams_give_what_generate_gives():

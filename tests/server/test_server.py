@@ -73,6 +73,44 @@ def test_large_bodies_are_refused_with_and_without_their_length(server: Running)
     assert post(server, SHORT).status_code == 200
 
 
+@pytest.mark.parametrize("value", [1.5, "1", True, 10**9, [1]])
+def test_a_priority_is_a_whole_number(server: Running, value: object):
+    answer = post(server, {**SHORT, "priority": value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "priority"
+    assert post(server, {**SHORT, "priority": None}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_priority_comes_before_arrival(path: str):
+    prompt = {"prompt": "Once"}
+    if path.endswith("chat/completions"):
+        prompt = {"messages": [{"role": "user", "content": "Once"}]}
+    ended: list[int] = []
+
+    async def ask(http: httpx.AsyncClient, url: str, priority: int, length: int) -> None:
+        body = {**prompt, "max_tokens": length, "ignore_eos": True, "priority": priority}
+        answer = await http.post(url + path, json=body)
+        assert answer.status_code == 200
+        ended.append(priority)
+
+    async def all_of_them(server: Running) -> None:
+        async with httpx.AsyncClient(timeout=120) as http:
+            tasks = [asyncio.create_task(ask(http, server.url, -9, 400))]
+            while server.llm.stats().running == 0:
+                await asyncio.sleep(0.01)
+            for count, priority in enumerate((5, 0, -3), start=2):
+                tasks.append(asyncio.create_task(ask(http, server.url, priority, 4)))
+                while server.llm.num_requests < count:
+                    await asyncio.sleep(0.01)
+            await asyncio.gather(*tasks)
+
+    with serving(engine={"max_num_seqs": 1}) as server:
+        asyncio.run(all_of_them(server))
+        wait_until_idle(server.llm)
+    assert ended == [-9, -3, 0, 5]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_request(server: Running, stream: bool):
     connections = [send_raw(server, {**LONG, "stream": stream}) for _ in range(5)]

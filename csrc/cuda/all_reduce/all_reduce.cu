@@ -1,8 +1,6 @@
 // Launches of all_reduce.cuh: tiles and grids.
 #include "all_reduce.h"
 
-#include <cstdlib>
-
 #include "all_reduce_few.cuh"
 
 namespace fastinfer::cuda {
@@ -32,14 +30,12 @@ unsigned grid_of(int64_t tiles, int threads) {
 template <class E, bool kNorm>
 int run(const AllReduceLaunch& a, int threads, void* stream) {
   const unsigned grid = grid_of(a.tiles, threads);
-  static const char* env = std::getenv("FI_AR_FEW");
-  if (!(env && env[0] == '0') && few_tiles<E>(a, kNorm, grid)) {
+  if (few_tiles<E>(a, kNorm, grid)) {
     if (a.world == 2)
       return launch(all_reduce_few_kernel<E, 2, kNorm>, grid, threads, 0, stream, a);
     return launch(all_reduce_few_kernel<E, kMaxRanks, kNorm>, grid, threads, 0, stream, a);
   }
-  if (a.world == 2) return launch(all_reduce_kernel<E, 2, kNorm>, grid, threads, 0, stream, a);
-  return launch(all_reduce_kernel<E, kMaxRanks, kNorm>, grid, threads, 0, stream, a);
+  return launch(all_reduce_kernel<E, kNorm>, grid, threads, 0, stream, a);
 }
 
 // Small messages in small blocks, so that they reach several multiprocessors. Tiles decide who owns

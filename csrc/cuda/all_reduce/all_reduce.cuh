@@ -78,13 +78,13 @@ __device__ __forceinline__ void store_x(const AllReduceLaunch& a, const Place& a
   }
 }
 
-// The sum of a unit over the ranks, `mine` being this rank's; the loads of several slots are under
-// way together.
-template <class E, int kWorld>
+// The sum of a unit over the ranks, `mine` being this rank's; the loads of four slots are under way
+// together.
+template <class E>
 __device__ __forceinline__ uint4 sum_of_ranks(const AllReduceLaunch& a, char* slots,
                                               const uint4& mine, Patience& patience) {
-  constexpr int kSize = Pack<E>::kSize, kTogether = kWorld == 2 ? 2 : 4;
-  const int world = kWorld == 2 ? 2 : a.world;
+  constexpr int kSize = Pack<E>::kSize, kTogether = 4;
+  const int world = a.world;
   float sum[kSize];
 #pragma unroll
   for (int j = 0; j < kSize; ++j) sum[j] = -0.0f;  // the number that changes no other
@@ -140,12 +140,11 @@ __device__ __forceinline__ uint4 rounded_sum(const uint4& a, const uint4& b) {
   return pack_of<E>(u);
 }
 
-// kWorld: 2, or kMaxRanks for any number.
-template <class E, int kWorld, bool kNorm>
+template <class E, bool kNorm>
 __global__ void __launch_bounds__(kMaxTileThreads)
     all_reduce_kernel(const __grid_constant__ AllReduceLaunch a) {
   __shared__ float found[32];
-  const int world = kWorld == 2 ? 2 : a.world;
+  const int world = a.world;
   uint4 weight{};
   if (kNorm && threadIdx.x < a.row_units) weight = static_cast<const uint4*>(a.weight)[threadIdx.x];
   grid_launch_dependents();
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(kMaxTileThreads)
       }
       if (at.holds) {
         if (owns) {
-          v = sum_of_ranks<E, kWorld>(a, own + base + at.unit * 16, v, patience);
+          v = sum_of_ranks<E>(a, own + base + at.unit * 16, v, patience);
           if (a.two_shot) {
             const uint4 sum = sendable(v);
 #pragma unroll 1

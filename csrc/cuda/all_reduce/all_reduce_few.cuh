@@ -6,6 +6,7 @@
 
 namespace fastinfer::cuda {
 
+// kWorld: 2, or kMaxRanks for any number.
 template <class E, int kWorld, bool kNorm>
 __global__ void __launch_bounds__(kMaxTileThreads)
     all_reduce_few_kernel(const __grid_constant__ AllReduceLaunch a) {
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kMaxTileThreads)
       char* slot = own + at + (1 - a.rank) * a.slot_bytes;
       v = rounded_sum<E>(v, take(slot, load_pack_system(slot), patience));
     } else {
-      v = sum_of_ranks<E, kWorld>(a, own + at, v, patience);
+      v = sum_of_ranks<E>(a, own + at, v, patience);
     }
   }
   if (kNorm) {

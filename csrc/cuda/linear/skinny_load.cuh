@@ -6,6 +6,7 @@
 #include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "../ptx/async_copy.cuh"
+#include "load_shared.cuh"
 #include "skinny_dequant.cuh"
 #include "skinny_params.h"
 
@@ -41,15 +42,6 @@ __device__ __forceinline__ void mma_1688(float (&c)[4], uint32_t a0, uint32_t a1
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(b));
   }
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
 }
 
 __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {

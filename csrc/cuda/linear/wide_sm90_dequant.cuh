@@ -56,6 +56,12 @@ struct Codes {
       return high_halves(low, high);
     }
   }
+  // The same of 8 bits without zero points, bf16: u - 128 = (128 + u % 128) - (u < 128 ? 256 :
+  // 128).
+  static __device__ __forceinline__ uint32_t middle(const uint32_t* w, int j) {
+    const uint32_t v = w[j / 2] >> 8 * (j % 2);
+    return subtract2<T>(and_or(v, 0x007F007Fu, 0x43004300u), and_or(~v, 0x00800080u, 0x43004300u));
+  }
   // The same as two floats.
   static __device__ __forceinline__ void floats(const uint32_t* w, int j, uint32_t offset,
                                                 float& low, float& high) {

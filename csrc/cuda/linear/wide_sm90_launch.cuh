@@ -12,6 +12,7 @@ int launch_wide(const PackedLinear& p, int split, void* stream) {
   const int64_t row_tiles = ceil_div(blocks, Tile::kAllBlocks);
   const int64_t token_tiles = ceil_div(p.m, Tile::kTokens), tiles = row_tiles * token_tiles;
   if (split > steps) split = static_cast<int>(steps);
+  while (split > 1 && Tile::sum_units(split) * kSumUnitBytes > Tile::kSumRoom) --split;
   if (tiles > INT32_MAX / 8 || p.k > INT32_MAX - 64 || p.n > INT32_MAX - 64)
     return cudaErrorInvalidConfiguration;
   CUtensorMap x_map, w_map;
@@ -88,22 +89,20 @@ int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
     return s.tokens == tokens && s.blocks == blocks && s.groups == groups;
   };
   if constexpr (kBits == 4) {
+    if (is(16, 2, 3)) return launch_wide<T, WideTile<4, 16, 2, 3, false>>(p, s.split, stream);
+    if (is(16, 2, 4)) return launch_wide<T, WideTile<4, 16, 2, 4, false>>(p, s.split, stream);
+    if (is(64, 1, 3)) return launch_wide<T, WideTile<4, 64, 1, 3, false>>(p, s.split, stream);
     if (p.scale_dtype == p.dtype) {
-      if (is(16, 2, 2)) return launch_wide<T, WideTile<4, 16, 2, 2, true>>(p, s.split, stream);
-      if (is(16, 2, 4)) return launch_wide<T, WideTile<4, 16, 2, 4, true>>(p, s.split, stream);
-      if (is(32, 2, 2)) return launch_wide<T, WideTile<4, 32, 2, 2, true>>(p, s.split, stream);
-      if (is(32, 2, 4)) return launch_wide<T, WideTile<4, 32, 2, 4, true>>(p, s.split, stream);
-      if (is(64, 1, 2)) return launch_wide<T, WideTile<4, 64, 1, 2, true>>(p, s.split, stream);
-      if (is(64, 2, 2)) return launch_wide<T, WideTile<4, 64, 2, 2, true>>(p, s.split, stream);
       if (is(128, 1, 2)) return launch_wide<T, WideTile<4, 128, 1, 2, true>>(p, s.split, stream);
-      if (is(128, 2, 2)) return launch_wide<T, WideTile<4, 128, 2, 2, true>>(p, s.split, stream);
+      if (is(128, 1, 3)) return launch_wide<T, WideTile<4, 128, 1, 3, true>>(p, s.split, stream);
       if (is(256, 1, 2)) return launch_wide<T, WideTile<4, 256, 1, 2, true>>(p, s.split, stream);
-      return cudaErrorInvalidConfiguration;
     }
+  } else {
+    if (is(16, 1, 4)) return launch_wide<T, WideTile<8, 16, 1, 4, false>>(p, s.split, stream);
+    if (is(16, 2, 4)) return launch_wide<T, WideTile<8, 16, 2, 4, false>>(p, s.split, stream);
   }
-  if (is(16, 1, 4)) return launch_wide<T, WideTile<kBits, 16, 1, 4, false>>(p, s.split, stream);
-  if (is(16, 2, 4)) return launch_wide<T, WideTile<kBits, 16, 2, 4, false>>(p, s.split, stream);
-  if (is(32, 1, 4)) return launch_wide<T, WideTile<kBits, 32, 1, 4, false>>(p, s.split, stream);
+  if (is(32, 2, 2)) return launch_wide<T, WideTile<kBits, 32, 2, 2, false>>(p, s.split, stream);
+  if (is(32, 2, 3)) return launch_wide<T, WideTile<kBits, 32, 2, 3, false>>(p, s.split, stream);
   if (is(64, 2, 2)) return launch_wide<T, WideTile<kBits, 64, 2, 2, false>>(p, s.split, stream);
   if (is(128, 1, 2)) return launch_wide<T, WideTile<kBits, 128, 1, 2, false>>(p, s.split, stream);
   if (is(256, 1, 2)) return launch_wide<T, WideTile<kBits, 256, 1, 2, false>>(p, s.split, stream);

@@ -28,6 +28,8 @@ struct WideParams {
   bool packed_out;               // 16-byte stores fit
 };
 
+constexpr uint32_t kSumUnitBytes = 64 * 16 * 4;
+
 template <int kBits_, int kTokens_, int kBlocks_, int kGroups_, bool kHalf_>
 struct WideTile {
   static constexpr bool kHalf = kHalf_;
@@ -38,38 +40,55 @@ struct WideTile {
   static constexpr bool kScratch = !kHalf && kBlocks * kAccumulators <= 64;
   static constexpr uint32_t kXBytes = kTokens * 128, kBlockBytes = 512 * kBits;
   static constexpr uint32_t kWBytes = kAllBlocks * kBlockBytes;
-  // Two groups (of 32 columns) per step, 64 rows per block.
+  // 64 rows per block; two groups (of 32 columns) per step in some tiles (linear_choice.h).
+  static constexpr int kStepGroups = kTokens == 64 || kTokens == 256 ? 2 : 1;
   static constexpr uint32_t kScaleGroup = kAllBlocks * 64 * 4, kZeroGroup = kAllBlocks * 64;
-  static constexpr uint32_t kStageBytes = kXBytes + kWBytes + 2 * (kScaleGroup + kZeroGroup);
-  static constexpr uint32_t kOutBytes = kGroups * 64 * 128;  // [64 tokens][64 rows] per warpgroup
-  static constexpr uint32_t kFixedBytes = kOutBytes + 1024 + 512;
+  static constexpr uint32_t kStageBytes =
+      kXBytes + kWBytes + kStepGroups * (kScaleGroup + kZeroGroup);
+  // [64 tokens][64 rows] per warpgroup
+  static constexpr uint32_t kOutGroup = (kTokens < 64 ? kTokens : 64) * 128;
+  static constexpr uint32_t kOutBytes = kGroups * kOutGroup;
+  // Sums of the CTAs of a cluster, in units of 64 rows x 16 tokens: beside the ring where they are
+  // few, else where the ring was.
+  static constexpr int kSumUnits = kAllBlocks * (kTokens / 16);
+  static constexpr bool kSumsInRing = kTokens >= 64 || (kBits == 8 && kAllBlocks > 6);
+  static constexpr int sum_units(int ranks) { return (kSumUnits + ranks - 1) / ranks * ranks; }
+  static constexpr int most_sum_units() {
+    int most = 0;
+    for (int r = 2; r <= 8; ++r)
+      if (sum_units(r) > most && sum_units(r) <= 20) most = sum_units(r);
+    return most;
+  }
+  static constexpr uint32_t kSumBytes = kSumsInRing ? 0 : most_sum_units() * kSumUnitBytes;
+  static constexpr uint32_t kFixedBytes = kOutBytes + kSumBytes + 1024 + 512;
   static constexpr int kFit = (227 * 1024 - kFixedBytes) / kStageBytes;
   static constexpr int kMost = kTokens < 64 ? 12 : 8;  // few tokens: memory decides
   static constexpr int kStages = kFit < kMost ? kFit : kMost;
   static constexpr size_t kSharedBytes = kStages * kStageBytes + kFixedBytes;
-  // Partial results of a K split lie where the tiles of X and W were.
-  static_assert(kStages * (kXBytes + kWBytes) >= kBlocks * kAccumulators * 4 * 128 * kGroups,
-                "partial sums");
+  static constexpr uint32_t kSumRoom = kSumsInRing ? kStages * (kXBytes + kWBytes) : kSumBytes;
+  static_assert(kStages >= 4 && sum_units(2) * kSumUnitBytes <= kSumRoom, "sums of two CTAs");
   static_assert(kTokens <= 32 || (kTokens % 64 == 0 && kTokens <= 256), "whole chunks of tokens");
   static constexpr int kProducerRegisters = kGroups == 2 ? 56 : 40;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : 104;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : kGroups == 3 ? 152 : 104;
 };
 
 template <class Tile>
 struct WideShared {
-  uint32_t x, w, scales, zeros, out;
-  uint64_t *full, *empty;
+  uint32_t x, w, scales, zeros, out, sums;
+  uint64_t *full, *empty, *summed;
 
   __device__ __forceinline__ explicit WideShared(char* raw) {
     const uint32_t start = ptx::shared_address(raw);
     x = (start + 1023) & ~1023u;
     w = x + Tile::kStages * Tile::kXBytes;
     out = w + Tile::kStages * Tile::kWBytes;
-    scales = out + Tile::kOutBytes;
-    zeros = scales + Tile::kStages * 2 * Tile::kScaleGroup;
-    const uint32_t barriers = zeros + Tile::kStages * 2 * Tile::kZeroGroup;
+    sums = Tile::kSumsInRing ? x : out + Tile::kOutBytes;
+    scales = out + Tile::kOutBytes + Tile::kSumBytes;
+    zeros = scales + Tile::kStages * Tile::kStepGroups * Tile::kScaleGroup;
+    const uint32_t barriers = zeros + Tile::kStages * Tile::kStepGroups * Tile::kZeroGroup;
     full = reinterpret_cast<uint64_t*>(raw + (barriers - start));
     empty = full + Tile::kStages;
+    summed = empty + Tile::kStages;
   }
 };
 
@@ -167,12 +186,12 @@ __device__ __forceinline__ void produce_weights(const WideParams& p, const CUten
                     job.block, 0, policy);
 #pragma unroll 1
       for (int g = 0; g < groups; ++g, entry += int64_t{p.blocks} * 64) {
-        ptx::bulk_load(shared.scales + (2 * ring.index + g) * Tile::kScaleGroup,
+        ptx::bulk_load(shared.scales + (Tile::kStepGroups * ring.index + g) * Tile::kScaleGroup,
                        static_cast<const char*>(p.scales) + entry * scale_size, scale_bytes, full,
                        policy);
         if (p.zeros)
-          ptx::bulk_load(shared.zeros + (2 * ring.index + g) * Tile::kZeroGroup, p.zeros + entry,
-                         zero_bytes, full, policy);
+          ptx::bulk_load(shared.zeros + (Tile::kStepGroups * ring.index + g) * Tile::kZeroGroup,
+                         p.zeros + entry, zero_bytes, full, policy);
       }
     }
   }

@@ -1,9 +1,10 @@
 """Search for the engine settings with the most requests per second inside latency limits.
 
 The settings are searched along one axis at a time, uphill from the defaults: neighbours on the
-axis are tried until none is better, then the next axis, round after round, until a whole round or
-the budget of trials ends without a gain. Goodput along an axis has one hill in practice (a larger
-token budget trades time per token for time to first token), which is what this relies on.
+axis (every value, where they have no order) are tried until none is better, then the next axis,
+round after round, until a whole round or the budget of trials ends without a gain. Goodput along an
+axis has one hill in practice (a larger token budget trades time per token for time to first token),
+which is what this relies on.
 
 A trial offers the workload at several rates, the highest first, and keeps the best goodput: beyond
 saturation queues grow and requests miss the limits, below it requests are missing. No tensors.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def climb(
     measure: Callable[[Settings], Trial],
     *,
     max_trials: int,
+    unordered: Collection[str] = (),
 ) -> Iterator[Trial]:
     """Every trial as it is done; the caller keeps what it needs.
 
@@ -105,6 +107,7 @@ def climb(
         axes: Values of each setting in their order.
         measure: Runs a trial.
         max_trials: Most trials.
+        unordered: Axes without neighbours: each of their values is tried.
     """
     done: dict[str, Trial] = {}
 
@@ -120,16 +123,17 @@ def climb(
     while improved and len(done) < max_trials:
         improved = False
         for name, values in axes.items():
-            for step in (1, -1):
-                at = values.index(best.settings[name]) + step
-                while 0 <= at < len(values) and len(done) < max_trials:
-                    settings = {**best.settings, name: values[at]}
+            each = name in unordered
+            for way in range(len(values) if each else 2):
+                at = values.index(best.settings[name])
+                ordered = values[:at][::-1] if way else values[at + 1 :]
+                for value in values[way : way + 1] if each else ordered:
+                    settings = {**best.settings, name: value}
                     yield from run(settings)
                     trial = done.get(json.dumps(settings, sort_keys=True))
                     if trial is None or not trial.beats(best):
                         break
                     best, improved = trial, True
-                    at += step
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:

@@ -1,4 +1,6 @@
-"""`fastinfer plan`: what a model needs in memory for a context and a batch, and what fits."""
+"""`fastinfer plan`: what a model needs in memory for a context and a batch, and what fits; how fast
+it would be on one GPU or many.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .plan_cluster import (
+    add_cluster_options,
+    check_cluster,
+    predict_speed,
+    speed_text,
+    weight_format,
+    weights_per_device,
+)
+
 if TYPE_CHECKING:
+    import torch
+
     from ..models import CausalLM, ModelConfig
     from ..quant import QuantConfig
 
@@ -22,8 +35,8 @@ def add_parser(commands: Any) -> None:
         "plan",
         help="memory for weights and KV cache, and what fits",
         description="Say how much memory a model's weights and KV cache take for a context length "
-        "and a batch, and what fits into a device. Needs config.json only. The exit code is 1 "
-        "when the batch does not fit.",
+        "and a batch, and what fits into a device; with --tp, --pp or --link also how fast it "
+        "would be. Needs config.json only. The exit code is 1 when the batch does not fit.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
     parser.add_argument(
@@ -46,7 +59,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="budget of a step"
     )
+    parser.add_argument(
+        "--speculative", metavar="DIR", help="folder of a draft model that runs beside it"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_cluster_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -62,7 +79,12 @@ def run(args: argparse.Namespace) -> int:
         kv_cache_dtype=args.kv_cache_dtype,
         block_size=args.block_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        tp=1 if args.tp is None else args.tp,
+        pp=1 if args.pp is None else args.pp,
+        speculative=args.speculative,
     )
+    if (args.tp, args.pp, args.link) != (None, None, None):
+        report["speed"] = predict_speed(report, args)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0 if report["fits"] else 1
 
@@ -94,8 +116,11 @@ def plan_memory(
     kv_cache_dtype: str = "auto",
     block_size: int = 16,
     max_num_batched_tokens: int = 2048,
+    tp: int = 1,
+    pp: int = 1,
+    speculative: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Everything the command prints, in bytes and tokens.
+    """Everything the command prints of memory, in bytes and tokens. All of one device.
 
     Args:
         folder: Checkpoint folder; only config.json is read (and file headers for the dtype).
@@ -107,18 +132,18 @@ def plan_memory(
         kv_cache_dtype: As in `EngineConfig`.
         block_size: As in `EngineConfig`.
         max_num_batched_tokens: As in `EngineConfig`.
+        tp: Devices that share a layer.
+        pp: Stages that the layers are divided into.
+        speculative: As in `EngineConfig`: a draft model has weights and, in every block of the
+            cache, keys and values of its own.
 
     Raises:
         FileNotFoundError: There is no such folder or no config.json.
         ValueError: A number is out of range, or the model is not supported.
     """
-    import torch
-
-    from ..checkpoint import Checkpoint
     from ..engine import EngineConfig
     from ..engine.kv_cache import block_bytes, cache_dtype
-    from ..models import CausalLM, load_config
-    from ..models.loader import resolve_dtype
+    from ..models import load_config
     from ..quant import read_quant_config
 
     EngineConfig(  # checks the shared settings, with the engine's messages
@@ -130,17 +155,27 @@ def plan_memory(
         gpu_memory_utilization=utilization,
     )
     config = load_config(folder)
-    has_weights = any(Path(folder).glob("*.safetensors"))
-    model_dtype = resolve_dtype(dtype, config, Checkpoint(Path(folder)) if has_weights else None)
+    model_dtype = _model_dtype(folder, config, dtype)
     context = config.max_position if context is None else context
-    for name, value in (("--context", context), ("--batch", batch)):
+    for name, value in (("--context", context), ("--batch", batch), ("--tp", tp), ("--pp", pp)):
         if value < 1:
             raise ValueError(f"plan: {name} must be at least 1, got {value}")
-    with torch.device("meta"):
-        model = CausalLM(config, dtype=model_dtype, max_model_len=context)
-    weights = weight_bytes(model, config, read_quant_config(folder))
+    check_cluster(config, tp, pp)
+    weights = _weights(folder, config, model_dtype, context, tp, pp)
     kv_dtype = cache_dtype(kv_cache_dtype, model_dtype)
-    block = block_bytes(config, block_size, kv_dtype)
+    # Of the device that holds most: heads are repeated where there are fewer than devices.
+    heads, layers = max(config.num_kv_heads // tp, 1), -(-config.num_layers // pp)
+    share = heads * layers / (config.num_kv_heads * config.num_layers)
+    block, token = (int(block_bytes(config, size, kv_dtype) * share) for size in (block_size, 1))
+    draft_weights = draft_block = 0
+    if speculative is not None and speculative != "ngram":
+        draft = load_config(speculative)
+        draft_dtype = _model_dtype(speculative, draft, dtype if dtype != "auto" else model_dtype)
+        draft_weights = _weights(speculative, draft, draft_dtype, context)
+        draft_kv = cache_dtype(kv_cache_dtype, draft_dtype)
+        draft_block = block_bytes(draft, block_size, draft_kv)
+        weights, block = weights + draft_weights, block + draft_block
+        token += block_bytes(draft, 1, draft_kv)
     per_request = -(-context // block_size) * block
     activations = activation_bytes(config, model_dtype.itemsize, max_num_batched_tokens, batch)
     where = "given"
@@ -156,8 +191,13 @@ def plan_memory(
         "context": context,
         "batch": batch,
         "weight_bytes": weights,
-        "kv_bytes_per_token": block_bytes(config, 1, kv_dtype),
+        "tp": tp,
+        "pp": pp,
+        "weight_format": weight_format(read_quant_config(folder)),
+        "draft_weight_bytes": draft_weights,  # of these
+        "kv_bytes_per_token": token,
         "kv_bytes_per_request": per_request,
+        "draft_kv_bytes_per_request": per_request // block * draft_block,  # of these
         "kv_bytes": per_request * batch,
         "activation_bytes": activations,
         "total_bytes": weights + per_request * batch + activations,
@@ -171,6 +211,33 @@ def plan_memory(
         "max_position": config.max_position,
         "kv_tokens": blocks * block_size,
     }
+
+
+def _model_dtype(folder: str | Path, config: ModelConfig, dtype: Any) -> torch.dtype:
+    from ..checkpoint import Checkpoint
+    from ..models.loader import resolve_dtype
+
+    has_weights = any(Path(folder).glob("*.safetensors"))
+    return resolve_dtype(dtype, config, Checkpoint(Path(folder)) if has_weights else None)
+
+
+def _weights(
+    folder: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    context: int,
+    tp: int = 1,
+    pp: int = 1,
+) -> int:
+    import torch
+
+    from ..models import CausalLM
+    from ..quant import read_quant_config
+
+    with torch.device("meta"):
+        model = CausalLM(config, dtype=dtype, max_model_len=context)
+    total = weight_bytes(model, config, read_quant_config(folder))
+    return total if tp * pp == 1 else weights_per_device(total, model, config, tp, pp)
 
 
 def weight_bytes(model: CausalLM, config: ModelConfig, quant: QuantConfig | None) -> int:
@@ -238,14 +305,19 @@ def as_text(report: dict[str, Any]) -> str:
     size = _size
     kv = report["kv_cache_dtype"]
     context, batch = report["context"], report["batch"]
+    draft, draft_kv = report["draft_weight_bytes"], report["draft_kv_bytes_per_request"] * batch
+    of_draft = [
+        f", {size(count)} of it the draft model's" if draft else "" for count in (draft, draft_kv)
+    ]
     used = f"{report['utilization']:.0%} of {size(report['memory_bytes'])}"
     rows = [
         ("model", f"{report['model']} ({report['attention']}, {report['dtype']})"),
-        ("weights", size(report["weight_bytes"])),
+        ("weights", size(report["weight_bytes"]) + of_draft[0]),
         (
             "KV cache",
             f"{size(report['kv_bytes'])}: {batch} x {size(report['kv_bytes_per_request'])} for "
-            f"{context} tokens, {size(report['kv_bytes_per_token'])} per token in {kv}",
+            f"{context} tokens, {size(report['kv_bytes_per_token'])} per token in {kv}"
+            + of_draft[1],
         ),
         ("activations", f"about {size(report['activation_bytes'])}"),
         ("total", size(report["total_bytes"])),
@@ -257,6 +329,13 @@ def as_text(report: dict[str, Any]) -> str:
             f"{report['max_context']}; {report['kv_tokens']} tokens in all",
         ),
     ]
+    if report["tp"] * report["pp"] > 1:
+        count = report["tp"] * report["pp"]
+        rows.insert(
+            1, ("devices", f"{count}: TP {report['tp']} x PP {report['pp']}; below: of one")
+        )
+    if "speed" in report:
+        rows.append(("speed", speed_text(report["speed"])))
     if context > report["max_position"]:
         rows.append(("remark", f"the model was trained for {report['max_position']} tokens"))
     return "\n".join(f"{label:<13}{text}" for label, text in rows)

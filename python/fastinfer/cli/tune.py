@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 AXES: dict[str, tuple[Any, ...]] = {
     "max_num_batched_tokens": (256, 512, 1024, 2048, 4096, 8192, 16384),
     "max_num_seqs": (4, 8, 16, 32, 64, 128, 256, 512),
+    "speculative": (None, "ngram"),  # and the draft model that is offered
     "kv_cache_dtype": ("auto", "fp8", "int8"),
 }
+UNORDERED = ("speculative", "kv_cache_dtype")
 
 
 def add_parser(commands: Any) -> None:
@@ -27,10 +29,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "tune",
         help="search for settings that meet latency limits",
-        description="Search token budget, requests at once and cache type for the most requests "
-        "per second inside both limits, under a workload. Prints what was tried and the front that "
-        "was found, and writes a file for --config of the other commands. Settings given as engine "
-        "options are fixed, not searched.",
+        description="Search token budget, requests at once, speculation and cache type for the "
+        "most requests per second inside both limits, under a workload. Prints what was tried and "
+        "the front that was found, and writes a file for --config of the other commands. Settings "
+        "given as engine options are fixed, not searched.",
     )
     goal = parser.add_argument_group("goal")
     goal.add_argument("--ttft-ms", type=float, metavar="MS", help="limit, time to first token")
@@ -39,6 +41,9 @@ def add_parser(commands: Any) -> None:
     search = parser.add_argument_group("search")
     search.add_argument(
         "--max-trials", type=int, default=24, metavar="N", help="engines tried (default: 24)"
+    )
+    search.add_argument(
+        "--draft-model", metavar="DIR", help="also try speculation with this draft model"
     )
     search.add_argument("--seed-workload", type=int, default=0, metavar="N", help="default: 0")
     output = parser.add_argument_group("output")
@@ -62,6 +67,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("tune: --ttft-ms or --tpot-ms must be given, or both")
     if args.max_trials < 1:
         raise ValueError(f"tune: --max-trials must be at least 1, got {args.max_trials}")
+    if args.draft_model and not Path(args.draft_model, "config.json").is_file():
+        raise ValueError(
+            f"tune: --draft-model must be a checkpoint folder, got {args.draft_model!r}"
+        )
+    if args.draft_model and args.speculative:
+        raise ValueError("tune: --draft-model is for a search, which --speculative leaves out")
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise ValueError(f"tune: --output must be in a folder that is there, got {args.output!r}")
     if args.plot:
@@ -69,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     bench = TuningBench(args, limits)
     trials: list[Trial] = []
     start, axes = bench.space()
-    for trial in tune.climb(start, axes, bench.measure, max_trials=args.max_trials):
+    for trial in tune.climb(
+        start, axes, bench.measure, max_trials=args.max_trials, unordered=UNORDERED
+    ):
         trials.append(trial)
         print(_progress(len(trials), args.max_trials, trial, axes), file=sys.stderr, flush=True)
     best = tune.front(trials)
@@ -124,6 +137,8 @@ class TuningBench:
     def space(self) -> tuple[Settings, dict[str, tuple[Any, ...]]]:
         """Where the search starts, and the axes that the user has not fixed."""
         axes = {name: values for name, values in AXES.items() if name not in self.given}
+        if self.args.draft_model and "speculative" in axes:
+            axes["speculative"] += (self.args.draft_model,)
         start = {name: getattr(self.defaults, name) for name in axes}
         for name, value in start.items():
             if value not in axes[name]:

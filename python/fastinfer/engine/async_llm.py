@@ -106,6 +106,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
+        priority: int = 0,
     ) -> AsyncStream:
         """Complete a prompt, handing out what is new as it comes.
 
@@ -113,6 +114,7 @@ class AsyncLLM:
             prompt: Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
             sampling_params: None is `SamplingParams()`.
             timeout: Seconds from now until the request is ended.
+            priority: Lower is served first, equal ones as they came.
 
         Returns:
             An asynchronous iterator of `RequestOutput` with new text and tokens only; the last one
@@ -124,7 +126,8 @@ class AsyncLLM:
             RuntimeError: The engine is closed. While iterating: the step of this request failed.
             TimeoutError: While iterating: the time is up; the request has ended.
         """
-        return self.start(self.parse(prompt, sampling_params), timeout=timeout)
+        parsed = self.parse(prompt, sampling_params)
+        return self.start(parsed, timeout=timeout, priority=priority)
 
     async def complete(
         self,
@@ -132,13 +135,20 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
+        priority: int = 0,
     ) -> RequestOutput:
         """Like `generate`, for readers that want the whole output at once."""
-        stream = self.start(self.parse(prompt, sampling_params), timeout=timeout, whole=True)
+        parsed = self.parse(prompt, sampling_params)
+        stream = self.start(parsed, timeout=timeout, whole=True, priority=priority)
         return await stream.__anext__()
 
     def start(
-        self, parsed: ParsedPrompt, *, timeout: float | None = None, whole: bool = False
+        self,
+        parsed: ParsedPrompt,
+        *,
+        timeout: float | None = None,
+        whole: bool = False,
+        priority: int = 0,
     ) -> AsyncStream:
         """Queue what `parse` returned; `whole` makes a stream of one, complete output."""
         if not self.alive:
@@ -151,7 +161,7 @@ class AsyncLLM:
                     "allows; try again later"
                 )
             self._open += 1
-        stream = AsyncStream(self, parsed, self._core.clock(), timeout, whole)
+        stream = AsyncStream(self, parsed, self._core.clock(), timeout, whole, priority)
         self._inbox.append(stream)
         self._wake.set()
         return stream
@@ -216,7 +226,9 @@ class AsyncLLM:
             self._release(1)
             return
         try:
-            (generation,) = self._core.add([stream._parsed], arrival_time=stream._arrival)
+            (generation,) = self._core.add(
+                [stream._parsed], arrival_time=stream._arrival, priority=stream._priority
+            )
         except Exception as error:
             stream._error = error
             self._release(1)
@@ -279,11 +291,12 @@ class AsyncStream(AsyncIterator[RequestOutput]):
         arrival: float,
         timeout: float | None,
         whole: bool,
+        priority: int,
     ) -> None:
         self._owner = owner
         self._parsed = parsed
         self._arrival = arrival
-        self._whole = whole
+        self._whole, self._priority = whole, priority
         self._loop = asyncio.get_running_loop()
         self._generation: Generation | None = None
         self._error: BaseException | None = None

@@ -296,7 +296,11 @@ class EngineConfig:
         _choice(me, "batching", self.batching, BATCHING)
         if self.quantization is not None:
             _choice(me, "quantization", self.quantization, QUANTIZATION)
-        booleans = ("enable_prefix_caching", "batch_invariant", "adaptive_speculation")
+        booleans: tuple[str, ...] = (
+            "enable_prefix_caching",
+            "batch_invariant",
+            "adaptive_speculation",
+        )
         booleans += ("enable_chunked_prefill", "use_kv_cache", "fused_attention", "share_kv_heads")
         for name in (*booleans, "async_scheduling", "cuda_graphs"):
             value = getattr(self, name)

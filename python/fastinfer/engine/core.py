@@ -34,7 +34,7 @@ from .request import Request
 from .runner import ModelRunner
 from .sampler import DrawnTokens, SampleResult
 from .scheduler import Scheduler
-from .step_plan import SchedulePlan
+from .step_plan import ScheduledChunk, SchedulePlan
 
 KEPT_RECORDS = 10_000  # timelines kept for `metrics`, the latest ones
 
@@ -99,6 +99,7 @@ class EngineCore:
         if runner.drafter is not None:
             rows = config.max_num_seqs if runner.max_draft_rows is None else runner.max_draft_rows
             self.speculator = Speculator(config, runner.drafter, runner.vocab_size, rows)
+            self.speculator.bursts = runner.bursts
         self._finished_at = 0.0  # of the step before; 0: nothing ran just before
         self.num_ended = 0  # completions, for whatever reason
         # is shown every plan before it is launched; for measurements
@@ -240,17 +241,39 @@ class EngineCore:
             speculates = self.speculator is not None and self.speculator.wants(
                 self.scheduler.running
             )
+            if speculates and self._go_on():
+                return
             if self.stages == 1 and (speculates or any(s.needed_now for s in self._launched)):
                 self._finish_launched()
             if speculates:
                 self._propose()
-            launched = self._launch()
+            launched = self._launch(speculates)
             if launched is not None:
                 self._launched.append(launched)
             elif self._launched:  # nothing to run until a token arrives
                 self._finish(self._launched.popleft())
             while len(self._launched) > self.depth:
                 self._finish(self._launched.popleft())
+
+    def _go_on(self) -> bool:
+        """Launch a burst behind the one that runs, then look at that one: whether it was so."""
+        speculator, bursts = self.speculator, self.runner.bursts
+        if speculator is None or bursts is None or not self.depth or len(self._launched) != 1:
+            return False
+        running = self._launched[0]
+        try:
+            room = speculator.goes_on(self.scheduler, running.plan)
+            if room is None:
+                return False
+            behind = [ScheduledChunk(c.request, -1, 0, 0, True) for c in running.plan.chunks]
+            plan = SchedulePlan(behind, burst=running.plan.burst)
+            self._launched.append(_Launched(plan, [], bursts.go_on(plan, room)))
+            self.num_steps += 1
+        except BaseException as error:
+            self._fail(running.plan, error)
+            raise
+        self._finish(self._launched.popleft())
+        return True
 
     def _propose(self) -> None:
         assert self.speculator is not None
@@ -260,10 +283,12 @@ class EngineCore:
             self._fail(None, error)
             raise
 
-    def _launch(self) -> _Launched | None:
+    def _launch(self, speculates: bool) -> _Launched | None:
         plan: SchedulePlan | None = None
         try:
             plan = self.scheduler.schedule()
+            if speculates and self.speculator is not None:
+                plan.burst = self.speculator.burst
             if not plan.chunks:
                 self.runner.move_blocks(plan)
                 self._finished_at = 0.0
@@ -296,7 +321,11 @@ class EngineCore:
         self, plan: SchedulePlan, result: SampleResult, sampled: Sequence[Request]
     ) -> None:
         tokens: list[Any] = result.token_ids
-        if result.first_rows is not None:
+        if result.runs is not None:
+            tokens = result.runs
+            if any(chunk.start < 0 for chunk in plan.chunks):
+                self.scheduler.plan_afterwards(plan, result.runs)
+        elif result.first_rows is not None:
             tokens = tokens_that_stand(plan, result.token_ids, result.first_rows)
         elif len(tokens) != len(plan.chunks):
             drawn = iter(result.token_ids)  # in the order of the chunks that are sampled from
@@ -308,8 +337,8 @@ class EngineCore:
         before, self._finished_at = self._finished_at, self.clock()
         seconds = self._finished_at - before if before else 0.0
         if self.speculator is not None:
-            self.speculator.learn(plan, tokens, seconds)
-        if self.scheduler.swap is not None:
+            self.speculator.learn(plan, tokens, seconds, result.checks)
+        if self.scheduler.swap is not None and plan.burst is None:
             self.scheduler.swap.observe(plan.num_tokens - len(plan.chunks), seconds)
         for request in self.scheduler.commit(plan, tokens):
             _, completion = self._completions[request.request_id]
@@ -319,6 +348,9 @@ class EngineCore:
                 request.finish_reason, request.stop_reason = "stop", stop
             if request.finished:
                 self._forget(request)
+        if plan.burst is not None and self.runner.bursts is not None:
+            for chunk in plan.chunks:
+                self.runner.bursts.took(chunk.request)
 
     def _fail(self, plan: SchedulePlan | None, error: BaseException) -> None:
         failed = (

@@ -97,6 +97,7 @@ class _Bucket:
     buffer: StaticBuffer
     drawn: Tensor  # int64 [steps, rows]
     tokens: Tensor  # the same on the host
+    cu_seqlens: tuple[Tensor, Tensor]  # of the first step, and of the others
     replay: dict[bool, Callable[[], object]]
 
 
@@ -180,7 +181,7 @@ class ModelDrafter:
             else:
                 chosen.append(i)
         if behind:
-            self._catch_up(behind)
+            self._run_behind(behind)
         if chosen:
             rows = [wanted[i] for i in chosen]
             for i, tokens in zip(chosen, self._draft(rows), strict=True):
@@ -221,7 +222,41 @@ class ModelDrafter:
             self._content[request.block_table[i]] = request.block_hashes[i]
         state.marked = max(state.marked, full)
 
-    def _catch_up(self, behind: Sequence[tuple[Request, int, int]]) -> None:
+    @torch.inference_mode()
+    def catch_up(self, requests: Sequence[Request], most: int) -> bool:
+        """Bring these up to the token before the last one, as far as a step's budget allows.
+
+        Args:
+            requests: That run.
+            most: Tokens each of them may get next.
+
+        Returns:
+            Whether that was all.
+        """
+        behind: list[tuple[Request, int, int]] = []
+        budget = self._budget
+        if not self.reaches(requests, most):
+            return False
+        for request in requests:
+            state = self._sync(request)
+            missing = len(request.tokens) - 1 - state.computed
+            if missing > 1 and budget > 0:
+                behind.append((request, state.computed, min(missing, budget)))
+            budget -= missing if missing > 1 else 0
+        if behind:
+            self._run_behind(behind)
+        return budget >= 0
+
+    def reaches(self, requests: Sequence[Request], most: int) -> bool:
+        """Whether they may all get so many tokens more."""
+        return all(len(request.tokens) + most <= self._max_len for request in requests)
+
+    def took(self, request: Request) -> None:
+        """A burst has added to a request's tokens; the last two will be run again."""
+        if request.draft_state is not None:
+            request.draft_state.computed = len(request.tokens) - 2
+
+    def _run_behind(self, behind: Sequence[tuple[Request, int, int]]) -> None:
         """Run (request, from, how many) tokens that the target has run already."""
         starts = np.array([start for _, start, _ in behind], dtype=np.int32)
         counts = np.array([count for _, _, count in behind], dtype=np.int32)
@@ -346,7 +381,11 @@ class ModelDrafter:
         shape = (steps, rows)
         drawn = torch.zeros(shape, dtype=torch.int64, device=self._device)
         host = torch.zeros(shape, dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        bucket = _Bucket(rows, steps, buffer, drawn, host, {})
+        first, other = (
+            torch.arange(0, each * rows + 1, each, dtype=torch.int32, device=self._device)
+            for each in (2, 1)
+        )
+        bucket = _Bucket(rows, steps, buffer, drawn, host, (first, other), {})
         for greedy in (True, False):
 
             def run(greedy: bool = greedy) -> None:
@@ -372,25 +411,43 @@ class ModelDrafter:
         for i in range(bucket.steps):
             count = 1 if i else 2
             first = i + 1 if i else 0
-            meta = AttentionMetadata(
-                positions=positions[:, first : first + count].flatten(),
-                slot_mapping=slots[:, first : first + count].flatten(),
-                cu_seqlens_q=torch.arange(
-                    0, count * rows + 1, count, dtype=torch.int32, device=self._device
-                ),
-                seq_lens=seen[i],
-                block_table=inputs["tables"].view(rows, -1),
-                max_seqlen_q=count,
-                max_seqlen_k=self._max_len,
-                num_decodes=rows,
-                decode_len=count,
-                workspace=self._workspace,
-            )
-            hidden = self._model(ids, meta, self._layers)
-            if not i:
-                hidden = hidden[1::2]
             if not greedy:
                 columns["steps"] = steps[i]
-            logits = self._model.compute_logits(hidden)
+            logits = self.logits(
+                ids,
+                positions=positions[:, first : first + count].flatten(),
+                slots=slots[:, first : first + count].flatten(),
+                cu_seqlens=bucket.cu_seqlens[i > 0],
+                seq_lens=seen[i],
+                tables=inputs["tables"].view(rows, -1),
+                each=count,
+            )
             ops.sample(logits, **columns, out=bucket.drawn[i])  # type: ignore[arg-type]
             ids = bucket.drawn[i]
+
+    def logits(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor,
+        slots: Tensor,
+        cu_seqlens: Tensor,
+        seq_lens: Tensor,
+        tables: Tensor,
+        each: int,
+    ) -> Tensor:
+        """Run `each` tokens of every row; [rows, V] after the last one."""
+        meta = AttentionMetadata(
+            positions=positions,
+            slot_mapping=slots,
+            cu_seqlens_q=cu_seqlens,
+            seq_lens=seq_lens,
+            block_table=tables,
+            max_seqlen_q=each,
+            max_seqlen_k=self._max_len,
+            num_decodes=len(tables),
+            decode_len=each,
+            workspace=self._workspace,
+        )
+        hidden = self._model(ids, meta, self._layers)
+        return self._model.compute_logits(hidden[each - 1 :: each])

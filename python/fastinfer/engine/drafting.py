@@ -19,14 +19,17 @@ counts, and only tokens that stand are ever registered in the prefix index.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .._host_loader import load_host
 from .config import EngineConfig
 from .pace import Pace
 from .request import Request, RequestStatus
 from .scheduler import Scheduler
-from .step_plan import ScheduledChunk, SchedulePlan
+from .step_plan import SchedulePlan
+
+if TYPE_CHECKING:
+    from .bursts import Bursts
 
 
 class Drafter(Protocol):
@@ -94,6 +97,11 @@ class Speculator:
         self.num_verifications = 0  # requests times steps
         self._drafts = self.max_drafts  # per request, in the next step
         self._asked: list[Request] = []
+        self.bursts: Bursts | None = None
+        self.burst: tuple[int, int] | None = None  # of the next step: (steps, drafts per step)
+        self.burst_steps: int | None = None  # None: by the time of a step
+        self._seconds: dict[int, float] = {}  # of a step, by power of two of requests
+        self._yield = 1.0 + self.max_drafts  # tokens of a request per step of the latest burst
 
     def wants(self, running: Sequence[Request]) -> bool:
         """Whether the next step may have drafts: then the tokens of this one are needed first."""
@@ -105,6 +113,9 @@ class Speculator:
     def propose(self, scheduler: Scheduler) -> None:
         """Set `draft_tokens` of the requests that decode next."""
         running = scheduler.running
+        self.burst = None
+        if self._starts_burst(scheduler):
+            return
         room = self.budget - len(running)  # a draft never takes the place of somebody's token
         wanted: list[tuple[Request, int]] = []
         for request in running:
@@ -124,35 +135,116 @@ class Speculator:
         for (request, count), tokens in zip(wanted, drafts, strict=True):
             request.draft_tokens = self._valid(tokens[:count])
 
-    def learn(self, plan: SchedulePlan, tokens: Sequence[int | list[int]], seconds: float) -> None:
+    def _starts_burst(self, scheduler: Scheduler) -> bool:
+        """Whether the next step is a burst: the drafts are then placeholders."""
+        running, bursts = scheduler.running, self.bursts
+        if bursts is None or scheduler.waiting or not 0 < len(running) <= bursts.max_rows:
+            return False
+        steps = self.burst_steps
+        if steps is None:
+            steps = bursts.steps(self._seconds.get((len(running) - 1).bit_length(), 1.0))
+        if not all(_decodes_next(r) and _wants_only_tokens(r) for r in running):
+            return False
+        drafts = bursts.drafts(self._drafts)
+        left = [request.max_total_tokens - len(request.tokens) for request in running]
+        steps = min(steps, max(left))
+        if steps < 2:
+            return False
+        most = steps * (drafts + 1)
+        if len(running) * most > self.budget or not bursts.ready(running, most):
+            return False
+        for request, few in zip(running, left, strict=True):
+            request.draft_tokens = [0] * (min(most, few) - 1)
+        self.burst = steps, drafts
+        return True
+
+    def goes_on(self, scheduler: Scheduler, plan: SchedulePlan) -> list[int] | None:
+        """Whether another burst is launched behind one whose tokens are not known yet.
+
+        Returns:
+            How many tokens of each request there is room for; None: it is not.
+        """
+        running, bursts = scheduler.running, self.bursts
+        if bursts is None or plan.burst is None or scheduler.waiting or not running:
+            return None
+        steps, drafts = plan.burst
+        requests = [chunk.request for chunk in plan.chunks]
+        if set(map(id, requests)) != set(map(id, running)) or bursts.drafts(self._drafts) != drafts:
+            return None
+        left = [request.max_total_tokens - len(request.tokens) for request in requests]
+        if max(left) <= steps * self._yield:  # they will all have ended
+            return None
+        most = 2 * steps * (drafts + 1)  # of both bursts
+        if not bursts.reaches(requests, most):
+            return None
+        room = [len(r.tokens) + min(most, few) - 1 for r, few in zip(requests, left, strict=True)]
+        pairs = zip(requests, room, strict=True)
+        return room if all(scheduler.make_room(*pair) for pair in pairs) else None
+
+    def learn(
+        self,
+        plan: SchedulePlan,
+        tokens: Sequence[int | list[int]],
+        seconds: float,
+        checks: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> None:
         """Note what a step yielded, before the scheduler takes it.
 
         Args:
             plan: What was run.
             tokens: Per chunk, see `tokens_that_stand`.
             seconds: Since the results of the step before; 0 if there was none just before.
+            checks: Of a burst, per chunk and step: drafts checked, and how many stand.
         """
+        if checks is not None and plan.burst is not None:
+            self._learn_burst(plan, plan.burst, seconds, checks)
+            return
         asked, self._asked = self._asked, []
         for chunk, yielded in zip(plan.chunks, tokens, strict=True):
             if chunk.num_drafts and isinstance(yielded, list):
-                self._record(chunk, len(yielded) - 1)
-        if self.pace is None:
-            return
+                self._record(chunk.request, chunk.num_drafts, len(yielded) - 1)
         longest = max(chunk.count for chunk in plan.chunks)
         decodes = all(chunk.count == 1 + chunk.num_drafts for chunk in plan.chunks)
+        if seconds > 0 and decodes:
+            self._seconds[(len(plan.chunks) - 1).bit_length()] = seconds
+        if self.pace is None:
+            return
         if seconds > 0 and decodes:
             self.pace.observe(len(plan.chunks), longest, bool(asked), seconds)
         for request in asked:
             if not request.draft_tokens:
                 self.pace.learn(request, 0, 0)
 
-    def _record(self, chunk: ScheduledChunk, accepted: int) -> None:
-        chunk.request.metrics.record_drafts(chunk.num_drafts, accepted)
-        self.num_draft_tokens += chunk.num_drafts
+    def _learn_burst(
+        self,
+        plan: SchedulePlan,
+        burst: tuple[int, int],
+        seconds: float,
+        checks: Sequence[Sequence[tuple[int, int]]],
+    ) -> None:
+        steps, drafts = burst
+        if all(chunk.request.finished for chunk in plan.chunks):
+            return
+        yielded = sum(accepted + 1 for each in checks for _, accepted in each)
+        self._yield = max(yielded / (steps * len(checks)), 1.0)
+        if seconds > 0:
+            self._seconds[(len(plan.chunks) - 1).bit_length()] = seconds / steps
+        if seconds > 0 and self.pace is not None:
+            self.pace.observe(len(plan.chunks), drafts + 1, True, seconds / steps, steps)
+        for chunk, each in zip(plan.chunks, checks, strict=True):
+            for proposed, accepted in () if chunk.request.finished else each:
+                if proposed:
+                    self._record(chunk.request, proposed, accepted)
+                elif self.pace is not None:
+                    self.pace.learn(chunk.request, 0, 0)
+
+    def _record(self, request: Request, proposed: int, accepted: int) -> None:
+        request.metrics.record_drafts(proposed, accepted)
+        self.num_draft_tokens += proposed
         self.num_accepted_tokens += accepted
         self.num_verifications += 1
         if self.pace is not None:
-            self.pace.learn(chunk.request, chunk.num_drafts, accepted)
+            self.pace.learn(request, proposed, accepted)
 
     def _valid(self, tokens: list[int]) -> list[int]:
         for at, token in enumerate(tokens):
@@ -166,6 +258,15 @@ def _decodes_next(request: Request) -> bool:
         request.status is RequestStatus.RUNNING
         and request.in_flight == 0
         and request.num_computed == len(request.tokens) - 1
+    )
+
+
+def _wants_only_tokens(request: Request) -> bool:
+    params = request.sampling
+    return request.wants_only_tokens or (
+        params.logprobs is None
+        and not params.has_penalties
+        and request.num_output >= params.min_tokens
     )
 
 

@@ -124,7 +124,12 @@ class LLM:
 
             serve_under_torchrun(config, device)
         make = LeadRunner if several else ModelRunner
-        self._start(config, make(config, device), find_tokenizer(config))
+        runner = make(config, device)
+        try:
+            self._start(config, runner, find_tokenizer(config))
+        except BaseException:
+            runner.release()
+            raise
 
     @classmethod
     def from_config(

@@ -77,6 +77,7 @@ class Pace:
         self._hold = 0
         self._wait = self._waited = 0
         self._since_plain = 0
+        self._flat = False  # a step takes as long where nothing was found
 
     def drafts(self, running: Sequence[Request]) -> int:
         """Most drafts per request in the next step; 0 is a plain step."""
@@ -126,11 +127,13 @@ class Pace:
         found = sum(a.found for a in known) / len(known) if known else 1.0
         idle = self._times.get((self._bucket, 0))  # drafts were wanted and there were none
         without = max(idle.seconds, plain) if idle is not None and idle.known else plain
+        flat = self._flat
         best, most, expected, power = 0, 1.0 / plain, 1.0, 1.0
         for k in range(1, self.max_drafts + 1):
             power *= rate
             expected += power
-            step = found * self._cost(k, plain, measured) + (1 - found) * without
+            cost = self._cost(k, plain, measured)
+            step = cost if flat else found * cost + (1 - found) * without
             speed = (1 + found * (expected - 1)) / step
             if speed > most:
                 best, most = k, speed
@@ -149,14 +152,20 @@ class Pace:
         high = self._times[self._bucket, above].seconds
         return low + (high - low) * (length - below) / (above - below)
 
-    def observe(self, rows: int, longest: int, wanted: bool, seconds: float) -> None:
+    def observe(
+        self, rows: int, longest: int, wanted: bool, seconds: float, steps: int = 1
+    ) -> None:
         """A step of `rows` requests, each with its last token and up to longest - 1 drafts, took
         so long from the results of the one before to its own.
 
         Args:
             rows, longest, seconds: As said.
             wanted: Whether drafts were asked for.
+            steps: Of a burst, which took `seconds` each.
         """
+        if wanted:
+            self._flat = steps > 1
+            self._hold -= min(steps - 1, self._hold)
         length = next((q for q in self._lengths if q >= longest), self._lengths[-1])
         if longest == 1:
             length = 0 if wanted else 1

@@ -14,6 +14,7 @@ from ..models.quantized import quantize_layers
 from ..models.shard import WHOLE, divide
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
+from .bursts import Bursts
 from .config import EngineConfig, SamplingParams
 from .draft_model import ModelDrafter, load_draft
 from .drafting import Drafter, NGramDrafter
@@ -188,6 +189,7 @@ class ModelRunner:
                 )
             self._drawn = self._graphs.drawn
         self._verify: VerifyGraphs | None = None
+        self.bursts: Bursts | None = None
         speculates = config.speculative is not None and config.num_speculative_tokens > 0
         if self._graphs is not None and speculates:
             self._verify = VerifyGraphs(
@@ -203,6 +205,27 @@ class ModelRunner:
                 stage=self._stage,
             )
             self._verify.prepare(rows=4 if device.type == "cuda" else 0)
+            if self._team is None:
+                self.bursts = self._make_bursts(config, max_len)
+
+    def _make_bursts(self, config: EngineConfig, max_len: int) -> Bursts:
+        assert self._verify is not None
+        bursts = Bursts(
+            self.model,
+            self.layers,
+            self._rows,
+            drafter=self.drafter if isinstance(self.drafter, ModelDrafter) else None,
+            ngram=(config.prompt_lookup_min, config.prompt_lookup_max),
+            workspace=self._verify.workspace,
+            max_rows=config.max_num_seqs,
+            max_drafts=config.num_speculative_tokens,
+            max_len=max_len,
+            block_size=config.block_size,
+            device=self.device,
+        )
+        if self.device.type == "cuda" and bursts.steps(self._verify.seconds()) > 1:
+            bursts.prepare(rows=4)
+        return bursts
 
     @property
     def failure(self) -> str | None:
@@ -250,6 +273,9 @@ class ModelRunner:
             penalties (else none), and the tokens to come.
         """
         self._move_blocks(plan)
+        if plan.burst is not None:
+            assert self.bursts is not None and not plan.copies
+            return [], self.bursts.launch(plan)
         if self._graphs is not None and self._graphs.accepts(plan):
             if plan.copies:
                 self._copy_blocks(torch.tensor(plan.copies).to(self.device))
@@ -322,7 +348,7 @@ class ModelRunner:
 
     def release(self) -> None:
         """Let go of the model and the cache."""
-        self._graphs = self._verify = self.drafter = self._host = None
+        self._graphs = self._verify = self.bursts = self.drafter = self._host = None
         del self.model, self.cache, self.layers
 
     def _measure_peak(self, config: EngineConfig) -> int:

@@ -28,6 +28,9 @@ class SampleResult:
     top_ids: list[list[int]] | None = None  # most likely tokens, best first
     top_logprobs: list[list[float]] | None = None
     first_rows: list[int] | None = None  # of each request, if some had drafts: one row more each
+    # Of a burst, per chunk: the tokens that stand; per step how many drafts were checked and stand.
+    runs: list[list[int]] | None = None
+    checks: list[list[tuple[int, int]]] | None = None
 
 
 @dataclass(slots=True)

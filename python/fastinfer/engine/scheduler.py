@@ -264,6 +264,29 @@ class Scheduler:
             request.block_table += self.pool.allocate(missing)
         return min(count, len(request.block_table) * size - request.num_computed - 1)
 
+    def make_room(self, request: Request, num_tokens: int) -> bool:
+        """Take the blocks of so many tokens, if nobody else needs them."""
+        missing = self._blocks_for(num_tokens) - len(request.block_table)
+        if missing > self.pool.num_free - len(self.running):
+            return False
+        if missing > 0:
+            request.block_table += self.pool.allocate(missing)
+            self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
+        return True
+
+    def plan_afterwards(self, plan: SchedulePlan, runs: list[list[int]]) -> None:
+        """Give the chunks of a burst behind another one, now that its tokens are known, what
+        `schedule` would have: nobody knew where it would start."""
+        for chunk, run in zip(plan.chunks, runs, strict=True):
+            request = chunk.request
+            if request.status is not RequestStatus.RUNNING:
+                continue
+            chunk.start, chunk.num_drafts = len(request.tokens) - 1, len(run) - 1
+            chunk.count = len(run)
+            request.num_computed = chunk.start + chunk.count
+            request.draft_tokens = [0] * chunk.num_drafts
+            request.in_flight += 1
+
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 

@@ -32,3 +32,4 @@ class SchedulePlan:
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # from the host to the device
     copies: list[tuple[int, int]] = field(default_factory=list)
     num_tokens: int = 0
+    burst: tuple[int, int] | None = None  # (steps, drafts per step) of speculation, see bursts.py

@@ -13,6 +13,7 @@ graphs, the same function runs over the same buffers; that is how it is tested.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ class VerifyGraphs:
         device: Where everything is.
         sample: What stands in for the operator where the vocabulary is divided.
         stage: Of a pipeline, which the model is a part of; None: it is the whole.
+
+    Attributes:
+        workspace: Of the decode kernel, for all steps of this stream.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class VerifyGraphs:
         self._rows = row_buckets(min(max_rows, MAX_ROWS))
         self._lengths = query_lengths(max_drafts)
         self._capturer = Capturer(device)
-        self._workspace = make_workspace(model.config.head_dim, device)
+        self.workspace = make_workspace(model.config.head_dim, device)
         self._buckets: dict[tuple[int, int], _Bucket] = {}
 
     @property
@@ -121,6 +125,17 @@ class VerifyGraphs:
             for size in self._rows:
                 if size <= rows:
                     self._bucket(size, length)
+
+    def seconds(self) -> float:
+        """Of the smallest step, on a GPU."""
+        replay = self._bucket(1, self._lengths[0]).replay[True]
+        start = 0.0
+        for _ in range(2):  # the first one is a warm-up
+            torch.cuda.synchronize(self._device)
+            start = time.perf_counter()
+            replay()
+        torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start
 
     def launch(self, plan: SchedulePlan) -> DrawnTokens:
         """Run a step that qualifies; its block copies must have been done."""
@@ -255,7 +270,7 @@ class VerifyGraphs:
             num_decodes=bucket.rows,
             decode_len=bucket.length,
             plans=self._plans(bucket),
-            workspace=self._workspace,
+            workspace=self.workspace,
         )
         stage = self._stage
         first = stage is None or stage.is_first

@@ -197,7 +197,10 @@ class _Service:
             for each in parsed:
                 streams.append(
                     self.llm.start(
-                        each, timeout=self.settings.request_timeout, whole=not ask.stream
+                        each,
+                        timeout=self.settings.request_timeout,
+                        whole=not ask.stream,
+                        priority=ask.priority,
                     )
                 )
         except BaseException:

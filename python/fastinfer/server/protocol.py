@@ -47,6 +47,7 @@ _SHARED = {
     "stop",
     "max_tokens",
     "return_token_ids",
+    "priority",
 }
 _COMPLETION = _SHARED | {"prompt", "echo", "logprobs", "best_of", "suffix", "logit_bias"}
 _CHAT = _SHARED | {
@@ -65,6 +66,7 @@ _CHAT = _SHARED | {
 _BOOLEANS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 MAX_N = 128
 MAX_STOPS = 16
+MAX_PRIORITY = 1_000_000
 
 
 class BadRequest(ValueError):
@@ -87,6 +89,7 @@ class Ask:
     include_usage: bool = False
     echo: bool = False
     return_token_ids: bool = False
+    priority: int = 0  # lower is served first
     template_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -175,6 +178,7 @@ def _check(body: Any, known: set[str], models: tuple[str, ...]) -> dict[str, Any
 def _shared(given: dict[str, Any]) -> Ask:
     ask = Ask(stream=_bool(given, "stream"))
     ask.return_token_ids = _bool(given, "return_token_ids")
+    ask.priority = _priority(given.get("priority", 0))
     options = given.get("stream_options", {})
     if not isinstance(options, Mapping) or set(options) - {
         "include_usage",
@@ -194,6 +198,16 @@ def _bool(given: dict[str, Any], name: str) -> bool:
     value = given.get(name, False)
     if not isinstance(value, bool):
         raise BadRequest(f"{name} must be true or false, got {value!r:.80}", name)
+    return value
+
+
+def _priority(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_PRIORITY:
+        raise BadRequest(
+            f"priority must be a whole number of at most {MAX_PRIORITY} either way, lower is "
+            f"served first, got {value!r:.80}",
+            "priority",
+        )
     return value
 
 
