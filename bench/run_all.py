@@ -39,8 +39,6 @@ JOBS: dict[str, tuple[str, list[str], list[str]]] = {
     "e2e": ("bench_e2e.py", ONCE, ONCE),
     "serving": ("bench_serving.py", [*ONCE, "--weights", "16"], [*ONCE, "--weights", "16"]),
     "speculative": ("bench_speculative.py", [*ONCE, "--drafts", "4", "--skip", "batch"], ONCE),
-    "parallel": ("bench_parallel.py", ["--kib", "8,64"], []),
-    "parallel_engine": ("bench_parallel_engine.py", [], []),
     "transformers": ("bench_transformers.py", [*ONCE, "--peers", "sdpa"], []),
 }
 # `fastinfer ablate`, a command of its own: of the bundled model, on a GPU also of random weights.
