@@ -152,6 +152,8 @@ def load(folder: Path, peers: list[Row]) -> list[Section]:
             continue
         document = json.loads(path.read_text())
         rows: list[Row] = document["rows"]
+        for row in rows:
+            row.setdefault("peer", "fastinfer")
         here: dict[Any, list[Row]] = {}
         for row in rows:
             here.setdefault(case_of(row), []).append(row)

@@ -8,6 +8,7 @@ Each script writes `<out>/<name>.json` (names as in bench/results) and its table
 `<out>/<name>.txt`. On a CPU the sizes are small and every row gets a few milliseconds, so that the
 whole takes minutes: it shows that everything runs, and roughly how fast. A script that fails or
 takes too long is reported and does not stop the others; the exit code is then 1.
+`bench_parallel*.py`, which need several GPUs, are run by themselves.
 """
 
 from __future__ import annotations
@@ -38,14 +39,12 @@ JOBS: dict[str, tuple[str, list[str], list[str]]] = {
     "e2e": ("bench_e2e.py", ONCE, ONCE),
     "serving": ("bench_serving.py", [*ONCE, "--weights", "16"], [*ONCE, "--weights", "16"]),
     "speculative": ("bench_speculative.py", [*ONCE, "--drafts", "4", "--skip", "batch"], ONCE),
-    "parallel": ("bench_parallel.py", ["--kib", "8,64"], []),
-    "parallel_engine": ("bench_parallel_engine.py", [], []),
     "transformers": ("bench_transformers.py", [*ONCE, "--peers", "sdpa"], []),
 }
 # `fastinfer ablate`, a command of its own: of the bundled model, on a GPU also of random weights.
 ABLATE = "--prompt-lens 16,32 --output-len 8 --requests 6 --at-once 3 --device cpu"
 ABLATE_TINY = "--prompt-lens 64,128,256 --output-len 64 --requests 48 --at-once 16 --device cuda"
-ABLATE_8B = "--prompt-lens 256,1024 --output-len 64 --requests 128 --repeats 1 --device cuda"
+ABLATE_8B = "--prompt-lens 256,1024 --output-len 64 --requests 128 --device cuda"
 EVERYTHING = {"cpu": [*JOBS, "ablate"], "cuda": [*JOBS, "ablate", "ablate_tiny"]}
 
 

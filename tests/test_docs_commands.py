@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from fastinfer.cli.main import main
-from test_docs_snippets import PAGES, lines
+from test_docs_snippets import PAGES, PROGRAMS, lines
 
 ROOT = Path(__file__).parents[1]
 MODEL = "examples/tiny/model"
@@ -54,6 +54,7 @@ NOT_RUN = {
     "build/cpp/generate ": "tests/integrations/test_aot_cpp.py runs it",
     "python examples/cpp/export.py": "tests/integrations/test_aot_cpp.py runs it",
     "python -m fastinfer.integrations.transformers": "test_transformers_serve.py runs it",
+    "torchrun ": "tests/parallel starts its processes so",
     "python train.py": "trains for half an hour",
     "python corpus.py": "writes the file that is in the repository (20 s)",
     "python measure.py": "tests/models/test_tiny_checkpoint.py holds its figures",
@@ -193,5 +194,5 @@ def ask(line: str) -> None:
 def test_all_commands_are_known() -> None:
     """A program that no rule above is about would be a command nobody runs."""
     programs = {line.split()[0] for line in all_commands()}
-    assert programs <= {"make", "python", "pip", "fastinfer", "cmake", "curl", "build/cpp/generate"}
+    assert programs <= {*PROGRAMS}
     assert len(all_commands()) > 50

@@ -67,6 +67,7 @@ def test_python(page: str, tmp_path: Path) -> None:
 
 
 PROGRAMS = ("make", "python", "pip", "fastinfer", "cmake", "build/cpp/generate", "curl")
+PROGRAMS += ("torchrun",)
 
 
 def lines(page: Path) -> list[str]:

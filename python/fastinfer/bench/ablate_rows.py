@@ -7,10 +7,8 @@ of the engine (`EngineConfig`). No tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
-
-from ..engine.config import EngineConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,6 +124,8 @@ def make_rows(plan: Plan) -> list[Row]:
             "share of the cache that is reserved and unused",
             price="one request alone has the memory to itself: paging costs an indirection per "
             "block, and pays when many share the cache",
+            price_of_launches="the same kernels are launched, one by one: what differs is how busy "
+            "the host was",
         ),
         Row(
             key="static",
@@ -221,8 +221,9 @@ def make_rows(plan: Plan) -> list[Row]:
             title=f"tensor parallel ({plan.tensor_parallel})",
             change={"tensor_parallel_size": plan.tensor_parallel},
             effect="every GPU holds and reads its part of each layer; two sums per layer travel "
-            "between them",
-            price="sums between GPUs cost a fixed time per layer",
+            "between them (weights and cache are those of one GPU)",
+            price="the sums take time of their own per layer, and so does telling the other "
+            "processes what to run; processes on one CPU share its cores",
         ),
     ]
 
@@ -237,14 +238,12 @@ def settings_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return made
 
 
-def why_not(row: Row, plan: Plan, device: str) -> str | None:
-    """Why a row cannot run here; None: it can."""
+def why_not(row: Row, plan: Plan, devices: int) -> str | None:
+    """Why a row cannot run on so many GPUs (on a CPU: processes); None: it can."""
     if row.key != "tensor_parallel":
         return None
-    if row.change.keys() - {each.name for each in fields(EngineConfig)}:
-        return "not run: the engine of this version runs on one GPU"
     if plan.tensor_parallel < 2:
-        return "not run: ask for GPUs with --tp N"
-    if device != "cuda":
-        return "not run: needs GPUs"
+        return "not run: ask for GPUs (on a CPU, processes) with --tp N"
+    if plan.tensor_parallel > devices:
+        return f"not run: needs {plan.tensor_parallel} GPUs, there are {devices}"
     return None

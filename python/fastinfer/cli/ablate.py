@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
         "--at-once", type=int, metavar="N", help=f"most requests together; {told['at_once']}"
     )
     work.add_argument(
-        "--repeats", type=int, default=2, metavar="N", help="runs per row, the fastest counts (2)"
+        "--repeats", type=int, default=3, metavar="N", help="runs of a row, the fastest counts (3)"
     )
     work.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     engine = parser.add_argument_group("engine")
@@ -162,7 +163,7 @@ def _write(path: str, device: Any, ablation: Any, results: list[dict[str, Any]])
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
-        "command": "fastinfer " + " ".join(sys.argv[1:]),
+        "command": _command(),
         "workload": {
             "prompt_lens": list(options.prompt_lens),
             "output_len": options.output_len,
@@ -176,6 +177,12 @@ def _write(path: str, device: Any, ablation: Any, results: list[dict[str, Any]])
         "rows": results,
     }
     Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _command() -> str:
+    """As it was given, without the folders of this machine."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["fastinfer", *words])
 
 
 def _commit() -> str:
