@@ -44,12 +44,16 @@ def test_current_stream(case: Case) -> None:
     """On a stream held up by other work, the call waits its turn and nothing else waits for it."""
     run, outputs, expected = first_run(case)
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)
-        run()
-        done = stream.record_event()
-    assert not done.query(), "the call ran before the work in front of it on its stream"
-    stream.synchronize()
+    for cycles in (20_000_000, 2_000_000_000):  # 10 ms; a second, should this host have been busy
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(cycles)
+            run()
+            done = stream.record_event()
+        waited = not done.query()
+        stream.synchronize()
+        if waited:
+            break
+    assert waited, "the call ran before the work in front of it on its stream"
     assert same(outputs, expected)
 
 

@@ -217,8 +217,9 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
     error = launch(rotary_few_kernel<E>, few_grid, kFewThreads, 0, stream, a);
     return true;
   }
-  error = launch(rotary_dense_kernel<E, DenseRotaryCache, uint4, kRotaryHeads>, grid, block, 0,
-                 stream, a);
+  error = launch(a.codes ? rotary_dense_kernel<E, DenseRotaryCache, uint4, kRotaryHeads, true>
+                         : rotary_dense_kernel<E, DenseRotaryCache, uint4, kRotaryHeads>,
+                 grid, block, 0, stream, a);
   return true;
 }
 
