@@ -32,9 +32,8 @@ constexpr DenseKernel choose_dense_kernel(const DenseCall& c) {
         !c.programmatic && c.m >= 3 && weights >= 100'000'000 && weights <= 256'000'000;
     return behind ? DenseKernel::cublas : DenseKernel::gemv;
   }
-  // a check of four drafts, and of up to 19 by a tiny model
-  if (c.programmatic && (c.m == 5 || (c.m <= 20 && weights <= 1 << 18))) return DenseKernel::gemv;
-  if (c.m <= 16 && weights <= 65536) return DenseKernel::skinny;
+  if (c.m <= 20 && weights <= 1 << 18) return DenseKernel::gemv;
+  if (c.programmatic && c.m == 5) return DenseKernel::gemv;  // a check of four drafts
   return c.programmatic && c.m <= 8 && weights <= 30'000'000 ? DenseKernel::skinny
                                                              : DenseKernel::cublas;
 }
@@ -45,8 +44,10 @@ static_assert(choose_dense_kernel({4, 28672, 4096, true, false}) == DenseKernel:
 static_assert(choose_dense_kernel({4, 128256, 4096, false, false}) == DenseKernel::gemv);
 static_assert(choose_dense_kernel({5, 28672, 4096, true, false}) == DenseKernel::gemv);
 static_assert(choose_dense_kernel({17, 1024, 192, true, false}) == DenseKernel::gemv);
+static_assert(choose_dense_kernel({20, 1024, 192, false, false}) == DenseKernel::gemv);
+static_assert(choose_dense_kernel({21, 1024, 192, true, false}) == DenseKernel::cublas);
 static_assert(choose_dense_kernel({5, 28672, 4096, false, false}) == DenseKernel::cublas);
-static_assert(choose_dense_kernel({13, 40, 96, false, false}) == DenseKernel::skinny);
+static_assert(choose_dense_kernel({13, 40, 96, false, false}) == DenseKernel::gemv);
 static_assert(choose_dense_kernel({512, 57344, 8192, false, true}) == DenseKernel::skinny);
 static_assert(choose_dense_kernel({1, 64, 64, true, true}) == DenseKernel::skinny);
 static_assert(choose_dense_kernel({8, 4096, 4096, true, false}) == DenseKernel::skinny);
