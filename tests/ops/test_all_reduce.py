@@ -174,7 +174,7 @@ def test_graph_replays(algorithm: str, programmatic: bool) -> None:
     """
     shapes = [(1, 4096), (8, 4096), (3, 264), (2, 8192)]
     with ranks(2) as reduces:
-        graphs, xs, outs = [], [], []
+        graphs, xs, outs, kept = [], [], [], []
         for rank, each in enumerate(reduces):
             device = each.device
             x = [
@@ -201,6 +201,7 @@ def test_graph_replays(algorithm: str, programmatic: bool) -> None:
             graphs.append(graph)
             xs.append(x)
             outs.append([*out, *rest])
+            kept.append(weights)  # graphs hold addresses: freed, they would be the next rank's out
         first: list[Tensor] = []
         for turn in range(40):
             on_all(reduces, lambda rank, each: graphs[rank].replay())
