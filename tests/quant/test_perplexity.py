@@ -42,7 +42,7 @@ def test_perplexity_slides_and_scores_each_token_once() -> None:
     def losses(tokens: torch.Tensor) -> torch.Tensor:
         from fastinfer.quant.perplexity import _losses
 
-        return _losses(model, tokens, tokens.numel() - 1)
+        return _losses(model, tokens, tokens.numel() - 1, model.dtype)
 
     whole = losses(ids)
     assert perplexity(model, ids, window=90) == pytest.approx(float(whole.mean().exp()), rel=1e-5)
