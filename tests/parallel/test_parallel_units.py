@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from engine_toy import ToyModel, toy_llm
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.checkpoint import Cut
+from fastinfer.distributed.control import Hub, RankError, Spoke
 from fastinfer.distributed.span import Span, even, in_units
 from fastinfer.engine.parallel import pack_result, unpack_result
 from fastinfer.engine.plan_wire import PlanReader, PlanWriter
@@ -170,3 +172,20 @@ def test_codes_are_read_in_whole_words() -> None:
     whole = torch.arange(40).view(10, 4)
     assert torch.equal(cut.back(cut.of(whole), (10, 4))[3:9, 1:3], whole[3:9, 1:3])
     assert dataclasses.replace(codes, rows_first=True).part((8, 16), (0, 5)).rows == ((1, 2),)
+
+
+def test_a_late_answer_says_what_and_how_long() -> None:
+    hub = Hub(2, host="127.0.0.1", timeout=30)
+    spoke: list[Spoke] = []
+    joining = threading.Thread(target=lambda: spoke.append(Spoke(hub.address("127.0.0.1"), 1)))
+    joining.start()
+    hub.accept()
+    joining.join()
+    spoke[0].done = True  # or this process would end with the hub
+    try:
+        with pytest.raises(RankError, match=r"a report took longer than 0\.3 s"):
+            hub.gather("a report", 0.3)
+        with pytest.raises(RankError, match="a report took longer"):
+            hub.result(1)  # over is over, whatever its sockets say
+    finally:
+        hub.close()

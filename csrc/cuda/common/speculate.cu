@@ -8,8 +8,8 @@
 //   rows       the inputs of the check, from what the draft model drew
 //
 // One CTA per request. A request of `length` tokens may write keys and values at positions below
-// `capacity`; it stands still once length > capacity. All writes are lengths, tables or positions:
-// no kernel here triggers its dependents early, and torch's embedding follows each of them.
+// `capacity`; it stands still once length > capacity. No kernel here triggers its dependents early,
+// and what reads its writes waits for all of it: torch's embedding, or the copy of `out`.
 #include <cstdint>
 
 #include "launch.cuh"

@@ -22,10 +22,17 @@ def run_on_backend(args: argparse.Namespace) -> list[dict[str, Any]]:
     from ..bench import report
     from ..engine.metrics import percentile
     from .bench import PERCENTILES, describe_test, parse_goodput, workload
+    from .options import engine_options
 
     if args.kind == "serve":
         raise ValueError(
             f"bench: serve takes no --backend, got {args.backend}; start its server and give --url"
+        )
+    served = {"model", "dtype", "load_format", "max_num_seqs", "device"}
+    if extra := sorted(set(engine_options(args)) - served):
+        raise ValueError(
+            f"bench: --backend {args.backend} takes none of {', '.join(extra)}; leave them out, or "
+            "measure fastinfer"
         )
     backend = make_backend(
         args.backend,

@@ -144,6 +144,7 @@ def plan_memory(
     from ..engine import EngineConfig
     from ..engine.kv_cache import block_bytes, cache_dtype
     from ..models import load_config
+    from ..models.shard import stage_layers
     from ..quant import read_quant_config
 
     EngineConfig(  # checks the shared settings, with the engine's messages
@@ -164,7 +165,8 @@ def plan_memory(
     weights = _weights(folder, config, model_dtype, context, tp, pp)
     kv_dtype = cache_dtype(kv_cache_dtype, model_dtype)
     # Of the device that holds most: heads are repeated where there are fewer than devices.
-    heads, layers = max(config.num_kv_heads // tp, 1), -(-config.num_layers // pp)
+    heads = max(config.num_kv_heads // tp, 1)
+    layers = max(count for _, count in stage_layers(config, pp))
     share = heads * layers / (config.num_kv_heads * config.num_layers)
     block, token = (int(block_bytes(config, size, kv_dtype) * share) for size in (block_size, 1))
     draft_weights = draft_block = 0

@@ -32,9 +32,12 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 def weights_per_device(total: int, model: CausalLM, config: ModelConfig, tp: int, pp: int) -> int:
     """Of the fullest device: layers are divided by both, embedding and head by `tp` alone."""
+    from ..models.shard import stage_layers
+
     table = config.vocab_size * config.hidden_size * model.dtype.itemsize
     ends = table * (1 if config.tie_word_embeddings else 2)
-    layers = -(-config.num_layers // pp) / config.num_layers * (total - ends)
+    most = max(count for _, count in stage_layers(config, pp))
+    layers = most / config.num_layers * (total - ends)
     # The first stage has the embedding, the last one the head.
     return int((layers + (ends if pp == 1 else table)) / tp)
 

@@ -7,8 +7,8 @@ Two connections each, so that no thread waits behind another:
     life     rank -> rank 0: lines of JSON: that it is there, once a second; why it ends. When
              either side's end of it closes, the other knows within milliseconds.
 
-Nothing is pickled: plans are int64 arrays (`wire.py`), everything else is JSON. A caller must know
-the run's secret, which travels through the rendezvous store.
+Nothing is pickled: plans are int64 arrays (`engine/plan_wire.py`), everything else is JSON. A
+caller must know the run's secret, which travels through the rendezvous store.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class Hub:
             for connection in pair.values():
                 _tune(connection)
                 connection.settimeout(None)
+            pair["orders"].settimeout(self.timeout)  # a rank that reads nothing must not hold us
             peer = _Peer(rank, pair["orders"], pair["life"], time.monotonic())
             self._peers[rank] = peer
             thread = threading.Thread(target=self._watch, args=(peer,), daemon=True)
@@ -180,11 +181,10 @@ class Hub:
         assert self._failure is not None
         return RankError(self._failure)
 
-    def late(self, what: str) -> RankError:
-        """What to tell when something took longer than `timeout`."""
-        self.fail(
-            f"LLM: {what} took longer than distributed_timeout ({self.timeout:g} s){self._silent()}"
-        )
+    def late(self, what: str, timeout: float | None = None) -> RankError:
+        """What to tell when something took longer than `timeout`; None: `distributed_timeout`."""
+        limit = f"{timeout:g} s" if timeout else f"distributed_timeout ({self.timeout:g} s)"
+        self.fail(f"LLM: {what} took longer than {limit}{self._silent()}")
         assert self._failure is not None
         return RankError(self._failure)
 
@@ -208,8 +208,7 @@ class Hub:
         Raises:
             RankError: One failed, or was late.
         """
-        timeout = timeout or self.timeout
-        end = time.monotonic() + timeout
+        end = time.monotonic() + (timeout or self.timeout)
         with self._changed:
             while not all(peer.said for peer in self._peers.values()):
                 self.check()
@@ -228,13 +227,15 @@ class Hub:
         """
         orders = self._peers[rank].orders
         end = time.monotonic() + self.timeout
-        while not select.select([orders], [], [], 0.1)[0]:
-            self.check()
-            if time.monotonic() > end:
-                raise self.late("a step")
         try:
+            while True:
+                self.check()  # first: the socket may be closed
+                if select.select([orders], [], [], 0.1)[0]:
+                    break
+                if time.monotonic() > end:
+                    raise self.late("a step")
             kind, payload = read_frame(orders)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self.explain(error) from error
         assert kind == RESULT
         return payload

@@ -104,6 +104,14 @@ class ParallelGroups:
         """How many there are."""
         return 1 if self.pipeline is None else self.pipeline.size
 
+    def check(self) -> None:
+        """Raise RuntimeError if a sum over peer memory, as in a captured step, waited in vain: its
+        results are void.
+        """
+        peer = None if self.tensor is None else self.tensor.peer
+        if peer is not None and not peer.reason:
+            peer.check()
+
     def close(self) -> None:
         """Give memory back; every rank calls this, when nothing runs any more."""
         if self.tensor is not None and self.tensor.peer is not None:

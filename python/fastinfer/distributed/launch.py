@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -87,7 +88,7 @@ class Lead:
             host = os.environ["MASTER_ADDR"]
             listen = ""
         else:
-            store = _start_store(size, timeout)
+            store = _start_store(size)
             place = Place(0, size, store, _device(device, 0, size), timeout)
             host = listen = _LOOPBACK
         self.hub = Hub(size, host=listen, timeout=timeout, ended=self._ended)
@@ -290,14 +291,17 @@ def _device(name: str, local: int, here: int) -> torch.device:
     return torch.device("cuda", local)
 
 
-def _start_store(size: int, timeout: float) -> Any:
+def _start_store(size: int) -> Any:
+    # A store that opens its own socket listens on every interface, whatever its host name.
+    listener = socket.create_server((_LOOPBACK, 0))
     return dist.TCPStore(
         _LOOPBACK,
-        0,
+        listener.getsockname()[1],
         size,
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=START_S),
+        master_listen_fd=listener.detach(),
     )
 
 

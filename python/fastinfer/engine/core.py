@@ -307,8 +307,9 @@ class EngineCore:
             self._finish(self._launched.popleft())
 
     def drop_launched(self) -> None:
-        """Forget the steps that run; for the end of an engine."""
+        """Forget the steps that run, and what holds the model; for the end of an engine."""
         self._launched.clear()
+        self.speculator = None
 
     def _finish(self, launched: _Launched) -> None:
         try:

@@ -111,6 +111,7 @@ class ModelDrafter:
         max_len: Most tokens of a sequence.
         dtype: Of its cache.
         device: Where it runs.
+        vocab_size: Of the target.
     """
 
     uses_blocks = True
@@ -124,8 +125,12 @@ class ModelDrafter:
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        vocab_size: int,
     ) -> None:
         self._model, self._device = model, device
+        # Padding of the other model's vocabulary may be asked about: any token will do.
+        last = model.config.vocab_size - 1
+        self._last_id = last if last < vocab_size - 1 else None
         self._block_size = config.block_size
         self._budget = config.max_num_batched_tokens
         self._max_len = min(max_len, model.max_model_len)
@@ -287,7 +292,7 @@ class ModelDrafter:
             max_seqlen_k=int((starts + counts).max()),
             num_decodes=0,
         )
-        self._model(put["ids"], meta, self._layers)
+        self._model(self._known(put["ids"]), meta, self._layers)
         for request, _, count in behind:
             request.draft_state.computed += count
             self._note_content(request)
@@ -425,6 +430,9 @@ class ModelDrafter:
             ops.sample(logits, **columns, out=bucket.drawn[i])  # type: ignore[arg-type]
             ids = bucket.drawn[i]
 
+    def _known(self, ids: Tensor) -> Tensor:
+        return ids if self._last_id is None else ids.clamp(max=self._last_id)
+
     def logits(
         self,
         ids: Tensor,
@@ -449,5 +457,5 @@ class ModelDrafter:
             decode_len=each,
             workspace=self._workspace,
         )
-        hidden = self._model(ids, meta, self._layers)
+        hidden = self._model(self._known(ids), meta, self._layers)
         return self._model.compute_logits(hidden[each - 1 :: each])

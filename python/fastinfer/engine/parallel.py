@@ -84,7 +84,7 @@ class LeadRunner(ModelRunner):
         except Exception as error:
             raise hub.explain(error) from error
         if self._results is None:
-            return sampling, _Watched(drawn, hub)
+            return sampling, _Watched(drawn, self._run)
         return sampling, _Sent(drawn, hub, self._results)
 
     def move_blocks(self, plan: SchedulePlan) -> None:
@@ -115,19 +115,23 @@ class LeadRunner(ModelRunner):
 class _Watched:
     """Tokens of a step whose other ranks may die or hang before it is done."""
 
-    def __init__(self, drawn: DrawnTokens, hub: Hub) -> None:
-        self._drawn, self._hub = drawn, hub
+    def __init__(self, drawn: DrawnTokens, run: launch.Lead) -> None:
+        self._drawn, self._run = drawn, run
         self.first_rows = drawn.first_rows
 
     def wait(self) -> None:
         """As `DrawnTokens.wait`, but raises RankError instead of waiting for ever."""
         ready = self._drawn.ready
         if ready is not None:
-            wait_for(ready.query, self._hub)
+            wait_for(ready.query, self._run.hub)
 
     def result(self) -> SampleResult:
         """As `DrawnTokens.result`."""
         self.wait()
+        try:
+            self._run.groups.check()
+        except RuntimeError as error:
+            raise self._run.hub.explain(error) from error
         return self._drawn.result()
 
 
@@ -226,6 +230,7 @@ def serve(member: launch.Member) -> int:
             if kind == BLOCKS:
                 runner.move_blocks(plan)
                 continue
+            member.groups.check()
             _, drawn = runner.step(plan)
             if sender is not None:
                 sender.put(drawn)

@@ -169,6 +169,7 @@ class ModelRunner:
                 max_len=max_len,
                 dtype=draft_cache,
                 device=device,
+                vocab_size=self.vocab_size,
             )
         self._rows = RequestRows(config.max_num_seqs, -(-max_len // config.block_size))
         self._graphs: DecodeGraphs | None = None

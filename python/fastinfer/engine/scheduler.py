@@ -267,11 +267,12 @@ class Scheduler:
     def make_room(self, request: Request, num_tokens: int) -> bool:
         """Take the blocks of so many tokens, if nobody else needs them."""
         missing = self._blocks_for(num_tokens) - len(request.block_table)
+        if missing <= 0:
+            return True
         if missing > self.pool.num_free - len(self.running):
             return False
-        if missing > 0:
-            request.block_table += self.pool.allocate(missing)
-            self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
+        request.block_table += self.pool.allocate(missing)
+        self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
         return True
 
     def plan_afterwards(self, plan: SchedulePlan, runs: list[list[int]]) -> None:
