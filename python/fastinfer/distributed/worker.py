@@ -9,7 +9,6 @@ import signal
 import sys
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from .control import START_S
@@ -25,8 +24,6 @@ def main(arguments: list[str]) -> int:
         _LOOPBACK, port, size, is_master=False, timeout=timedelta(seconds=START_S)
     )
     place = Place(rank, size, store, _device(arguments[3], rank, size), timeout)
-    if place.device.type == "cpu":
-        torch.set_num_threads(max(torch.get_num_threads(), 1))
     from ..engine.parallel import serve
 
     return serve(Member(place))

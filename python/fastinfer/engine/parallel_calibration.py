@@ -191,7 +191,7 @@ def _best(rows: Sequence[dict[str, Any]], op: str, peer: str) -> Table:
 
 
 def _as_module(calibration: Calibration, folder: str) -> str:
-    """Source of a module that holds the calibration, three digits of each number."""
+    """Source of a module that holds the calibration, four digits of each number."""
 
     def digits(value: Any) -> Any:
         if isinstance(value, float):
