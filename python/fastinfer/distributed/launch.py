@@ -145,9 +145,14 @@ class Lead:
         """End all processes, which wait for an order. May be called twice."""
         if self.hub.failure is None and self._own_groups:
             self.hub.close()
-            self._own_groups = False
-            self.groups.close()
-            leave(failed=False)
+            guard = threading.Timer(_CLOSING_S, self._give_up)  # for a rank that does not come
+            guard.daemon = True
+            guard.start()
+            with contextlib.suppress(RuntimeError):
+                self.groups.close()
+                leave(failed=False)
+                self._own_groups = False
+            guard.cancel()
             self.hub.wait_closed(_CLOSING_S)
             self._kill(_CLOSING_S)
         self.stop()
