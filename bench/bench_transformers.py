@@ -31,8 +31,8 @@ from common import Bench
 from shapes import SHAPES
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.initialization import no_init_weights
 
+from fastinfer.bench.backends import random_model
 from fastinfer.integrations.transformers import ATTENTION, enable
 from fastinfer.quant import quantize_model
 
@@ -56,19 +56,8 @@ def make_model(
     config = transformers.LlamaConfig(
         **sizes, eos_token_id=None, bos_token_id=None, pad_token_id=0, tie_word_embeddings=False
     )
-    start, default = time.perf_counter(), torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device), no_init_weights():
-            model = transformers.LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(std=0.02)
+    start = time.perf_counter()
+    model = random_model(config, str(dtype).removeprefix("torch."), torch.device(device))
     sync(device)
     print(f"model in {time.perf_counter() - start:.1f} s, transformers {transformers.__version__}")
     return model.eval()

@@ -182,13 +182,6 @@ __attribute__((visibility("default"))) int fastinfer_peer_free(int64_t id) {
   return done(error);
 }
 
-// 1: a kernel on `device` can reach memory of `other`.
-__attribute__((visibility("default"))) int fastinfer_peer_can_access(int device, int other) {
-  int can = device == other;
-  if (!can && cudaDeviceCanAccessPeer(&can, device, other) != cudaSuccess) cudaGetLastError();
-  return can;
-}
-
 __attribute__((visibility("default"))) const char* fastinfer_cuda_error_text(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }

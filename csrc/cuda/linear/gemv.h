@@ -42,7 +42,7 @@ FI_GEMV_BOTH constexpr GemvShared gemv_shared(GemvKind kind, int steps) {
 // The instance that serves m, or -1: X of all columns does not fit beside a ring.
 constexpr int gemv_kind(int64_t m, int64_t k, int shared_bytes) {
   if (m < 1 || k < 1 || k > (1 << 20)) return -1;
-  for (int i = 0; i < 5; ++i)
+  for (int i = 0; i < static_cast<int>(sizeof kGemvKinds / sizeof *kGemvKinds); ++i)
     if (m <= kGemvKinds[i].tokens &&
         gemv_shared(kGemvKinds[i], static_cast<int>(gemv_steps(k))).bytes <= shared_bytes)
       return i;

@@ -79,7 +79,7 @@ class TransformersBackend:
         self.device = torch.device(found)
         config = AutoConfig.from_pretrained(model)
         if load_format == "dummy":
-            self.model = _random_model(config, dtype, self.device)
+            self.model = random_model(config, dtype, self.device)
         else:
             self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self.device)
         self.model.eval()
@@ -136,7 +136,7 @@ class TransformersBackend:
         return records
 
 
-def _random_model(config: Any, dtype: str, device: torch.device) -> Any:
+def random_model(config: Any, dtype: str, device: torch.device) -> Any:
     """A model of small random weights, made where it lives."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights

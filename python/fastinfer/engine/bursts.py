@@ -31,7 +31,7 @@ from .. import ops
 from ..models import AttentionMetadata, LayerCache
 from .batch import RequestRows
 from .draft_model import ModelDrafter
-from .graphs import PROGRAMMATIC_LAUNCH
+from .graphs import OF_REQUEST, PROGRAMMATIC_LAUNCH
 from .request import Request
 from .rounds import ADVANCE, PREPARE, ROWS, Rounds
 from .sampler import DrawnTokens, SampleResult
@@ -42,7 +42,6 @@ MAX_ROWS = 8  # requests; with more a step takes long enough to hide the host's 
 MAX_STEPS = 8
 _ROUNDS = 2 * MAX_STEPS  # that the device keeps: those of a burst and of the one behind it
 SECONDS = 2e-3  # a burst is about as long as that: nobody who arrives waits longer for his step
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds")
 
 
 @dataclass(slots=True)
@@ -215,7 +214,7 @@ class Bursts:
         if not greedy:
             for name in ("seeds", "top_p", "min_p", "top_k"):
                 host[name][:count] = getattr(held, name)[rows]
-        for name in ("temperature",) if greedy else _SAMPLING:
+        for name in ("temperature",) if greedy else OF_REQUEST:
             host["each_" + name].reshape(bucket.rows, k + 1)[:] = host[name][:, None]
         bucket.buffer.send(4 * bucket.rows)
         bucket.greedy, bucket.at = greedy, 0
@@ -348,14 +347,14 @@ class Bursts:
         logits = self._model.compute_logits(hidden)
         options: dict[str, Any] = {"temperature": columns["each_temperature"]}
         if not greedy:
-            options = {name: columns["each_" + name] for name in _SAMPLING}
+            options = {name: columns["each_" + name] for name in OF_REQUEST}
             options["steps"] = tensors["steps"]
         ops.sample(logits, **options, out=tensors["drawn"])
         bucket.rounds(ADVANCE)
 
     def _draft(self, bucket: _Bucket, drafter: ModelDrafter, greedy: bool) -> None:
         columns, tensors, rows = bucket.buffer.device, bucket.tensors, bucket.rows
-        options = {name: columns[name] for name in (("temperature",) if greedy else _SAMPLING)}
+        options = {name: columns[name] for name in (("temperature",) if greedy else OF_REQUEST)}
         ids = columns["tail"]
         for i in range(bucket.drafts):
             first, last = (0, 2 * rows) if i == 0 else ((i + 1) * rows, (i + 2) * rows)

@@ -31,13 +31,12 @@ from .._host_loader import load_host
 from ..models import AttentionMetadata, load_model
 from .batch import upload
 from .config import EngineConfig
-from .graphs import PROGRAMMATIC_LAUNCH
+from .graphs import OF_REQUEST, PROGRAMMATIC_LAUNCH
 from .kv_cache import allocate_cache, must_fit
 from .request import Request
 from .static_step import Capturer, StaticBuffer, make_workspace, row_buckets
 from .verify_graphs import MAX_ROWS
 
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds")
 PADDED_VOCABULARY = 1024  # vocabularies may differ by so much padding
 
 
@@ -411,7 +410,7 @@ class ModelDrafter:
         slots = inputs["slots"].view(rows, -1)
         steps = inputs["steps"].view(-1, rows)
         seen = inputs["seq_lens"].view(-1, rows)
-        columns = {name: inputs[name] for name in (("temperature",) if greedy else _SAMPLING)}
+        columns = {name: inputs[name] for name in (("temperature",) if greedy else OF_REQUEST)}
         ids = inputs["ids"]
         for i in range(bucket.steps):
             count = 1 if i else 2

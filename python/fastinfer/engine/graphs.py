@@ -53,7 +53,9 @@ _COLUMNS: dict[str, type] = {
     "top_p": np.float32,
     "min_p": np.float32,
 }
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
+# Columns of a request that the sampling operator takes; a step adds how far it has come.
+OF_REQUEST = ("temperature", "top_k", "top_p", "min_p", "seeds")
+SAMPLING = (*OF_REQUEST, "steps")
 # From this many rows on, one launch per step divides the decode work for all layers; with fewer
 # every launch of the decode kernel does it faster by itself.
 PLANNED_ROWS = 33
@@ -306,7 +308,7 @@ class DecodeGraphs:
     def _draw(self, bucket: _Bucket, logits: Tensor | None, greedy: bool) -> None:
         if logits is None:
             return
-        names = ("temperature",) if greedy else _SAMPLING
+        names = ("temperature",) if greedy else SAMPLING
         columns = {name: bucket.inputs[name] for name in names}
         draw = self._sample or ops.sample
         draw(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]

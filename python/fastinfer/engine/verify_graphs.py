@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import ops
 from ..models import AttentionMetadata, LayerCache
 from .batch import RequestRows
-from .graphs import PLANNED_ROWS, PROGRAMMATIC_LAUNCH
+from .graphs import PLANNED_ROWS, PROGRAMMATIC_LAUNCH, SAMPLING
 from .kv_cache import cache_config
 from .sampler import DrawnTokens
 from .static_step import Capturer, StaticBuffer, make_workspace, query_lengths, row_buckets
@@ -35,7 +35,6 @@ from .team import Stage
 
 MAX_ROWS = 128  # with more requests nothing is drafted: decoding is far from memory bound then
 _FEW = 4  # requests
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seeds", "steps")
 
 
 @dataclass(slots=True)
@@ -279,7 +278,7 @@ class VerifyGraphs:
             bucket.hidden.copy_(hidden)
             return
         logits = self._model.compute_logits(hidden)
-        names = ("temperature",) if greedy else _SAMPLING
+        names = ("temperature",) if greedy else SAMPLING
         columns = {name: inputs[name] for name in names}
         draw = self._sample or ops.sample
         draw(logits, **columns, out=bucket.drawn)  # type: ignore[arg-type]
