@@ -36,6 +36,20 @@ int64_t choose_lanes(int64_t pairs, int64_t ctas) {
   return 1;
 }
 
+// Few items, sequences times heads: clusters of CTAs that each have one to themselves, so that its
+// pieces meet in shared memory. `slots`: CTAs that run at once. Does not depend on lengths or the
+// size of the table: a call has the same bits in a graph that was captured for longer sequences.
+Clusters choose_clusters(int64_t batch, int64_t pairs, int64_t slots) {
+  constexpr int64_t kChoices[][2] = {{4, 4}, {2, 4}, {2, 2}, {2, 1}};
+  for (const auto& [size, parts] : kChoices) {
+    const int64_t ctas = size > 2 ? slots - slots / 16 : slots;  // SMs are left over in some GPCs
+    if (pairs % size == 0 && choose_lanes(pairs, ctas) == pairs &&
+        batch * pairs * size * parts <= ctas / pairs * pairs)
+      return {size, parts, ctas};
+  }
+  return {1, 1, slots};
+}
+
 #ifdef FASTINFER_WITH_CUDA
 namespace {
 
@@ -253,11 +267,21 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
         op, cuda::launch_append(append_params(call, t, own_q ? own_q->mutable_data_ptr() : nullptr),
                                 device.stream()));
   if (t.q.numel() == 0) return;
-  const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
+  int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
+  if (is_plain(p) && p.batch <= 32 && p.row_tiles == 1 && s.head_dim <= 128 &&
+      cuda::device_facts().compute_capability == 90 && !cuda::force_portable()) {
+    const Clusters c = choose_clusters(p.batch, pairs, slots);
+    slots = static_cast<int>(c.slots);
+    p.cluster_shift = static_cast<int32_t>(c.size / 2);  // log2 of 1, 2, 4
+    p.parts_shift = static_cast<int32_t>(c.parts / 2);
+    p.part_shift = 2;
+    p.most_share = 8;
+  }
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);
   p.min_share = p.rows > 32 ? 4 : p.rows > 16 ? 2 : 1;
+  p.item_cost = 2;
   place_workspace(op, p, slots, t, counters, partials);
   check_launch(op, launch_attention(p, slots, device.stream()));
 #else
