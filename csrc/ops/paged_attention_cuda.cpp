@@ -5,6 +5,7 @@
 #include "paged_attention.h"
 
 #include <algorithm>
+#include <limits>
 
 #ifdef FASTINFER_WITH_CUDA
 #include "../cuda/common/launch.h"
@@ -36,18 +37,25 @@ int64_t choose_lanes(int64_t pairs, int64_t ctas) {
   return 1;
 }
 
-// Few items, sequences times heads: clusters of CTAs that each have one to themselves, so that its
-// pieces meet in shared memory. `slots`: CTAs that run at once. Does not depend on lengths or the
-// size of the table: a call has the same bits in a graph that was captured for longer sequences.
-Clusters choose_clusters(int64_t batch, int64_t pairs, int64_t slots) {
-  constexpr int64_t kChoices[][2] = {{4, 4}, {2, 4}, {2, 2}, {2, 1}};
-  for (const auto& [size, parts] : kChoices) {
-    const int64_t ctas = size > 2 ? slots - slots / 16 : slots;  // SMs are left over in some GPCs
-    if (pairs % size == 0 && choose_lanes(pairs, ctas) == pairs &&
-        batch * pairs * size * parts <= ctas / pairs * pairs)
-      return {size, parts, ctas};
-  }
-  return {1, 1, slots};
+// Clusters of CTAs that have an item, (sequence, key head, row block), to themselves: its pieces
+// then meet in shared memory. A launch of nothing but large ones where few keys fit into the table
+// (more of them are read faster by all SMs), else clusters of two, which every SM has a place for,
+// used where the lengths say that it pays. Measured: docs/kernels/paged_attention.md.
+Clusters choose_clusters(int64_t batch, int64_t heads, int64_t row_blocks, int64_t capacity,
+                         bool eight_bit, int64_t slots) {
+  constexpr int64_t kAlways = std::numeric_limits<int32_t>::max();
+  const int64_t pairs = heads * row_blocks, items = batch * pairs;
+  const int64_t eights = (slots - slots / 11) / 8;  // that run at once: GPCs have SMs left over
+  if (batch > 32) return {1, 1, 0, 0};              // a warp looks at all lengths
+  if (capacity <= 2048 && items <= eights) return {8, 1, 0, kAlways};
+  if (eight_bit && capacity <= 8192 && items * 2 <= eights) return {8, 2, 0, kAlways};
+  if (!eight_bit && capacity <= 6144 && items * 32 <= slots) return {2, 8, 0, kAlways};
+  // Two row blocks read the same keys, which neighbours do at the same time, clusters or not.
+  const bool many = items >= 24 || row_blocks == 2;
+  if (many && pairs % 2 == 0 && choose_lanes(pairs, slots) == pairs &&
+      items * 2 <= slots / pairs * pairs)
+    return {2, 1, 1, eight_bit ? 4 : 8};
+  return {1, 1, 0, 0};
 }
 
 #ifdef FASTINFER_WITH_CUDA
@@ -267,18 +275,19 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
         op, cuda::launch_append(append_params(call, t, own_q ? own_q->mutable_data_ptr() : nullptr),
                                 device.stream()));
   if (t.q.numel() == 0) return;
-  int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
+  const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
-  if (is_plain(p) && p.batch <= 32 && p.row_tiles == 1 && s.head_dim <= 128 &&
-      cuda::device_facts().compute_capability == 90 && !cuda::force_portable()) {
-    const Clusters c = choose_clusters(p.batch, pairs, slots);
-    slots = static_cast<int>(c.slots);
-    p.cluster_shift = static_cast<int32_t>(c.size / 2);  // log2 of 1, 2, 4
-    p.parts_shift = static_cast<int32_t>(c.parts / 2);
-    p.part_shift = 2;
-    p.most_share = 8;
-  }
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
+  if (is_plain(p) && p.row_tiles == 1 && s.head_dim <= 128 &&
+      cuda::device_facts().compute_capability == 90 && !cuda::force_portable()) {
+    const Clusters c =
+        choose_clusters(p.batch, p.heads_kv, p.row_blocks, capacity, is_8bit(s.kv_dtype), slots);
+    const auto log2 = [](int64_t n) { return n == 8 ? 3 : static_cast<int32_t>(n / 2); };
+    p.cluster_shift = log2(c.size), p.parts_shift = log2(c.parts);
+    p.least_share = static_cast<int32_t>(c.least_share);
+    p.most_share = static_cast<int32_t>(c.most_share);
+    if (c.size > 1) p.lanes = static_cast<int32_t>(pairs);
+  }
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);
   p.min_share = p.rows > 32 ? 4 : p.rows > 16 ? 2 : 1;
   p.item_cost = 2;

@@ -222,8 +222,11 @@ constexpr bool kPerToken = F::kBytes == 1 && D <= 128;
 
 template <class F, int D, bool kSoft, class L, class P>
 int launch_decode_kernel(const P& p, int ctas, void* stream) {
-  return launch_clusters(decode_kernel<F, D, kSoft, L, P>, P::kClusters ? 1 << p.cluster_shift : 1,
-                         dim3(p.lanes, ctas / p.lanes), dim3(kDecodeThreads), L::kTotal, stream, p);
+  dim3 grid(p.lanes, ctas / p.lanes);
+  if (p.cluster_shift > 0 && p.most_share == kAlways)
+    grid = dim3(1 << p.cluster_shift, p.batch * p.lanes << p.parts_shift);
+  return launch_clusters(decode_kernel<F, D, kSoft, L, P>, 1 << p.cluster_shift, grid,
+                         dim3(kDecodeThreads), L::kTotal, stream, p);
 }
 
 template <class F, int D, bool kSoft>

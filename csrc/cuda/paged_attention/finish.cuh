@@ -8,7 +8,7 @@
 
 #include "../ptx/async_copy.cuh"
 #include "../ptx/tma.cuh"
-#include "attend.cuh"
+#include "emit.cuh"
 #include "pieces.cuh"
 
 namespace fastinfer::cuda {
@@ -26,6 +26,10 @@ struct Finish {
   static constexpr int kMostStaged = kColumns == 64 ? 144 : 288;  // maxima and sums of a row
   static constexpr int kPairs = kDecodeThreads / kWidth * kMostStaged * 8;
   static constexpr int kStep = kDecodeThreads * 16;
+  static constexpr int kAhead = !P::kPlain ? 1
+                                : kColumns == 256
+                                    ? 2
+                                    : 4;  // pieces that are loaded before the first is added
   static_assert(kPairs + kStep <= L::kStage);
   // So few pieces a thread weighs by itself, which needs no shuffles: they fit into one stage, so
   // that all that merge an item do.
@@ -43,49 +47,8 @@ struct Finish {
   }
   __device__ __forceinline__ int block_rows() const { return min(p.rows, 16 * p.row_tiles); }
 
-  // Four columns of a row: o / sum, with the sink as one more term of the sum.
   __device__ __forceinline__ void emit(int row, int column, float4 o, float top, float sum) const {
     emit_row(p, item.b, item.head, item.row_block * p.row_tiles * 16 + row, column, o, top, sum);
-  }
-  static __device__ __forceinline__ void emit_row(const P& p, int b, int head_kv, int r, int column,
-                                                  float4 o, float top, float sum) {
-    const int token = p.q_len == 1 ? 0 : r / p.group;
-    const int head = head_kv * p.group + r - token * p.group;
-    float weight = 1.0f;
-    if (p.v_scale && !p.scale_per_token_v) weight = __ldg(p.v_scale + head_kv * p.vs_head);
-    if (p.sinks && sum != 0.0f) {
-      const int64_t at = head * p.sinks_stride;
-      float sink = p.sinks_dtype == DType::f32 ? static_cast<const float*>(p.sinks)[at]
-                   : p.sinks_dtype == DType::f16
-                       ? __half2float(static_cast<const __half*>(p.sinks)[at])
-                       : __bfloat162float(static_cast<const __nv_bfloat16*>(p.sinks)[at]);
-      sink *= kLog2e;
-      const float higher = fmaxf(sink, top), shrink = exp2f(top - higher);
-      sum = sum * shrink + exp2f(sink - higher);
-      weight *= shrink;
-      top = higher;
-    }
-    const float inverse = sum == 0.0f ? 0.0f : weight / sum;
-    const float x[4] = {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse};
-    const int64_t at = b * p.out_batch + token * p.out_token + head * p.out_head + column;
-    uint16_t* out = static_cast<uint16_t*>(p.out) + at;
-    uint2 packed;
-    if (p.q_dtype == DType::bf16)
-      packed = make_uint2(pack_half2<true>(x[0], x[1]), pack_half2<true>(x[2], x[3]));
-    else
-      packed = make_uint2(pack_half2<false>(x[0], x[1]), pack_half2<false>(x[2], x[3]));
-    if (p.out_packs) {
-      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(out), "r"(packed.x), "r"(packed.y)
-                   : "memory");
-    } else {
-      out[0] = static_cast<uint16_t>(packed.x);
-      out[1] = static_cast<uint16_t>(packed.x >> 16);
-      out[2] = static_cast<uint16_t>(packed.y);
-      out[3] = static_cast<uint16_t>(packed.y >> 16);
-    }
-    if (p.lse && column == 0)
-      p.lse[b * p.lse_batch + token * p.lse_token + head * p.lse_head] =
-          sum == 0.0f ? kMinusInf : top * kLn2 + logf(sum);
   }
 
   __device__ __forceinline__ float* partial(int index) const {
@@ -221,28 +184,46 @@ struct Finish {
                                                     uint32_t x_step, Sum (&s)[kRows]) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) s[i] = {make_float4(0, 0, 0, 0), kMinusInf, 0.0f};
-#pragma unroll 4
-    for (int k = 0; k < count; ++k)
+    // Loads of several pieces before the first is used.
+    constexpr int kAtOnce = kRows > 1 ? 1 : kAhead;
+#pragma unroll 1
+    for (int first = 0; first < count; first += kAtOnce) {
+      float top[kAtOnce][kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        s[i].top = fmaxf(s[i].top, A::shared_pair(pair[i] + k * pair_step).x);
-#pragma unroll 4
-    for (int k = 0; k < count; ++k)
+      for (int k = 0; k < kAtOnce; ++k)
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const float2 piece = A::shared_pair(pair[i] + k * pair_step);
-        const float weight = exp2_approx(piece.x - finite_origin(s[i].top));
-        s[i].sum += weight * piece.y;
-        add(weight, x[i] + k * x_step, s[i].o);
-      }
+        for (int i = 0; i < kRows; ++i)
+          top[k][i] = shared_float(pair[i] + min(first + k, count - 1) * pair_step);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) s[i].top = fmaxf(s[i].top, top[k][i]);
+    }
+#pragma unroll 1
+    for (int first = 0; first < count; first += kAtOnce) {
+      float2 piece[kAtOnce][kRows];
+      float4 v[kAtOnce][kRows];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const int at = min(first + k, count - 1);
+          piece[k][i] = A::shared_pair(pair[i] + at * pair_step);
+          v[k][i] = shared_float4(x[i] + at * x_step);
+        }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (first + k >= count) continue;
+          const float weight = exp2_approx(piece[k][i].x - finite_origin(s[i].top));
+          s[i].sum += weight * piece[k][i].y;
+          add(weight, v[k][i], s[i].o);
+        }
+    }
   }
 
-  static __device__ __forceinline__ void add(float weight, uint32_t x, float4& o) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(x)
-                 : "memory");
+  static __device__ __forceinline__ void add(float weight, const float4& v, float4& o) {
     o.x += weight * v.x, o.y += weight * v.y, o.z += weight * v.z, o.w += weight * v.w;
   }
 
@@ -275,6 +256,7 @@ struct Finish {
 #pragma unroll 1
         for (int from = block + sub; from < end || from == block + sub; from += slots * every) {
           const int to = min(end, from + slots * every);
+          const int pieces = deal ? max(to - from + kRowStep - 1, 0) / kRowStep : to - from;
           const bool head = from == block + sub;
           if (head) {
             uint32_t at = pairs;
@@ -289,14 +271,15 @@ struct Finish {
 #pragma unroll 1
           for (int r = row; r < stop && column < p.dim; r += kRowStep) {
             const float* source = partial(c.start() + from * c.apart()) + r * p.dim + column;
-            const float* piece = from == 0 ? source + c.first_off() * piece_size : source;
-#pragma unroll 4
-            for (int k = from; k < to; k += every) {
-              cp_async_16(at, piece, true);
-              source += apart;
-              piece = source;
-              at += kStep;
-            }
+            const int first_off = from == 0 ? c.first_off() * piece_size : 0;
+#pragma unroll 1
+            for (int k = 0; k < pieces; k += kAhead, source += kAhead * apart)
+#pragma unroll
+              for (int i = 0; i < kAhead; ++i)
+                if (k + i < pieces)
+                  cp_async_16(at + (k + i) * kStep,
+                              source + i * apart + (k + i == 0 ? first_off : 0), true);
+            at += pieces * kStep;
           }
           cp_async_commit();
           if (!deal && c.count <= kFew) {
@@ -319,12 +302,22 @@ struct Finish {
               o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
             }
             cp_async_wait<0>();
-            const uint32_t weight = weights - block * 8;
-#pragma unroll 4
-            for (int k = from; k < to; k += every) {
-              add(shared_float(weight + k * 8), at, o);
-              at += kStep;
+            const uint32_t weight = weights + (from - block) * 8;
+#pragma unroll 1
+            for (int k = 0; k < pieces; k += kAhead) {
+              float w[kAhead];
+              float4 v[kAhead];
+#pragma unroll
+              for (int i = 0; i < kAhead; ++i) {
+                if (k + i >= pieces) continue;
+                w[i] = shared_float(weight + (k + i) * every * 8);
+                v[i] = shared_float4(at + (k + i) * kStep);
+              }
+#pragma unroll
+              for (int i = 0; i < kAhead; ++i)
+                if (k + i < pieces) add(w[i], v[i], o);
             }
+            at += pieces * kStep;
             if (!deal && block + count == c.count && to == end && column < p.dim)
               emit(r, column, o, top, sum);
           }
@@ -399,6 +392,14 @@ struct Finish {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
     return x;
+  }
+  static __device__ __forceinline__ float4 shared_float4(uint32_t address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
   }
   static __device__ __forceinline__ void store_shared(uint32_t address, float x) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");

@@ -22,7 +22,9 @@ namespace fastinfer::cuda {
 constexpr int kPlanTile = 64;        // keys per unit of cost
 constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
 constexpr int kLongShare = 32;
-constexpr int kPlanHeader = 8;  // see csrc/ops/paged_attention.cpp
+constexpr int kPartShift = 2;       // log2 of the tiles per CTA before an item has more clusters
+constexpr int kAlways = INT32_MAX;  // most_share of a launch that is nothing but clusters
+constexpr int kPlanHeader = 8;      // see csrc/ops/paged_attention.cpp
 
 // Kernels read this from constant memory, where every line of 64 bytes that is not there yet takes
 // time: what most calls need comes first, in the order in which it is needed.
@@ -38,9 +40,9 @@ struct DecodeParams {
   int32_t lanes, lane_items;  // lane_items = heads_kv * row_blocks / lanes
   int32_t min_share;
   int32_t item_cost;  // in tiles, on top of the keys, where shares are long and lengths differ
-  // log2 of the CTAs of a cluster (0: none), of the clusters that an item can have, of the tiles
-  // per CTA from which on it has more; no clusters where equal shares are above the last number.
-  int32_t cluster_shift, parts_shift, part_shift, most_share;
+  // log2 of the CTAs of a cluster (0: none) and of the clusters that an item can have; where equal
+  // shares of all CTAs would have fewer or more tiles than this, those are taken instead.
+  int32_t cluster_shift, parts_shift, least_share, most_share;
   int32_t columns;                // of the table
   int32_t page_size, page_shift;  // page_shift: -1 where page_size is not a power of two
   int32_t rows, row_blocks, group, dim, heads_kv;

@@ -73,9 +73,11 @@ template <class P>
 __device__ __forceinline__ bool find_cluster(const P& p, int own, int total, Slot& s) {
   const int longest = __reduce_max_sync(kAllLanes, own);
   const auto parted = [](int n, int shift) { return (n + (1 << shift) - 1) >> shift; };
-  const int share = (total + gridDim.y - 1) / gridDim.y;
-  const int each = parted(longest, p.cluster_shift + p.parts_shift);
-  if (share > p.most_share || each > 2 * share + 2) return false;
+  if (p.most_share < kAlways) {
+    const int share = (total + gridDim.y - 1) / gridDim.y;
+    const int each = parted(longest, p.cluster_shift + p.parts_shift);
+    if (share < p.least_share || share > p.most_share || each > 2 * share + 2) return false;
+  }
   const int at = blockIdx.y * gridDim.x + blockIdx.x;
   const int item = at >> (p.cluster_shift + p.parts_shift);
   if (item >= p.batch * p.lanes) return true;
@@ -83,7 +85,7 @@ __device__ __forceinline__ bool find_cluster(const P& p, int own, int total, Slo
   s.b = p.batch == 1 ? 0 : item / static_cast<unsigned>(p.lanes);
   s.lane = item - s.b * p.lanes;
   const int cost = __shfl_sync(kAllLanes, own, s.b);
-  const int wanted = parted(cost, p.cluster_shift + p.part_shift);
+  const int wanted = parted(cost, p.cluster_shift + kPartShift);
   const int shift = min(p.parts_shift, 32 - __clz(wanted - 1));
   s.parts = 1 << shift;
   if (s.part >= s.parts) return true;
