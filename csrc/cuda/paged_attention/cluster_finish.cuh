@@ -36,6 +36,7 @@ struct ClusterFinish {
   __device__ __forceinline__ void run(A& a) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     a.close();
+    __syncwarp();  // the others may still read the slice
     float* own = reinterpret_cast<float*>(finish.shared + warp * L::kSlice);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -26,13 +26,11 @@ struct Finish {
   static constexpr int kMostStaged = kColumns == 64 ? 144 : 288;  // maxima and sums of a row
   static constexpr int kPairs = kDecodeThreads / kWidth * kMostStaged * 8;
   static constexpr int kStep = kDecodeThreads * 16;
-  static constexpr int kAhead = !P::kPlain ? 1
-                                : kColumns == 256
-                                    ? 2
-                                    : 4;  // pieces that are loaded before the first is added
+  // Pieces that are loaded before the first is added; more than one needs registers.
+  static constexpr int kAhead = P::kPlain && kColumns <= 128 ? 4 : 1;
   static_assert(kPairs + kStep <= L::kStage);
-  // So few pieces a thread weighs by itself, which needs no shuffles: they fit into one stage, so
-  // that all that merge an item do.
+  // So few pieces a thread weighs by itself, which needs no shuffles:
+  // they fit into one stage, so that all that merge an item do.
   static constexpr int kFew = (L::kStage - kPairs) / kStep < 12 ? (L::kStage - kPairs) / kStep : 12;
   const P& p;
   const Item& item;
@@ -58,7 +56,8 @@ struct Finish {
     return p.partial_ml + static_cast<int64_t>(index) * block_rows() * 2;
   }
 
-  // Everything this CTA wrote is visible to whoever gets `true`: the last of `expected` arrivals.
+  // Everything this CTA wrote is visible to whoever gets `true`: the
+  // last of `expected` arrivals.
   __device__ __forceinline__ bool arrive(int32_t* counter, int expected) const {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -73,10 +72,12 @@ struct Finish {
     return *flag() != 0;
   }
 
-  // The next chunk, once every piece is complete. Helpers, who are not the CTA that saw to that, do
-  // not wait for ever: nobody relies on them. A counter that is 0 again says that all is taken.
+  // The next chunk, once every piece is complete. Helpers, who are
+  // not the CTA that saw to that, do not wait for ever: nobody relies
+  // on them. A counter that is 0 again says that all is taken.
   __device__ __forceinline__ int claim(const Pieces& c, bool helper) const {
-    __syncthreads();  // the flag has been read, and so has the chunk before
+    __syncthreads();  // the flag has been read, and so has the chunk
+                      // before
     if (threadIdx.x == 0) {
       int chunk = kNoChunk, seen = helper ? 1 : c.count;
 #pragma unroll 1
@@ -111,8 +112,9 @@ struct Finish {
     add_warps(c);
     if (c.count > 1) {
       const bool last = arrive(c.done, c.count);
-      // Chunks of what goes into an idle ring, if there are many rows so small that every CTA of
-      // the item may have one; or of one row whose pieces are dealt to the teams of threads that
+      // Chunks of what goes into an idle ring, if there are many rows
+      // so small that every CTA of the item may have one; or of one
+      // row whose pieces are dealt to the teams of threads that
       // otherwise have a row each.
       const bool deal = !c.fixed && c.count >= 16 && c.count * item.rows > kDealt;
       constexpr int kRing = (L::kStages * L::kStage - kPairs) / kStep;
@@ -129,7 +131,8 @@ struct Finish {
       }
     }
     if constexpr (L::kBoxes) ptx::proxy_fence_shared();  // also by boxes
-    __syncthreads();  // the stage, the states and the flag may be written again
+    __syncthreads();  // the stage, the states and the flag may be
+                      // written again
   }
 
   __device__ __forceinline__ void add_warps(const Pieces& c) const {
@@ -157,7 +160,8 @@ struct Finish {
           emit(row, column, s[i].o, s[i].top, s[i].sum);
           continue;
         }
-        // As assignments of a float4 and a float2 these are six stores.
+        // As assignments of a float4 and a float2 these are six
+        // stores.
         asm volatile(
             "st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(partial(index) + row * p.dim + column),
             "f"(s[i].o.x), "f"(s[i].o.y), "f"(s[i].o.z), "f"(s[i].o.w)
@@ -177,59 +181,77 @@ struct Finish {
   };
   static constexpr int kRows = P::kRowsAtOnce;  // of a thread, for the latency of each step
 
-  // Pieces in shared memory of kRows rows; `pair`: maximum and sum of the first piece of each, `x`:
-  // its output.
+  // Pieces in shared memory of kRows rows; `pair`: maximum and sum of
+  // the first piece of each, `x`: its output.
   static __device__ __forceinline__ void add_pieces(int count, const uint32_t (&pair)[kRows],
                                                     uint32_t pair_step, const uint32_t (&x)[kRows],
                                                     uint32_t x_step, Sum (&s)[kRows]) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) s[i] = {make_float4(0, 0, 0, 0), kMinusInf, 0.0f};
-    // Loads of several pieces before the first is used.
-    constexpr int kAtOnce = kRows > 1 ? 1 : kAhead;
+    constexpr bool kFours = kAhead == 4 && kRows == 1;
+    int k = 0;
+    if constexpr (kFours) {
 #pragma unroll 1
-    for (int first = 0; first < count; first += kAtOnce) {
-      float top[kAtOnce][kRows];
+      for (; k + 4 <= count; k += 4) {
+        float top[4];
+        load_four(pair[0] + k * pair_step, pair_step, top);
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k)
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-          top[k][i] = shared_float(pair[i] + min(first + k, count - 1) * pair_step);
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k)
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) s[i].top = fmaxf(s[i].top, top[k][i]);
+        for (int i = 0; i < 4; ++i) s[0].top = fmaxf(s[0].top, top[i]);
+      }
     }
+#pragma unroll 4
+    for (; k < count; ++k)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        s[i].top = fmaxf(s[i].top, shared_float(pair[i] + k * pair_step));
+    k = 0;
+    if constexpr (kFours) {
 #pragma unroll 1
-    for (int first = 0; first < count; first += kAtOnce) {
-      float2 piece[kAtOnce][kRows];
-      float4 v[kAtOnce][kRows];
+      for (; k + 4 <= count; k += 4) {
+        float weight[4], sum[4];
+        float4 v[4];
+        load_four(pair[0] + k * pair_step, pair_step, weight);
+        load_four(pair[0] + k * pair_step + 4, pair_step, sum);
+        load_four(x[0] + k * x_step, x_step, v);
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k)
+        for (int i = 0; i < 4; ++i) weight[i] = exp2_approx(weight[i] - finite_origin(s[0].top));
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const int at = min(first + k, count - 1);
-          piece[k][i] = A::shared_pair(pair[i] + at * pair_step);
-          v[k][i] = shared_float4(x[i] + at * x_step);
+        for (int i = 0; i < 4; ++i) {
+          s[0].sum += weight[i] * sum[i];
+          add(weight[i], v[i], s[0].o);
         }
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k)
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          if (first + k >= count) continue;
-          const float weight = exp2_approx(piece[k][i].x - finite_origin(s[i].top));
-          s[i].sum += weight * piece[k][i].y;
-          add(weight, v[k][i], s[i].o);
-        }
+      }
     }
+#pragma unroll 4
+    for (; k < count; ++k)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const float2 piece = A::shared_pair(pair[i] + k * pair_step);
+        const float weight = exp2_approx(piece.x - finite_origin(s[i].top));
+        s[i].sum += weight * piece.y;
+        add(weight, shared_float4(x[i] + k * x_step), s[i].o);
+      }
+  }
+
+  // Of four pieces: all are asked for before any is used.
+  static __device__ __forceinline__ void load_four(uint32_t at, uint32_t step, float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = shared_float(at + i * step);
+  }
+  static __device__ __forceinline__ void load_four(uint32_t at, uint32_t step, float4 (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = shared_float4(at + i * step);
   }
 
   static __device__ __forceinline__ void add(float weight, const float4& v, float4& o) {
     o.x += weight * v.x, o.y += weight * v.y, o.z += weight * v.z, o.w += weight * v.w;
   }
 
-  // All pieces of the rows of a chunk, as many rows at a time as fit, or one row in several rounds.
-  // Maxima and sums come first: the lanes of a row (a warp at most) make weights of them, one piece
-  // each, while the outputs, of which every thread fetches what it adds up, are on their way.
+  // All pieces of the rows of a chunk, as many rows at a time as fit,
+  // or one row in several rounds. Maxima and sums come first: the
+  // lanes of a row (a warp at most) make weights of them, one piece
+  // each, while the outputs, of which every thread fetches what it
+  // adds up, are on their way.
   __device__ __forceinline__ void merge_chunk(const Pieces& c, int first_row, int rows, bool deal,
                                               bool idle) const {
     const int team = threadIdx.x / kRowThreads, column = threadIdx.x % kRowThreads * 4;
@@ -303,20 +325,21 @@ struct Finish {
             }
             cp_async_wait<0>();
             const uint32_t weight = weights + (from - block) * 8;
+            int k = 0;
+            if constexpr (kAhead == 4) {
 #pragma unroll 1
-            for (int k = 0; k < pieces; k += kAhead) {
-              float w[kAhead];
-              float4 v[kAhead];
+              for (; k + 4 <= pieces; k += 4) {
+                float w[4];
+                float4 v[4];
+                load_four(weight + k * every * 8, every * 8, w);
+                load_four(at + k * kStep, kStep, v);
 #pragma unroll
-              for (int i = 0; i < kAhead; ++i) {
-                if (k + i >= pieces) continue;
-                w[i] = shared_float(weight + (k + i) * every * 8);
-                v[i] = shared_float4(at + (k + i) * kStep);
+                for (int i = 0; i < 4; ++i) add(w[i], v[i], o);
               }
-#pragma unroll
-              for (int i = 0; i < kAhead; ++i)
-                if (k + i < pieces) add(w[i], v[i], o);
             }
+#pragma unroll 1
+            for (; k < pieces; ++k)
+              add(shared_float(weight + k * every * 8), shared_float4(at + k * kStep), o);
             at += pieces * kStep;
             if (!deal && block + count == c.count && to == end && column < p.dim)
               emit(r, column, o, top, sum);
@@ -339,7 +362,8 @@ struct Finish {
     emit(first_row, column, o, top, sum);
   }
 
-  // Rows first, first + kRowStep .. below `stop` of a chunk, whose `count` pieces are all there.
+  // Rows first, first + kRowStep .. below `stop` of a chunk, whose
+  // `count` pieces are all there.
   __device__ __forceinline__ void add_few(int count, uint32_t pairs, uint32_t data, int first,
                                           int stop, int column) const {
 #pragma unroll 1
@@ -362,7 +386,8 @@ struct Finish {
     }
   }
 
-  // Brings top and sum of a row up to date with `count` pairs, which become their weights.
+  // Brings top and sum of a row up to date with `count` pairs, which
+  // become their weights.
   static __device__ __forceinline__ void weigh(int lane, unsigned lanes, int count, uint32_t pairs,
                                                float& top, float& sum) {
     float own_top = kMinusInf, own_sum = 0.0f;
