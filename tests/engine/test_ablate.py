@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastinfer.bench import ablate_report
-from fastinfer.bench.ablate import Ablation, Options, _judge
+from fastinfer.bench.ablate import Ablation, Options
 from fastinfer.bench.ablate_cost import Rates, WorkCounter, bound, weight_bytes
+from fastinfer.bench.ablate_reasons import REASONS
 from fastinfer.bench.ablate_rows import Plan, Row, make_rows, settings_of, why_not
 from fastinfer.cli.main import main
 from fastinfer.engine.config import EngineConfig
@@ -34,7 +34,7 @@ def test_each_row_is_the_one_before_and_settings_of_the_engine() -> None:
     for row, settings in zip(rows, settings_of(rows), strict=True):
         known |= row.change
         assert settings == known
-        assert row.effect and (row.price or row.key in ("transformers", "kv_cache"))
+        assert row.effect and (row.key in REASONS) == (row.key != "transformers")
         EngineConfig(model="x", **settings)
     changed = [row for row in rows[1:] if not row.change]
     assert not changed
@@ -62,14 +62,17 @@ def test_work_is_counted_from_the_plans() -> None:
     model.tied = model.weight
     assert weight_bytes(model) == 200
     counter = WorkCounter(model, token_bytes=48, block_size=16)
-    request = SimpleNamespace(block_table=[0, 1])
+    request = SimpleNamespace(block_table=[0, 1], num_prompt=20)
     chunks = [SimpleNamespace(request=request, start=0, count=20, samples=True)]
     chunks.append(SimpleNamespace(request=request, start=20, count=1, samples=True))
-    counter(SimpleNamespace(chunks=chunks[:1], num_tokens=20))  # type: ignore[arg-type]
-    counter(SimpleNamespace(chunks=chunks[1:], num_tokens=1))  # type: ignore[arg-type]
+    for chunk in chunks:
+        plan = SimpleNamespace(chunks=[chunk], num_tokens=chunk.count, burst=None)
+        counter(plan)  # type: ignore[arg-type]
     assert (counter.steps, counter.tokens, counter.sampled) == (2, 21, 2)
     assert counter.scores == 20 * 21 // 2 + 21
     assert counter.cached == (20 + 20) + (21 + 1)
+    assert (counter.prompt_steps, counter.prompt_pieces, counter.largest_step) == (1, 1, 20)
+    assert counter.mixed_steps == 0
     assert counter.waste == pytest.approx(1 - 41 / 64)
     per_token = 2 * 3 * (32 * (2 * 4 + 2 * 2) * 8 + 3 * 32 * 64)
     assert counter.flops_per_token == per_token
@@ -78,28 +81,6 @@ def test_work_is_counted_from_the_plans() -> None:
     assert parts["cache"] == pytest.approx(62 * 48 / 1e3)
     assert bound(parts) == "cache" and parts["launch"] == 0
     assert bound(counter.parts(9.0, Rates(bytes=1e3, flops=1e12))) == "launch"
-
-
-def figures(**more: Any) -> dict[str, Any]:
-    fast = {"out_tok_s": 100.0, "ttft_ms": 10.0, "tpot_ms": 1.0, "itl_p99_ms": 2.0}
-    return {"title": "x", "bound": "weights", **fast, **more}
-
-
-def test_what_got_worse_is_said() -> None:
-    row = Row(key="x", title="x", effect="e", price="because", price_of_launches="launches")
-    better = figures(out_tok_s=150.0)
-    _judge(better, figures(), row)
-    assert better["speedup"] == 1.5 and "worse" not in better
-    worse = figures(out_tok_s=50.0, ttft_ms=30.0)
-    _judge(worse, figures(), row)
-    assert worse["worse"] == ["throughput / 2.00", "TTFT x 3.00"]
-    assert worse["why_worse"] == "because"
-    launches = figures(out_tok_s=50.0, bound="launch")
-    _judge(launches, figures(), row)
-    assert launches["why_worse"] == "launches"
-    told = ablate_report.notes([better, worse])
-    assert told == "* x: throughput / 2.00, TTFT x 3.00. because."
-    assert ablate_report.line(worse).startswith("x *")
 
 
 def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
