@@ -134,7 +134,7 @@ class Bench:
         self.save()
 
     def wanted(self, label: str) -> bool:
-        return any(part in label for part in self.args.filter.split(","))
+        return any(part in f"{label} " for part in self.args.filter.split(","))  # "m=1 ": not 16
 
     def save(self) -> None:
         """After every case: a run that is cut short leaves what it has."""
