@@ -232,8 +232,14 @@ def figure(row: Row) -> str:
 
 def rate(row: Row) -> str:
     if row.get("of_matmul", 0) > row.get("of_bandwidth", 0):
-        return f"{row['tflops']:,.0f} TFLOP/s"
-    return f"{row['gbs'] / 1e3:.2f} TB/s" if row.get("gbs") else ""
+        return in_units(row["tflops"] * 1e3, "FLOP/s")
+    return in_units(row["gbs"], "B/s") if row.get("gbs") else ""
+
+
+def in_units(giga: float, unit: str) -> str:
+    """Three digits, with the prefix that fits: a CPU is a thousand times slower than a GPU."""
+    prefix, value = ("T", giga / 1e3) if giga >= 1e3 else ("G", giga)
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {prefix}{unit}"
 
 
 def table(section: Section) -> list[str]:

@@ -186,11 +186,11 @@ def main() -> int:
             line = command(name, args.device, args.seconds, out, args.short)
             result, log = out / f"{name}.json", logs / f"{name}.txt"
             before = state.get(name, {})
-            if args.resume and before == {**before, "ended": "ok", "command": line}:
-                if rows_of(result):
-                    tqdm.write(f"{name:<14} {'':>7}   done before  {result}")
-                    bar.update()
-                    continue
+            done = before == {**before, "ended": "ok", "command": line} and rows_of(result) > 0
+            if args.resume and done:
+                tqdm.write(f"{name:<14} {'':>7}   done before  {result}")
+                bar.update()
+                continue
             result.unlink(missing_ok=True)  # of a run before
             start = time.perf_counter()
             ended = run(line, log, args.limit, env)

@@ -137,33 +137,6 @@ def test_load_tests_of_other_engines(tmp_path: Path) -> None:
     assert report_extras.load_tests(tmp_path / "nothing") == []
 
 
-def test_every_script_is_run_by_run_all(tmp_path: Path) -> None:
-    import run_all
-
-    scripts = {path.name for path in (ROOT / "bench").glob("bench_*.py")}
-    scripts = {name for name in scripts if not name.startswith("bench_parallel")}
-    assert {script for script, _, _ in run_all.JOBS.values()} == scripts
-    for device, names in run_all.EVERYTHING.items():
-        for name in names:
-            line = run_all.command(name, device, 0.01, tmp_path)
-            assert line[-2:] == ["--json", str(tmp_path / f"{name}.json")]
-            assert line[line.index("--device") + 1] == device
-
-
-def test_run_all_goes_on_after_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import run_all
-
-    codes = {"norm": "import sys; sys.exit(3)", "rotary": "print(1)", "host": "while True: pass"}
-    monkeypatch.setattr(run_all, "command", lambda name, *_: [sys.executable, "-c", codes[name]])
-    arguments = ["--only", "norm", "rotary", "host", "--out", str(tmp_path), "--limit", "3"]
-    monkeypatch.setattr(sys, "argv", ["run_all.py", *arguments])
-    assert run_all.main() == 1
-    assert "not finished: norm, host" in capsys.readouterr().err
-    assert (tmp_path / "rotary.txt").read_text() == "1\n"
-
-
 def test_rows_of_a_run_are_merged_into_a_file() -> None:
     def of(case: str, speedup: float) -> dict[str, Any]:
         return {"op": "speculative", "case": case, "peer": "fastinfer", "speedup": speedup}
