@@ -29,6 +29,15 @@ _OTHERS = (
     "requests_per_second",
     "tokens_per_second",
 )
+# Of a plot: colour, marker and line, so that kinds differ in grey too.
+LINES = (
+    ("#1f4e9c", "o", "-"),
+    ("#e07b00", "s", "--"),
+    ("#2a8c3f", "^", "-."),
+    ("#b3122a", "D", ":"),
+    ("#7b4ea3", "v", (0, (5, 1, 1, 1, 1, 1))),
+    ("#5a5a5a", "x", (0, (1, 1))),
+)
 _SMALLER = ("_ms", "latency", "elapsed_time", "duration")
 
 
@@ -218,9 +227,9 @@ def plot_sweep(results: Sequence[Result], path: str | Path) -> None:
     load = [result["output_throughput"] for result in ordered]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for axis, name in zip(axes, ("ttft", "tpot"), strict=True):
-        for stat in ("median", "p99"):
+        for stat, (color, marker, line) in zip(("median", "p99"), LINES, strict=False):
             values = [result[f"{stat}_{name}_ms"] for result in ordered]
-            axis.plot(load, values, marker="o", label=stat)
+            axis.plot(load, values, color=color, marker=marker, linestyle=line, label=stat)
         axis.set_xlabel("output tokens per second")
         axis.set_ylabel(f"{name.upper()} in ms")
         axis.set_ylim(bottom=0)
@@ -239,7 +248,7 @@ def save_figure(figure: Any, path: Path) -> None:
         return
     from PIL import Image
 
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=130)
     with Image.open(path) as image:
         few = image.convert("RGB").quantize(64)
     few.save(path, optimize=True)
