@@ -30,8 +30,9 @@ def ablation(path: Path, pictures: Path, pyplot: Any) -> list[str]:
     gpu, name = path.parent.name, path.stem
     pictures.mkdir(parents=True, exist_ok=True)
     lens = ",".join(map(str, work["prompt_lens"]))
+    model = f"{document['model']} on " if "model" in document else ""
     caption = (
-        f"{document['device']}: {work['requests']} requests of {lens} + up to "
+        f"{model}{document['device']}: {work['requests']} requests of {lens} + up to "
         f"{work['output_len']} tokens, {work['at_once']} at once"
     )
     ablate_report.plot(rows, pictures / f"{gpu}_{name}", caption)

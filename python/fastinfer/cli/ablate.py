@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     options = ablation.options
-    name = "/".join(Path(args.model).resolve().parts[-2:])
+    folder = Path(args.model).resolve()
+    name = "/".join(folder.parts[-2:]) if folder.name == "model" else folder.name
     if args.load_format == "dummy":
         name += " (random weights)"
     caption = (
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.flush()
             bar.update()
             if args.json:
-                _write(args.json, device, ablation, results)
+                _write(args.json, name, device, ablation, results)
     ablation.close()
     if told := report.notes(results):
         print("\nWorse than the row before:")
@@ -153,11 +154,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(path: str, device: Any, ablation: Any, results: list[dict[str, Any]]) -> None:
+def _write(
+    path: str, model: str, device: Any, ablation: Any, results: list[dict[str, Any]]
+) -> None:
     import torch
 
     rates, options = ablation.rates, ablation.options
     document = {
+        "model": model,
         "device": _device_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -170,6 +174,7 @@ def _write(path: str, device: Any, ablation: Any, results: list[dict[str, Any]])
             "requests": options.requests,
             "at_once": options.at_once,
             "max_model_len": ablation.max_len,
+            "repeats": options.repeats,
         },
         "ceilings": {"gbs": round(rates.bytes / 1e9, 1), "tflops": round(rates.flops / 1e12, 3)}
         if rates
