@@ -128,21 +128,52 @@ def sweep_table(results: Sequence[Result]) -> str:
 def read_results(path: str | Path) -> list[Result]:
     """The tests in a JSON file of `fastinfer bench` or of vLLM's `bench`.
 
+    Of vLLM: `bench serve --save-result` (one test), `--append-result` (a test per line), `bench
+    latency --output-json`, `bench throughput --output-json` (its rates get the names that the
+    others have too), and the list of a sweep.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It does not hold such results.
     """
+    text = Path(path).read_text(encoding="utf-8")
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"bench: {path} must be a JSON file, got {error}") from None
+        try:
+            data = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except json.JSONDecodeError:
+            raise ValueError(f"bench: {path} must be a JSON file, got {error}") from None
     results = data if isinstance(data, list) else [data]
     if not results or not all(isinstance(r, dict) and _figures(r) for r in results):
         raise ValueError(
             f"bench: {path} must hold results of `fastinfer bench` or `vllm bench`, got none of "
             "their figures"
         )
-    return results
+    return [_named(result) for result in results]
+
+
+def _named(result: Result) -> Result:
+    """With the names of a load test too where vLLM's throughput benchmark has its own."""
+    same = {
+        "elapsed_time": "duration",
+        "requests_per_second": "request_throughput",
+        "tokens_per_second": "total_token_throughput",
+        "num_requests": "completed",
+    }
+    more = {ours: result[theirs] for theirs, ours in same.items() if theirs in result}
+    return {**more, **result}
+
+
+def engine_of(result: Result) -> str:
+    """Who was tested.
+
+    Files of `vllm bench serve` call the kind of client their backend, whatever server answered:
+    their label, if they have one, says more. Those of its other benchmarks say nothing.
+    """
+    if "endpoint_type" in result:
+        return str(result.get("label") or f"vllm bench, {result.get('backend')}")
+    return str(result.get("backend") or "vllm")
 
 
 def _figures(result: Result) -> list[str]:
