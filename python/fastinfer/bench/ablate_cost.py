@@ -75,11 +75,14 @@ def linear_ms(model: CausalLM, tokens: int) -> float:
     a call costs the host is part of it where that is the limit.
     """
     device = model.embed_tokens.weight.device
-    calls = []
-    for layer in model.layers[0].modules():
+    calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
+    outer: tuple[str, ...] = ()
+    for name, layer in model.layers[0].named_modules():
         inputs = getattr(layer, "in_features", None)
-        if isinstance(inputs, int):
-            calls.append((layer, torch.randn(tokens, inputs, device=device).to(model.dtype)))
+        if not isinstance(inputs, int) or name.startswith(outer):  # or a part of one
+            continue
+        outer += (f"{name}.",)
+        calls.append((layer, torch.randn(tokens, inputs, device=device).to(model.dtype)))
 
     def run() -> None:
         for layer, x in calls:
