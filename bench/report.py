@@ -45,6 +45,7 @@ TITLES = {
     "rotary": "Rotary embedding",
     "activation": "Activations",
     "sampling": "Sampling",
+    "preparation": "Once per step or per checkpoint",
     "e2e": "Whole models",
     "host": "Host time of a call",
     "speculative": "Speculative decoding",

@@ -59,6 +59,7 @@ JOBS = {
         short="--filter 'batch=1 vocab=128256 case=greedy'",
     ),
     "gemm": Job("bench_linear.py", "--filter 'm=1 '", short="--filter 'n=4096 k=4096 m=1 '"),
+    "preparation": Job("bench_preparation.py", short="--filter plan_decode"),
     "decode": Job(
         "bench_paged_attention.py",
         "--rows small",
