@@ -4,6 +4,7 @@ result files, pictures that are there; and the site builds without a warning.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -48,14 +49,27 @@ def test_links_and_anchors(page: str) -> None:
             assert file.suffix == ".md" and anchor in anchors(file), f"{page}: {link}"
 
 
+PARTS = ("Shapes and arguments", "Semantics", "Limits", "Accuracy", "Speed", "Source")
+
+
 @pytest.mark.parametrize("name", ops_pages.operators())
 def test_page_of_an_operator(name: str) -> None:
+    """Six parts in order, each with what it is for."""
     text = ops_pages.render(name)
-    wanted = ["Shapes and arguments", "Semantics", "Limits", "Accuracy", "Speed", "Source"]
-    assert [h for h in re.findall(r"^## (.+)$", text, re.MULTILINE) if h in wanted] == wanted
+    found = dict(re.findall(r"^## (.+)\n+((?:(?!^## ).*\n)*)", text, re.MULTILINE))
+    assert [title for title in found if title in PARTS] == list(PARTS)
+    assert all(len(found[title].strip()) > 12 for title in PARTS), found
+    # shapes of tensors in square brackets, dtypes, and every argument
+    assert re.search(r"\[[A-Zn.].*?\]", found["Shapes and arguments"] + found.get("Result", ""))
+    arguments = inspect.signature(getattr(ops, name)).parameters
+    missing = [each for each in arguments if not re.search(rf"\b{each}\b", text.split("## ", 1)[1])]
+    assert not missing
+    assert "Error`" in found["Limits"] and "gradient" in found["Limits"]
+    row = r"^\| \S.* \| [\d.,]+ \| [\d.,]* \| [\d.,]* \|$"
+    assert re.search(row, found["Speed"], re.MULTILINE), found["Speed"]
+    assert re.search(r"commit \w+: .* rows of `bench/results/\w+/\w+\.json`", found["Speed"])
     for _, path in ops_pages.sources(ops_pages.PAGES[name]):
-        assert (ROOT / path).exists(), path
-    assert "No results yet" not in text
+        assert (ROOT / path).exists() and f"`{path}`" in found["Source"], path
     stem = ops_pages.PAGES[name].stem
     assert (ROOT / f"docs/kernels/{stem}.md").is_file()
 
@@ -93,6 +107,12 @@ def test_files_named_by_a_page_are_there(page: str) -> None:
     roots = (ROOT, ROOT / "python/fastinfer", ROOT / "docs")
     missing = [name for name in named if not any((root / name).exists() for root in roots)]
     assert not missing
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert not [page for page in pages if f": {page}\n" not in text]
 
 
 def test_pictures_of_the_report_are_there() -> None:
