@@ -192,7 +192,8 @@ def test_speculation_is_judged_by_what_stood_and_what_it_took() -> None:
 def test_tensor_parallel_says_who_shares_what() -> None:
     now = row("tensor_parallel", tpot_ms=3.0, parts={"weights": 0.25, "launch": 2.2})
     told = why(now, row("speculation"), CPU)
-    assert told.startswith("2 processes share 2 cores, where the row before had one with 1 threads")
+    start = "2 processes share 2 cores, where the row before was one process with 1 thread:"
+    assert told.startswith(start)
     assert "each reads weights for 250 ms instead of 500 ms" in told
     assert "2.00 -> 22.00 ms of a step" in told
     assert "processes share" not in why(now, row("speculation"), GPU)

@@ -340,9 +340,10 @@ def _tensor_parallel(now: _Row, was: _Row, worse: dict[str, float], machine: Mac
     less = f"each reads weights for {_time(reads)} instead of {_time(read)}"
     sums = "two sums per layer, and telling the others what to run, come on top"
     if machine.device != "cuda":
+        alone = f"{machine.threads} thread{'s' * (machine.threads != 1)}"
         return [
-            f"{machine.workers} processes share {machine.cores} cores, where the row before had "
-            f"one with {machine.threads} threads: {less}, but {sums}",
+            f"{machine.workers} processes share {machine.cores} cores, where the row before was "
+            f"one process with {alone}: {less}, but {sums}",
             _rest(now, was),
         ]
     return [f"{less}; {sums}", _rest(now, was)]
