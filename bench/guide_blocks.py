@@ -5,6 +5,7 @@
     what `fastinfer ablate` printed for them
     ```
     <!-- end -->
+    <!-- shown: engines/h200/chat -->             bench/engines/h200/chat.json, of `fastinfer bench`
 
 `bench/report.py` fills them, so that a new run of the command renews the guide; a test holds that
 the pages show what the files say.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
-from fastinfer.bench import ablate_report
+from fastinfer.bench import ablate_report, report
 
 BLOCK = re.compile(r"(<!-- shown: (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -28,12 +29,37 @@ def fill(page: str, results: Path) -> str:
     """The page with every block as the results have it; blocks without a file stay."""
 
     def replace(match: re.Match[str]) -> str:
-        path = results / f"{match[2]}.json"
+        path = path_of(match[2], results)
         if not path.is_file():
             return match[0]
-        return f"{match[1]}{block(path, match[3].split())}\n{match[4]}"
+        told = load_test(path) if path.parts[-3] == "engines" else block(path, match[3].split())
+        return f"{match[1]}{told}\n{match[4]}"
 
     return BLOCK.sub(replace, page)
+
+
+def path_of(name: str, results: Path) -> Path:
+    """The file of a block; load tests lie beside the folder of results."""
+    folder = results.parent if name.startswith("engines/") else results
+    return folder / f"{name}.json"
+
+
+def load_test(path: Path) -> str:
+    """A load test as the command prints it, or its line per request rate."""
+    tests = report.read_results(path)
+    told = report.sweep_table(tests) if len(tests) > 1 else report.table(tests[0])
+    first = tests[0]
+    day = first["date"]
+    return "\n".join(
+        [
+            "```text",
+            *(line.rstrip() for line in told.splitlines()),
+            "```",
+            "",
+            f"`bench/engines/{path.parent.name}/{path.name}`: {first['device']}, "
+            f"{day[:4]}-{day[4:6]}-{day[6:8]}, commit {first['commit']}: `{first['command']}`.",
+        ]
+    )
 
 
 def block(path: Path, keys: list[str]) -> str:

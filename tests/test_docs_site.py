@@ -87,7 +87,7 @@ def test_outputs_of_the_guide_are_those_of_the_files(page: str) -> None:
     shown = guide_blocks.BLOCK.findall(text)
     assert len(shown) >= 12
     for _, file, _, _ in shown:
-        assert (ROOT / f"bench/results/{file}.json").is_file(), file
+        assert guide_blocks.path_of(file, ROOT / "bench/results").is_file(), file
 
 
 def test_both_guides_show_the_same() -> None:
@@ -156,5 +156,15 @@ def test_outputs_are_written_from_a_file(tmp_path: Path) -> None:
     assert "`bench/results/x/ablate.json`: Some GPU, 2026-01-02, commit abc" in filled
     assert filled.endswith("b\n<!-- shown: y/z -->\nc\n<!-- end -->")
     assert guide_blocks.fill(filled, tmp_path) == filled
+    (tmp_path.parent / "engines/x").mkdir(parents=True, exist_ok=True)
+    test = {"date": "20260102-101112", "device": "Some GPU", "commit": "abc", "command": "bench it"}
+    rates = ("request_throughput", "output_throughput", "median_ttft_ms", "p99_ttft_ms")
+    test |= dict.fromkeys((*rates, "median_tpot_ms", "p99_tpot_ms"), 12.5)
+    test |= {"goodput_limits": {}, "request_goodput": 0.0}
+    tests = [{**test, "request_rate": rate} for rate in (2.0, "inf")]
+    (tmp_path.parent / "engines/x/load.json").write_text(json.dumps(tests))
+    filled = guide_blocks.fill("<!-- shown: engines/x/load -->\n<!-- end -->", tmp_path)
+    assert "rate      req/s" in filled and "inf      12.50" in filled
+    assert "Some GPU, 2026-01-02, commit abc: `bench it`" in filled
     with pytest.raises(ValueError, match="has no rows paging"):
         guide_blocks.fill(page.replace("ablate gqa", "ablate paging"), tmp_path)

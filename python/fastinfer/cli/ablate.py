@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..bench import ablate_report as report
     from ..bench.ablate import Ablation, Options
+    from ..bench.provenance import device_name
     from ..bench.report import require_matplotlib
     from ..engine.device import choose_device
 
@@ -128,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     if args.load_format == "dummy":
         name += " (random weights)"
     caption = (
-        f"{name} on {_device_name(device)}: {options.requests} requests of "
+        f"{name} on {device_name(device)}: {options.requests} requests of "
         f"{','.join(map(str, lens))} + up to {options.output_len} tokens, {options.at_once} at once"
     )
     print(caption)
@@ -159,15 +156,17 @@ def _write(
 ) -> None:
     import torch
 
+    from ..bench.provenance import command_line, commit, device_name
+
     rates, options = ablation.rates, ablation.options
     document = {
         "model": model,
-        "device": _device_name(device),
+        "device": device_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "command": _command(),
+        "commit": commit(),
+        "command": command_line(),
         "workload": {
             "prompt_lens": list(options.prompt_lens),
             "output_len": options.output_len,
@@ -182,34 +181,3 @@ def _write(
         "rows": results,
     }
     Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _command() -> str:
-    """As it was given, without the folders of this machine."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["fastinfer", *words])
-
-
-def _commit() -> str:
-    """Of the repository that this package lies in, if any; FASTINFER_BENCH_COMMIT overrules."""
-    given = os.environ.get("FASTINFER_BENCH_COMMIT")
-    if given:
-        return given
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
