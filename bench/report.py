@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 import guide_blocks
+import readme_results
 
 Row = dict[str, Any]
 
@@ -349,6 +350,10 @@ def main() -> None:
     args = parser.parse_args()
     count = write(args.results, args.peers, args.output, args.engines)
     print(f"wrote {args.output} ({count} sections)")
+    readme = args.output.parents[1] / "README.md"
+    if readme.is_file() and args.results == HERE / "results":
+        readme.write_text(readme_results.fill(readme.read_text(), args.results))
+        print(f"wrote {readme}: its results")
     for guide in sorted(args.output.parent.glob("guide*.md")):
         guide.write_text(guide_blocks.fill(guide.read_text(), args.results))
         print(f"wrote {guide}: its outputs")

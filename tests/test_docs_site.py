@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT / "docs/site"), str(ROOT / "bench")]
 
 import guide_blocks  # noqa: E402
 import ops_pages  # noqa: E402
+import readme_results  # noqa: E402
 
 ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md"]
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
@@ -90,6 +91,25 @@ def test_outputs_of_the_guide_are_those_of_the_files(page: str) -> None:
         assert guide_blocks.path_of(file, ROOT / "bench/results").is_file(), file
 
 
+def test_results_of_the_readme_are_those_of_the_files() -> None:
+    """`make report` writes them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_results.fill(text, ROOT / "bench/results") == text
+    assert text.count("<!-- results -->") == 1 and "| `flash_attn_func` | 1 x 8192" in text
+
+
+def test_a_figure_of_the_readme_is_one_row(tmp_path: Path) -> None:
+    rows = [{"peer": "fastinfer", "m": 1, "us": 2.0}, {"peer": "fastinfer", "m": 1, "plan": True}]
+    rows.append({"peer": "torch", "m": 1, "us": 5.0, "commit": "def"})
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200/x.json").write_text(json.dumps({"commit": "abc", "rows": rows}))
+    pick = readme_results.gpu("x", "us", "{:.1f}", m=1)
+    assert pick.value(tmp_path) == ("2.0", "abc")
+    assert readme_results.gpu("x", "us", "{:.0f}", m=1, peer="torch").value(tmp_path)[1] == "def"
+    with pytest.raises(ValueError, match="has 0 rows"):
+        readme_results.gpu("x", "us", "{}", m=2).value(tmp_path)
+
+
 def test_both_guides_show_the_same() -> None:
     first, second = ((ROOT / f"docs/guide{end}.md").read_text() for end in ("", ".zh"))
     commands = [blocks(ROOT / f"docs/guide{end}.md", "") for end in ("", ".zh")]
@@ -113,6 +133,17 @@ def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     assert not [page for page in pages if f": {page}\n" not in text]
+
+
+def test_lengths_of_files_in_the_guide() -> None:
+    """The column says about how long a file is."""
+    text = (ROOT / "docs/guide.md").read_text()
+    rows = re.findall(r"^\| `([\w./]+)` \| (\d+) \|", text, re.MULTILINE)
+    assert len(rows) > 10
+    for name, told in rows:
+        file = next(f for f in (ROOT / name, ROOT / "python/fastinfer" / name) if f.is_file())
+        lines = len(file.read_text().splitlines())
+        assert abs(lines - int(told)) <= 0.2 * lines, (name, lines)
 
 
 def test_pictures_of_the_report_are_there() -> None:
