@@ -58,7 +58,7 @@ NOT_RUN = {
     "python -m fastinfer.integrations.transformers": "test_transformers_serve.py runs it",
 }
 GPU_ONLY = ("--device cuda", "tests/gpu/")
-SLOW = ("fastinfer quantize", "fastinfer ablate")  # each has tests of its own
+SLOW = ("fastinfer quantize", "fastinfer ablate", "python bench/")  # each has tests of its own
 SERVED = ("fastinfer serve", "curl ", "fastinfer bench serve --url", "torchrun ")  # test_server
 TRAINING = ("train.py", "corpus.py")  # of examples/tiny, in a copy of that folder
 
@@ -134,6 +134,11 @@ def test_command(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert program == "python", line
     if words[0].startswith("bench/bench_"):  # the results of the repository are not written
         words += ["--seconds", "0.001", "--json", str(folder / "rows.json")]
+    if words[0] == "bench/run_all.py":
+        only = [] if "--only" in words else ["--only", "norm"]
+        words += ["--out", str(folder / "bench_out/cpu"), "--short", *only]
+    if words[0] == "bench/report.py" and "build/bench" in words:
+        shutil.copytree(ROOT / "bench/results/cpu", folder / "build/bench/cpu")
     if words[:2] == ["-m", "pytest"]:
         words.append("--collect-only")
     if words[0] in TRAINING:
