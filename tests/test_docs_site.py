@@ -121,6 +121,36 @@ def test_both_guides_show_the_same() -> None:
     assert files[0] == files[1]
 
 
+TECHNIQUE = {
+    "docs/guide.md": ("**What.**", "**Why it helps.**", "**Where.**", "**Paper", "**Source"),
+    "docs/guide.zh.md": ("**做什么。**", "**为什么有用。**", "**在哪里。**", "**论文", "**来源"),
+}
+# What the guide that this one grew from names.
+NAMED = (
+    "TTFT TPOT GPTQ AWQ FlashAttention MHA MQA GQA PagedAttention vLLM TensorRT-LLM bitsandbytes"
+)
+NAMED += " transformers Baichuan2-7B INT8 INT4 FP16 Llama"
+
+
+@pytest.mark.parametrize("page", TECHNIQUE)
+def test_each_technique_has_its_parts(page: str) -> None:
+    """What, why, where, a command, the output that was seen, and the paper."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    part = re.split(r"^## ", text, flags=re.MULTILINE)[2]
+    sections = re.split(r"^### ", part, flags=re.MULTILINE)[1:]
+    assert len(sections) == 12
+    for section in sections:
+        title = section.splitlines()[0]
+        *parts, paper, source = TECHNIQUE[page]
+        assert all(each in section for each in parts), title
+        assert paper in section or source in section, title
+        assert re.search(r"^```\nfastinfer ", section, re.MULTILINE), title
+        assert guide_blocks.BLOCK.search(section), title
+        assert re.search(r"`(csrc|python|models|engine)/|`Scheduler", section), title
+    missing = [name for name in NAMED.split() if name.lower() not in text.lower()]
+    assert not missing
+
+
 @pytest.mark.parametrize("page", ["docs/guide.md", "docs/adding_a_kernel.md"])
 def test_files_named_by_a_page_are_there(page: str) -> None:
     named = set(re.findall(r"`([\w./]+/[\w.]+\.\w+)`", (ROOT / page).read_text()))

@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import itertools
+
 import merge  # noqa: E402
 import report  # noqa: E402
 
@@ -101,6 +103,45 @@ def test_page_and_plots(folders: Path):
     for name in pictures:
         if name.endswith("png"):
             assert f"performance/{name}" in text
+
+
+def test_plots_can_be_read_in_grey_and_in_print(folders: Path, monkeypatch: pytest.MonkeyPatch):
+    """Kinds differ in marker and line, no text is small, and the legend hides nothing."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, an optional dependency")
+    import report_plots
+
+    from fastinfer.bench import ablate_report
+    from fastinfer.bench.report import LINES, require_matplotlib
+
+    pyplot = require_matplotlib()
+    assert len({marker for _, marker, _ in LINES}) == len({str(line) for *_, line in LINES}) == 6
+    drawn: list[Any] = []
+
+    def check(figure: Any, *_: Any) -> str:
+        figure.tight_layout()
+        figure.canvas.draw()
+        drawn.append(figure)
+        for axis in figure.axes:
+            legend = axis.get_legend()
+            texts = [axis.xaxis.label, *axis.get_xticklabels(), *legend.get_texts()]
+            assert all(text.get_fontsize() >= 8 for text in texts)
+            inside, outer = axis.get_window_extent(), legend.get_window_extent()
+            assert not (outer.x0 < inside.x1 and outer.y0 < inside.y1), "the legend covers data"
+            assert outer.x1 <= figure.bbox.x1 and outer.y1 <= figure.bbox.y1, "cut off"
+        return "plot"
+
+    monkeypatch.setattr(report_plots, "save", lambda figure, *_: check(figure))
+    monkeypatch.setattr(ablate_report, "save_figure", check)
+    for section in sections(folders).values():
+        report_plots.plot_ratios(section, "Title", folders, pyplot)
+        report_plots.plot_roofline(section, "Title", folders, HEAD["ceilings"], pyplot)
+    rows = json.loads((ROOT / "bench/results/h200/ablate.json").read_text())["rows"]
+    ablate_report.plot(rows, folders / "a.png", "caption")
+    assert len(drawn) == 4
+    speed = drawn[-1].axes[0]
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in speed.patches}
+    greys = sorted(sum(c * w for c, w in zip(f, (0.3, 0.59, 0.11), strict=False)) for f, _ in looks)
+    assert all(b - a > 0.04 for a, b in itertools.pairwise(greys)) and len(looks) >= 3
 
 
 def test_the_results_in_the_repository_can_be_read():
