@@ -8,11 +8,12 @@
 
 Each script writes `<out>/<name>.json` (names as in bench/results) and its table to
 `<out>/logs/<name>.txt`. On a CPU the sizes are small and every row gets a few milliseconds, so that
-the whole takes two minutes on two quiet cores, five on busy ones: it shows that everything runs, and roughly how fast. A
-script that fails, takes too long or leaves no rows is reported with its last line and does not stop
-the others; the exit code is then 1. `<out>/logs/state.json` says what ended how; `--resume` runs
-what did not end well, or had another command line. `python bench/report.py --results <out>/..`
-makes a page of them. `bench_parallel*.py`, which need several GPUs, are run by themselves.
+the whole takes two minutes on two quiet cores and five on busy ones: it shows that everything runs,
+and roughly how fast. A script that fails, takes too long or leaves no rows is reported with its
+last line and does not stop the others; the exit code is then 1. `<out>/logs/state.json` says what
+ended how; `--resume` runs what did not end well, or had another command line. `python
+bench/report.py --results <out>/..` makes a page of them. `bench_parallel*.py`, which need several
+GPUs, are run by themselves.
 """
 
 from __future__ import annotations
