@@ -88,7 +88,7 @@ def test_batches() -> None:
     assert "tokens on average" not in told
     told = why(row("static", tpot_ms=3.0, seconds=3.0), before)
     assert told == (
-        "a step carries 50 tokens on average instead of 2 and takes 30.0 ms instead of 10.0"
+        "a step carries 50 tokens on average instead of 2 and takes 30.00 ms instead of 10.00"
     )
     told = why(
         row("continuous", itl_p99_ms=20.0, mixed_steps=40, largest_step=4096),

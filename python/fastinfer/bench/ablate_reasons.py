@@ -202,7 +202,7 @@ def _static(now: _Row, was: _Row, worse: dict[str, float], machine: Machine) -> 
     if set(worse) - {"ttft_ms"}:
         told.append(
             f"a step carries {now.tokens_per_step:.0f} tokens on average instead of "
-            f"{was.tokens_per_step:.0f} and takes {now.step_ms:.1f} ms instead of {was.step_ms:.1f}"
+            f"{was.tokens_per_step:.0f} and takes {now.step_ms:.2f} ms instead of {was.step_ms:.2f}"
         )
     return told
 
