@@ -6,6 +6,7 @@
     ```
     <!-- end -->
     <!-- shown: engines/h200/chat -->             bench/engines/h200/chat.json, of `fastinfer bench`
+    <!-- shown: h200/speculative ngram_k4 -->     rows whose case begins so, of bench_speculative.py
 
 `bench/report.py` fills them, so that a new run of the command renews the guide; a test holds that
 the pages show what the files say.
@@ -32,7 +33,11 @@ def fill(page: str, results: Path) -> str:
         path = path_of(match[2], results)
         if not path.is_file():
             return match[0]
-        told = load_test(path) if path.parts[-3] == "engines" else block(path, match[3].split())
+        keys = match[3].split()
+        if path.parts[-3] == "engines":
+            told = load_test(path)
+        else:
+            told = speculation(path, keys) if path.stem == "speculative" else block(path, keys)
         return f"{match[1]}{told}\n{match[4]}"
 
     return BLOCK.sub(replace, page)
@@ -58,6 +63,33 @@ def load_test(path: Path) -> str:
             "",
             f"`bench/engines/{path.parent.name}/{path.name}`: {first['device']}, "
             f"{day[:4]}-{day[4:6]}-{day[6:8]}, commit {first['commit']}: `{first['command']}`.",
+        ]
+    )
+
+
+def speculation(path: Path, keys: list[str]) -> str:
+    """Times per token without and with drafts."""
+    document = json.loads(path.read_text())
+    starts = tuple(key.replace("_", " ") for key in keys)
+    rows = [row for row in document["rows"] if row["case"].startswith(starts)]
+    if not rows or not all("speedup" in row for row in rows):
+        raise ValueError(f"{path} has no rows of {', '.join(starts)}")
+    titles = ("us/token", "with drafts", "x", "accepted", "tokens per check")
+    lines = ["```text", f"{'':<28}" + "".join(f"{title:>18}" for title in titles)]
+    for row in rows:
+        cells = [f"{row['off_us']:,.1f}", f"{row['on_us']:,.1f}", f"{row['speedup']:.2f}"]
+        cells.append(f"{row['acceptance']:.0%}")
+        cells.append(f"{row['accepted_length']:.2f}" if row.get("accepted_length") else "")
+        lines.append(f"{row['case']:<28}" + "".join(f"{cell:>18}" for cell in cells))
+    commits = ", ".join(sorted({row.get("commit", document["commit"]) for row in rows}))
+    lines = [line.rstrip() for line in lines]
+    return "\n".join(
+        [
+            *lines,
+            "```",
+            "",
+            f"`bench/results/{path.parent.name}/{path.name}`: {document['device']}, "
+            f"{document['date']}, commit {commits}.",
         ]
     )
 

@@ -227,5 +227,13 @@ def test_outputs_are_written_from_a_file(tmp_path: Path) -> None:
     filled = guide_blocks.fill("<!-- shown: engines/x/load -->\n<!-- end -->", tmp_path)
     assert "rate      req/s" in filled and "inf      12.50" in filled
     assert "Some GPU, 2026-01-02, commit abc: `bench it`" in filled
+    row = {"case": "ngram k4 b1 list", "off_us": 90.0, "on_us": 45.0, "speedup": 2.0}
+    row |= {"acceptance": 0.75, "accepted_length": 3.9}
+    head = {"device": "Some GPU", "date": "2026-01-02", "commit": "abc"}
+    (tmp_path / "x/speculative.json").write_text(json.dumps({**head, "rows": [row]}))
+    filled = guide_blocks.fill("<!-- shown: x/speculative ngram_k4 -->\n<!-- end -->", tmp_path)
+    assert "2.00" in filled and "75%" in filled and "3.90\n" in filled
+    with pytest.raises(ValueError, match="has no rows of draft"):
+        guide_blocks.fill("<!-- shown: x/speculative draft -->\n<!-- end -->", tmp_path)
     with pytest.raises(ValueError, match="has no rows paging"):
         guide_blocks.fill(page.replace("ablate gqa", "ablate paging"), tmp_path)
