@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
-from fastinfer.bench.report import LINES, save_figure
+from fastinfer.bench.report import LINES, plain_numbers, save_figure
 
 if TYPE_CHECKING:
     from report import Row, Section
@@ -118,9 +118,9 @@ def draw_compute(axis: Any, rows: Sequence[Row], ceilings: Row) -> None:
     )
     axis.set_xscale("log")
     axis.set_yscale("log")
-    plain(axis.xaxis, (1.0,))
+    plain_numbers(axis.xaxis, (1.0,))
     low, high = axis.get_ylim()
-    plain(axis.yaxis, (1.0, 2.0, 5.0) if high / low < 200 else (1.0,))
+    plain_numbers(axis.yaxis, (1.0, 2.0, 5.0) if high / low < 200 else (1.0,))
     axis.set_xlabel("operations per byte")
     axis.set_ylabel(unit)
 
@@ -142,19 +142,10 @@ def draw_bytes(axis: Any, rows: Sequence[Row], ceilings: Row) -> None:
         axis.plot(x, y, marker, color=color, markersize=4.5, fillstyle="none", label=kind)
     axis.axhline(ceilings["gbs"] / scale, label="copy of torch", **ROOF)
     axis.set_xscale("log")
-    plain(axis.xaxis, (1.0,))
+    plain_numbers(axis.xaxis, (1.0,))
     axis.set_xlabel("MB moved")
     axis.set_ylabel(unit)
     axis.set_ylim(bottom=0)
-
-
-def plain(axis: Any, subs: tuple[float, ...]) -> None:
-    """Numbers as one writes them on a logarithmic axis, not powers of ten."""
-    from matplotlib import ticker
-
-    axis.set_major_locator(ticker.LogLocator(subs=subs))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def finish(axis: Any, title: str) -> None:

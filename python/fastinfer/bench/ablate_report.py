@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .ablate_cost import PARTS
-from .report import LINES, require_matplotlib, save_figure
+from .report import LINES, legend_above, plain_numbers, require_matplotlib, save_figure
 
 Result = dict[str, Any]
 
@@ -122,7 +122,7 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
     speed.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rate, _: f"{rate:,g}"))
     speed.xaxis.set_minor_formatter(ticker.NullFormatter())
     speed.set_xlabel("output tokens per second")
-    _legend(speed, "bound by")
+    legend_above(speed, "bound by")
     speed.set_yticks(
         places, [result["title"] + (" *" if result.get("worse") else "") for result in ran]
     )
@@ -138,10 +138,9 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
         times.plot(figures, places, marker, **style)
     times.set_xscale("log")
     times.set_xlabel("ms")
-    times.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    times.xaxis.set_major_formatter(ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
+    plain_numbers(times.xaxis)
     times.minorticks_off()
-    _legend(times)
+    legend_above(times)
     weights = [result.get("weights_mb", 0.0) for result in ran]
     cache = [result.get("cache_mb", 0.0) for result in ran]
     wasted = [c * result.get("kv_waste", 0.0) for c, result in zip(cache, ran, strict=True)]
@@ -156,7 +155,7 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
         memory.barh(places, shown, left=base, label=label, **_bar(*look))
         base = [b + value for b, value in zip(base, shown, strict=True)]
     memory.set_xlabel(name)
-    _legend(memory)
+    legend_above(memory)
     for axis in axes:
         axis.grid(alpha=0.3, axis="x")
         axis.set_axisbelow(True)
@@ -175,19 +174,3 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
 
 def _bar(color: str, hatch: str) -> dict[str, Any]:
     return {"color": color, "hatch": hatch, "edgecolor": "#333333", "linewidth": 0.5}
-
-
-def _legend(axis: Any, title: str | None = None) -> None:
-    """Above the axis, where it hides nothing."""
-    axis.legend(
-        title=title,
-        fontsize=8,
-        title_fontsize=8,
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=3,
-        columnspacing=1.0,
-        handlelength=1.6,
-        handletextpad=0.5,
-        frameon=False,
-    )

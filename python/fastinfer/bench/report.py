@@ -264,12 +264,38 @@ def plot_sweep(results: Sequence[Result], path: str | Path) -> None:
         axis.set_xlabel("output tokens per second")
         axis.set_ylabel(f"{name.upper()} in ms")
         axis.set_ylim(bottom=0)
-        axis.legend()
+        legend_above(axis)
         axis.grid(alpha=0.3)
-    figure.suptitle(str(ordered[0].get("label") or ordered[0].get("model_id", "")))
+    model = Path(str(ordered[0].get("model_id", ""))).parts[-2:]
+    figure.suptitle(str(ordered[0].get("label") or "/".join(model)))
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def legend_above(axis: Any, title: str | None = None) -> None:
+    """Above the axis, where it hides nothing."""
+    axis.legend(
+        title=title,
+        fontsize=8,
+        title_fontsize=8,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=3,
+        columnspacing=1.0,
+        handlelength=2.2,
+        handletextpad=0.5,
+        frameon=False,
+    )
+
+
+def plain_numbers(axis: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Numbers as one writes them on a logarithmic axis (`xaxis`, `yaxis`), not powers of ten."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save_figure(figure: Any, path: Path) -> None:
