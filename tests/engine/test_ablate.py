@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -122,11 +123,11 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """Every row that a CPU can run runs, with a picture, in under three minutes: the command of
     the README with its own sizes.
     """
-    pytest.importorskip("matplotlib")
+    plots = importlib.util.find_spec("matplotlib") is not None
     wall, processor = time.perf_counter(), time.process_time()
     out, picture = tmp_path / "a.json", tmp_path / "a"
     command = ["ablate", "--model", str(TINY / "model"), "--device", "cpu", "--repeats", "1"]
-    assert main([*command, "--json", str(out), "--plot", str(picture)]) == 0
+    assert main([*command, "--json", str(out), *(["--plot", str(picture)] if plots else [])]) == 0
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     print(f"a whole ablation: {wall:.0f} s, {processor:.0f} s of the processor")
     # 23 s and 16 s on two cores that seven other processes wanted too
@@ -154,7 +155,7 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert list(perplexities) == ["naive", "flash", "int8", "int4", "cache8"]
     assert perplexities["flash"] == pytest.approx(perplexities["naive"], rel=1e-3)
     assert perplexities["int4"] > perplexities["int8"]
-    for end in (".png", ".svg"):
+    for end in (".png", ".svg") if plots else ():
         assert picture.with_name("a" + end).stat().st_size > 10_000
     said = capsys.readouterr().out
     assert "no KV cache" in said and "bound by" in said
