@@ -11,6 +11,10 @@
 // at the same time. An item cut by such borders is summed up from partial results once the last
 // of them is there (finish.cuh). Batch-invariant: an item consists of pieces of 1024 keys
 // at absolute positions, a piece belongs to the CTA of its first tile.
+//
+// Clusters (sm_90). Few items have clusters of CTAs to themselves: 1 << parts_shift of them at
+// most, fewer where the sequence is short, each CTA with an equal part of the keys
+// (cluster_finish.cuh).
 #pragma once
 
 #include <cstdint>
@@ -21,10 +25,10 @@ namespace fastinfer::cuda {
 
 constexpr int kPlanTile = 64;        // keys per unit of cost
 constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
-constexpr int kLongShare = 32;
-constexpr int kPartShift = 2;       // log2 of the tiles per CTA before an item has more clusters
-constexpr int kAlways = INT32_MAX;  // most_share of a launch that is nothing but clusters
-constexpr int kPlanHeader = 8;      // see csrc/ops/paged_attention.cpp
+constexpr int kLongShare = 32;       // tiles, from which on ends of items count (work.cuh)
+constexpr int kPartShift = 2;        // log2 of the tiles per CTA before an item has more clusters
+constexpr int kAlways = INT32_MAX;   // most_share of a launch that is nothing but clusters
+constexpr int kPlanHeader = 8;       // see csrc/ops/paged_attention.cpp
 
 // Kernels read this from constant memory, where every line of 64 bytes that is not there yet takes
 // time: what most calls need comes first, in the order in which it is needed.
