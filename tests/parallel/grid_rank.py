@@ -18,9 +18,10 @@ import torch.distributed as dist
 from _model_harness import random_ids, run_schedule
 
 from fastinfer.distributed.group import ParallelGroups, make_groups
+from fastinfer.distributed.stages import divide_layers
 from fastinfer.engine.team import Stage
 from fastinfer.models import load_config, load_model
-from fastinfer.models.shard import WHOLE, divide
+from fastinfer.models.shard import WHOLE, divide, weight_costs
 
 SEQUENCES = [random_ids(11, 1), random_ids(7, 2)]
 SCHEDULE = [[(0, 5), (1, 6)], [(1, 1), (0, 5)], [(0, 1)]]
@@ -55,7 +56,10 @@ class Part:
 
 def logits_of(folder: str, groups: ParallelGroups | None) -> list[torch.Tensor]:
     """Of all tokens of SEQUENCES."""
-    shard = WHOLE if groups is None else divide(load_config(folder), groups)
+    shard = WHOLE
+    if groups is not None:
+        config = load_config(folder)
+        shard = divide(config, groups, divide_layers(weight_costs(config), groups.stages))
     model: Any = load_model(folder, dtype=torch.float32, shard=shard)
     if groups is not None:
         model = Part(model, groups)

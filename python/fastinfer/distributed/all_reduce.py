@@ -30,6 +30,7 @@ from ..ops.norm import fused_add_rms_norm
 
 MAX_RANKS = 8
 HANDLE_BYTES = 64
+_ABORTED = 2  # what the host writes to `failed`; the GPU writes 1 when it was late
 _OFFER = struct.Struct(f"<?16sqq{HANDLE_BYTES}s")  # fine, host, max_bytes, limit, handle
 
 
@@ -240,6 +241,11 @@ class PeerAllReduce:
         Raises:
             RuntimeError: See above.
         """
+        if self._failed.value == _ABORTED:
+            raise RuntimeError(
+                f"PeerAllReduce: rank {self.rank} was told to wait for no other rank of "
+                f"{self.size} any more; results since then are void, restart the ranks"
+            )
         if self._failed.value:
             raise RuntimeError(
                 f"PeerAllReduce: rank {self.rank} waited {self.timeout_s:g} s for another rank of "
@@ -247,6 +253,13 @@ class PeerAllReduce:
             )
         if self.reason:
             raise RuntimeError(f"PeerAllReduce: {self.reason}; use torch.distributed.all_reduce")
+
+    def abort(self) -> None:
+        """End the waits of calls that run, and let no later one wait: a rank has gone. From any
+        thread, while the GPU works; `check` raises from now on.
+        """
+        if self._id >= 0 and not self._failed.value:
+            self._failed.value = _ABORTED
 
     def close(self, *, barrier: bool = True) -> None:
         """Give the memory back; every rank calls it, after the graphs that hold calls are gone.

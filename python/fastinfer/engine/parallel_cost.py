@@ -14,6 +14,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..distributed.stages import StageCosts, divide_layers
+
 if TYPE_CHECKING:
     from .parallel_calibration import Calibration, Line, Table
 
@@ -240,17 +242,8 @@ def _step(
     layer -= 8 * overlap
     head = linear_us(cal, "bf16", sampled, hidden * shape.vocab / tp) - 2 * overlap
     head += look_up(cal.sampling, sampled)
-    stage = _slowest_stage(shape.layers, cluster.pp, layer, head)
+    costs = StageCosts((layer,) * shape.layers, 0.0, head)
+    stage = max(costs.of_stages(divide_layers(costs, cluster.pp)))
     send = send_us(cal, cluster, rows * hidden * 2) if cluster.pp > 1 else 0.0
     total = shape.layers * layer + head + (cluster.pp - 1) * send
     return Step(stage + send, total)
-
-
-def _slowest_stage(layers: int, stages: int, layer: float, head: float) -> float:
-    """With whole layers, the last stage having the head: the best there is."""
-    if stages == 1:
-        return layers * layer + head
-    return min(
-        max(math.ceil((layers - last) / (stages - 1)) * layer, last * layer + head)
-        for last in range(layers + 1)
-    )

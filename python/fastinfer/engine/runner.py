@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .. import _lib, ops
 from ..distributed.sampling import ShardedSample
+from ..distributed.stages import divide_layers
 from ..models import CausalLM, load_config, start_loading
 from ..models.quantized import quantize_layers
-from ..models.shard import WHOLE, divide
+from ..models.shard import WHOLE, Shard, check_stages, divide
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .bursts import Bursts
@@ -30,6 +31,7 @@ from .kv_cache import (
 from .metrics import RequestMetrics
 from .request import Request
 from .sampler import DrawnTokens, sample_tokens
+from .stage_cost import measure_costs
 from .step_plan import ScheduledChunk, SchedulePlan
 from .swap import HostCache, SwapSpace
 from .team import Stage, Team
@@ -77,13 +79,14 @@ class ModelRunner:
         self.device = device
         self.block_size = config.block_size
         self._team = team
+        self._planned_ms: float | None = None  # of a step of this stage
         if model is not None:
             self._set_up(config, model)
             return
         plan = f"`fastinfer plan --model {config.model}` says how much they are"
         weights = f"the weights of {config.model}"
-        shard = WHOLE if team is None else divide(load_config(config.model), team.groups)
         with must_fit(weights, device, plan):
+            shard = WHOLE if team is None else self._shard(config, team)
             loading = start_loading(
                 config.model,
                 dtype=config.dtype,
@@ -102,6 +105,21 @@ class ModelRunner:
             if config.quantization is None:
                 with must_fit(weights, device, plan):
                     loading.finish()
+
+    def _shard(self, config: EngineConfig, team: Team) -> Shard:
+        """Which part of the model is here; the same division on all ranks."""
+        whole, stages = load_config(config.model), team.groups.stages
+        counts = config.pipeline_stages or [whole.num_layers]
+        if stages > 1 and config.pipeline_stages is None:
+            check_stages(whole, stages)
+            workspace = make_workspace(whole, self.device)
+            costs = measure_costs(config, whole, team, self.device, workspace)
+            counts = divide_layers(costs, stages)
+            self._planned_ms = costs.of_stages(counts)[team.groups.stage] * 1e3
+            del workspace
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return divide(whole, team.groups, counts)
 
     def _set_up(self, config: EngineConfig, model: Any) -> None:
         """Everything but the values of the weights."""
@@ -234,15 +252,17 @@ class ModelRunner:
         return None
 
     def pipeline_stats(self, *, reset: bool = False) -> list[dict[str, float]]:
-        """Per stage of a pipeline its steps, milliseconds of work per step and the share of the
-        time that it was idle; see `StageClock`. Empty where there is one stage.
+        """Per stage of a pipeline its layers, steps, milliseconds of work per step and the share of
+        the time that it was idle; see `StageClock`. Empty where there is one stage.
 
         Args:
             reset: Begin to measure anew.
         """
         if self._stage is None:
             return []
-        report = self._stage.clock.report()
+        report = {"layers": len(self.model.layers), **self._stage.clock.report()}
+        if self._planned_ms is not None:
+            report["planned_ms"] = self._planned_ms
         if reset:
             self._stage.clock.reset()
         return [report]
