@@ -1,8 +1,8 @@
 """One rank of a run over many small models: `python grid_rank.py rank size port cases.json`.
 
-cases.json: {"layouts": [[tp, pp], ...], "cases": {name: folder}, "out": folder}. For every case and
-layout the first rank of the last stage writes the logits of `logits_of` to out/name-tp-pp.pt, or
-the error that came instead.
+cases.json: {"layouts": [[tp, pp], ...], "cases": {name: folder}, "out": folder, "device": "cpu" or
+"cuda", "dtype": name}. For every case and layout the first rank of the last stage writes the logits
+of `logits_of` to out/name-tp-pp.pt, or the error that came instead.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Part:
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         vocabulary = self.model.whole.vocab_size
         if self.stage is not None and not self.stage.is_last:
-            return torch.zeros(len(hidden), vocabulary)
+            return torch.zeros(len(hidden), vocabulary, device=hidden.device)
         logits = self.model.compute_logits(hidden)
         if self.groups.tensor is None:
             return logits
@@ -54,16 +54,23 @@ class Part:
         return self.groups.tensor.all_gather(logits).transpose(0, 1).flatten(1)[:, :vocabulary]
 
 
-def logits_of(folder: str, groups: ParallelGroups | None) -> list[torch.Tensor]:
-    """Of all tokens of SEQUENCES."""
+def logits_of(
+    folder: str,
+    groups: ParallelGroups | None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
+    """Of all tokens of SEQUENCES, on the CPU."""
     shard = WHOLE
     if groups is not None:
         config = load_config(folder)
         shard = divide(config, groups, divide_layers(weight_costs(config), groups.stages))
-    model: Any = load_model(folder, dtype=torch.float32, shard=shard)
+    model: Any = load_model(folder, dtype=dtype, device=device, shard=shard, progress=False)
     if groups is not None:
         model = Part(model, groups)
-    return run_schedule(model, SEQUENCES, SCHEDULE, block_size=4)
+    with torch.device(device), torch.inference_mode():
+        logits = run_schedule(model, SEQUENCES, SCHEDULE, block_size=4)
+    return [each.float().cpu() for each in logits]
 
 
 def main() -> None:
@@ -72,16 +79,28 @@ def main() -> None:
     work = json.loads(Path(sys.argv[4]).read_text())
     limit = timedelta(seconds=300)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=limit)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    device = torch.device(work["device"])
+    if device.type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=limit,
+        device_id=device if device.type == "cuda" else None,
+    )
     for tp, pp in work["layouts"]:
-        groups = make_groups(tp, pp, torch.device("cpu"), timeout=300)
+        groups = make_groups(tp, pp, device, timeout=300)
         for name, folder in work["cases"].items():
             try:
-                result: Any = logits_of(folder, groups)
+                result: Any = logits_of(folder, groups, device, getattr(torch, work["dtype"]))
             except ValueError as error:  # the same on every rank
                 result = str(error)
             if rank == size - tp:
                 torch.save(result, Path(work["out"]) / f"{name}-{tp}-{pp}.pt")
+        groups.close()
     dist.destroy_process_group()
 
 
