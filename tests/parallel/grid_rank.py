@@ -2,7 +2,8 @@
 
 cases.json: {"layouts": [[tp, pp], ...], "cases": {name: folder}, "out": folder, "device": "cpu" or
 "cuda", "dtype": name}. For every case and layout the first rank of the last stage writes the logits
-of `logits_of` to out/name-tp-pp.pt, or the error that came instead.
+of `logits_of` to out/name-tp-pp.pt, or the error that came instead. Cases whose names end with
+INVARIANT run in batch-invariant mode.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fastinfer.engine.team import Stage
 from fastinfer.models import load_config, load_model
 from fastinfer.models.shard import WHOLE, divide, weight_costs
 
+INVARIANT = "_invariant"
 SEQUENCES = [random_ids(11, 1), random_ids(7, 2)]
 SCHEDULE = [[(0, 5), (1, 6)], [(1, 1), (0, 5)], [(0, 1)]]
 
@@ -59,6 +61,7 @@ def logits_of(
     groups: ParallelGroups | None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    batch_invariant: bool = False,
 ) -> list[torch.Tensor]:
     """Of all tokens of SEQUENCES, on the CPU."""
     shard = WHOLE
@@ -66,6 +69,7 @@ def logits_of(
         config = load_config(folder)
         shard = divide(config, groups, divide_layers(weight_costs(config), groups.stages))
     model: Any = load_model(folder, dtype=dtype, device=device, shard=shard, progress=False)
+    model.set_batch_invariant(batch_invariant)
     if groups is not None:
         model = Part(model, groups)
     with torch.device(device), torch.inference_mode():
@@ -79,7 +83,7 @@ def main() -> None:
     work = json.loads(Path(sys.argv[4]).read_text())
     limit = timedelta(seconds=300)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=limit)
-    device = torch.device(work["device"])
+    device, dtype = torch.device(work["device"]), getattr(torch, work["dtype"])
     if device.type == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
@@ -95,7 +99,8 @@ def main() -> None:
         groups = make_groups(tp, pp, device, timeout=300)
         for name, folder in work["cases"].items():
             try:
-                result: Any = logits_of(folder, groups, device, getattr(torch, work["dtype"]))
+                invariant = name.endswith(INVARIANT)
+                result: Any = logits_of(folder, groups, device, dtype, invariant)
             except ValueError as error:  # the same on every rank
                 result = str(error)
             if rank == size - tp:
