@@ -187,9 +187,17 @@ def test_processes_that_torchrun_started(folder: Path) -> None:
     assert outputs[1][0] == ""
 
 
-def torchrun_hosts(hosts: int, each: int, arguments: list[str]) -> list[subprocess.Popen[str]]:
+MEETINGS = {
+    "static": "--master-addr 127.0.0.1 --master-port {port} --node-rank {host}",
+    "c10d": "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port} --rdzv-id one",
+}
+
+
+def torchrun_hosts(
+    hosts: int, each: int, meeting: str, arguments: list[str]
+) -> list[subprocess.Popen[str]]:
     """A torchrun per host, all of them on this machine."""
-    port = str(free_port())
+    port = free_port()
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -197,10 +205,11 @@ def torchrun_hosts(hosts: int, each: int, arguments: list[str]) -> list[subproce
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p.endswith("python")),
     }
     start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(hosts)]
-    start += ["--nproc-per-node", str(each), "--master-addr", "127.0.0.1", "--master-port", port]
+    start += ["--nproc-per-node", str(each)]
+    where = MEETINGS[meeting]
     return [
         subprocess.Popen(
-            [*start, "--node-rank", str(host), "-m", "fastinfer", *arguments],
+            [*start, *where.format(port=port, host=host).split(), "-m", "fastinfer", *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -210,8 +219,8 @@ def torchrun_hosts(hosts: int, each: int, arguments: list[str]) -> list[subproce
     ]
 
 
-def check_hosts(folder: Path, each: int, *sizes: str) -> None:
-    hosts = torchrun_hosts(2, each, [*GENERATE, *OPTIONS, *sizes, "--model", str(folder)])
+def check_hosts(folder: Path, each: int, meeting: str, *sizes: str) -> None:
+    hosts = torchrun_hosts(2, each, meeting, [*GENERATE, *OPTIONS, *sizes, "--model", str(folder)])
     outputs = [host.communicate(timeout=180) for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], outputs
     with LLM(str(folder), **SETTINGS) as llm:
@@ -221,9 +230,9 @@ def check_hosts(folder: Path, each: int, *sizes: str) -> None:
 
 
 def test_two_hosts(folder: Path) -> None:
-    check_hosts(folder, 1, "--tp", "2")
+    check_hosts(folder, 1, "c10d", "--tp", "2")
 
 
 @pytest.mark.full
 def test_two_hosts_with_two_processes_each(folder: Path) -> None:
-    check_hosts(folder, 2, "--tp", "2", "--pp", "2")
+    check_hosts(folder, 2, "static", "--tp", "2", "--pp", "2")

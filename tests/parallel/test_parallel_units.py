@@ -19,6 +19,8 @@ from engine_toy import ToyModel, toy_llm
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.checkpoint import Cut
+from fastinfer.cli.main import build_parser
+from fastinfer.cli.options import engine_options
 from fastinfer.distributed.control import Hub, RankError, Spoke, first_line, listen_at
 from fastinfer.distributed.group import ParallelGroups
 from fastinfer.distributed.span import Span, even, in_units
@@ -259,6 +261,15 @@ def test_the_hub_speaks_ipv6() -> None:
     joining.join()
     spoke[0].done = True
     hub.hang_up()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "tune", "bench throughput"])
+def test_commands_that_make_an_engine_take_its_sizes(command: str) -> None:
+    sizes = ["--tp", "2", "--pp", "2", "--pp-layers", "1,2", "--distributed-timeout", "9"]
+    args = build_parser().parse_args([*command.split(), "--model", "m", *sizes])
+    options = engine_options(args)
+    assert options["tensor_parallel_size"] == options["pipeline_parallel_size"] == 2
+    assert options["pipeline_stages"] == [1, 2] and options["distributed_timeout"] == 9
 
 
 def test_an_error_without_words() -> None:
