@@ -115,6 +115,18 @@ def test_a_rank_runs_out_of_memory(folder: Path, fault: str, rank: int, says: st
     assert time.monotonic() - begin < 60
 
 
+def test_a_collective_that_nobody_answers(folder: Path) -> None:
+    """The other rank lives and says so, but does not come."""
+    begin = time.monotonic()
+    arguments = [*GENERATE, *OPTIONS, "--tp", "2", "--distributed-timeout", "3"]
+    ranks = start_ranks(2, arguments, [folder, folder], [FAULTY, "step-wait", "1"])
+    outputs = [each.communicate(timeout=120) for each in ranks]
+    assert all(each.returncode != 0 for each in ranks)
+    late = "LLM: a collective of 2 ranks took longer than distributed_timeout (3 s)"
+    assert late in outputs[0][1] and "Traceback" not in outputs[0][1]
+    assert time.monotonic() - begin < 60
+
+
 def test_an_interrupt_while_loading(folder: Path, tmp_path: Path) -> None:
     """Ctrl-C is no fault of a rank: KeyboardInterrupt, and the other process goes too."""
     script = tmp_path / "start.py"

@@ -180,6 +180,8 @@ class Hub:
         with self._changed:
             while self._failure is None and time.monotonic() < end:
                 self._changed.wait(0.1)
+        if self._failure is None and "timed out" in str(error).lower():  # says gloo, or a socket
+            return self.late(f"a collective of {self.size} ranks")
         if self._failure is None:
             self.fail(f"LLM: rank 0 of {self.size}: {first_line(error)}{self._silent()}")
         assert self._failure is not None
