@@ -185,7 +185,7 @@ def hog(device: int, left: int) -> torch.Tensor:
 
 
 def test_a_rank_has_no_memory_to_start(folder: Path) -> None:
-    held = hog(1, 700 << 20)  # less than its context, the buffers and a cache need
+    held = hog(1, 3 << 30)  # enough for its context and NCCL, not for its cache
     begin = time.monotonic()
     with pytest.raises((RankError, ValueError), match=r"rank 1 of 2.*memory"):
         LLM(
