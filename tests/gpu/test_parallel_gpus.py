@@ -90,6 +90,7 @@ def alone(folder: Path) -> tuple[list[list[int]], list[dict[int, float]]]:
         {"tensor_parallel_size": 2, "speculative": "folder", "adaptive_speculation": False},
         {"tensor_parallel_size": 2, "batch_invariant": True},
         {"tensor_parallel_size": 2, "enable_prefix_caching": False, "async_scheduling": False},
+        {"tensor_parallel_size": 2, "peer": "0"},
         {"pipeline_parallel_size": 2},
         {"pipeline_parallel_size": 2, "pipeline_stages": [1, 3], "speculative": "ngram"},
     ],
@@ -100,11 +101,16 @@ def alone(folder: Path) -> tuple[list[list[int]], list[dict[int, float]]]:
         "tp2_draft_model",
         "tp2_batch_invariant",
         "tp2_plain",
+        "tp2_nccl",
         "pp2",
         "pp2_given_speculation",
     ],
 )
-def test_answers_are_those_of_one_gpu(folder: Path, alone: Any, options: dict[str, Any]) -> None:
+def test_answers_are_those_of_one_gpu(
+    folder: Path, alone: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTINFER_PEER_ALL_REDUCE", options.get("peer", "1"))
+    options = {name: value for name, value in options.items() if name != "peer"}
     if options.get("speculative") == "folder":  # the draft stays on rank 0
         options = options | {"speculative": str(folder)}
     tokens, scored = answers(folder, **options)
