@@ -85,6 +85,12 @@ FULL: dict[str, dict[str, Any]] = {
         "adaptive_speculation": False,
         "cuda_graphs": True,
     },
+    "pp2_draft_model": {
+        "pipeline_parallel_size": 2,
+        "speculative": "folder",
+        "adaptive_speculation": False,
+        "pipeline_stages": [1, 2],
+    },
     "tp2_swap": {
         "tensor_parallel_size": 2,
         "num_blocks": 9,
@@ -108,7 +114,8 @@ def run_case(folder: Path, options: dict[str, Any]) -> None:
     if options.get("speculative") == "folder":
         options = options | {"speculative": str(folder)}
     settings = SETTINGS | options
-    alone = {k: v for k, v in settings.items() if not k.endswith("parallel_size")}
+    several = ("tensor_parallel_size", "pipeline_parallel_size", "pipeline_stages")
+    alone = {k: v for k, v in settings.items() if k not in several}
     environment = dict(os.environ)
     with LLM(str(folder), **alone) as llm:
         want = several_rounds(llm)
