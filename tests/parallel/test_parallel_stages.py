@@ -13,6 +13,7 @@ import pytest
 import torch
 from _model_harness import build_reference, save
 from engine_checkpoint import save_checkpoint
+from quant_checkpoints import CASES, write_checkpoint
 from test_parallel_units import config
 
 from fastinfer.distributed.group import ParallelGroups
@@ -159,6 +160,52 @@ def test_a_huge_vocabulary_leaves_the_last_stage_few_layers(tmp_path: Path) -> N
     costs = stage_cost.measure_costs(settings, whole, meeting, torch.device("cpu"))  # type: ignore[arg-type]
     first, last = divide_layers(costs, 2)
     assert last < first
+
+
+class Alone:
+    """A group whose other ranks have nothing to say."""
+
+    peer = None
+    batch_invariant = False
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = size - 1, size
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama_mqa",
+        "qwen3_window",
+        "gptq_v2_act_order",
+        "gptq_odd_group",
+        "awq",
+        "ct_w8a8",
+        "bnb_nf4",
+    ],
+)
+def test_every_kind_of_model_can_be_timed(tmp_path: Path, name: str, ranks: int) -> None:
+    """With its quantisation, cut over ranks."""
+    if name in CASES:
+        write_checkpoint(CASES[name], tmp_path)
+    else:
+        save(name, build_reference(name), tmp_path)
+    tensor = None if ranks == 1 else Alone(ranks)
+    meeting: Any = SimpleNamespace(
+        groups=SimpleNamespace(tensor=tensor, stages=2), least=lambda what, value: value
+    )
+    whole = load_config(tmp_path)
+    for options in ({}, {"requantize": 4}, {"kv_cache_dtype": "int8", "batch_invariant": True}):
+        settings = EngineConfig(
+            model=str(tmp_path), max_num_seqs=4, pipeline_parallel_size=2, **options
+        )
+        costs = stage_cost.measure_costs(settings, whole, meeting, torch.device("cpu"))
+        assert len(costs.layers) == whole.num_layers
+        assert min(*costs.layers, costs.first, costs.last) > 0
 
 
 def test_kinds_of_layers() -> None:
