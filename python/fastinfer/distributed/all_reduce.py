@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _lib
-from ..ops.all_reduce import peer_all_reduce, peer_all_reduce_add_rms_norm
+from ..ops.all_reduce import peer_all_reduce, peer_all_reduce_add_rms_norm, peer_argmax
 from ..ops.norm import fused_add_rms_norm
 
 MAX_RANKS = 8
@@ -233,6 +233,15 @@ class PeerAllReduce:
         if self.size == 1:
             return fused_add_rms_norm(x, residual, weight, eps)
         return peer_all_reduce_add_rms_norm(x, residual, weight, eps, self._id, algorithm)
+
+    def argmax(self, logits: Tensor, ids: Tensor, begin: int, out: Tensor) -> Tensor:
+        """out = the token of the rank with the greatest logits[b, ids[b]]; see `peer_argmax`.
+
+        Raises:
+            RuntimeError: As in `all_reduce_`.
+        """
+        self.check()
+        return peer_argmax(logits, ids, begin, self._id, out)
 
     def check(self) -> None:
         """Raise when a rank has not answered in time, or nothing is supported. Waits for nothing:
