@@ -18,7 +18,6 @@ from test_parallel_units import config
 
 from fastinfer.distributed.group import ParallelGroups
 from fastinfer.distributed.stages import StageCosts, divide_layers
-from fastinfer.engine import runner as runner_module
 from fastinfer.engine import stage_cost
 from fastinfer.engine.config import EngineConfig
 from fastinfer.engine.runner import ModelRunner
@@ -108,7 +107,7 @@ def test_stages_are_divided_by_measured_cost(
 ) -> None:
     """Weights would say 2 and 1 in both cases; the embedding weighs nothing then."""
     costs = StageCosts((1.0, 1.0, 1.0), 0.5, last)
-    monkeypatch.setattr(runner_module, "measure_costs", lambda *_: costs)
+    monkeypatch.setattr(stage_cost, "measure_costs", lambda *_: costs)
     assert divided(tmp_path) == (counts, [1e3 * each for each in costs.of_stages(counts)])
 
 

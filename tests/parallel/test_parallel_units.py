@@ -21,7 +21,8 @@ from fastinfer import checkpoint as checkpoint_module
 from fastinfer.checkpoint import Cut
 from fastinfer.cli.main import build_parser
 from fastinfer.cli.options import engine_options
-from fastinfer.distributed.control import Hub, RankError, Spoke, first_line, listen_at
+from fastinfer.distributed.control import Hub, RankError, Spoke, first_line
+from fastinfer.distributed.launch import listen_at
 from fastinfer.distributed.span import Span, even, in_units
 from fastinfer.engine.parallel import pack_result, unpack_result
 from fastinfer.engine.plan_wire import PlanReader, PlanWriter

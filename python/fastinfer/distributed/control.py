@@ -359,26 +359,6 @@ class Spoke:
         self._orders.sendall(_HEADER.pack(RESULT, len(payload)) + payload)
 
 
-def listen_at(host: str, *, several_hosts: bool) -> socket.socket:
-    """A socket on any free port of the interface that has the address of `host`, over IPv4 or IPv6.
-
-    On all interfaces where that is not known: the name stands for a machine in front of this one,
-    or the hosts file takes it for loopback, where no other host could connect.
-    """
-    literal = host in ("localhost", "ip6-localhost", "::1") or host.startswith("127.")
-    with contextlib.suppress(OSError):  # of names that cannot be resolved
-        for family, _, _, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
-            address = str(place[0])
-            loopback = address == "::1" or address.startswith("127.")
-            if loopback and several_hosts and not literal:
-                continue
-            with contextlib.suppress(OSError):
-                return socket.create_server((address, 0, *place[2:]), family=family)
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
-
-
 def read_frame(connection: socket.socket) -> tuple[int, bytes]:
     """(kind, payload). Raises OSError when the other side has gone."""
     kind, size = _HEADER.unpack(_read(connection, _HEADER.size))

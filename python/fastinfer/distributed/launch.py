@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .control import CLOSE, SAY, START_S, Hub, RankError, Spoke, listen_at
+from .control import CLOSE, SAY, START_S, Hub, RankError, Spoke
 from .group import ParallelGroups, make_groups
 
 _LOOPBACK = "127.0.0.1"
@@ -318,6 +318,26 @@ def _device(name: str, local: int, here: int) -> torch.device:
             "torchrun"
         )
     return torch.device("cuda", local)
+
+
+def listen_at(host: str, *, several_hosts: bool) -> socket.socket:
+    """A socket on any free port of the interface that has the address of `host`, over IPv4 or IPv6.
+
+    On all interfaces where that is not known: the name stands for a machine in front of this one,
+    or the hosts file takes it for loopback, where no other host could connect.
+    """
+    literal = host in ("localhost", "ip6-localhost", "::1") or host.startswith("127.")
+    with contextlib.suppress(OSError):  # of names that cannot be resolved
+        for family, _, _, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            address = str(place[0])
+            loopback = address == "::1" or address.startswith("127.")
+            if loopback and several_hosts and not literal:
+                continue
+            with contextlib.suppress(OSError):
+                return socket.create_server((address, 0, *place[2:]), family=family)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _start_store(size: int) -> Any:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .. import _lib, ops
 from ..distributed.sampling import ShardedSample
-from ..distributed.stages import divide_layers
 from ..models import CausalLM, load_config, start_loading
 from ..models.quantized import quantize_layers
-from ..models.shard import WHOLE, Shard, check_stages, divide
+from ..models.shard import WHOLE
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .bursts import Bursts
@@ -31,7 +30,7 @@ from .kv_cache import (
 from .metrics import RequestMetrics
 from .request import Request
 from .sampler import DrawnTokens, sample_tokens
-from .stage_cost import measure_costs
+from .stage_cost import choose_part
 from .step_plan import ScheduledChunk, SchedulePlan
 from .swap import HostCache, SwapSpace
 from .team import Stage, Team
@@ -86,7 +85,12 @@ class ModelRunner:
         plan = f"`fastinfer plan --model {config.model}` says how much they are"
         weights = f"the weights of {config.model}"
         with must_fit(weights, device, plan):
-            shard = WHOLE if team is None else self._shard(config, team)
+            shard = WHOLE
+            if team is not None:
+                whole = load_config(config.model)
+                workspace = make_workspace(whole, device)
+                shard, self._planned_ms = choose_part(config, whole, team, device, workspace)
+                del workspace
             loading = start_loading(
                 config.model,
                 dtype=config.dtype,
@@ -105,21 +109,6 @@ class ModelRunner:
             if config.quantization is None:
                 with must_fit(weights, device, plan):
                     loading.finish()
-
-    def _shard(self, config: EngineConfig, team: Team) -> Shard:
-        """Which part of the model is here; the same division on all ranks."""
-        whole, stages = load_config(config.model), team.groups.stages
-        counts = config.pipeline_stages or [whole.num_layers]
-        if stages > 1 and config.pipeline_stages is None:
-            check_stages(whole, stages)
-            workspace = make_workspace(whole, self.device)
-            costs = measure_costs(config, whole, team, self.device, workspace)
-            counts = divide_layers(costs, stages)
-            self._planned_ms = costs.of_stages(counts)[team.groups.stage] * 1e3
-            del workspace
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return divide(whole, team.groups, counts)
 
     def _set_up(self, config: EngineConfig, model: Any) -> None:
         """Everything but the values of the weights."""

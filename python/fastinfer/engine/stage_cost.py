@@ -20,12 +20,12 @@ from torch import Tensor
 from .. import _lib, ops
 from ..checkpoint import Checkpoint
 from ..distributed.sampling import ShardedSample
-from ..distributed.stages import StageCosts
+from ..distributed.stages import StageCosts, divide_layers
 from ..models import AttentionMetadata, CausalLM, start_loading
 from ..models.config import ModelConfig
 from ..models.loader import resolve_dtype
 from ..models.quantized import quantize_layers
-from ..models.shard import Shard
+from ..models.shard import Shard, check_stages, divide
 from ..models.weights import weight_targets
 from ..quant.config import QuantConfig, read_quant_config
 from .config import EngineConfig
@@ -37,6 +37,37 @@ CONTEXT = 512  # tokens of a request
 CPU_ROWS = 16  # most requests of a step that is timed on a CPU, which takes long
 _CALLS = 8  # of what is timed, in a row
 _SAMPLES = 5
+
+
+def choose_part(
+    config: EngineConfig,
+    whole: ModelConfig,
+    team: Team,
+    device: torch.device,
+    workspace: Tensor | None = None,
+) -> tuple[Shard, float | None]:
+    """Which part of the model a rank has: the layers that the user says, or those that make the
+    slowest stage fastest; the same division on all ranks.
+
+    Args:
+        config, whole, team, device, workspace: As in `measure_costs`.
+
+    Returns:
+        The part, and the milliseconds of a step of its stage, where they were measured.
+
+    Raises:
+        ValueError: The model cannot be divided like that.
+    """
+    stages, planned = team.groups.stages, None
+    counts = config.pipeline_stages or [whole.num_layers]
+    if stages > 1 and config.pipeline_stages is None:
+        check_stages(whole, stages)
+        costs = measure_costs(config, whole, team, device, workspace)
+        counts = divide_layers(costs, stages)
+        planned = costs.of_stages(counts)[team.groups.stage] * 1e3
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return divide(whole, team.groups, counts), planned
 
 
 def measure_costs(
