@@ -40,6 +40,7 @@ struct WideTile {
   static constexpr bool kScratch = !kHalf && kBlocks * kAccumulators <= 64;
   static constexpr uint32_t kXBytes = kTokens * 128, kBlockBytes = 512 * kBits;
   static constexpr uint32_t kWBytes = kAllBlocks * kBlockBytes;
+  static constexpr bool kHalves = kTokens <= 64;  // wide_sm90_multiply.cuh
   // 64 rows per block; two groups (of 32 columns) per step in some tiles (linear_choice.h).
   static constexpr int kStepGroups = kTokens == 64 || kTokens == 256 ? 2 : 1;
   static constexpr uint32_t kScaleGroup = kAllBlocks * 64 * 4, kZeroGroup = kAllBlocks * 64;
