@@ -43,38 +43,44 @@ constexpr LinearKernel choose_packed_kernel(const PackedCall& c) {
   return wide && (c.half || c.m <= 3072) ? LinearKernel::wide : LinearKernel::dequantise;
 }
 
-// Tile of the wgmma kernel: tokens x (64 * blocks * groups) rows; `groups` warpgroups. Tiles beyond
-// whole rounds over the multiprocessors are given to clusters of `split` CTAs that cut K.
+// Tile of the wgmma kernel: tokens x (64 * tile_blocks) rows; `groups` warpgroups of `blocks`
+// blocks of 64 rows, of which the last may lack one. Tiles beyond whole rounds over the
+// multiprocessors are given to clusters of `split` CTAs that cut K.
 struct WideChoice {
-  int tokens, blocks, groups, split;
+  int tokens, blocks, groups, tile_blocks, split;
 };
 
 // What a tile costs, in nanoseconds, fitted to an H200 (1 to 4 % rms, 256 tokens 8 to 11 %;
 // docs/kernels/linear.md): a step of 64 columns; start and end of a tile; the same of a tile whose
 // K is cut, and per CTA of it.
 struct WideCost {
-  int tokens, blocks, groups, step, round, cut, rank;
+  int tokens, blocks, groups, less;  // less: blocks that the last warpgroup lacks
+  int step, round, cut, rank;
 };
 constexpr int kWideLaunch = 1800;
 // 4 bit with scales of x's type, and others; 8 bit.
 constexpr WideCost kWideHalf[] = {
-    {16, 2, 3, 500, 2751, 3115, 63},    {16, 2, 4, 659, 2189, 3323, 63},
-    {32, 2, 2, 441, 2242, 3216, 91},    {32, 2, 3, 560, 3535, 3539, 111},
-    {64, 2, 2, 516, 2375, 4771, 217},   {64, 1, 3, 470, 1769, 4040, 54},
-    {128, 1, 2, 446, 1097, 4490, 37},   {128, 1, 3, 559, 3171, 6132, 8},
-    {256, 1, 2, 651, 1996, 6562, 1495},
+    {16, 2, 3, 0, 500, 2751, 3115, 63},    {16, 2, 3, 1, 425, 2751, 3115, 63},
+    {16, 2, 4, 0, 630, 2189, 3323, 63},    {16, 2, 4, 1, 560, 2189, 3323, 63},
+    {32, 2, 2, 0, 441, 2242, 3216, 91},    {32, 2, 2, 1, 340, 2242, 3216, 91},
+    {32, 2, 3, 0, 560, 3535, 3539, 111},   {32, 2, 3, 1, 480, 3535, 3539, 111},
+    {64, 2, 2, 0, 516, 2375, 4771, 217},   {64, 1, 3, 0, 470, 1769, 4040, 54},
+    {128, 1, 2, 0, 446, 1097, 4490, 37},   {128, 1, 3, 0, 559, 3171, 6132, 8},
+    {256, 1, 2, 0, 651, 1996, 6562, 1495},
 };
 constexpr WideCost kWideExact4[] = {
-    {16, 2, 3, 500, 2751, 3115, 63},  {16, 2, 4, 659, 2189, 3323, 63},
-    {32, 2, 2, 441, 2242, 3216, 91},  {32, 2, 3, 560, 3535, 3539, 111},
-    {64, 2, 2, 516, 2375, 4771, 217}, {64, 1, 3, 470, 1769, 4040, 54},
-    {128, 1, 2, 462, 2262, 5234, 0},  {256, 1, 2, 718, 1532, 6427, 1115},
+    {16, 2, 3, 0, 500, 2751, 3115, 63},  {16, 2, 3, 1, 425, 2751, 3115, 63},
+    {16, 2, 4, 0, 630, 2189, 3323, 63},  {16, 2, 4, 1, 560, 2189, 3323, 63},
+    {32, 2, 2, 0, 441, 2242, 3216, 91},  {32, 2, 2, 1, 340, 2242, 3216, 91},
+    {32, 2, 3, 0, 560, 3535, 3539, 111}, {32, 2, 3, 1, 480, 3535, 3539, 111},
+    {64, 2, 2, 0, 516, 2375, 4771, 217}, {64, 1, 3, 0, 470, 1769, 4040, 54},
+    {128, 1, 2, 0, 462, 2262, 5234, 0},  {256, 1, 2, 0, 718, 1532, 6427, 1115},
 };
 constexpr WideCost kWideExact8[] = {
-    {16, 1, 4, 591, 2565, 2772, 163},   {16, 2, 4, 955, 3329, 4777, 116},
-    {32, 2, 2, 637, 2730, 3484, 146},   {32, 2, 3, 849, 3820, 4025, 110},
-    {64, 2, 2, 741, 2881, 5051, 256},   {128, 1, 2, 545, 1205, 4019, 502},
-    {256, 1, 2, 701, 2924, 7975, 1352},
+    {16, 1, 4, 0, 510, 2565, 2772, 163},   {16, 2, 4, 0, 820, 3329, 4777, 116},
+    {32, 2, 2, 0, 540, 2730, 3484, 146},   {32, 2, 3, 0, 740, 3820, 4025, 110},
+    {64, 2, 2, 0, 741, 2881, 5051, 256},   {128, 1, 2, 0, 545, 1205, 4019, 502},
+    {256, 1, 2, 0, 701, 2924, 7975, 1352},
 };
 
 // CTAs of clusters that run at the same time: what does not fill a GPC stays idle.
@@ -94,8 +100,8 @@ constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int64_t m, int
   for (const WideCost& t : costs) {
     if (t.tokens < 64 && m > t.tokens) continue;                    // those are for a single pass
     if (half_steps && t.tokens != 64 && t.tokens != 256) continue;  // others take one group a step
-    const int64_t tiles = div_up(n, 64 * t.blocks * t.groups) * div_up(m, t.tokens),
-                  rest = tiles % sms;
+    const int tile_blocks = t.blocks * t.groups - t.less;
+    const int64_t tiles = div_up(n, 64 * tile_blocks) * div_up(m, t.tokens), rest = tiles % sms;
     // After many rounds the last one hardly counts.
     const bool can_cut = rest > 0 && tiles < 4 * sms;
     for (int split = 1; split <= 8 && split <= steps; ++split) {
@@ -108,7 +114,7 @@ constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int64_t m, int
                 kWideLaunch;
       if (cost < least) {
         least = cost;
-        best = {t.tokens, t.blocks, t.groups, split};
+        best = {t.tokens, t.blocks, t.groups, tile_blocks, split};
       }
     }
   }
@@ -157,21 +163,22 @@ static_assert(choose_packed_kernel({90, DType::bf16, 4, 16, 4096, 4096, 128, Zer
                                         false}) == LinearKernel::wide,
               "columns to gather; long columns");
 
-constexpr bool is_wide(WideChoice c, int tokens, int blocks, int groups, int split) {
-  return c.tokens == tokens && c.blocks == blocks && c.groups == groups && c.split == split;
+constexpr bool is_wide(WideChoice c, int tokens, int groups, int tile_blocks, int split) {
+  return c.tokens == tokens && c.groups == groups && c.tile_blocks == tile_blocks &&
+         c.split == split;
 }
-static_assert(is_wide(choose_wide(4, true, 16, 4096, 4096, 132), 16, 2, 3, 8), "11 tiles");
-static_assert(is_wide(choose_wide(4, true, 9, 28672, 4096, 132), 16, 2, 4, 2), "56 tiles");
-static_assert(is_wide(choose_wide(4, true, 16, 57344, 8192, 132), 16, 2, 3, 5), "132 and 18");
-static_assert(is_wide(choose_wide(4, false, 17, 4096, 4096, 132), 32, 2, 2, 6), "16 tiles");
-static_assert(is_wide(choose_wide(8, false, 16, 4096, 4096, 132), 16, 1, 4, 6), "8 bit");
-static_assert(is_wide(choose_wide(4, true, 64, 28672, 4096, 132), 64, 2, 2, 1), "112 tiles");
-static_assert(is_wide(choose_wide(4, true, 64, 4096, 4096, 132), 64, 1, 3, 5), "22 clusters");
-static_assert(is_wide(choose_wide(4, true, 20, 4096, 4096, 132, true), 64, 1, 3, 5),
+static_assert(is_wide(choose_wide(4, true, 16, 4096, 4096, 132), 16, 3, 5, 8), "13 tiles");
+static_assert(is_wide(choose_wide(4, true, 9, 28672, 4096, 132), 16, 4, 7, 2), "64 tiles");
+static_assert(is_wide(choose_wide(4, true, 16, 57344, 8192, 132), 16, 4, 7, 1), "128 tiles");
+static_assert(is_wide(choose_wide(4, false, 17, 4096, 4096, 132), 32, 2, 3, 5), "22 tiles");
+static_assert(is_wide(choose_wide(8, false, 16, 4096, 4096, 132), 16, 4, 4, 6), "8 bit");
+static_assert(is_wide(choose_wide(4, true, 64, 28672, 4096, 132), 64, 2, 4, 1), "112 tiles");
+static_assert(is_wide(choose_wide(4, true, 64, 4096, 4096, 132), 64, 3, 3, 5), "22 tiles");
+static_assert(is_wide(choose_wide(4, true, 20, 4096, 4096, 132, true), 64, 3, 3, 5),
               "groups of 32 columns");
-static_assert(is_wide(choose_wide(4, true, 128, 10240, 8192, 132), 128, 1, 3, 2), "54 tiles");
-static_assert(is_wide(choose_wide(4, true, 1024, 6144, 4096, 132), 256, 1, 2, 2), "132 and 60");
-static_assert(is_wide(choose_wide(4, true, 8192, 8192, 28672, 132), 256, 1, 2, 1), "many rounds");
-static_assert(is_wide(choose_wide(4, false, 128, 28672, 4096, 132), 128, 1, 2, 1), "exact weights");
+static_assert(is_wide(choose_wide(4, true, 128, 10240, 8192, 132), 128, 3, 3, 2), "54 tiles");
+static_assert(is_wide(choose_wide(4, true, 1024, 6144, 4096, 132), 256, 2, 2, 2), "192 tiles");
+static_assert(is_wide(choose_wide(4, true, 8192, 8192, 28672, 132), 256, 2, 2, 1), "many rounds");
+static_assert(is_wide(choose_wide(4, false, 128, 28672, 4096, 132), 128, 2, 2, 1), "exact weights");
 
 }  // namespace fastinfer

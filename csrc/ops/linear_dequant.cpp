@@ -74,8 +74,8 @@ void linear_wide(const PackedTensors& t) {
       false,
       nullptr,
   };
-  check_launch(t.op,
-               cuda::wide_linear(p, {c.tokens, c.blocks, c.groups, c.split}, device.stream()));
+  check_launch(t.op, cuda::wide_linear(p, {c.tokens, c.blocks, c.groups, c.tile_blocks, c.split},
+                                       device.stream()));
 }
 
 }  // namespace fastinfer

@@ -41,7 +41,8 @@ struct Codes {
   static __device__ __forceinline__ uint32_t offset(uint32_t zero, bool floats) {
     if constexpr (kWide) {
       if (floats) return kFloatBase | zero;
-      return __float_as_uint(static_cast<float>(static_cast<int>(zero) - 128)) / 65536 * 0x00010001u;
+      return __float_as_uint(static_cast<float>(static_cast<int>(zero) - 128)) / 65536 *
+             0x00010001u;
     } else {
       return kBase | zero | zero << 16;
     }

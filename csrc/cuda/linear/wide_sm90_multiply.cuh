@@ -24,6 +24,8 @@ struct Multiply : Finish<T, Tile> {
   static constexpr int kAcc = Tile::kAccumulators;
   static constexpr int kWords = Tile::kBits / 4 * 4;  // of a lane, block and step
   static constexpr bool kFloats = !Tile::kHalf && !Tile::kScratch;
+  // A loop for no zero points; with 64 tokens registers would not do for one more.
+  static constexpr bool kPlain = Code::kWide && Tile::kScratch && Tile::kTokens <= 32;
 
   float scratch[Tile::kScratch ? kBlocks : 1][Tile::kScratch ? kAcc : 1];
   float scale[kBlocks][2];          // not kHalf
@@ -54,10 +56,12 @@ struct Multiply : Finish<T, Tile> {
     else
       return acc[b];
   }
+  // kOwn: blocks of this warpgroup in this tile.
+  template <int kOwn>
   __device__ __forceinline__ void load_words() {
     const uint32_t at = words_at + ring.index * Tile::kWBytes;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int b = 0; b < kOwn; ++b)
 #pragma unroll
       for (int i = 0; i < kWords; i += 4) {
         const uint4 v = load_shared(at + b * Tile::kBlockBytes + 4 * i);
@@ -69,10 +73,11 @@ struct Multiply : Finish<T, Tile> {
   __device__ __forceinline__ uint32_t scales_of(int which) const {
     return scales_at + (Tile::kStepGroups * ring.index + which) * Tile::kScaleGroup;
   }
+  template <int kOwn>
   __device__ __forceinline__ void load_operand_terms(int which) {
     if constexpr (Tile::kHalf) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
+      for (int b = 0; b < kOwn; ++b) {
         uint32_t both;
         asm volatile("ld.shared.u32 %0, [%1];"
                      : "=r"(both)
@@ -82,22 +87,23 @@ struct Multiply : Finish<T, Tile> {
         scale_pair[b][1] = __byte_perm(both, both, 0x3232);
       }
     } else if constexpr (!Tile::kScratch) {
-      load_scales(which);
+      load_scales<kOwn>(which);
     }
     if (!p.zeros) return;
     const uint32_t at = zeros_at + (Tile::kStepGroups * ring.index + which) * Tile::kZeroGroup;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
+    for (int b = 0; b < kOwn; ++b) {
       uint32_t both;
       asm volatile("ld.shared.u16 %0, [%1];" : "=r"(both) : "r"(at + 64 * b) : "memory");
       offset[b][0] = Code::offset(both & 0xFF, kFloats);
       offset[b][1] = Code::offset(both >> 8 & 0xFF, kFloats);
     }
   }
+  template <int kOwn>
   __device__ __forceinline__ void load_scales(int which) {
     const uint32_t at = scales_of(which);
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
+    for (int b = 0; b < kOwn; ++b) {
       if (p.scale_dtype == DType::f32) {
         asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                      : "=f"(scale[b][0]), "=f"(scale[b][1])
@@ -133,26 +139,25 @@ struct Multiply : Finish<T, Tile> {
       }
     }
   }
-  // Of part `part` of `kParts` of a step, to operands of its own.
-  template <int kParts, bool kZeros>
-  __device__ __forceinline__ void make_operands(int part) {
+  // Of a part of a step, to operands of its own: those from `first` on.
+  template <int kParts, int kOwn, bool kZeros>
+  __device__ __forceinline__ void make_operands(int part, int first) {
     constexpr int kSteps = 4 / kParts;
 #pragma unroll
-    for (int u = 0; u < kSteps * kBlocks; ++u)
-      dequantise<kZeros>(operand[part * kSteps * kBlocks + u], u / kSteps,
-                         part * kSteps + u % kSteps);
+    for (int u = 0; u < kSteps * kOwn; ++u)
+      dequantise<kZeros>(operand[first + u], u / kSteps, part * kSteps + u % kSteps);
   }
-  template <int kParts>
-  __device__ __forceinline__ void hold_operands(int part) {
+  template <int kCount>
+  __device__ __forceinline__ void hold_operands(int first) {
 #pragma unroll
-    for (int u = 0; u < 4 / kParts * kBlocks; ++u)
-      ptx::hold(operand[part * (4 / kParts) * kBlocks + u]);
+    for (int u = 0; u < kCount; ++u) ptx::hold(operand[first + u]);
   }
   // The finished group joins the result.
+  template <int kOwn>
   __device__ __forceinline__ void close_group() {
     if constexpr (Tile::kScratch) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
+      for (int b = 0; b < kOwn; ++b) {
         ptx::hold(scratch[b]);
 #pragma unroll
         for (int i = 0; i < kAcc; ++i)
@@ -161,8 +166,7 @@ struct Multiply : Finish<T, Tile> {
     }
   }
   __device__ __forceinline__ void release(int index) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty_at + 8 * index)
-                 : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty_at + 8 * index) : "memory");
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -178,10 +182,11 @@ struct Multiply : Finish<T, Tile> {
   }
 
   // kParts = 2: a step in halves, each with operands of its own, which are made while the products
-  // of the other run; groups of 32 columns have their sums closed in between.
-  template <int kParts>
+  // of the other run; groups of 32 columns have their sums closed in between. !kZeros: 8-bit codes
+  // without zero points, quicker.
+  template <int kParts, int kOwn, bool kZeros>
   __device__ __forceinline__ void steps(const Job& job, int32_t k) {
-    constexpr int kSteps = 4 / kParts;  // of 16 columns, of a part
+    constexpr int kSteps = 4 / kParts, kSet = kSteps * kOwn;  // of 16 columns; operands of a part
     clear();
     int last = 0;
     GroupWalk walk;
@@ -192,36 +197,31 @@ struct Multiply : Finish<T, Tile> {
       const uint64_t x =
           ptx::slab_descriptor(ptx::uniform(shared.x + ring.index * Tile::kXBytes), 16);
       ptx::mbarrier_wait(&shared.full[ring.index], ring.phase);
-      load_words();
-      const auto products_done = [&](int part) {
-        ptx::wgmma_wait<0>();
-        hold_operands<kParts>(part);
-        if ((kParts == 1 || part == 1) && step > job.begin) release(last);
-      };
+      load_words<kOwn>();
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const bool starts = part == 0 ? first : two;
-        if (kParts == 1) products_done(0);
-        if (starts) load_operand_terms(part);
-        // 8-bit codes to bf16 are quicker without zero points.
-        if (Code::kWide && Tile::kScratch && !p.zeros)
-          make_operands<kParts, false>(part);
-        else
-          make_operands<kParts, true>(part);
-        hold_operands<kParts>(part);  // not among the products
-        if (kParts == 2) products_done(1 - part);
+        const auto products_done = [&] {
+          ptx::wgmma_wait<0>();
+          hold_operands<kSet>((kParts - 1 - part) * kSet);
+          if (part == 0 && step > job.begin) release(last);
+        };
+        if (kParts == 1) products_done();
+        if (starts) load_operand_terms<kOwn>(part);
+        make_operands<kParts, kOwn, kZeros>(part, part * kSet);
+        hold_operands<kSet>(part * kSet);  // not among the products
+        if (kParts == 2) products_done();
         if (Tile::kScratch && starts) {
-          if (part > 0 || step > job.begin) close_group();
-          load_scales(part);
+          if (part > 0 || step > job.begin) close_group<kOwn>();
+          load_scales<kOwn>(part);
         }
         ptx::wgmma_fence();
         const int keep = Tile::kScratch ? !starts : 1;
 #pragma unroll
         for (int i = 0; i < kSteps; ++i)
 #pragma unroll
-          for (int b = 0; b < kBlocks; ++b)
-            ptx::wgmma_rk<T, Tile::kTokens>(target(b),
-                                            operand[part * kSteps * kBlocks + b * kSteps + i],
+          for (int b = 0; b < kOwn; ++b)
+            ptx::wgmma_rk<T, Tile::kTokens>(target(b), operand[part * kSet + b * kSteps + i],
                                             x + 2 * (part * kSteps + i), i == 0 ? keep : 1);
         ptx::wgmma_commit();
       }
@@ -229,23 +229,32 @@ struct Multiply : Finish<T, Tile> {
       ring.next();
     }
     ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) hold_operands<kParts>(part);
+    hold_operands<kParts * kSet>(0);
     if constexpr (!Tile::kScratch) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) ptx::hold(acc[b]);
+      for (int b = 0; b < kOwn; ++b) ptx::hold(acc[b]);
     }
     if (job.end > job.begin) {
-      close_group();
+      close_group<kOwn>();
       release(last);
     }
   }
 
-  __device__ __forceinline__ void run(const Job& job, int32_t k) {
-    if (Tile::kHalves || (Tile::kStepGroups == 2 && p.half_steps))
-      steps<2>(job, k);
+  template <int kOwn>
+  __device__ __forceinline__ void run_own(const Job& job, int32_t k) {
+    constexpr int kParts = Tile::kHalves ? 2 : 1;
+    if (Tile::kStepGroups == 2 && p.half_steps)
+      steps<2, kOwn, true>(job, k);
+    else if (kPlain && !p.zeros)
+      steps<kParts, kOwn, !kPlain>(job, k);
     else
-      steps<1>(job, k);
+      steps<kParts, kOwn, true>(job, k);
+  }
+  __device__ __forceinline__ void run(const Job& job, int32_t k) {
+    if (!Tile::kPartial || this->owned(kBlocks - 1))
+      run_own<kBlocks>(job, k);
+    else
+      run_own<Tile::kPartial ? kBlocks - 1 : kBlocks>(job, k);
   }
 };
 
