@@ -36,9 +36,10 @@ constexpr LinearKernel choose_packed_kernel(const PackedCall& c) {
   if (c.batch_invariant || c.k == 0) return LinearKernel::skinny;
   const bool wide =
       c.arch == 90 && groups_suit_wide(c.group_columns, c.k) && c.zeros != ZeroKind::floating;
-  // From 9 tokens on the skinny kernel is the slower one. At 256 tokens scales of another type cost
-  // more.
-  const int64_t few = !wide ? 256 : c.perm ? 16 : 8;
+  // From 9 tokens on the skinny kernel is the slower one, with 8 bits from 6 on. At 256 tokens
+  // scales of another type cost more.
+  const bool half_steps = c.group_columns == 32 && c.group_columns < c.k;
+  const int64_t few = !wide ? 256 : c.perm ? 16 : c.bits == 8 && !half_steps ? 5 : 8;
   if (c.m <= few) return LinearKernel::skinny;
   return wide && (c.half || c.m <= 3072) ? LinearKernel::wide : LinearKernel::dequantise;
 }
@@ -58,28 +59,29 @@ struct WideCost {
   int step, round, cut, rank;
 };
 constexpr int kWideLaunch = 1800;
+constexpr int64_t kBytesPerMicrosecond = 4200000;
 // 4 bit with scales of x's type, and others; 8 bit.
 constexpr WideCost kWideHalf[] = {
-    {16, 2, 3, 0, 500, 2751, 3115, 63},    {16, 2, 3, 1, 425, 2751, 3115, 63},
-    {16, 2, 4, 0, 630, 2189, 3323, 63},    {16, 2, 4, 1, 560, 2189, 3323, 63},
-    {32, 2, 2, 0, 441, 2242, 3216, 91},    {32, 2, 2, 1, 340, 2242, 3216, 91},
-    {32, 2, 3, 0, 560, 3535, 3539, 111},   {32, 2, 3, 1, 480, 3535, 3539, 111},
-    {64, 2, 2, 0, 516, 2375, 4771, 217},   {64, 1, 3, 0, 470, 1769, 4040, 54},
+    {16, 2, 3, 0, 494, 2187, 2693, 108},   {16, 2, 3, 1, 473, 2075, 2756, 69},
+    {16, 2, 4, 0, 611, 2384, 3099, 109},   {16, 2, 4, 1, 577, 2269, 3038, 97},
+    {32, 2, 2, 0, 441, 2242, 3216, 91},    {32, 2, 2, 1, 380, 1477, 2585, 82},
+    {32, 2, 3, 0, 555, 3296, 3539, 111},   {32, 2, 3, 1, 530, 1933, 3337, 84},
+    {64, 2, 2, 0, 516, 2375, 4771, 217},   {64, 1, 3, 0, 452, 2289, 4288, 96},
     {128, 1, 2, 0, 446, 1097, 4490, 37},   {128, 1, 3, 0, 559, 3171, 6132, 8},
     {256, 1, 2, 0, 651, 1996, 6562, 1495},
 };
 constexpr WideCost kWideExact4[] = {
-    {16, 2, 3, 0, 500, 2751, 3115, 63},  {16, 2, 3, 1, 425, 2751, 3115, 63},
-    {16, 2, 4, 0, 630, 2189, 3323, 63},  {16, 2, 4, 1, 560, 2189, 3323, 63},
-    {32, 2, 2, 0, 441, 2242, 3216, 91},  {32, 2, 2, 1, 340, 2242, 3216, 91},
-    {32, 2, 3, 0, 560, 3535, 3539, 111}, {32, 2, 3, 1, 480, 3535, 3539, 111},
-    {64, 2, 2, 0, 516, 2375, 4771, 217}, {64, 1, 3, 0, 470, 1769, 4040, 54},
+    {16, 2, 3, 0, 494, 2187, 2693, 108}, {16, 2, 3, 1, 473, 2075, 2756, 69},
+    {16, 2, 4, 0, 611, 2384, 3099, 109}, {16, 2, 4, 1, 577, 2269, 3038, 97},
+    {32, 2, 2, 0, 441, 2242, 3216, 91},  {32, 2, 2, 1, 380, 1477, 2585, 82},
+    {32, 2, 3, 0, 555, 3296, 3539, 111}, {32, 2, 3, 1, 530, 1933, 3337, 84},
+    {64, 2, 2, 0, 516, 2375, 4771, 217}, {64, 1, 3, 0, 452, 2289, 4288, 96},
     {128, 1, 2, 0, 462, 2262, 5234, 0},  {256, 1, 2, 0, 718, 1532, 6427, 1115},
 };
 constexpr WideCost kWideExact8[] = {
-    {16, 1, 4, 0, 510, 2565, 2772, 163},   {16, 2, 4, 0, 820, 3329, 4777, 116},
-    {32, 2, 2, 0, 540, 2730, 3484, 146},   {32, 2, 3, 0, 740, 3820, 4025, 110},
-    {64, 2, 2, 0, 741, 2881, 5051, 256},   {128, 1, 2, 0, 545, 1205, 4019, 502},
+    {16, 1, 4, 0, 470, 3300, 2700, 200},   {16, 2, 4, 0, 790, 5229, 5000, 300},
+    {32, 2, 2, 0, 525, 2857, 3335, 146},   {32, 2, 3, 0, 720, 5000, 4000, 150},
+    {64, 2, 2, 0, 756, 3583, 5041, 225},   {128, 1, 2, 0, 545, 1205, 4019, 502},
     {256, 1, 2, 0, 701, 2924, 7975, 1352},
 };
 
@@ -92,8 +94,8 @@ constexpr int64_t clustered_sms(int split, int64_t sms) {
 
 // The candidate whose last CTA is done first.
 template <int kCount>
-constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int64_t m, int64_t n, int64_t k,
-                                 int64_t sms, bool half_steps) {
+constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int bits, int64_t m, int64_t n,
+                                 int64_t k, int64_t sms, bool half_steps) {
   WideChoice best{};
   int64_t least = INT64_MAX;
   const int64_t steps = div_up(k, 64);
@@ -104,14 +106,24 @@ constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int64_t m, int
     const int64_t tiles = div_up(n, 64 * tile_blocks) * div_up(m, t.tokens), rest = tiles % sms;
     // After many rounds the last one hardly counts.
     const bool can_cut = rest > 0 && tiles < 4 * sms;
+    // A step of `ctas` of them, in nanoseconds: nothing comes faster than memory.
+    const auto step = [&](int64_t ctas) {
+      const int64_t bytes = ctas * tile_blocks * (512 * bits);
+      const int64_t ns = bytes * 1000 / kBytesPerMicrosecond;
+      return ns > t.step ? ns : t.step;
+    };
     for (int split = 1; split <= 8 && split <= steps; ++split) {
       if (split > 1 && !can_cut) break;
       const int64_t rounds = split > 1 ? tiles / sms : div_up(tiles, sms);
-      int64_t cost = rounds * (steps * t.step + t.round) + (rounds > 0 ? kWideLaunch : 0);
-      if (split > 1)
-        cost += div_up(rest * split, clustered_sms(split, sms)) *
-                    (div_up(steps, split) * t.step + t.cut + split * t.rank) +
+      int64_t cost =
+          rounds > 0 ? rounds * (steps * step(tiles < sms ? tiles : sms) + t.round) + kWideLaunch
+                     : 0;
+      if (split > 1) {
+        const int64_t all = rest * split, most = clustered_sms(split, sms);
+        cost += div_up(all, most) * (div_up(steps, split) * step(all < most ? all : most) + t.cut +
+                                     split * t.rank) +
                 kWideLaunch;
+      }
       if (cost < least) {
         least = cost;
         best = {t.tokens, t.blocks, t.groups, tile_blocks, split};
@@ -123,9 +135,9 @@ constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int64_t m, int
 // half: scales of x's type. half_steps: groups of 32 columns.
 constexpr WideChoice choose_wide(int bits, bool half, int64_t m, int64_t n, int64_t k, int64_t sms,
                                  bool half_steps = false) {
-  return bits == 8 ? choose_wide(kWideExact8, m, n, k, sms, half_steps)
-         : half    ? choose_wide(kWideHalf, m, n, k, sms, half_steps)
-                   : choose_wide(kWideExact4, m, n, k, sms, half_steps);
+  return bits == 8 ? choose_wide(kWideExact8, bits, m, n, k, sms, half_steps)
+         : half    ? choose_wide(kWideHalf, bits, m, n, k, sms, half_steps)
+                   : choose_wide(kWideExact4, bits, m, n, k, sms, half_steps);
 }
 
 static_assert(choose_packed_kernel({90, DType::f32, 4, 1, 64, 64, 64, ZeroKind::none, false}) ==
@@ -157,6 +169,13 @@ static_assert(choose_packed_kernel({90, DType::bf16, 4, 8, 4096, 4096, 128, Zero
                   choose_packed_kernel({90, DType::bf16, 4, 9, 4096, 4096, 128, ZeroKind::none,
                                         false}) == LinearKernel::wide,
               "few tokens");
+static_assert(choose_packed_kernel({90, DType::bf16, 8, 5, 4096, 4096, 128, ZeroKind::none,
+                                    false}) == LinearKernel::skinny &&
+                  choose_packed_kernel({90, DType::bf16, 8, 6, 4096, 4096, 128, ZeroKind::none,
+                                        false}) == LinearKernel::wide &&
+                  choose_packed_kernel({90, DType::bf16, 8, 8, 4096, 4096, 32, ZeroKind::none,
+                                        false}) == LinearKernel::skinny,
+              "few tokens, 8 bit");
 static_assert(choose_packed_kernel({90, DType::bf16, 4, 16, 4096, 4096, 128, ZeroKind::none, false,
                                     true, true}) == LinearKernel::skinny &&
                   choose_packed_kernel({90, DType::bf16, 4, 16, 8192, 28672, 128, ZeroKind::none,

@@ -205,16 +205,16 @@ struct Multiply : Finish<T, Tile> {
           ptx::wgmma_wait<0>();
           hold_operands<kSet>((kParts - 1 - part) * kSet);
           if (part == 0 && step > job.begin) release(last);
+          if (Tile::kScratch && starts) {
+            if (part > 0 || step > job.begin) close_group<kOwn>();
+            load_scales<kOwn>(part);
+          }
         };
         if (kParts == 1) products_done();
         if (starts) load_operand_terms<kOwn>(part);
         make_operands<kParts, kOwn, kZeros>(part, part * kSet);
         hold_operands<kSet>(part * kSet);  // not among the products
         if (kParts == 2) products_done();
-        if (Tile::kScratch && starts) {
-          if (part > 0 || step > job.begin) close_group<kOwn>();
-          load_scales<kOwn>(part);
-        }
         ptx::wgmma_fence();
         const int keep = Tile::kScratch ? !starts : 1;
 #pragma unroll
