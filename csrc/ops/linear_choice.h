@@ -67,7 +67,7 @@ constexpr WideCost kWideHalf[] = {
     {32, 2, 2, 0, 441, 2242, 3216, 91},    {32, 2, 2, 1, 380, 1477, 2585, 82},
     {32, 2, 3, 0, 555, 3296, 3539, 111},   {32, 2, 3, 1, 530, 1933, 3337, 84},
     {64, 2, 2, 0, 516, 2375, 4771, 217},   {64, 1, 3, 0, 452, 2289, 4288, 96},
-    {128, 1, 2, 0, 446, 1097, 4490, 37},   {128, 1, 3, 0, 559, 3171, 6132, 8},
+    {128, 1, 2, 0, 462, 2262, 5234, 0},    {128, 1, 3, 0, 559, 3171, 6132, 8},
     {256, 1, 2, 0, 651, 1996, 6562, 1495},
 };
 constexpr WideCost kWideExact4[] = {
@@ -95,13 +95,14 @@ constexpr int64_t clustered_sms(int split, int64_t sms) {
 // The candidate whose last CTA is done first.
 template <int kCount>
 constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int bits, int64_t m, int64_t n,
-                                 int64_t k, int64_t sms, bool half_steps) {
+                                 int64_t k, int64_t sms, bool half_steps, bool bf16) {
   WideChoice best{};
   int64_t least = INT64_MAX;
   const int64_t steps = div_up(k, 64);
   for (const WideCost& t : costs) {
     if (t.tokens < 64 && m > t.tokens) continue;                    // those are for a single pass
     if (half_steps && t.tokens != 64 && t.tokens != 256) continue;  // others take one group a step
+    if (!bf16 && t.blocks == 1 && t.groups == 3) continue;          // bf16 only
     const int tile_blocks = t.blocks * t.groups - t.less;
     const int64_t tiles = div_up(n, 64 * tile_blocks) * div_up(m, t.tokens), rest = tiles % sms;
     // After many rounds the last one hardly counts.
@@ -132,12 +133,12 @@ constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int bits, int6
   }
   return best;
 }
-// half: scales of x's type. half_steps: groups of 32 columns.
+// half: scales of x's type. half_steps: groups of 32 columns. bf16: of x, else fp16.
 constexpr WideChoice choose_wide(int bits, bool half, int64_t m, int64_t n, int64_t k, int64_t sms,
-                                 bool half_steps = false) {
-  return bits == 8 ? choose_wide(kWideExact8, bits, m, n, k, sms, half_steps)
-         : half    ? choose_wide(kWideHalf, bits, m, n, k, sms, half_steps)
-                   : choose_wide(kWideExact4, bits, m, n, k, sms, half_steps);
+                                 bool half_steps = false, bool bf16 = true) {
+  return bits == 8 ? choose_wide(kWideExact8, bits, m, n, k, sms, half_steps, bf16)
+         : half    ? choose_wide(kWideHalf, bits, m, n, k, sms, half_steps, bf16)
+                   : choose_wide(kWideExact4, bits, m, n, k, sms, half_steps, bf16);
 }
 
 static_assert(choose_packed_kernel({90, DType::f32, 4, 1, 64, 64, 64, ZeroKind::none, false}) ==
@@ -200,4 +201,7 @@ static_assert(is_wide(choose_wide(4, true, 1024, 6144, 4096, 132), 256, 2, 2, 2)
 static_assert(is_wide(choose_wide(4, true, 8192, 8192, 28672, 132), 256, 2, 2, 1), "many rounds");
 static_assert(is_wide(choose_wide(4, false, 128, 28672, 4096, 132), 128, 2, 2, 1), "exact weights");
 
+static_assert(choose_wide(4, true, 64, 4096, 4096, 132, false, false).groups == 2 &&
+                  choose_wide(4, true, 128, 10240, 8192, 132, false, false).groups == 2,
+              "fp16: no tiles of three warpgroups of one block");
 }  // namespace fastinfer

@@ -86,44 +86,35 @@ int launch_wide(const PackedLinear& p, int tile_blocks, int split, void* stream)
   return error;
 }
 
-// The instance for a shape; linear_choice.h knows which exist. 8-bit codes have no kHalf instances:
-// their way to bf16 leads through fp32 anyway.
+// The instance for a shape; linear_choice.h knows which exist. Tiles of three warpgroups of one block
+// are for bf16 only. 8-bit codes have no kHalf instances: their way to bf16 is not through one
+// subtraction.
 template <class T, int kBits>
 int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
   const auto is = [&](int tokens, int blocks, int groups) {
     return s.tokens == tokens && s.blocks == blocks && s.groups == groups;
   };
+  const auto launch = [&](auto tile) {
+    return launch_wide<T, decltype(tile)>(p, s.tile_blocks, s.split, stream);
+  };
   if constexpr (kBits == 4) {
-    if (is(16, 2, 3))
-      return launch_wide<T, WideTile<4, 16, 2, 3, false>>(p, s.tile_blocks, s.split, stream);
-    if (is(16, 2, 4))
-      return launch_wide<T, WideTile<4, 16, 2, 4, false>>(p, s.tile_blocks, s.split, stream);
-    if (is(64, 1, 3))
-      return launch_wide<T, WideTile<4, 64, 1, 3, false>>(p, s.tile_blocks, s.split, stream);
-    if (p.scale_dtype == p.dtype) {
-      if (is(128, 1, 2))
-        return launch_wide<T, WideTile<4, 128, 1, 2, true>>(p, s.tile_blocks, s.split, stream);
-      if (is(128, 1, 3))
-        return launch_wide<T, WideTile<4, 128, 1, 3, true>>(p, s.tile_blocks, s.split, stream);
-      if (is(256, 1, 2))
-        return launch_wide<T, WideTile<4, 256, 1, 2, true>>(p, s.tile_blocks, s.split, stream);
+    if (is(16, 2, 3)) return launch(WideTile<4, 16, 2, 3, false>());
+    if (is(16, 2, 4)) return launch(WideTile<4, 16, 2, 4, false>());
+    const bool half = p.scale_dtype == p.dtype;
+    if constexpr (!std::is_same_v<T, __half>) {
+      if (is(64, 1, 3)) return launch(WideTile<4, 64, 1, 3, false>());
+      if (is(128, 1, 3) && half) return launch(WideTile<4, 128, 1, 3, true>());
     }
+    if (is(256, 1, 2) && half) return launch(WideTile<4, 256, 1, 2, true>());
   } else {
-    if (is(16, 1, 4))
-      return launch_wide<T, WideTile<8, 16, 1, 4, false>>(p, s.tile_blocks, s.split, stream);
-    if (is(16, 2, 4))
-      return launch_wide<T, WideTile<8, 16, 2, 4, false>>(p, s.tile_blocks, s.split, stream);
+    if (is(16, 1, 4)) return launch(WideTile<8, 16, 1, 4, false>());
+    if (is(16, 2, 4)) return launch(WideTile<8, 16, 2, 4, false>());
   }
-  if (is(32, 2, 2))
-    return launch_wide<T, WideTile<kBits, 32, 2, 2, false>>(p, s.tile_blocks, s.split, stream);
-  if (is(32, 2, 3))
-    return launch_wide<T, WideTile<kBits, 32, 2, 3, false>>(p, s.tile_blocks, s.split, stream);
-  if (is(64, 2, 2))
-    return launch_wide<T, WideTile<kBits, 64, 2, 2, false>>(p, s.tile_blocks, s.split, stream);
-  if (is(128, 1, 2))
-    return launch_wide<T, WideTile<kBits, 128, 1, 2, false>>(p, s.tile_blocks, s.split, stream);
-  if (is(256, 1, 2))
-    return launch_wide<T, WideTile<kBits, 256, 1, 2, false>>(p, s.tile_blocks, s.split, stream);
+  if (is(32, 2, 2)) return launch(WideTile<kBits, 32, 2, 2, false>());
+  if (is(32, 2, 3)) return launch(WideTile<kBits, 32, 2, 3, false>());
+  if (is(64, 2, 2)) return launch(WideTile<kBits, 64, 2, 2, false>());
+  if (is(128, 1, 2)) return launch(WideTile<kBits, 128, 1, 2, false>());
+  if (is(256, 1, 2)) return launch(WideTile<kBits, 256, 1, 2, false>());
   return cudaErrorInvalidConfiguration;
 }
 
