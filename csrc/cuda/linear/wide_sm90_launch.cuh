@@ -105,15 +105,16 @@ int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
       if (is(64, 1, 3)) return launch(WideTile<4, 64, 1, 3, false>());
       if (is(128, 1, 3) && half) return launch(WideTile<4, 128, 1, 3, true>());
     }
+    if (is(128, 1, 2) && half) return launch(WideTile<4, 128, 1, 2, true>());
     if (is(256, 1, 2) && half) return launch(WideTile<4, 256, 1, 2, true>());
   } else {
     if (is(16, 1, 4)) return launch(WideTile<8, 16, 1, 4, false>());
     if (is(16, 2, 4)) return launch(WideTile<8, 16, 2, 4, false>());
+    if (is(128, 1, 2)) return launch(WideTile<8, 128, 1, 2, false>());
   }
   if (is(32, 2, 2)) return launch(WideTile<kBits, 32, 2, 2, false>());
   if (is(32, 2, 3)) return launch(WideTile<kBits, 32, 2, 3, false>());
   if (is(64, 2, 2)) return launch(WideTile<kBits, 64, 2, 2, false>());
-  if (is(128, 1, 2)) return launch(WideTile<kBits, 128, 1, 2, false>());
   if (is(256, 1, 2)) return launch(WideTile<kBits, 256, 1, 2, false>());
   return cudaErrorInvalidConfiguration;
 }

@@ -42,7 +42,8 @@ struct WideTile {
   static constexpr uint32_t kXBytes = kTokens * 128, kBlockBytes = 512 * kBits;
   static constexpr uint32_t kWBytes = kAllBlocks * kBlockBytes;
   // Tiles may have less than kAllBlocks: the last warpgroup one of two.
-  static constexpr bool kPartial = kBits == 4 && kTokens <= 32 && kBlocks == 2;
+  static constexpr bool kPartial =
+      kBits == 4 && (kTokens == 16 || (kTokens == 32 && kGroups == 2)) && kBlocks == 2;
   static constexpr bool kHalves = kTokens <= (kBits == 8 ? 32 : 16);  // wide_sm90_multiply.cuh
   // 64 rows per block; two groups (of 32 columns) per step in some tiles (linear_choice.h).
   static constexpr int kStepGroups = kTokens == 64 || kTokens == 256 ? 2 : 1;
