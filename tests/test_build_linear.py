@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from test_build_flash_attention import OPS, cuobjdump
 
 pytestmark = pytest.mark.skipif(not OPS.is_file(), reason="needs the built library")
