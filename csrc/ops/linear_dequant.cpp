@@ -50,9 +50,9 @@ void linear_wide(const PackedTensors& t) {
       !t.perm && reinterpret_cast<uintptr_t>(t.x.const_data_ptr()) % 16 == 0 && stride % 8 == 0;
   const Tensor x = suits ? t.x : gathered(t, device.stream());
   const bool half = t.layout.bits == 4 && dtype_of(t.scales) == dtype_of(t.x);
-  const WideChoice c = choose_wide(t.layout.bits, half, m, t.layout.n, t.layout.k,
-                                   cuda::device_facts().sms, t.groups > 1 && t.group_columns == 32,
-                                   dtype_of(x) == DType::bf16);
+  const WideChoice c =
+      choose_wide(t.layout.bits, half, m, t.layout.n, t.layout.k, cuda::device_facts().sms,
+                  t.groups > 1 && t.group_columns == 32, dtype_of(x) == DType::bf16);
   const cuda::PackedLinear p{
       x.const_data_ptr(),
       row_stride(x),

@@ -86,9 +86,9 @@ int launch_wide(const PackedLinear& p, int tile_blocks, int split, void* stream)
   return error;
 }
 
-// The instance for a shape; linear_choice.h knows which exist. Tiles of three warpgroups of one block
-// are for bf16 only. 8-bit codes have no kHalf instances: their way to bf16 is not through one
-// subtraction.
+// The instance for a shape; linear_choice.h knows which exist. Tiles of three warpgroups of one
+// block are for bf16 only. 8-bit codes have no kHalf instances: their way to bf16 is not through
+// one subtraction.
 template <class T, int kBits>
 int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
   const auto is = [&](int tokens, int blocks, int groups) {
