@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from test_build_flash_attention import OPS, cuobjdump
+from fastinfer import _lib
+from machine_code import cuobjdump
 
-pytestmark = pytest.mark.skipif(not OPS.is_file(), reason="needs the built library")
+pytestmark = pytest.mark.skipif(not _lib.LIBRARY.is_file(), reason="needs the built library")
 
 # Parts of mangled names: the wgmma kernel; the skinny and the direct one; the FMA kernel.
 KERNELS = ("wide_kernel", "SkinnyParams", "gemv_kernel")
