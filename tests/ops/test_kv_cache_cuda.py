@@ -75,6 +75,11 @@ def test_agrees_with_cpu(arch: str, dtype: torch.dtype, cache_dtype: torch.dtype
         (3, 80, 24, 333, "dynamic"),
         (1, 576, 64, 100, "dynamic"),
         (5, 36, 7, 800, "head"),
+        (3, 64, 16, 12001, "head"),  # the kernel for much work, heads left over
+        (13, 64, 16, 2700, "dynamic"),
+        (1, 128, 24, 17001, "dynamic"),
+        (9, 128, 7, 2001, "head"),
+        (5, 256, 16, 1801, "head"),
     ):
         blocks = tokens // block * 2 + 4
         k, v = (3 * randn(tokens, heads, dim, seed=i, dtype=dtype) for i in (1, 2))
