@@ -262,8 +262,8 @@ int write_codes(const cpu::CacheWriteParams& p, int64_t tokens, void* stream) {
   c.heads = Divisor(p.heads);
   if constexpr (sizeof(T) == 2) {
     if (c.by_sixteen && rows_fit(p, tokens))
-      return lines_fit(p) ? write_lines<T>(p, tokens, soft, stream)
-                          : write_rows<T>(p, tokens, soft, stream);
+      return lines_fit(p, tokens) ? write_lines<T>(p, tokens, soft, stream)
+                                  : write_rows<T>(p, tokens, soft, stream);
   }
   c.tokens_per_cta = tokens_of_cta(tokens, p.heads * lanes, kHeadUnroll);
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, c.tokens_per_cta)), 2);
