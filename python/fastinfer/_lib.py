@@ -74,8 +74,8 @@ def op(name: str) -> Any:
 
 
 def entry(name: str) -> Any:
-    """What op(name) calls, without the Python frame in between. For calls that are counted in tenths
-    of a microsecond, and not while torch.compiler.is_compiling(), which knows op(name) only.
+    """What op(name) calls, without the Python frame in between: for calls that are counted in
+    tenths of a microsecond. Not while torch.compiler.is_compiling(), which knows op(name) only.
     """
     return ops if LOAD_ERROR else op(name)._op
 
