@@ -231,8 +231,7 @@ int run(const Params& p, int kind, dim3 ctas, void* stream) {
   const auto with = kind == 0   ? run_kind<E, 0>
                     : kind == 1 ? run_kind<E, 1>
                     : kind == 2 ? run_kind<E, 2>
-                    : kind == 3 ? run_kind<E, 3>
-                                : run_kind<E, 4>;
+                                : run_kind<E, 3>;
   return with(p, ctas, stream);
 }
 
