@@ -65,9 +65,16 @@ def run_batch(llm: LLM, batch: int, prompt: int, new: int, seed: int) -> LoadRes
 
 def batch_row(llm: LLM, batch: int, prompt: int, new: int, iters: int) -> dict[str, Any]:
     run_batch(llm, batch, prompt, min(new, 4), seed=0)
-    first = [run_batch(llm, batch, prompt, 1, seed=i + 1).duration for i in range(iters)]
-    total = [run_batch(llm, batch, prompt, new, seed=i + 1).duration for i in range(iters)]
+    first, total = [], []
+    for i in range(iters):  # in turn: what else the machine does falls on both
+        for tokens, seconds in ((1, first), (new, total)):
+            seconds.append(run_batch(llm, batch, prompt, tokens, seed=i + 1).duration)
     ttft, whole = statistics.median(first), statistics.median(total)
+    if whole <= ttft:
+        raise RuntimeError(
+            f"b{batch}: one token took {ttft:.3f} s and {new} tokens {whole:.3f}: the machine was "
+            "too busy to measure; run it again, or with more --iters"
+        )
     return {
         "ttft_ms": round(ttft * 1e3, 3),
         "tpot_ms": round((whole - ttft) / (new - 1) * 1e3, 3),

@@ -134,25 +134,28 @@ def main() -> None:
             llm = make_llm(folder, bench)
             model = llm.core.runner.model
             chat = (8, 32, 16, 4) if tiny else (8, 384, 64, 2)
-            ttft = {True: last_turn_ttft(llm, *chat)}
-            row = server_row(llm, prompt, new, args.iters)  # closes the engine
-            report(bench, shape, f"server {STREAMS} streams", peer, row)
-            print(
-                f"server {STREAMS} streams {peer}: TPOT {row['tpot_ms']:.3f} ms, "
-                f"engine alone {row['offline_tpot_ms']:.3f}, overhead {row['overhead']:.1%}"
-            )
-            with make_llm(folder, bench, model, enable_prefix_caching=False) as plain:
-                ttft[False] = last_turn_ttft(plain, *chat)
-            row = {
-                "ttft_ms": round(ttft[True] * 1e3, 3),
-                "ttft_ms_no_reuse": round(ttft[False] * 1e3, 3),
-                "ratio": round(ttft[True] / ttft[False], 4),
-            }
-            report(bench, shape, f"chat {chat[0]} turns, last", peer, row)
-            print(
-                f"chat {chat[0]} turns {peer}: TTFT of the last {row['ttft_ms']:.2f} ms, "
-                f"without reuse {row['ttft_ms_no_reuse']:.2f}, ratio {row['ratio']:.3f}"
-            )
+            turns, streams = f"chat {chat[0]} turns", f"server {STREAMS} streams"
+            ttft = {True: last_turn_ttft(llm, *chat)} if bench.wanted(turns) else {}
+            if bench.wanted(streams):
+                row = server_row(llm, prompt, new, args.iters)  # closes the engine
+                report(bench, shape, streams, peer, row)
+                print(
+                    f"{streams} {peer}: TPOT {row['tpot_ms']:.3f} ms, "
+                    f"engine alone {row['offline_tpot_ms']:.3f}, overhead {row['overhead']:.1%}"
+                )
+            if ttft:
+                with make_llm(folder, bench, model, enable_prefix_caching=False) as plain:
+                    ttft[False] = last_turn_ttft(plain, *chat)
+                row = {
+                    "ttft_ms": round(ttft[True] * 1e3, 3),
+                    "ttft_ms_no_reuse": round(ttft[False] * 1e3, 3),
+                    "ratio": round(ttft[True] / ttft[False], 4),
+                }
+                report(bench, shape, f"{turns}, last", peer, row)
+                print(
+                    f"{turns} {peer}: TTFT of the last {row['ttft_ms']:.2f} ms, "
+                    f"without reuse {row['ttft_ms_no_reuse']:.2f}, ratio {row['ratio']:.3f}"
+                )
             del model, llm
     bench.finish()
 

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "python"))
 
 Call = Callable[[], Any]
 OURS = "fastinfer"
@@ -48,6 +49,17 @@ def commit() -> str:
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip()
     )
+
+
+def command_line(arguments: list[str]) -> str:
+    """As it was given, from the root of the repository, without other folders of this machine."""
+    words = ["python"]
+    for word in arguments:
+        path = Path(word)
+        if path.is_absolute():
+            word = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        words.append(word)
+    return shlex.join(words)
 
 
 class Bench:
@@ -134,7 +146,7 @@ class Bench:
         self.save()
 
     def wanted(self, label: str) -> bool:
-        return any(part in label for part in self.args.filter.split(","))
+        return any(part in f"{label} " for part in self.args.filter.split(","))  # "m=1 ": not 16
 
     def save(self) -> None:
         """After every case: a run that is cut short leaves what it has."""
@@ -153,7 +165,7 @@ class Bench:
             "threads": torch.get_num_threads(),
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": command_line(sys.argv),
             "ceilings": {"gbs": round(self.gb_s, 1), "tflops": round(self.tflops, 3)}
             | ({"read_gbs": round(self.read_gbs, 1)} if self.read_gbs else {}),
             "rows": self.rows,

@@ -5,6 +5,8 @@
     what `fastinfer ablate` printed for them
     ```
     <!-- end -->
+    <!-- shown: engines/h200/chat -->             bench/engines/h200/chat.json, of `fastinfer bench`
+    <!-- shown: h200/speculative ngram_k4 -->     rows whose case begins so, of bench_speculative.py
 
 `bench/report.py` fills them, so that a new run of the command renews the guide; a test holds that
 the pages show what the files say.
@@ -19,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
-from fastinfer.bench import ablate_report
+from fastinfer.bench import ablate_report, report
 
 BLOCK = re.compile(r"(<!-- shown: (\S+)([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -28,12 +30,68 @@ def fill(page: str, results: Path) -> str:
     """The page with every block as the results have it; blocks without a file stay."""
 
     def replace(match: re.Match[str]) -> str:
-        path = results / f"{match[2]}.json"
+        path = path_of(match[2], results)
         if not path.is_file():
             return match[0]
-        return f"{match[1]}{block(path, match[3].split())}\n{match[4]}"
+        keys = match[3].split()
+        if path.parts[-3] == "engines":
+            told = load_test(path)
+        else:
+            told = speculation(path, keys) if path.stem == "speculative" else block(path, keys)
+        return f"{match[1]}{told}\n{match[4]}"
 
     return BLOCK.sub(replace, page)
+
+
+def path_of(name: str, results: Path) -> Path:
+    """The file of a block; load tests lie beside the folder of results."""
+    folder = results.parent if name.startswith("engines/") else results
+    return folder / f"{name}.json"
+
+
+def load_test(path: Path) -> str:
+    """A load test as the command prints it, or its line per request rate."""
+    tests = report.read_results(path)
+    told = report.sweep_table(tests) if len(tests) > 1 else report.table(tests[0])
+    first = tests[0]
+    day = first["date"]
+    return "\n".join(
+        [
+            "```text",
+            *(line.rstrip() for line in told.splitlines()),
+            "```",
+            "",
+            f"`bench/engines/{path.parent.name}/{path.name}`: {first['device']}, "
+            f"{day[:4]}-{day[4:6]}-{day[6:8]}, commit {first['commit']}: `{first['command']}`.",
+        ]
+    )
+
+
+def speculation(path: Path, keys: list[str]) -> str:
+    """Times per token without and with drafts."""
+    document = json.loads(path.read_text())
+    starts = tuple(key.replace("_", " ") for key in keys)
+    rows = [row for row in document["rows"] if row["case"].startswith(starts)]
+    if not rows or not all("speedup" in row for row in rows):
+        raise ValueError(f"{path} has no rows of {', '.join(starts)}")
+    titles = ("us/token", "with drafts", "x", "accepted", "tokens per check")
+    lines = ["```text", f"{'':<28}" + "".join(f"{title:>18}" for title in titles)]
+    for row in rows:
+        cells = [f"{row['off_us']:,.1f}", f"{row['on_us']:,.1f}", f"{row['speedup']:.2f}"]
+        cells.append(f"{row['acceptance']:.0%}")
+        cells.append(f"{row['accepted_length']:.2f}" if row.get("accepted_length") else "")
+        lines.append(f"{row['case']:<28}" + "".join(f"{cell:>18}" for cell in cells))
+    commits = ", ".join(sorted({row.get("commit", document["commit"]) for row in rows}))
+    lines = [line.rstrip() for line in lines]
+    return "\n".join(
+        [
+            *lines,
+            "```",
+            "",
+            f"`bench/results/{path.parent.name}/{path.name}`: {document['device']}, "
+            f"{document['date']}, commit {commits}.",
+        ]
+    )
 
 
 def block(path: Path, keys: list[str]) -> str:

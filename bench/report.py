@@ -23,8 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 import guide_blocks
-
-from fastinfer.bench.report import save_figure
+import readme_results
 
 Row = dict[str, Any]
 
@@ -47,6 +46,7 @@ TITLES = {
     "rotary": "Rotary embedding",
     "activation": "Activations",
     "sampling": "Sampling",
+    "preparation": "Once per step or per checkpoint",
     "e2e": "Whole models",
     "host": "Host time of a call",
     "speculative": "Speculative decoding",
@@ -61,6 +61,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "fastinfer_int8": ("marlin_int8", "machete_int8", "gemlite_int8", "torch_int8pack_mm"),
     "fastinfer_w8a8": ("torch_int_mm_w8a8", "bnb_int8_w8a8"),
     "fastinfer_portable": ("sdpa_flash",),
+    "shared prefix": ("fastinfer",),  # the same rows read once per request
     "fastinfer bf16": ("vLLM 0.26 bf16",),
     "fastinfer int4 g128": ("vLLM 0.26 int4 g128 (Machete)",),
 }
@@ -116,7 +117,7 @@ def describe(row: Row) -> str:
 
 
 def is_ours(row: Row) -> bool:
-    return row["peer"].startswith("fastinfer")
+    return row["peer"].startswith("fastinfer") or row["peer"] == "shared prefix"
 
 
 def rivals(row: Row) -> Callable[[Row], bool]:
@@ -232,8 +233,14 @@ def figure(row: Row) -> str:
 
 def rate(row: Row) -> str:
     if row.get("of_matmul", 0) > row.get("of_bandwidth", 0):
-        return f"{row['tflops']:,.0f} TFLOP/s"
-    return f"{row['gbs'] / 1e3:.2f} TB/s" if row.get("gbs") else ""
+        return in_units(row["tflops"] * 1e3, "FLOP/s")
+    return in_units(row["gbs"], "B/s") if row.get("gbs") else ""
+
+
+def in_units(giga: float, unit: str) -> str:
+    """Three digits, with the prefix that fits: a CPU is a thousand times slower than a GPU."""
+    prefix, value = ("T", giga / 1e3) if giga >= 1e3 else ("G", giga)
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {prefix}{unit}"
 
 
 def table(section: Section) -> list[str]:
@@ -278,87 +285,6 @@ def gemm_table(section: Section) -> list[str]:
     return ["", *table(Section(section.op, section.gpu, chains)), *lines] if chains else lines
 
 
-# ---- plots ---------------------------------------------------------------------------------------
-
-
-def plot_ratios(section: Section, folder: Path, pyplot: Any) -> str | None:
-    """Every row's ratio, sorted, one colour per kind of ours."""
-    figure_, axis = pyplot.subplots(figsize=(7, 3.6))
-    drawn = False
-    for kind in sorted({result.row["peer"] for result in section.results}):
-        ratios = sorted(
-            ratio
-            for result in section.results
-            if result.row["peer"] == kind
-            and (ratio := result.ratio(result.elsewhere) or result.ratio(result.same_run))
-        )
-        if ratios:
-            drawn = True
-            share = [(i + 0.5) / len(ratios) * 100 for i in range(len(ratios))]
-            axis.plot(share, ratios, marker=".", markersize=4, label=f"{kind} ({len(ratios)} rows)")
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_yscale("log")
-    axis.set_yticks([0.5, 0.7, 1, 1.4, 2, 4], ["0.5", "0.7", "1", "1.4", "2", "4"])
-    axis.minorticks_off()
-    axis.set_xlabel("percentile of the rows")
-    axis.set_ylabel("speed relative to the best peer")
-    axis.set_title(f"{TITLES[section.op]}, {section.gpu.upper()}")
-    axis.grid(alpha=0.3)
-    if drawn:
-        axis.legend(fontsize=8)
-    return save(figure_, folder / f"{section.gpu}_{section.op}_ratio", pyplot) if drawn else None
-
-
-def plot_roofline(section: Section, folder: Path, ceilings: Row, pyplot: Any) -> str | None:
-    """Rate against arithmetic intensity (rows that have both), else against bytes."""
-    rows = [r.row for r in section.results if r.row.get("gbs") and r.row.get("us")]
-    if len(rows) < 4 or not ceilings.get("gbs"):
-        return None
-    figure_, axis = pyplot.subplots(figsize=(7, 3.6))
-    flops = [row for row in rows if row.get("tflops")]
-    if len(flops) > len(rows) / 2:
-        for kind in sorted({row["peer"] for row in flops}):
-            own = [row for row in flops if row["peer"] == kind]
-            x = [row["tflops"] * 1e3 / row["gbs"] for row in own]
-            axis.plot(x, [row["tflops"] for row in own], ".", label=kind)
-        low, high = axis.get_xlim()
-        low = max(low, 0.3)
-        knee = ceilings["tflops"] * 1e3 / ceilings["gbs"]
-        roof = [low, knee, max(high, knee)]
-        axis.plot(
-            roof,
-            [min(x * ceilings["gbs"] / 1e3, ceilings["tflops"]) for x in roof],
-            color="black",
-            linewidth=0.8,
-            label="copy rate, cuBLAS bf16",
-        )
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel("operations per byte")
-        axis.set_ylabel("TFLOP/s")
-    else:
-        x = [row["gbs"] * row["us"] / 1e3 for row in rows]  # MB
-        axis.plot(x, [row["gbs"] / 1e3 for row in rows], ".", label="fastinfer")
-        axis.axhline(ceilings["gbs"] / 1e3, color="black", linewidth=0.8, label="copy")
-        axis.set_xscale("log")
-        axis.set_xlabel("MB moved")
-        axis.set_ylabel("TB/s")
-        axis.set_ylim(bottom=0)
-    axis.set_title(f"{TITLES[section.op]}, {section.gpu.upper()}")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return save(figure_, folder / f"{section.gpu}_{section.op}_roofline", pyplot)
-
-
-def save(figure_: Any, stem: Path, pyplot: Any) -> str:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    figure_.tight_layout()
-    save_figure(figure_, stem.with_suffix(".png"))
-    save_figure(figure_, stem.with_suffix(".svg"))
-    pyplot.close(figure_)
-    return stem.name
-
-
 def write(results: Path, peers: Path, page: Path, engines: Path | None = None) -> int:
     """Write the page and its plots; returns the number of sections."""
     import matplotlib
@@ -368,6 +294,7 @@ def write(results: Path, peers: Path, page: Path, engines: Path | None = None) -
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: a third of the size
     import matplotlib.pyplot as pyplot
     import report_extras as extras
+    import report_plots as plots
 
     pictures = page.with_suffix("")
     lines = ["# Performance", "", (__doc__ or "").split("\n\n")[2].replace("\n", " "), ""]
@@ -387,8 +314,8 @@ def write(results: Path, peers: Path, page: Path, engines: Path | None = None) -
             lines += ["", f"### {TITLES[section.op]}", ""]
             lines += [*summary(section), ""]
             for plotted in (
-                plot_ratios(section, pictures, pyplot),
-                plot_roofline(section, pictures, ceilings, pyplot),
+                plots.plot_ratios(section, TITLES[section.op], pictures, pyplot),
+                plots.plot_roofline(section, TITLES[section.op], pictures, ceilings, pyplot),
             ):
                 if plotted:
                     lines.append(f"![{plotted}]({pictures.name}/{plotted}.png)")
@@ -423,6 +350,10 @@ def main() -> None:
     args = parser.parse_args()
     count = write(args.results, args.peers, args.output, args.engines)
     print(f"wrote {args.output} ({count} sections)")
+    readme = args.output.parents[1] / "README.md"
+    if readme.is_file() and args.results == HERE / "results":
+        readme.write_text(readme_results.fill(readme.read_text(), args.results))
+        print(f"wrote {readme}: its results")
     for guide in sorted(args.output.parent.glob("guide*.md")):
         guide.write_text(guide_blocks.fill(guide.read_text(), args.results))
         print(f"wrote {guide}: its outputs")

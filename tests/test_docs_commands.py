@@ -4,8 +4,10 @@ checkpoint. What is not run is listed here with the reason.
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -48,21 +50,17 @@ SMALL = {
     "quantize": "--group-size 64 --samples 2 --seqlen 32",
     "tune": "--max-trials 1 --num-prompts 2 --input-len 8 --output-len 3 --device cpu",
 }
+# Each of these runs in a test of its own.
 NOT_RUN = {
-    "pip ": "installs packages",
     "cmake ": "tests/integrations/test_aot_cpp.py builds it",
     "build/cpp/generate ": "tests/integrations/test_aot_cpp.py runs it",
     "python examples/cpp/export.py": "tests/integrations/test_aot_cpp.py runs it",
     "python -m fastinfer.integrations.transformers": "test_transformers_serve.py runs it",
-    "torchrun ": "tests/parallel starts its processes so",
-    "python train.py": "trains for half an hour",
-    "python corpus.py": "writes the file that is in the repository (20 s)",
-    "python measure.py": "tests/models/test_tiny_checkpoint.py holds its figures",
-    "python -m pytest": "runs tests",
 }
 GPU_ONLY = ("--device cuda", "tests/gpu/")
-SLOW = ("fastinfer quantize", "fastinfer ablate")  # each has tests of its own
-SERVED = ("fastinfer serve", "curl ", "fastinfer bench serve --url")  # test_server
+SLOW = ("fastinfer quantize", "fastinfer ablate", "python bench/")  # each has tests of its own
+SERVED = ("fastinfer serve", "curl ", "fastinfer bench serve --url", "torchrun ")  # test_server
+TRAINING = ("train.py", "corpus.py")  # of examples/tiny, in a copy of that folder
 
 
 def all_commands() -> dict[str, str]:
@@ -118,16 +116,13 @@ def needs(words: list[str]) -> None:
 def test_command(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, *words = shlex.split(line)
     if program == "make":
-        done = subprocess.run(
-            ["make", "-n", words[0], f"PYTHON={sys.executable}"],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        assert done.returncode == 0 and done.stdout, done.stderr
+        make(words[0])
+        return
+    if program == "pip":
+        pip(words)
         return
     if program == "fastinfer":
-        words = [STANDS_FOR.get(word, word) for word in words]
+        words = [STANDS_FOR.get(word, word).removeprefix("/tmp/") for word in words]
         small = next((s for start, s in SMALL.items() if " ".join(words).startswith(start)), "")
         needs(words)
         if "--device" in words and "cuda" in words:
@@ -139,34 +134,103 @@ def test_command(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert program == "python", line
     if words[0].startswith("bench/bench_"):  # the results of the repository are not written
         words += ["--seconds", "0.001", "--json", str(folder / "rows.json")]
+    if words[0] == "bench/run_all.py":
+        only = [] if "--only" in words else ["--only", "norm"]
+        words += ["--out", str(folder / "bench_out/cpu"), "--short", *only]
+    if words[0] == "bench/report.py" and "build/bench" in words:
+        shutil.copytree(ROOT / "bench/results/cpu", folder / "build/bench/cpu")
+    if words[:2] == ["-m", "pytest"]:
+        words.append("--collect-only")
+    if words[0] in TRAINING:
+        words = training(words, folder)
     if ">" in words:
         words = [*words[: words.index(">")], "--bytes", "2000"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run([sys.executable, *words], 280)
+
+
+def run(command: list[str], seconds: float, cwd: Path | None = None) -> str:
+    """What a command printed; it has to end well."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=cwd)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return done.stdout
+
+
+def make(target: str) -> None:
+    """What a target would run; of the demo also its last line, which prints text. The targets that
+    build and test are what CI is made of.
+    """
+    lines = run(["make", "-n", target, f"PYTHON={sys.executable}"], 60, ROOT).splitlines()
+    assert lines
+    if target == "demo":
+        words = shlex.split(next(line for line in lines if " generate " in line))
+        assert "Once upon a time" in run([*words, "--max-tokens", "3", "--device", "cpu"], 120)
+
+
+def pip(words: list[str]) -> None:
+    """What pip would install: this folder without its dependencies, or what is installed anyway."""
+    if "." in words:
+        options = ["--no-deps", "--no-build-isolation"]
+    else:
+        options = ["--no-index"]
+        for name in (word for word in words[1:] if not word.startswith("-")):
+            name = re.split(r"[\[<>=]", name)[0]
+            if not name.endswith(".txt") and not installed(name):
+                pytest.skip(f"{name} is not installed here, and nothing is downloaded")
+    run([sys.executable, "-m", "pip", *words, "--dry-run", "-q", *options], 120, ROOT)
+
+
+def installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def training(words: list[str], folder: Path) -> list[str]:
+    """In a copy of examples/tiny, with few steps; the corpus may run out after a page."""
+    tiny = folder / "tiny"
+    shutil.copytree(
+        ROOT / "examples/tiny", tiny, ignore=shutil.ignore_patterns("draft", "__pycache__")
+    )
+    os.chdir(tiny)  # monkeypatch undoes it
+    if words[0] == "corpus.py":
+        return words
+    words = [word for word in words if word != "--compile"]
+    return [*words, "--steps", "2", "--batch", "2", "--length", "64", "--eval-every", "1"]
 
 
 @pytest.mark.full
 def test_server(folder: Path) -> None:
     """`fastinfer serve` as the pages start it, and every command that is given to it."""
     commands = [line for line in all_commands() if line.startswith(SERVED)]
-    servers = [line for line in commands if line.startswith("fastinfer serve")]
+    servers = [line for line in commands if line.startswith(("fastinfer serve", "torchrun"))]
     clients = [line for line in commands if line not in servers]
     assert servers and clients
     tuned = f"tune --model {MODEL} --ttft-ms 9999 --output tuned.json {SMALL['tune']}"
     assert main(tuned.split()) == 0
     for number, server in enumerate(servers):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         words = [STANDS_FOR.get(word, word) for word in shlex.split(server)[1:]]
-        command = [sys.executable, "-m", "fastinfer", *words, "--port", str(port)]
-        with subprocess.Popen([*command, "--device", "cpu"], stderr=subprocess.PIPE) as process:
+        command = [sys.executable, "-m", "fastinfer", *words]
+        if server.startswith("torchrun"):
+            command = [sys.executable, "-m", "torch.distributed.run", *words]
+            replaced = {"HOST:PORT": f"127.0.0.1:{free_port()}", "8": "2", "4": "2", "2": "1"}
+            command = [replaced.get(word, word) for word in command]
+        command += ["--port", str(port), "--device", "cpu"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
             try:
                 wait_for(f"http://127.0.0.1:{port}/health", process)
                 for line in clients if number == 0 else ():
                     ask(line.replace(":8000", f":{port}"))
             finally:
                 process.terminate()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:

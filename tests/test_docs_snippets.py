@@ -4,6 +4,8 @@ they name.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -97,6 +99,42 @@ def test_commands(page: str) -> None:
             assert any((base / words[0]).is_file() for base in (ROOT, (ROOT / page).parent)), line
         elif program == "pip" and "-r" in words:
             assert (ROOT / words[words.index("-r") + 1]).is_file(), line
+
+
+INLINE = re.compile(r"`((?:fastinfer|python|make) [^`\n]+)`")
+
+
+@pytest.mark.parametrize("page", names([p for p in PAGES if INLINE.search(p.read_text())]))
+def test_commands_within_text(page: str) -> None:
+    """Commands named in a sentence, whole or in part: what they name is there."""
+    helps: dict[str, str] = {}
+    for line in INLINE.findall((ROOT / page).read_text()):
+        program, *words = line.split()
+        options = [word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)]
+        if program == "make":
+            assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+        elif program == "fastinfer":
+            kind = [word for word in words[:2] if re.fullmatch(r"[a-z]+", word)]
+            kind = kind[: 2 if words[0] == "bench" else 1]
+            for option in options:
+                assert option in known_options(kind, helps), f"{line}: {option}"
+        elif words[0].endswith(".py"):
+            script = next((b / words[0] for b in (ROOT, (ROOT / page).parent)), ROOT)
+            text = script.read_text() + (ROOT / "bench/common.py").read_text()
+            for option in options:
+                assert f'"{option}"' in text, f"{line}: {option}"
+
+
+def known_options(kind: list[str], helps: dict[str, str]) -> set[str]:
+    """The options that the help of a command names."""
+    name = " ".join(kind)
+    if name not in helps:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([*kind, "--help"])
+        assert stop.value.code == 0, name
+        helps[name] = out.getvalue()
+    return set(re.findall(r"--?[a-z][\w-]*", helps[name]))
 
 
 def check_fastinfer(words: list[str], line: str) -> None:

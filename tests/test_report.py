@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
+
 
 import merge  # noqa: E402
 import report  # noqa: E402
@@ -103,6 +105,45 @@ def test_page_and_plots(folders: Path):
             assert f"performance/{name}" in text
 
 
+def test_plots_can_be_read_in_grey_and_in_print(folders: Path, monkeypatch: pytest.MonkeyPatch):
+    """Kinds differ in marker and line, no text is small, and the legend hides nothing."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, an optional dependency")
+    import report_plots
+
+    from fastinfer.bench import ablate_report
+    from fastinfer.bench.report import LINES, require_matplotlib
+
+    pyplot = require_matplotlib()
+    assert len({marker for _, marker, _ in LINES}) == len({str(line) for *_, line in LINES}) == 6
+    drawn: list[Any] = []
+
+    def check(figure: Any, *_: Any) -> str:
+        figure.tight_layout()
+        figure.canvas.draw()
+        drawn.append(figure)
+        for axis in figure.axes:
+            legend = axis.get_legend()
+            texts = [axis.xaxis.label, *axis.get_xticklabels(), *legend.get_texts()]
+            assert all(text.get_fontsize() >= 8 for text in texts)
+            inside, outer = axis.get_window_extent(), legend.get_window_extent()
+            assert not (outer.x0 < inside.x1 and outer.y0 < inside.y1), "the legend covers data"
+            assert outer.x1 <= figure.bbox.x1 and outer.y1 <= figure.bbox.y1, "cut off"
+        return "plot"
+
+    monkeypatch.setattr(report_plots, "save", lambda figure, *_: check(figure))
+    monkeypatch.setattr(ablate_report, "save_figure", check)
+    for section in sections(folders).values():
+        report_plots.plot_ratios(section, "Title", folders, pyplot)
+        report_plots.plot_roofline(section, "Title", folders, HEAD["ceilings"], pyplot)
+    rows = json.loads((ROOT / "bench/results/h200/ablate.json").read_text())["rows"]
+    ablate_report.plot(rows, folders / "a.png", "caption")
+    assert len(drawn) == 4
+    speed = drawn[-1].axes[0]
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in speed.patches}
+    greys = sorted(sum(c * w for c, w in zip(f, (0.3, 0.59, 0.11), strict=False)) for f, _ in looks)
+    assert all(b - a > 0.04 for a, b in itertools.pairwise(greys)) and len(looks) >= 3
+
+
 def test_the_results_in_the_repository_can_be_read():
     for folder in (ROOT / "bench/results").iterdir():
         peers = ROOT / "bench/peers" / f"{folder.name}.json"
@@ -135,33 +176,6 @@ def test_load_tests_of_other_engines(tmp_path: Path) -> None:
     assert rows["transformers"].endswith("|  |") and rows["fastinfer"].endswith("|  |")
     assert lines[-1] == "Commands: `fastinfer bench serve`."
     assert report_extras.load_tests(tmp_path / "nothing") == []
-
-
-def test_every_script_is_run_by_run_all(tmp_path: Path) -> None:
-    import run_all
-
-    scripts = {path.name for path in (ROOT / "bench").glob("bench_*.py")}
-    scripts = {name for name in scripts if not name.startswith("bench_parallel")}
-    assert {script for script, _, _ in run_all.JOBS.values()} == scripts
-    for device, names in run_all.EVERYTHING.items():
-        for name in names:
-            line = run_all.command(name, device, 0.01, tmp_path)
-            assert line[-2:] == ["--json", str(tmp_path / f"{name}.json")]
-            assert line[line.index("--device") + 1] == device
-
-
-def test_run_all_goes_on_after_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import run_all
-
-    codes = {"norm": "import sys; sys.exit(3)", "rotary": "print(1)", "host": "while True: pass"}
-    monkeypatch.setattr(run_all, "command", lambda name, *_: [sys.executable, "-c", codes[name]])
-    arguments = ["--only", "norm", "rotary", "host", "--out", str(tmp_path), "--limit", "3"]
-    monkeypatch.setattr(sys, "argv", ["run_all.py", *arguments])
-    assert run_all.main() == 1
-    assert "not finished: norm, host" in capsys.readouterr().err
-    assert (tmp_path / "rotary.txt").read_text() == "1\n"
 
 
 def test_rows_of_a_run_are_merged_into_a_file() -> None:

@@ -42,7 +42,7 @@ class Page:
 
     stem: str  # of csrc/ops, csrc/cuda, python/fastinfer/ops, tests/ops
     accuracy: str
-    results: str = ""  # bench/results/<gpu>/<results>.json
+    results: str  # bench/results/<gpu>/<results>.json
     rows: Callable[[Row], bool] = lambda row: True
     module: str = ""  # of python/fastinfer/ops, where it is not the stem
 
@@ -65,8 +65,8 @@ PAGES: dict[str, Page] = {
     "flash_attn_with_kvcache": Page(
         "paged_attention", CLOSE, "decode", lambda row: row["op"] == "decode"
     ),
-    "plan_decode": Page("paged_attention", "Integers: exact."),
-    "merge_attn_states": Page("paged_attention", CLOSE),
+    "plan_decode": Page("paged_attention", "Integers: exact.", "preparation", case("plan_decode")),
+    "merge_attn_states": Page("paged_attention", CLOSE, "preparation", case("merge_attn_states")),
     "repeat_kv": Page("kv_cache", EXACT, "kvcopy", case("repeat_kv")),
     "reshape_and_cache": Page("kv_cache", EXACT, "kvcopy", case("reshape_and_cache")),
     "gather_cache": Page("kv_cache", EXACT, "kvcopy", case("gather_cache")),
@@ -77,9 +77,19 @@ PAGES: dict[str, Page] = {
     "int8_linear": Page("linear", LINEAR, "gemm", peer("fastinfer_int8")),
     "w8a8_linear": Page("linear", LINEAR, "gemm", peer("fastinfer_w8a8")),
     "quantize_per_token": Page("linear", CODES, "norm", case("quantize_per_token"), "quantization"),
-    "quantize_weight": Page("linear", CODES, module="quantization"),
-    "pack_weight": Page("linear", "A permutation of codes: exact.", module="quantization"),
-    "dequantize_weight": Page("linear", LINEAR, module="quantization"),
+    "quantize_weight": Page(
+        "linear", CODES, "preparation", case("quantize_weight"), "quantization"
+    ),
+    "pack_weight": Page(
+        "linear",
+        "A permutation of codes: exact.",
+        "preparation",
+        case("pack_weight"),
+        "quantization",
+    ),
+    "dequantize_weight": Page(
+        "linear", LINEAR, "preparation", case("dequantize_weight"), "quantization"
+    ),
     "rms_norm": Page(
         "norm", CLOSE, "norm", lambda row: str(row.get("case", "")).split(" per")[0] == "rms_norm"
     ),
@@ -96,7 +106,7 @@ PAGES: dict[str, Page] = {
     "gelu_and_mul": Page("activation", CLOSE, "activation", case("gelu")),
     "silu_and_mul_quant": Page("activation", CODES, "activation", case("silu_quant")),
     "sample": Page("sampling", DRAWS, "sampling"),
-    "verify_draft": Page("sampling", DRAWS),
+    "verify_draft": Page("sampling", DRAWS, "preparation", case("verify_draft")),
 }
 # Keys of a row that say what was measured, in the order in which they are told.
 KEYS = (
@@ -114,7 +124,20 @@ KEYS = (
         "k",
         "m",
     ),
-    *("dim", "inner", "tokens", "vocab", "hq", "hkv", "d", "page", "kv", "causal", "window"),
+    *(
+        "bits",
+        "dim",
+        "inner",
+        "tokens",
+        "vocab",
+        "hq",
+        "hkv",
+        "d",
+        "page",
+        "kv",
+        "causal",
+        "window",
+    ),
 )
 
 
@@ -214,15 +237,13 @@ def sources(page: Page) -> list[tuple[str, str]]:
         ("CUDA kernels", f"csrc/cuda/{stem}"),
         ("tests", f"tests/ops/test_{page.module or stem}.py"),
     ]
-    if page.results:
-        found.append(("benchmark", f"bench/bench_{stem}.py"))
+    bench = "preparation" if page.results == "preparation" else stem
+    found.append(("benchmark", f"bench/bench_{bench}.py"))
     return found
 
 
 def speed(page: Page) -> list[str]:
     """Rows of the newest results, with the run they are from."""
-    if not page.results:
-        return ["Not measured on its own; see the page of its kernels."]
     for gpu in GPUS:
         path = ROOT / f"bench/results/{gpu}/{page.results}.json"
         if not path.is_file():

@@ -26,13 +26,13 @@ from ..engine.llm import LLM
 from ..engine.metrics import summarize
 from ..engine.runner import ModelRunner
 from ..models import load_config
-from .ablate_cost import Rates, WorkCounter, bound, measure_rates, weight_bytes
+from .ablate_cost import Rates, WorkCounter, bound, linear_ms, measure_rates, weight_bytes
+from .ablate_reasons import FIGURES, Machine, judge
 from .ablate_rows import Plan, Row, make_rows, settings_of, why_not
 from .drive import LoadResult, run_load
 from .workloads import Conversation, Turn
 
 Result = dict[str, Any]
-SLOWER = 1.05  # times from which on a row counts as worse than the one before
 _ENOUGH = 3.0  # seconds of a row after which it is not run again
 _BUDGET = 65536  # tokens: most that a step without chunking may have
 
@@ -104,7 +104,7 @@ class Ablation:
             raise ValueError(f"ablate: --rows must be of {known}, got {', '.join(unknown)}")
         self.text, tokens = self._read_text()
         vocab = config.vocab_size
-        self.work = self._workload(tokens, vocab)
+        self.works = [self._workload(tokens, vocab, repeat) for repeat in range(options.repeats)]
         self.rates: Rates | None = None
         self._model: Any = None
         self._made_with: tuple[Any, ...] = ()
@@ -129,19 +129,21 @@ class Ablation:
         longest = max(options.prompt_lens)
         return scored, rest if len(rest) > 4 * longest else ids.tolist()
 
-    def _workload(self, tokens: list[int] | None, vocab: int) -> list[Conversation]:
+    def _workload(self, tokens: list[int] | None, vocab: int, repeat: int) -> list[Conversation]:
+        """The same lengths in every repeat, but other text: nothing of it may be cached already."""
         options = self.options
-        rng = random.Random(options.seed)
+        lengths, words = random.Random(options.seed), random.Random(f"{options.seed}/{repeat}")
         longest = max(options.prompt_lens)
-        source = tokens or rng.choices(range(vocab), k=longest * 64)
+        source = tokens or words.choices(range(vocab), k=longest * 64)
         while len(source) < 4 * longest:
             source = source + source
+        begin = 37 * repeat % longest
         made = []
         for length in self._lengths():
             common = length // 2
-            at = rng.randrange(longest, len(source) - longest)
-            prompt = source[:common] + source[at : at + length - common]
-            output = rng.randint(max(options.output_len // 4, 1), options.output_len)
+            at = words.randrange(longest, len(source) - longest)
+            prompt = source[begin : begin + common] + source[at : at + length - common]
+            output = lengths.randint(max(options.output_len // 4, 1), options.output_len)
             made.append(Conversation([Turn(prompt, output)]))
         return made
 
@@ -154,6 +156,12 @@ class Ablation:
         before: dict[str, Any] = {}
         chosen = self.options.rows
         settings = settings_of(self.rows)
+        machine = Machine(
+            self.device.type,
+            os.cpu_count() or 1,
+            torch.get_num_threads(),
+            self.options.tensor_parallel,
+        )
         for row, engine in zip(self.rows, settings, strict=True):
             if chosen and row.key not in chosen:
                 continue
@@ -170,8 +178,8 @@ class Ablation:
                 figures = {"not_run": f"not run: {str(error).splitlines()[0][:200]}"}
             result |= figures
             if "not_run" not in result:
-                _judge(result, before, row)
-                before = result
+                judge(result, before, machine)
+                before = {"perplexity": before.get("perplexity"), **result}
             yield result
 
     def close(self) -> None:
@@ -186,31 +194,40 @@ class Ablation:
             model = llm.core.runner.model
             if self.rates is None:
                 self.rates = measure_rates(self.device, model.dtype)
-            work = self._chosen(row)
             at_once = 1 if row.one_by_one else self.options.at_once
             params = SamplingParams(temperature=0.0, detokenize=False)
             self._warm_up(llm.core, at_once, params)
             runner, config = llm.core.runner, llm.config
             token_bytes = runner.block_bytes / config.block_size
-            load, counter, spent = None, None, 0.0
-            for _ in range(self.options.repeats):
+            loads, counter, spent = [], None, 0.0
+            spec = llm.stats()
+            for repeated in self.works:
+                work = self._chosen(row, repeated)
                 count = WorkCounter(model, token_bytes, config.block_size)
                 llm.core.on_plan = count
                 again = run_load(
                     llm.core, work, [0.0] * len(work), max_concurrency=at_once, sampling=params
                 )
                 spent += again.duration
-                if load is None or again.duration < load.duration:
-                    load, counter = again, count
+                if counter is None or again.duration < min(each.duration for each in loads):
+                    counter = count
+                loads.append(again)
                 if spent > _ENOUGH:
                     break
             llm.core.on_plan = None
-            assert load is not None and counter is not None
+            assert counter is not None
+            load = min(loads, key=lambda each: each.duration)
             parts = counter.parts(load.duration, self.rates)
-            result = _figures(load) | {
-                "requests": len(work),
+            result = _figures(loads) | {
+                "requests": len(load.records),
                 "at_once": at_once,
                 "steps": counter.steps,
+                "tokens": counter.tokens,
+                "tokens_out": sum(record.num_output_tokens for record in load.records),
+                "prompt_pieces": counter.prompt_pieces,
+                "prompt_steps": counter.prompt_steps,
+                "mixed_steps": counter.mixed_steps,
+                "largest_step": counter.largest_step,
                 "weights_mb": round(weight_bytes(model) / 1e6, 3),
                 "cache_mb": round(llm.stats().kv_blocks_peak * runner.block_bytes / 1e6, 3),
                 "kv_waste": round(counter.waste, 4),
@@ -218,19 +235,23 @@ class Ablation:
                 "bound": bound(parts),
                 "parts_s": {name: round(seconds, 6) for name, seconds in parts.items()},
             }
+            if config.tensor_parallel_size == 1:  # else a layer waits for the other processes
+                sizes = sorted({at_once, max(counter.tokens // counter.steps, 1)})
+                timed = {str(tokens): round(linear_ms(model, tokens), 4) for tokens in sizes}
+                result["linear_ms"] = timed
             if row.rounds and self.text is not None:
                 result["perplexity"] = self._perplexity(model, config)
-            spec = llm.stats()
-            if spec.num_draft_tokens:
-                result["drafts_accepted"] = round(
-                    spec.num_accepted_tokens / spec.num_draft_tokens, 4
-                )
+            after = llm.stats()
+            if drafts := after.num_draft_tokens - spec.num_draft_tokens:
+                stood = after.num_accepted_tokens - spec.num_accepted_tokens
+                result["drafts"] = drafts // len(loads)
+                result["drafts_accepted"] = round(stood / drafts, 4)
             return result
         finally:
             llm.close()
 
-    def _chosen(self, row: Row) -> list[Conversation]:
-        return self.work[: len(self.options.prompt_lens)] if row.one_by_one else self.work
+    def _chosen(self, row: Row, work: list[Conversation]) -> list[Conversation]:
+        return work[: len(self.options.prompt_lens)] if row.one_by_one else work
 
     def _engine(self, settings: dict[str, Any]) -> LLM:
         options = self.options
@@ -265,8 +286,8 @@ class Ablation:
 
     def _warm_up(self, core: EngineCore, at_once: int, params: SamplingParams) -> None:
         """What happens only once is not part of the row."""
-        first = self.work[0].turns[0].tokens
-        short = [Conversation([Turn(first[:32], 4)]) for _ in range(min(at_once, 2))]
+        first = self.works[0][0].turns[0].tokens
+        short = [Conversation([Turn(first[31::-1], 4)]) for _ in range(min(at_once, 2))]
         run_load(core, short, [0.0] * len(short), sampling=params)
 
     def _perplexity(self, model: Any, config: EngineConfig) -> float:
@@ -285,16 +306,16 @@ class Ablation:
         backend = TransformersBackend(
             options.model, str(self.device), options.dtype, options.load_format
         )
-        work = self.work[: len(options.prompt_lens)]
+        work = self.works[0][: len(options.prompt_lens)]
         first = work[0].turns[0].tokens
         backend.run([Conversation([Turn(first[:32], 4)])], 1, lambda done: None)
-        load = backend.run(work, 1, lambda done: None)
-        if load.duration < _ENOUGH and options.repeats > 1:
-            load = min(load, backend.run(work, 1, lambda done: None), key=lambda x: x.duration)
+        loads = [backend.run(work, 1, lambda done: None)]
+        if loads[0].duration < _ENOUGH and options.repeats > 1:
+            loads.append(backend.run(work, 1, lambda done: None))
         config = load_config(options.model)
         per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         longest = max(len(each.turns[0].tokens) + each.turns[0].max_tokens for each in work)
-        result = _figures(load) | {
+        result = _figures(loads) | {
             "requests": len(work),
             "at_once": 1,
             "version": backend.version,
@@ -307,39 +328,32 @@ class Ablation:
         return result
 
 
-def _figures(load: LoadResult) -> Result:
-    found = summarize(load.records, duration=load.duration)
-    return {
-        "ttft_ms": round(found["median_ttft_ms"], 3),
-        "tpot_ms": round(found["median_tpot_ms"], 4),
-        "itl_p99_ms": round(found["p99_itl_ms"], 3),
-        "out_tok_s": round(found["output_throughput"], 2),
-        "seconds": round(load.duration, 4),
+def _figures(loads: Sequence[LoadResult]) -> Result:
+    """Of the fastest run, and how far the runs of the row lie apart (largest / smallest)."""
+    runs = []
+    for load in sorted(loads, key=lambda each: each.duration):
+        found = summarize(load.records, duration=load.duration)
+        runs.append(
+            {
+                "ttft_ms": round(found["median_ttft_ms"], 3),
+                "tpot_ms": round(found["median_tpot_ms"], 4),
+                "itl_p99_ms": round(found["p99_itl_ms"], 3),
+                "out_tok_s": round(found["output_throughput"], 2),
+            }
+        )
+    figures: Result = runs[0] | {
+        "seconds": round(min(load.duration for load in loads), 4),
+        "runs": len(runs),
     }
+    if len(runs) > 1:
+        names = ("out_tok_s", *(key for key, _ in FIGURES))
+        figures["spread"] = {
+            key: round(max(run[key] for run in runs) / max(min(run[key] for run in runs), 1e-9), 3)
+            for key in names
+        }
+    return figures
 
 
 def _hits(load: LoadResult) -> float:
     work = load.engine
     return work.prefix_hit_tokens / work.prefix_query_tokens if work else 0.0
-
-
-def _judge(result: Result, before: Result, row: Row) -> None:
-    """Say what got worse against the row before, and why that is."""
-    if not before:
-        return
-    result["speedup"] = round(result["out_tok_s"] / before["out_tok_s"], 3)
-    worse = []
-    if result["out_tok_s"] * SLOWER < before["out_tok_s"]:
-        worse.append(f"throughput / {before['out_tok_s'] / result['out_tok_s']:.2f}")
-    names = (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("itl_p99_ms", "longest gaps"))
-    for key, name in names:
-        if result[key] > SLOWER * before[key]:
-            worse.append(f"{name} x {result[key] / before[key]:.2f}")
-    if result.get("perplexity") and before.get("perplexity", 0) < result["perplexity"] / 1.0005:
-        worse += [f"perplexity {result['perplexity']}"] if before.get("perplexity") else []
-    if worse:
-        result["worse"] = worse
-        reason = row.price
-        if result.get("bound") == "launch":
-            reason = row.price_of_launches or reason
-        result["why_worse"] = reason or "a difference between two runs of a busy machine"

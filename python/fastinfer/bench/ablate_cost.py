@@ -67,6 +67,30 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(seen.values())
 
 
+@torch.inference_mode()
+def linear_ms(model: CausalLM, tokens: int) -> float:
+    """Milliseconds that the linear layers of a step of so many tokens take by themselves.
+
+    Those of the first layer, times the number of layers; called one after the other, so that what
+    a call costs the host is part of it where that is the limit.
+    """
+    device = model.embed_tokens.weight.device
+    calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
+    outer: tuple[str, ...] = ()
+    for name, layer in model.layers[0].named_modules():
+        inputs = getattr(layer, "in_features", None)
+        if not isinstance(inputs, int) or name.startswith(outer):  # or a part of one
+            continue
+        outer += (f"{name}.",)
+        calls.append((layer, torch.randn(tokens, inputs, device=device).to(model.dtype)))
+
+    def run() -> None:
+        for layer, x in calls:
+            layer(x)
+
+    return 1e3 * len(model.layers) * _fastest(device, run)
+
+
 class WorkCounter:
     """Adds up what the plans of a run ask for; `EngineCore.on_plan`."""
 
@@ -88,20 +112,26 @@ class WorkCounter:
             self.bytes_per_score = _SCORE_PASSES * config.num_layers * heads * model.dtype.itemsize
         self.steps = self.tokens = self.sampled = self.cached = self.scores = 0
         self.materialized = self.used = self.reserved = 0
+        self.prompt_steps = self.mixed_steps = self.prompt_pieces = self.largest_step = 0
 
     def __call__(self, plan: SchedulePlan) -> None:
         """Count a step."""
-        self.steps += 1
-        longest = longest_count = 0
+        self.steps += plan.burst[0] if plan.burst else 1
+        longest = longest_count = pieces = 0
         for chunk in plan.chunks:
             start, count = chunk.start, chunk.count
             end = start + count
             self.sampled += chunk.samples
+            pieces += start < chunk.request.num_prompt
             self.cached += end + count  # read once, the new ones written
             self.scores += count * start + count * (count + 1) // 2
             self.used += end
             self.reserved += len(chunk.request.block_table) * self.block_size
             longest, longest_count = max(longest, end), max(longest_count, count)
+        self.prompt_pieces += pieces
+        self.prompt_steps += pieces > 0
+        self.mixed_steps += 0 < pieces < len(plan.chunks)
+        self.largest_step = max(self.largest_step, plan.num_tokens)
         self.tokens += plan.num_tokens
         self.materialized += len(plan.chunks) * longest * longest_count  # padded
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .ablate_cost import PARTS
-from .report import require_matplotlib, save_figure
+from .report import LINES, legend_above, plain_numbers, require_matplotlib, save_figure
 
 Result = dict[str, Any]
 
@@ -25,8 +25,15 @@ _COLUMNS = (
     ("perplexity", "ppl", "{:.4f}"),
     ("bound", "bound by", "{}"),
 )
-_TINTS = ("red", "blue", "green", "purple", "gray")
-_COLORS = {name: f"tab:{tint}" for name, tint in zip(PARTS, _TINTS, strict=True)}
+# Colour and hatch of a bar, dark to light, so that they differ in grey too.
+_LOOKS = dict(
+    zip(
+        PARTS,
+        (("#a3152a", ""), ("#4f7fc4", "//"), ("#8ccf98", ".."), ("#b79bd6", "xx"), ("#d5d5d5", "")),
+        strict=True,
+    )
+)
+_NOT_COUNTED = ("white", "\\\\")
 
 
 def header() -> str:
@@ -100,50 +107,58 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
         speed.barh(
             own,
             [ran[i]["out_tok_s"] for i in own],
-            color=_COLORS.get(bound, "tab:orange"),
             label=bound or "not counted",
+            **_bar(*_LOOKS.get(bound, _NOT_COUNTED)),
         )
-    for i, result in enumerate(ran):
-        rate = result["out_tok_s"]
-        speed.text(rate * 1.05, i, f"{rate:,.0f}", va="center", size=8)
-    speed.set_xscale("log")
-    low, high = speed.get_xlim()
-    speed.set_xlim(low, high * 3)
+    rates = [result["out_tok_s"] for result in ran]
+    wide = max(rates) > 10 * min(rates)
+    for i, rate in enumerate(rates):
+        speed.annotate(
+            f"{rate:,.0f}", (rate, i), (3, 0), textcoords="offset points", va="center", size=8
+        )
+    if wide:
+        speed.set_xscale("log")
+    speed.set_xlim(speed.get_xlim()[0] if wide else 0, max(rates) * (3 if wide else 1.25))
+    speed.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rate, _: f"{rate:,g}"))
+    speed.xaxis.set_minor_formatter(ticker.NullFormatter())
     speed.set_xlabel("output tokens per second")
-    _legend(speed, "bound by")
+    legend_above(speed, "bound by")
     speed.set_yticks(
         places, [result["title"] + (" *" if result.get("worse") else "") for result in ran]
     )
-    speed.invert_yaxis()
-    for key, marker, label in (
-        ("ttft_ms", "o", "TTFT"),
-        ("tpot_ms", "s", "TPOT"),
-        ("itl_p99_ms", "x", "gap, p99"),
+    speed.set_ylim(len(ran) - 0.4, -0.6)  # the first row on top
+    for (key, label), (color, marker, _), fill in zip(
+        (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("itl_p99_ms", "gap, p99")),
+        (LINES[0], LINES[1], LINES[5]),
+        ("none", "full", "full"),
+        strict=True,
     ):
-        times.plot([result[key] for result in ran], places, marker, label=label, markersize=5)
+        figures = [result[key] for result in ran]
+        style = {"color": color, "fillstyle": fill, "label": label, "markersize": 6}
+        times.plot(figures, places, marker, **style)
     times.set_xscale("log")
     times.set_xlabel("ms")
-    times.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    times.xaxis.set_major_formatter(ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
+    plain_numbers(times.xaxis)
     times.minorticks_off()
-    _legend(times)
+    legend_above(times)
     weights = [result.get("weights_mb", 0.0) for result in ran]
     cache = [result.get("cache_mb", 0.0) for result in ran]
     wasted = [c * result.get("kv_waste", 0.0) for c, result in zip(cache, ran, strict=True)]
     unit, name = (1e3, "GB") if max(weights) > 2000 else (1, "MB")
     base = [0.0] * len(ran)
-    for values, color, label in (
-        (weights, "tab:blue", "weights"),
-        ([c - w for c, w in zip(cache, wasted, strict=True)], "tab:green", "cache, used"),
-        (wasted, "tab:red", "reserved, unused"),
+    for values, look, label in (
+        (weights, _LOOKS["weights"], "weights"),
+        ([c - w for c, w in zip(cache, wasted, strict=True)], _LOOKS["cache"], "cache, used"),
+        (wasted, ("white", "xx"), "reserved, unused"),
     ):
         shown = [value / unit for value in values]
-        memory.barh(places, shown, left=base, color=color, label=label)
+        memory.barh(places, shown, left=base, label=label, **_bar(*look))
         base = [b + value for b, value in zip(base, shown, strict=True)]
     memory.set_xlabel(name)
-    _legend(memory)
+    legend_above(memory)
     for axis in axes:
         axis.grid(alpha=0.3, axis="x")
+        axis.set_axisbelow(True)
     figure.suptitle(caption, fontsize=10)
     figure.tight_layout()
     files = (
@@ -157,14 +172,5 @@ def plot(results: Sequence[Result], path: Path, caption: str) -> list[Path]:
     return files
 
 
-def _legend(axis: Any, title: str | None = None) -> None:
-    """Above the axis, where it hides nothing."""
-    axis.legend(
-        title=title,
-        fontsize=8,
-        title_fontsize=8,
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=3,
-        frameon=False,
-    )
+def _bar(color: str, hatch: str) -> dict[str, Any]:
+    return {"color": color, "hatch": hatch, "edgecolor": "#333333", "linewidth": 0.5}

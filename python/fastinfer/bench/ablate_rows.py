@@ -1,7 +1,8 @@
 """The rows of `fastinfer ablate`: one technique of LLM inference after the other.
 
 Each row is the settings of the row before and what it changes; every change is a documented setting
-of the engine (`EngineConfig`). No tensors.
+of the engine (`EngineConfig`). What a row costs is not said here but found by measuring
+(ablate_reasons.py). No tensors.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ class Row:
         title: In tables and plots.
         change: Settings that differ from the row before.
         effect: What the change does, and what to look at.
-        price: Why it may make something worse.
-        price_of_launches: The same where launches are the limit, if that is another reason.
         one_by_one: A request at a time; False: as many as may run.
         rounds: Whether tokens may differ, so that perplexity is measured again.
     """
@@ -30,8 +29,6 @@ class Row:
     title: str
     change: dict[str, Any] = field(default_factory=dict)
     effect: str
-    price: str = ""
-    price_of_launches: str = ""
     one_by_one: bool = False
     rounds: bool = False
 
@@ -53,10 +50,6 @@ class Plan:
 
 def make_rows(plan: Plan) -> list[Row]:
     """The rows in their order, the first is `transformers`."""
-    calls = (
-        "steps are launched kernel by kernel up to here, and calling a quantised layer costs the "
-        "host more than calling a plain one"
-    )
     blocks = plan.at_once * -(-plan.longest // plan.block_size)
     return [
         Row(
@@ -87,7 +80,6 @@ def make_rows(plan: Plan) -> list[Row]:
             },
             effect="every token runs the whole text again: work grows with the square of its "
             "length (a step leaves its keys and values in memory, the next writes over them)",
-            price="each token costs a whole prefill, where the row before keeps keys and values",
         ),
         Row(
             key="kv_cache",
@@ -103,7 +95,6 @@ def make_rows(plan: Plan) -> list[Row]:
             rounds=True,
             change={"fused_attention": True},
             effect="scores stay on the chip instead of going through memory",
-            price="short prompts have few scores: there is little to save",
         ),
         Row(
             key="gqa",
@@ -112,7 +103,6 @@ def make_rows(plan: Plan) -> list[Row]:
             change={"share_kv_heads": True},
             effect="a group of query heads reads one copy of its keys and values: the cache "
             "shrinks by the size of a group",
-            price="with one short request the cache is a small part of what a step reads",
         ),
         Row(
             key="paging",
@@ -122,26 +112,18 @@ def make_rows(plan: Plan) -> list[Row]:
             effect=f"blocks of {plan.block_size} tokens, taken when they are needed, instead of "
             f"max_model_len ({plan.max_model_len}) tokens reserved per request; look at the "
             "share of the cache that is reserved and unused",
-            price="one request alone has the memory to itself: paging costs an indirection per "
-            "block, and pays when many share the cache",
-            price_of_launches="the same kernels are launched, one by one: what differs is how busy "
-            "the host was",
         ),
         Row(
             key="static",
             title="static batching",
             change={"max_num_seqs": plan.at_once},
             effect=f"up to {plan.at_once} requests share the weights that a step reads",
-            price="who comes during a batch waits for its end (time to first token), and places "
-            "whose request has ended stay empty; a step of many requests takes longer than one",
         ),
         Row(
             key="continuous",
             title="continuous batching",
             change={"batching": "continuous"},
             effect="a place is taken again as soon as its request has ended",
-            price="new prompts run between the decode steps of the others, who wait for them: "
-            "single gaps between tokens grow",
         ),
         Row(
             key="chunked",
@@ -152,8 +134,6 @@ def make_rows(plan: Plan) -> list[Row]:
             },
             effect=f"prompts are cut to what a step of {plan.chunk_budget} tokens has left; look "
             "at the 99th percentile of the gaps between tokens",
-            price="a prompt in pieces reads the weights once per piece: its first token may come "
-            "later, and nothing is gained where prompts are shorter than the budget",
         ),
         Row(
             key="prefix",
@@ -161,7 +141,6 @@ def make_rows(plan: Plan) -> list[Row]:
             change={"enable_prefix_caching": True},
             effect="full blocks of a prompt that another request has computed are shared; half of "
             "every prompt here is the same text",
-            price="hashing costs time on the host, lost where prompts have nothing in common",
         ),
         Row(
             key="int8",
@@ -169,9 +148,6 @@ def make_rows(plan: Plan) -> list[Row]:
             rounds=True,
             change={"quantization": "int8"},
             effect="half the bytes of the linear layers (one scale per output channel)",
-            price="codes become bf16 again before they are multiplied: with many tokens per step "
-            "arithmetic is the limit and weights are not, so the conversion is what remains",
-            price_of_launches=calls,
         ),
         Row(
             key="int4",
@@ -179,8 +155,6 @@ def make_rows(plan: Plan) -> list[Row]:
             rounds=True,
             change={"quantization": "int4"},
             effect="a quarter of the bytes (groups of up to 128 channels), at some perplexity",
-            price="fewer bits say less; more work to unpack than in INT8, which pays for few "
-            "tokens per step",
         ),
         Row(
             key="cache8",
@@ -188,8 +162,6 @@ def make_rows(plan: Plan) -> list[Row]:
             rounds=True,
             change={"kv_cache_dtype": plan.kv_cache_dtype},
             effect="half the bytes per cached token: room for twice the requests or context",
-            price="writing measures a scale per token and head, reading converts; with short "
-            "contexts the cache is not what a step waits for",
         ),
         Row(
             key="graphs",
@@ -197,15 +169,12 @@ def make_rows(plan: Plan) -> list[Row]:
             change={"cuda_graphs": True},
             effect="a decode step is replayed as one launch (on a CPU the same step runs over "
             "the same static buffers, without a graph: nothing to gain)",
-            price="rows are padded to the next captured size; on a CPU all of it is overhead",
         ),
         Row(
             key="overlap",
             title="overlapped scheduling",
             change={"async_scheduling": True},
             effect="the next step is launched before the host has seen this one's tokens",
-            price="a token is read one step later, a first one too, and an ended request is "
-            "noticed a step late; a CPU has nobody to overlap with",
         ),
         Row(
             key="speculation",
@@ -213,8 +182,6 @@ def make_rows(plan: Plan) -> list[Row]:
             change={"speculative": plan.speculative},
             effect="guessed tokens are checked several per step; the engine stops guessing where "
             "its measurements say that it does not pay",
-            price="guesses cost arithmetic, which many requests at once have no room for, and "
-            "their checks cannot overlap with the host; random weights accept hardly any",
         ),
         Row(
             key="tensor_parallel",
@@ -222,8 +189,6 @@ def make_rows(plan: Plan) -> list[Row]:
             change={"tensor_parallel_size": plan.tensor_parallel},
             effect="every GPU holds and reads its part of each layer; two sums per layer travel "
             "between them (weights and cache are those of one GPU)",
-            price="the sums take time of their own per layer, and so does telling the other "
-            "processes what to run; processes on one CPU share its cores",
         ),
     ]
 

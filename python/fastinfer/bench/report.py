@@ -29,6 +29,15 @@ _OTHERS = (
     "requests_per_second",
     "tokens_per_second",
 )
+# Of a plot: colour, marker and line, so that kinds differ in grey too.
+LINES = (
+    ("#1f4e9c", "o", "-"),
+    ("#e07b00", "s", "--"),
+    ("#2a8c3f", "^", "-."),
+    ("#b3122a", "D", ":"),
+    ("#7b4ea3", "v", (0, (5, 1, 1, 1, 1, 1))),
+    ("#5a5a5a", "x", (0, (1, 1))),
+)
 _SMALLER = ("_ms", "latency", "elapsed_time", "duration")
 
 
@@ -119,21 +128,52 @@ def sweep_table(results: Sequence[Result]) -> str:
 def read_results(path: str | Path) -> list[Result]:
     """The tests in a JSON file of `fastinfer bench` or of vLLM's `bench`.
 
+    Of vLLM: `bench serve --save-result` (one test), `--append-result` (a test per line), `bench
+    latency --output-json`, `bench throughput --output-json` (its rates get the names that the
+    others have too), and the list of a sweep.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It does not hold such results.
     """
+    text = Path(path).read_text(encoding="utf-8")
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"bench: {path} must be a JSON file, got {error}") from None
+        try:
+            data = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except json.JSONDecodeError:
+            raise ValueError(f"bench: {path} must be a JSON file, got {error}") from None
     results = data if isinstance(data, list) else [data]
     if not results or not all(isinstance(r, dict) and _figures(r) for r in results):
         raise ValueError(
             f"bench: {path} must hold results of `fastinfer bench` or `vllm bench`, got none of "
             "their figures"
         )
-    return results
+    return [_named(result) for result in results]
+
+
+def _named(result: Result) -> Result:
+    """With the names of a load test too where vLLM's throughput benchmark has its own."""
+    same = {
+        "elapsed_time": "duration",
+        "requests_per_second": "request_throughput",
+        "tokens_per_second": "total_token_throughput",
+        "num_requests": "completed",
+    }
+    more = {ours: result[theirs] for theirs, ours in same.items() if theirs in result}
+    return {**more, **result}
+
+
+def engine_of(result: Result) -> str:
+    """Who was tested.
+
+    Files of `vllm bench serve` call the kind of client their backend, whatever server answered:
+    their label, if they have one, says more. Those of its other benchmarks say nothing.
+    """
+    if "endpoint_type" in result:
+        return str(result.get("label") or f"vllm bench, {result.get('backend')}")
+    return str(result.get("backend") or "vllm")
 
 
 def _figures(result: Result) -> list[str]:
@@ -218,18 +258,44 @@ def plot_sweep(results: Sequence[Result], path: str | Path) -> None:
     load = [result["output_throughput"] for result in ordered]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for axis, name in zip(axes, ("ttft", "tpot"), strict=True):
-        for stat in ("median", "p99"):
+        for stat, (color, marker, line) in zip(("median", "p99"), LINES, strict=False):
             values = [result[f"{stat}_{name}_ms"] for result in ordered]
-            axis.plot(load, values, marker="o", label=stat)
+            axis.plot(load, values, color=color, marker=marker, linestyle=line, label=stat)
         axis.set_xlabel("output tokens per second")
         axis.set_ylabel(f"{name.upper()} in ms")
         axis.set_ylim(bottom=0)
-        axis.legend()
+        legend_above(axis)
         axis.grid(alpha=0.3)
-    figure.suptitle(str(ordered[0].get("label") or ordered[0].get("model_id", "")))
+    model = Path(str(ordered[0].get("model_id", ""))).parts[-2:]
+    figure.suptitle(str(ordered[0].get("label") or "/".join(model)))
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def legend_above(axis: Any, title: str | None = None) -> None:
+    """Above the axis, where it hides nothing."""
+    axis.legend(
+        title=title,
+        fontsize=8,
+        title_fontsize=8,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=3,
+        columnspacing=1.0,
+        handlelength=2.2,
+        handletextpad=0.5,
+        frameon=False,
+    )
+
+
+def plain_numbers(axis: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Numbers as one writes them on a logarithmic axis (`xaxis`, `yaxis`), not powers of ten."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -239,7 +305,7 @@ def save_figure(figure: Any, path: Path) -> None:
         return
     from PIL import Image
 
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=130)
     with Image.open(path) as image:
         few = image.convert("RGB").quantize(64)
     few.save(path, optimize=True)

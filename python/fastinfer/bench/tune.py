@@ -173,22 +173,28 @@ def plot_front(trials: Sequence[Trial], path: str | Path, limits: Mapping[str, f
     Raises:
         ValueError: matplotlib is not installed.
     """
-    from .report import require_matplotlib
+    from .report import LINES, legend_above, plain_numbers, require_matplotlib
 
     pyplot = require_matplotlib()
     ran = [trial for trial in trials if trial.error is None]
     best = front(trials)
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, name in zip(axes, ("ttft", "tpot"), strict=True):
-        for chosen, style, label in ((ran, "o", "tried"), (best, "s", "front")):
-            values = [getattr(trial, name) for trial in chosen]
-            axis.plot(values, [trial.goodput for trial in chosen], style, label=label)
+        for chosen, (color, marker, _), size, label in (
+            (ran, LINES[0], 10, "tried"),
+            (best, LINES[1], 5, "front"),
+        ):
+            values, rates = [getattr(t, name) for t in chosen], [t.goodput for t in chosen]
+            fill = "none" if label == "tried" else "full"
+            style = {"color": color, "fillstyle": fill, "markersize": size, "label": label}
+            axis.plot(values, rates, marker, **style)
         if name in limits:
             axis.axvline(limits[name], linestyle="--", color="gray", label="limit")
         axis.set_xlabel(f"{name.upper()}, 90th percentile, ms")
         axis.set_xscale("log")
+        plain_numbers(axis.xaxis)
         axis.grid(alpha=0.3)
-        axis.legend()
+        legend_above(axis)
     axes[0].set_ylabel("requests per second within the limits")
     axes[0].set_ylim(0, 1.1 * max(trial.goodput for trial in ran) or 1)
     figure.tight_layout()

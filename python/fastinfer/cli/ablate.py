@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..bench import ablate_report as report
     from ..bench.ablate import Ablation, Options
+    from ..bench.provenance import device_name
     from ..bench.report import require_matplotlib
     from ..engine.device import choose_device
 
@@ -123,11 +120,12 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     options = ablation.options
-    name = "/".join(Path(args.model).resolve().parts[-2:])
+    folder = Path(args.model).resolve()
+    name = "/".join(folder.parts[-2:]) if folder.name == "model" else folder.name
     if args.load_format == "dummy":
         name += " (random weights)"
     caption = (
-        f"{name} on {_device_name(device)}: {options.requests} requests of "
+        f"{name} on {device_name(device)}: {options.requests} requests of "
         f"{','.join(map(str, lens))} + up to {options.output_len} tokens, {options.at_once} at once"
     )
     print(caption)
@@ -141,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.flush()
             bar.update()
             if args.json:
-                _write(args.json, device, ablation, results)
+                _write(args.json, name, device, ablation, results)
     ablation.close()
     if told := report.notes(results):
         print("\nWorse than the row before:")
@@ -153,23 +151,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(path: str, device: Any, ablation: Any, results: list[dict[str, Any]]) -> None:
+def _write(
+    path: str, model: str, device: Any, ablation: Any, results: list[dict[str, Any]]
+) -> None:
     import torch
+
+    from ..bench.provenance import command_line, commit, device_name
 
     rates, options = ablation.rates, ablation.options
     document = {
-        "device": _device_name(device),
+        "model": model,
+        "device": device_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "command": _command(),
+        "commit": commit(),
+        "command": command_line(),
         "workload": {
             "prompt_lens": list(options.prompt_lens),
             "output_len": options.output_len,
             "requests": options.requests,
             "at_once": options.at_once,
             "max_model_len": ablation.max_len,
+            "repeats": options.repeats,
         },
         "ceilings": {"gbs": round(rates.bytes / 1e9, 1), "tflops": round(rates.flops / 1e12, 3)}
         if rates
@@ -177,34 +181,3 @@ def _write(path: str, device: Any, ablation: Any, results: list[dict[str, Any]])
         "rows": results,
     }
     Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _command() -> str:
-    """As it was given, without the folders of this machine."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["fastinfer", *words])
-
-
-def _commit() -> str:
-    """Of the repository that this package lies in, if any; FASTINFER_BENCH_COMMIT overrules."""
-    given = os.environ.get("FASTINFER_BENCH_COMMIT")
-    if given:
-        return given
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()

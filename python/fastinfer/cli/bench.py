@@ -8,7 +8,6 @@ import json
 import math
 import operator
 import os
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -374,6 +373,7 @@ def make_warmup(llm: LLM) -> list[Conversation]:
 
 def describe_test(args: argparse.Namespace, rate: float) -> dict[str, Any]:
     """What was asked for, and when."""
+    from ..bench.provenance import command_line, commit
     from ..bench.report import json_rate
 
     return {
@@ -381,7 +381,8 @@ def describe_test(args: argparse.Namespace, rate: float) -> dict[str, Any]:
         "version": __version__,
         "kind": args.kind,
         "label": args.label,
-        "command": "fastinfer " + " ".join(sys.argv[1:]),
+        "commit": commit(),
+        "command": command_line(),
         "workload": None if args.kind == "latency" else args.trace or args.workload,
         "request_rate": json_rate(rate),
     }
@@ -389,14 +390,13 @@ def describe_test(args: argparse.Namespace, rate: float) -> dict[str, Any]:
 
 def _described(args: argparse.Namespace, llm: LLM, rate: float) -> dict[str, Any]:
     """What was tested, when, on what."""
-    import torch
+    from ..bench.provenance import device_name
 
-    device = llm.device
     config = llm.config
     return describe_test(args, rate) | {
         "backend": "fastinfer",
         "model_id": args.model,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(llm.device),
         "engine": {
             "dtype": str(llm.core.runner.model.dtype).removeprefix("torch."),
             "mode": config.mode,

@@ -20,6 +20,8 @@ def run_on_backend(args: argparse.Namespace) -> list[dict[str, Any]]:
         ValueError: The backend is not installed, or an option is not for it.
     """
     from ..bench import report
+    from ..bench.provenance import device_name
+    from ..engine.device import choose_device
     from ..engine.metrics import percentile
     from .bench import PERCENTILES, describe_test, parse_goodput, workload
     from .options import engine_options
@@ -47,7 +49,7 @@ def run_on_backend(args: argparse.Namespace) -> list[dict[str, Any]]:
         "backend": args.backend,
         "backend_version": backend.version,
         "model_id": args.model,
-        "device": _device_name(args.device),
+        "device": device_name(choose_device(args.device)),
     }
     _run(backend, _warm_up(backend), at_once)
     if args.kind == "latency":
@@ -115,11 +117,3 @@ def _warm_up(backend: Backend) -> list[Conversation]:
         input_len=min(32, backend.max_model_len // 2),
         output_len=2,
     )
-
-
-def _device_name(device: str | None) -> str:
-    import torch
-
-    if device == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    return torch.cuda.get_device_name(device)
