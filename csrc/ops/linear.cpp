@@ -9,6 +9,7 @@
 #ifdef FASTINFER_WITH_CUDA
 #include "../cuda/common/launch.h"
 #include "../cuda/linear/gemv.h"
+#include "../cuda/linear/gemv_mma.h"
 #include "../cuda/linear/skinny.h"
 #include "../cuda/linear/w8a8.h"
 #include "cuda_shim.h"
@@ -87,9 +88,13 @@ void linear_cuda(const char* op, const Tensor& x, const Tensor& weight, const Op
       data(bias),
       batch_invariant,
   };
-  const DenseKernel kernel =
-      choose_dense_kernel({p.m, p.n, p.k, cuda::programmatic_launch(), batch_invariant});
+  const DenseCall call{p.m, p.n, p.k, cuda::programmatic_launch(), batch_invariant};
+  DenseKernel kernel = choose_dense_kernel(call);
   const CudaLaunch launch(x);
+  if (kernel == DenseKernel::gemv_mma) {
+    if (cuda::gemv_mma_fits(p)) return check_launch(op, cuda::gemv_mma_dense(p, launch.stream()));
+    kernel = choose_dense_without_mma(call);
+  }
   if (kernel == DenseKernel::gemv && cuda::gemv_dense_fits(p))
     return check_launch(op, cuda::gemv_dense(p, launch.stream()));
   if (kernel == DenseKernel::skinny && cuda::skinny_dense_fits(p))

@@ -39,7 +39,7 @@ struct RowBlocks {
   int64_t row_tiles, blocks;
 };
 RowBlocks choose_row_blocks(int64_t rows, int64_t pairs, int64_t capacity, bool plain_pairs,
-                            bool batch_invariant);
+                            bool several, bool batch_invariant);
 
 // Lists among which (key head, row block) pairs are dealt, each served by ctas / lanes CTAs.
 int64_t choose_lanes(int64_t pairs, int64_t ctas);

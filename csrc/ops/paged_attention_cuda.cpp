@@ -18,9 +18,11 @@ namespace fastinfer::paged_attention {
 // Teams of 1, 2 or 4 warps. Invariant: always 1, because the team decides which keys a warp adds
 // up. Few keys (`capacity` of each of the `pairs` of sequence and head): 1 as well, they are read
 // twice but by twice as many CTAs. More of them where no plain kernel has teams of 2
-// (`plain_pairs`).
+// (`plain_pairs`). Several queries per sequence over a 16-bit cache of D = 128 (`several`) have no
+// plain kernel of either kind: teams of 2.
 RowBlocks choose_row_blocks(int64_t rows, int64_t pairs, int64_t capacity, bool plain_pairs,
-                            bool batch_invariant) {
+                            bool several, bool batch_invariant) {
+  if (several && !batch_invariant && rows > 16 && rows <= 32) return {2, 1};
   const bool few = plain_pairs && rows <= 32 ? pairs * std::min<int64_t>(capacity, 1 << 20) <= 32768
                                              : pairs <= (rows <= 32 ? 128 : 8);
   const int64_t tiles = batch_invariant || rows <= 16 || (few && rows <= 64) ? 1
@@ -78,6 +80,11 @@ int64_t span_bytes(const Tensor& t) {
   return last * static_cast<int64_t>(t.element_size());
 }
 
+// A check of drafts, say: measured at D = 128 only.
+bool has_several_queries(const DecodeParams& p) {
+  return p.q_len > 1 && !is_8bit(p.kv_dtype) && p.dim > 64 && p.dim <= 128;
+}
+
 DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_t capacity,
                            bool invariant) {
   const auto& s = call.p;
@@ -126,16 +133,16 @@ DecodeParams decode_params(const attention::Call& call, const Tensors& t, int64_
     p.q_bytes = static_cast<int32_t>(t.q.numel() * 2);
   p.query_packs = aligned(s.q, 16) && p.q_batch % 8 == 0 && s.q_token % 8 == 0 && s.q_head % 8 == 0;
   p.query_early = !cuda::programmatic_launch();
+  p.q_dtype = s.dtype, p.kv_dtype = s.kv_dtype;
   p.rows = narrow(s.group * t.q.size(1));
   const bool plain_pairs = p.q_len == 1 && !is_8bit(s.kv_dtype) && s.head_dim <= 128;
-  const RowBlocks blocks =
-      choose_row_blocks(p.rows, t.q.size(0) * s.heads_kv, capacity, plain_pairs, invariant);
+  const RowBlocks blocks = choose_row_blocks(p.rows, t.q.size(0) * s.heads_kv, capacity,
+                                             plain_pairs, has_several_queries(p), invariant);
   p.row_tiles = narrow(blocks.row_tiles), p.row_blocks = narrow(blocks.blocks);
   p.row_shift = p.row_tiles / 2;
   const auto window = [](int64_t w) { return w < int64_t{1} << 30 ? static_cast<int32_t>(w) : -1; };
   p.window_left = window(s.window_left), p.window_right = window(s.window_right);
   p.scale = s.scale, p.softcap = s.softcap;
-  p.q_dtype = s.dtype, p.kv_dtype = s.kv_dtype;
   p.invariant = invariant;
   constexpr int64_t kPiece = cuda::kInvariantTiles * cuda::kPlanTile;
   p.max_pieces = narrow(std::max<int64_t>(1, (capacity + kPiece - 1) / kPiece));
@@ -289,7 +296,7 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
     if (c.size > 1) p.lanes = static_cast<int32_t>(pairs);
   }
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);
-  p.min_share = p.rows > 32 ? 4 : p.rows > 16 ? 2 : 1;
+  p.min_share = p.rows > 32 ? 4 : p.rows > 16 && !has_several_queries(p) ? 2 : 1;
   p.item_cost = 2;
   place_workspace(op, p, slots, t, counters, partials);
   check_launch(op, launch_attention(p, slots, device.stream()));

@@ -13,7 +13,7 @@ from engine_toy import assert_idle
 from fastinfer import LLM, SamplingParams
 from fastinfer._host_loader import load_host
 from fastinfer.engine import rounds
-from fastinfer.engine.bursts import Bursts
+from fastinfer.engine.bursts import MAX_STEPS, Bursts
 from rounds_case import make_tensors, numbers
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
@@ -132,6 +132,68 @@ def test_requests_that_want_more_than_tokens_and_waiting_ones_have_no_bursts(mon
             llm.core.speculator._seconds = {bucket: seconds}
         assert llm.core.speculator.bursts.steps(1e-4) == 8
         assert llm.core.speculator.bursts.steps(5e-3) == 0
+
+
+def test_block_tables_may_be_read_sixteen_bytes_at_a_time() -> None:
+    with bursting(speculative="ngram", num_speculative_tokens=1) as llm:
+        bursts = llm.core.speculator.bursts
+        for rows in (1, 2, 4, 8):
+            bucket = bursts._bucket(rows, 1)
+            assert bucket.tensors["tables"].data_ptr() % 16 == 0
+            assert bucket.tensors["tables"].numel() == rows * bursts._held.tables.shape[1]
+
+
+def test_a_burst_forgets_what_the_blocks_that_it_writes_held_for_others() -> None:
+    with bursting(8, speculative=TINY / "draft", num_speculative_tokens=4, block_size=4) as llm:
+        core, used = llm.core, set()
+        drafter = core.speculator.drafter
+        drafter._content.update(dict.fromkeys(range(120), b"of others"))
+        core.on_plan = lambda plan: [used.update(c.request.block_table) for c in plan.chunks]
+        llm.generate(TEXTS[0], PARAMS["greedy"])
+        assert len(used) > 6
+        assert all(drafter._content.get(block) != b"of others" for block in used)
+
+
+def test_catching_up_keeps_to_the_budget_of_a_step(expected, monkeypatch) -> None:
+    budget, ran = 32, {}
+    settings = {"max_num_batched_tokens": budget, "num_speculative_tokens": 1}
+    with bursting(2, speculative=TINY / "draft", **settings) as llm:
+        core = llm.core
+        drafter, wants = core.speculator.drafter, core.speculator.wants
+        run = drafter._run_behind
+
+        def noted(behind) -> None:  # type: ignore[no-untyped-def]
+            ran[core.num_steps] = ran.get(core.num_steps, 0) + sum(each[2] for each in behind)
+            run(behind)
+
+        monkeypatch.setattr(drafter, "_run_behind", noted)
+        # until all of them decode, nothing is drafted: the draft model is far behind
+        monkeypatch.setattr(
+            core.speculator,
+            "wants",
+            lambda running: all(r.num_output > 3 for r in running) and wants(running),
+        )
+        assert tokens(llm.generate(TEXTS, PARAMS["greedy"])) == expected["greedy"]
+        assert llm.stats().num_accepted_tokens > 0
+    assert sum(ran.values()) > 2 * budget and max(ran.values()) <= budget
+
+
+def test_no_burst_is_longer_than_what_the_device_keeps(expected, monkeypatch) -> None:
+    counted = Counted(monkeypatch)
+    with bursting(1000, speculative="ngram", num_speculative_tokens=2) as llm:
+        assert tokens(llm.generate(TEXTS, PARAMS["greedy"])) == expected["greedy"]
+    assert max(steps for steps, _ in counted.plans) == MAX_STEPS
+
+
+def test_plans_of_bursts_behind_others_are_shown_once_they_are_known(monkeypatch) -> None:
+    counted, seen = Counted(monkeypatch), []
+    settings = {"async_scheduling": True, "num_speculative_tokens": 2}
+    with bursting(2, speculative="ngram", **settings) as llm:
+        llm.core.on_plan = seen.append
+        llm.generate(TEXTS[:2], PARAMS["greedy"])
+        assert counted.behind > 0 and len(seen) == llm.stats().num_steps
+    assert all(chunk.start >= 0 for plan in seen for chunk in plan.chunks)
+    assert all(plan.num_tokens == sum(chunk.count for chunk in plan.chunks) for plan in seen)
 
 
 def test_the_search_is_that_of_the_host() -> None:

@@ -75,6 +75,17 @@ def test_no_drafts_where_checking_costs_as_much_as_decoding() -> None:
     assert max(b - a for a, b in pairwise(tries)) > FIRST_WAIT
 
 
+def test_another_number_of_requests_does_not_begin_anew() -> None:
+    """Batches that come and go: drafts that did not pay are not tried at every change."""
+    pace = Pace(4)
+    worlds = [World(pace, requests(n), accept=0.3) for n in (64, 20)]
+    for turn in range(100):
+        for _ in range(40):
+            worlds[turn % 2].step(compute_bound)
+    for world in worlds:
+        assert sum(k > 0 for k in world.log[1000:]) < 20
+
+
 def test_few_drafts_where_few_are_accepted() -> None:
     world = World(Pace(8), requests(1), accept=0.3)
     assert world.run(lambda q: 1 + 0.1 * (q - 1), 2000) > 1.05

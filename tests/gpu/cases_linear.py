@@ -5,12 +5,13 @@ few tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from gpu_case import Case, Made
 
-from fastinfer import pack_weight
+from fastinfer import _lib, pack_weight
 
 
 def _quantize(m: int, k: int, dtype: torch.dtype, mode: str) -> Callable[[str, int], Made]:
@@ -85,8 +86,16 @@ def packed_linear(
 
 
 def _dense(
-    m: int, n: int, k: int, dtype: torch.dtype, *, invariant: bool
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    invariant: bool = False,
+    programmatic: bool = False,
 ) -> Callable[[str, int], Made]:
+    """programmatic: always launched as the engine does, which has other kernels for some calls."""
+
     def make(device: str, seed: int) -> Made:
         g = torch.Generator(device=device).manual_seed(seed)
         x, w, bias = (
@@ -96,7 +105,8 @@ def _dense(
         out = torch.full((m, n), float("nan"), dtype=dtype, device=device)
 
         def run() -> None:
-            torch.ops.fastinfer.linear(x, w, bias, batch_invariant=invariant, out=out)
+            with _lib.programmatic_launch() if programmatic else contextlib.nullcontext():
+                torch.ops.fastinfer.linear(x, w, bias, batch_invariant=invariant, out=out)
 
         return run, [out]
 
@@ -215,5 +225,14 @@ CASES += [
         (1, 600, 2056, False),
         (2, 133, 4096, False),
         (3, 70, 520, False),
+        (5, 70, 520, False),
     )
+]
+CASES += [
+    Case(
+        f"linear-{str(dtype)[6:]}-{m}x{n}x{k}-programmatic",
+        _dense(m, n, k, dtype, programmatic=True),
+    )
+    for dtype in (torch.bfloat16, torch.float16)
+    for m, n, k in ((3, 333, 1040), (5, 37, 14336), (8, 1061, 5128))
 ]

@@ -24,16 +24,19 @@ RUNS = {
 # "self" is replaced by the checkpoint: a draft model that is nearly always right. The prompts
 # repeat themselves, so there are n-grams to find; of a random model's answers few are right.
 NGRAM = {"speculative": "ngram", "prompt_lookup_min": 1, "adaptive_speculation": False}
+TIGHT = {"block_size": 4, "num_blocks": 14}  # the longest request fits
 DRAFT = {"speculative": "self", "adaptive_speculation": False}
 SPECULATIVE = {
     "n-gram": NGRAM,
     "n-gram, overlapped": {**NGRAM, **RUNS["overlapped"]},
+    "n-gram, preempted": {**NGRAM, **TIGHT, "num_speculative_tokens": 1},
     "n-gram, swapped": {**NGRAM, **RUNS["swapped"]},
     "n-gram, static": {**NGRAM, **RUNS["static"], "num_speculative_tokens": 7},
     "n-gram, bursts": {**NGRAM, **RUNS["static"], "bursts": 3},
     "draft": DRAFT,
     "draft, chunked": {**DRAFT, **RUNS["chunked"]},
-    "draft, preempted": {**DRAFT, **RUNS["preempted"]},
+    "draft, overlapped": {**DRAFT, **RUNS["overlapped"], "num_speculative_tokens": 1},
+    "draft, preempted": {**DRAFT, **TIGHT},
     "draft, swapped": {**DRAFT, **RUNS["swapped"], "num_speculative_tokens": 2},
     "draft, static": {**DRAFT, **RUNS["static"], "num_speculative_tokens": 6},
     "draft, bursts": {**DRAFT, **RUNS["static"], "bursts": 4, "num_speculative_tokens": 2},
@@ -62,6 +65,8 @@ def check_speculation(
                 assert stats.num_accepted_tokens > 0.8 * stats.num_draft_tokens > 0, run
             if "swapped" in run:
                 assert stats.num_swapped > 0
+            if "preempted" in run:
+                assert stats.num_preemptions > 0
             assert stats.kv_blocks_used == 0
 
 
@@ -106,6 +111,6 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
             assert llm.stats().kv_blocks_used == 0
     # every family with both drafters; all the modes over the families, and each with `full`
     first, names = list(TINY).index(name), list(SPECULATIVE)
-    check_speculation(tmp_path, [names[first % 5], names[5 + first % 7]], prompts, expected)
+    check_speculation(tmp_path, [names[first % 6], names[6 + first % 8]], prompts, expected)
     with LLM(tmp_path, device="cpu", num_blocks=40, enable_prefix_caching=False) as llm:
         assert [tokens(llm, [prompt])[0] for prompt in prompts] == expected

@@ -118,14 +118,15 @@ def test_cuda_against_fp64(dtype: torch.dtype, m: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS[1:])
 @pytest.mark.parametrize(
-    ("m", "programmatic"), [*((m, p) for m in (1, 2, 3, 4) for p in (False, True)), (5, True)]
+    ("m", "programmatic"),
+    [*((m, p) for m in (1, 2, 3, 4) for p in (False, True)), (5, True), (6, True), (8, True)],
 )
 def test_cuda_few_tokens_exactly(dtype: torch.dtype, m: int, programmatic: bool) -> None:
     """Integers whose sums fp32 holds: every element equals the rounded exact sum. x at any address,
     rows of w with a gap, values behind the end of both that must not be read.
     """
     g = torch.Generator(device="cuda").manual_seed(m)
-    shapes = [(4096, 4096), (65, 2056), (133, 2048), (1, 8)]
+    shapes = [(4096, 4096), (65, 2056), (133, 2048), (1, 8), (333, 1000), (4097, 72)]
     # x of more such tokens does not fit: cuBLAS
     for n, k in shapes + [(300, 14336)] + [(777, 28672)] * (m <= 2):
         x, w, bias = (
@@ -150,8 +151,25 @@ def test_cuda_few_tokens_exactly(dtype: torch.dtype, m: int, programmatic: bool)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_cuda_large_layers_of_few_tokens_exactly(dtype: torch.dtype) -> None:
+    g = torch.Generator(device="cuda").manual_seed(0)
+    x, w, bias = (
+        torch.randint(-8, 9, shape, generator=g, device="cuda").to(dtype)
+        for shape in ((8, 4096), (28673, 4096), (28673,))
+    )
+    expected = (linear_reference(x.double(), w.double(), None) + bias.double()).to(dtype)
+    for m in range(1, 9):
+        for programmatic in (False, True):
+            with _lib.programmatic_launch(programmatic):
+                assert torch.equal(linear(x[:m], w, bias), expected[:m]), (m, programmatic)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS[1:])
 def test_cuda_few_tokens_keep_their_bits(dtype: torch.dtype) -> None:
-    """Few tokens are one kernel with one order of summation, whatever their number."""
+    """Few tokens are one kernel with one order of summation, whatever their number: up to four, and
+    for the engine three to eight as well (but for many columns), in another order.
+    """
     like = {"dtype": dtype, "device": "cuda"}
     for n, k in ((4096, 4096), (300, 14336), (65, 2056)):
         x, w = randn(4, k, seed=3, **like), randn(n, k, seed=4, **like)
@@ -159,12 +177,19 @@ def test_cuda_few_tokens_keep_their_bits(dtype: torch.dtype) -> None:
         for m in (1, 2, 3):
             assert torch.equal(linear(x[:m], w), whole[:m]), (n, k, m)
         with _lib.programmatic_launch(True):
-            assert torch.equal(linear(x, w), whole), (n, k)
+            assert torch.equal(linear(x[:2], w), whole[:2]), (n, k)
             if n == 65:  # tiny: groups of five
                 many = linear(x.repeat(5, 1)[:17], w)
                 assert torch.equal(many, whole.repeat(5, 1)[:17]), (n, k)
-            five = linear(torch.cat([x, x[1:2]]), w)
-            assert torch.equal(five, torch.cat([whole, whole[1:2]])), (n, k)
+            four = linear(x, w)
+            assert torch.equal(four, whole) or (n, k) == (4096, 4096)
+            exact = linear_reference(x.double(), w.double(), None)
+            assert relative_error(four, exact) <= LINEAR_BOUNDS[dtype]
+            for m in (3, 5, 6, 8):
+                if k > 8192:
+                    continue
+                y = linear(x.repeat(2, 1)[:m], w)
+                assert torch.equal(y, four.repeat(2, 1)[:m]), (n, k, m)
 
 
 @pytest.mark.gpu

@@ -104,6 +104,21 @@ def test_generates(name: str, made: dict[str, Path]) -> None:
     assert len(out[0].text.split()) > 8
 
 
+def test_speculation_gives_the_same_tokens(made: dict[str, Path]) -> None:
+    prompts = ["Once upon a time", "Count from three to seven."]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    settings = {"device": "cpu", "num_blocks": 64, "progress": False, "dtype": "float32"}
+    for name in ("rtn", "int8", "w8a8"):
+        with LLM(made[name], **settings) as llm:
+            plain = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+        for drafter in ("ngram", made["int8"]):
+            on = {"speculative": drafter, "adaptive_speculation": False}
+            with LLM(made[name], **settings, **on) as llm:
+                outputs = llm.generate(prompts, params)
+                assert [out.outputs[0].token_ids for out in outputs] == plain, (name, drafter)
+                assert llm.stats().num_accepted_tokens > 0
+
+
 def test_folder_is_complete_and_smaller(made: dict[str, Path]) -> None:
     for name, path in made.items():
         files = {file.name for file in path.iterdir()}

@@ -1,8 +1,7 @@
 // Y[M, N] = X[M, K] W[N, K]^T + bias for one to five tokens and 16-bit weights: plain fp32 FMAs, no
 // tensor cores; the weights pass once, at memory speed.
 //
-// A persistent CTA per multiprocessor takes rows, eight neighbours at a time (four where X leaves
-// little room). Its 8 warps split the columns: in a step of 2048 columns, lane l of warp w owns the
+// A persistent CTA per multiprocessor takes rows, eight neighbours at a time. Its 8 warps split the columns: in a step of 2048 columns, lane l of warp w owns the
 // 8 at 256 w + 8 l, so that every load of a warp is 512 contiguous bytes. What a lane multiplies it
 // copied itself: the ring of cp.async stages needs no barrier, and runs across rows. X lies in
 // shared memory in its own type, read and converted once per step for eight rows.
@@ -12,8 +11,9 @@
 // warps in order through shared memory: two buffers, one barrier. The order of every sum is fixed
 // by K.
 //
-// More than five tokens of a tiny layer are groups along y: its weights come out of the
-// second-level cache, and what counts is how soon a kernel begins and ends.
+// Five tokens, and more in groups along y, are for tiny layers: their weights come out of the
+// second-level cache, and what counts is how soon a kernel begins and ends. Other layers take
+// gemv_mma.cu, as do most calls of three or four tokens.
 //
 // Under programmatic launch a CTA starts where one of the kernel in front has ended, and fills its
 // ring while others still run. Weights are read before grid_wait(): they are older than the launch
@@ -231,8 +231,7 @@ int run(const Params& p, int kind, dim3 ctas, void* stream) {
   const auto with = kind == 0   ? run_kind<E, 0>
                     : kind == 1 ? run_kind<E, 1>
                     : kind == 2 ? run_kind<E, 2>
-                    : kind == 3 ? run_kind<E, 3>
-                                : run_kind<E, 4>;
+                                : run_kind<E, 3>;
   return with(p, ctas, stream);
 }
 

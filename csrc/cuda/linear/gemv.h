@@ -20,11 +20,11 @@ constexpr int kGemvColumns = 256 * kGemvWarps;  // of a step: 16 bytes per lane
 constexpr int kGemvLeastShared = 116 * 1024;
 
 // An instance: tokens, neighbouring rows per step, steps in the ring. More tokens leave less room
-// beside X; the last one is for five tokens of many columns.
+// beside X.
 struct GemvKind {
   int tokens, rows, stages;
 };
-constexpr GemvKind kGemvKinds[] = {{1, 8, 5}, {2, 8, 3}, {4, 8, 3}, {5, 8, 3}, {5, 4, 5}};
+constexpr GemvKind kGemvKinds[] = {{1, 8, 5}, {2, 8, 3}, {4, 8, 3}, {5, 8, 3}};
 constexpr int64_t gemv_steps(int64_t k) { return (k + kGemvColumns - 1) / kGemvColumns; }
 
 struct GemvShared {
@@ -56,8 +56,7 @@ static_assert(gemv_tokens(1, 28672, 227 * 1024) == 1 && gemv_tokens(2, 28672, 22
 static_assert(gemv_tokens(3, 14336, 227 * 1024) == 4 && gemv_tokens(3, 28672, 227 * 1024) == 0);
 static_assert(gemv_tokens(1, 4096, 163 * 1024) == 2, "sm_80: the smaller ring");
 static_assert(gemv_tokens(1, 4096, 99 * 1024) == 0 && gemv_tokens(6, 64, 227 * 1024) == 0);
-static_assert(gemv_kind(5, 4096, 227 * 1024) == 3 && gemv_kind(5, 14336, 227 * 1024) == 4);
-static_assert(gemv_tokens(5, 16384, 227 * 1024) == 0);
+static_assert(gemv_kind(5, 4096, 227 * 1024) == 3 && gemv_tokens(5, 14336, 227 * 1024) == 0);
 
 // Tokens of a CTA: all of them, or of a tiny layer up to five of at most 20; 0: too many.
 constexpr int64_t kGemvTiny = 1 << 18;

@@ -40,6 +40,7 @@ from .step_plan import SchedulePlan
 
 MAX_ROWS = 8  # requests; with more a step takes long enough to hide the host's work
 MAX_STEPS = 8
+_ALIGN = 4  # entries: the decode kernel copies block tables 16 bytes at a time
 _ROUNDS = 2 * MAX_STEPS  # that the device keeps: those of a burst and of the one behind it
 SECONDS = 2e-3  # a burst is about as long as that: nobody who arrives waits longer for his step
 
@@ -49,7 +50,8 @@ class _Bucket:
     rows: int
     drafts: int  # k
     buffer: StaticBuffer
-    room: Tensor  # int32: capacity of the rows, then their block tables
+    room: Tensor  # int32: capacity of the rows, then from `lead` on their block tables
+    lead: int
     host_room: list[Tensor]  # in turn: one may still be on its way
     tensors: dict[str, Tensor]  # what stays on the device
     rounds: Rounds
@@ -124,7 +126,11 @@ class Bursts:
 
     def steps(self, seconds: float) -> int:
         """How many there are where one takes so long; below 2 there is no burst."""
-        return min(int(SECONDS / seconds), MAX_STEPS)
+        return self.at_most(int(SECONDS / seconds))
+
+    def at_most(self, steps: int) -> int:
+        """So many, or what the device has room for the tokens of."""
+        return min(steps, MAX_STEPS)
 
     def drafts(self, wanted: int) -> int:
         """How many there are per step where at least so many are wanted."""
@@ -187,13 +193,15 @@ class Bursts:
     def _send_room(self, bucket: _Bucket, plan: SchedulePlan, capacity: Sequence[int]) -> None:
         count, held = len(capacity), self._held
         rows, width = held.update(plan)
+        if self._drafter is not None:
+            self._drafter.will_write([chunk.request for chunk in plan.chunks])
         bucket.host_room.reverse()
         host = bucket.host_room[0].numpy()
-        host[: bucket.rows] = -1
+        host[: bucket.lead] = -1
         host[:count] = capacity
-        tables = host[bucket.rows :].reshape(bucket.rows, -1)
+        tables = host[bucket.lead :].reshape(bucket.rows, -1)
         tables[:count, :width] = held.tables[rows, :width]
-        end = bucket.rows + count * tables.shape[1]
+        end = bucket.lead + count * tables.shape[1]
         bucket.room[:end].copy_(bucket.host_room[0][:end], non_blocking=True)
 
     def _fill(self, bucket: _Bucket, plan: SchedulePlan) -> None:
@@ -259,9 +267,10 @@ class Bursts:
             columns[prefix + "min_p"] = (np.float32, length, 0)
         columns["history_row"] = (np.int32, rows, 0)
         buffer, on_cuda = StaticBuffer(columns, device), device.type == "cuda"
-        size = rows * (1 + self._held.tables.shape[1])
+        lead = -(-rows // _ALIGN) * _ALIGN
+        size = lead + rows * self._held.tables.shape[1]
         room = torch.zeros(size, dtype=torch.int32, device=device)
-        room[:rows] = -1
+        room[:lead] = -1
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -276,7 +285,7 @@ class Bursts:
             "drawn": zeros(n),
             "out": zeros(_ROUNDS, rows, k + 3, dtype=torch.int32),
             "capacity": room[:rows],
-            "tables": room[rows:],
+            "tables": room[lead:],
         }
         if self._history is not None:
             tensors["history"] = self._history
@@ -308,6 +317,7 @@ class Bursts:
             k,
             buffer,
             room,
+            lead,
             [torch.zeros(size, dtype=torch.int32, pin_memory=on_cuda) for _ in range(2)],
             tensors,
             rounds,

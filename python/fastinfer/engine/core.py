@@ -102,7 +102,8 @@ class EngineCore:
             self.speculator.bursts = runner.bursts
         self._finished_at = 0.0  # of the step before; 0: nothing ran just before
         self.num_ended = 0  # completions, for whatever reason
-        # is shown every plan before it is launched; for measurements
+        # is shown every plan before it is launched, and those of bursts behind others when it is
+        # known where they began; for measurements
         self.on_plan: Callable[[SchedulePlan], None] | None = None
         self._completions: dict[str, tuple[Generation, Completion]] = {}
         self._abandoned: deque[Generation] = deque()
@@ -326,6 +327,8 @@ class EngineCore:
             tokens = result.runs
             if any(chunk.start < 0 for chunk in plan.chunks):
                 self.scheduler.plan_afterwards(plan, result.runs)
+                if self.on_plan is not None:
+                    self.on_plan(plan)
         elif result.first_rows is not None:
             tokens = tokens_that_stand(plan, result.token_ids, result.first_rows)
         elif len(tokens) != len(plan.chunks):

@@ -212,11 +212,16 @@ class ModelDrafter:
                 break
         state.tail = []
         self._note_content(request)
-        # The rest of its blocks is about to be written: what they held for others is gone, even if
-        # the same content should come back into the same block.
-        for block in request.block_table[state.marked :]:
-            self._content.pop(block, None)
+        self.will_write([request])
         return state
+
+    def will_write(self, requests: Sequence[Request]) -> None:
+        """What is not certain of their blocks is about to be written: what those held for others is
+        gone, even if the same content should come back into the same block."""
+        for request in requests:
+            state = request.draft_state
+            for block in request.block_table[0 if state is None else state.marked :]:
+                self._content.pop(block, None)
 
     def _note_content(self, request: Request) -> None:
         """Remember the full blocks that are certain."""
@@ -228,28 +233,28 @@ class ModelDrafter:
 
     @torch.inference_mode()
     def catch_up(self, requests: Sequence[Request], most: int) -> bool:
-        """Bring these up to the token before the last one, as far as a step's budget allows.
+        """Bring these up to the token before the last one, if a step's budget allows it for all.
 
         Args:
             requests: That run.
             most: Tokens each of them may get next.
 
         Returns:
-            Whether that was all.
+            Whether they are there; if not, nothing was run, and the budget is left to `propose`.
         """
         behind: list[tuple[Request, int, int]] = []
-        budget = self._budget
         if not self.reaches(requests, most):
             return False
         for request in requests:
             state = self._sync(request)
             missing = len(request.tokens) - 1 - state.computed
-            if missing > 1 and budget > 0:
-                behind.append((request, state.computed, min(missing, budget)))
-            budget -= missing if missing > 1 else 0
+            if missing > 1:
+                behind.append((request, state.computed, missing))
+        if sum(missing for _, _, missing in behind) > self._budget:
+            return False
         if behind:
             self._run_behind(behind)
-        return budget >= 0
+        return True
 
     def reaches(self, requests: Sequence[Request], most: int) -> bool:
         """Whether they may all get so many tokens more."""

@@ -140,9 +140,10 @@ class Speculator:
         running, bursts = scheduler.running, self.bursts
         if bursts is None or scheduler.waiting or not 0 < len(running) <= bursts.max_rows:
             return False
-        steps = self.burst_steps
-        if steps is None:
+        if self.burst_steps is None:
             steps = bursts.steps(self._seconds.get((len(running) - 1).bit_length(), 1.0))
+        else:
+            steps = bursts.at_most(self.burst_steps)
         if not all(_decodes_next(r) and _wants_only_tokens(r) for r in running):
             return False
         drafts = bursts.drafts(self._drafts)

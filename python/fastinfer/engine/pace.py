@@ -76,6 +76,7 @@ class Pace:
         self._drafts = 0
         self._hold = 0
         self._wait = self._waited = 0
+        self._waits: dict[int, tuple[int, int]] = {}  # of the other buckets
         self._since_plain = 0
         self._flat = False  # a step takes as long where nothing was found
 
@@ -83,7 +84,10 @@ class Pace:
         """Most drafts per request in the next step; 0 is a plain step."""
         bucket = (len(running) - 1).bit_length()
         if bucket != self._bucket:
-            self._bucket, self._hold, self._wait, self._waited = bucket, 0, 0, 0
+            # What was found out for so many requests holds when as many run again.
+            self._waits[self._bucket] = self._wait, self._waited
+            self._bucket, self._hold = bucket, 0
+            self._wait, self._waited = self._waits.get(bucket, (0, 0))
         if self._hold > 0:
             self._hold -= 1
             return self._drafts

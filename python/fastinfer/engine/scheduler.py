@@ -280,10 +280,11 @@ class Scheduler:
         `schedule` would have: nobody knew where it would start."""
         for chunk, run in zip(plan.chunks, runs, strict=True):
             request = chunk.request
+            chunk.start = len(request.tokens) - 1
             if request.status is not RequestStatus.RUNNING:
                 continue
-            chunk.start, chunk.num_drafts = len(request.tokens) - 1, len(run) - 1
-            chunk.count = len(run)
+            chunk.count, chunk.num_drafts = len(run), len(run) - 1
+            plan.num_tokens += chunk.count
             request.num_computed = chunk.start + chunk.count
             request.draft_tokens = [0] * chunk.num_drafts
             request.in_flight += 1
