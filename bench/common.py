@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "python"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 from fastinfer import _lib
 
+ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], Any]
 OURS, OURS_PDL = "fastinfer", "fastinfer pdl"
 TURN_SECONDS = 0.02

@@ -11,8 +11,9 @@ from machine_code import cuobjdump
 
 pytestmark = pytest.mark.skipif(not _lib.LIBRARY.is_file(), reason="needs the built library")
 
-# Parts of mangled names: the wgmma kernel; the skinny and the direct one; the FMA kernel.
-KERNELS = ("wide_kernel", "SkinnyParams", "gemv_kernel")
+# Parts of mangled names: the wgmma kernel; the skinny and the direct one; the FMA kernel and its
+# sibling on the tensor cores.
+KERNELS = ("wide_kernel", "SkinnyParams", "gemv_kernel", "gemv_mma_kernel")
 
 
 def test_instances() -> None:
