@@ -1,10 +1,11 @@
 // Y[M, N] = X[M, K] W[N, K]^T + bias for one to five tokens and 16-bit weights: plain fp32 FMAs, no
 // tensor cores; the weights pass once, at memory speed.
 //
-// A persistent CTA per multiprocessor takes rows, eight neighbours at a time. Its 8 warps split the columns: in a step of 2048 columns, lane l of warp w owns the
-// 8 at 256 w + 8 l, so that every load of a warp is 512 contiguous bytes. What a lane multiplies it
-// copied itself: the ring of cp.async stages needs no barrier, and runs across rows. X lies in
-// shared memory in its own type, read and converted once per step for eight rows.
+// A persistent CTA per multiprocessor takes rows, eight neighbours at a time. Its 8 warps split the
+// columns: in a step of 2048 columns, lane l of warp w owns the 8 at 256 w + 8 l, so that every
+// load of a warp is 512 contiguous bytes. What a lane multiplies it copied itself: the ring of
+// cp.async stages needs no barrier, and runs across rows. X lies in shared memory in its own type,
+// read and converted once per step for eight rows.
 //
 // At the end of eight rows a lane's sums are added across the warp by a butterfly that also deals
 // them out (9 shuffles for 8 sums instead of 40; those of a fifth token by one more), then across
