@@ -1,11 +1,17 @@
 """Host time of one call: the Python function, the operator under it, and torch for scale.
 
 A loop of calls whose kernels are shorter than the call, so that the host is what takes time; the
-launch itself (some 4 us, last row) is part of every row. Best of five loops.
+launch itself (some 4 us, last row) is part of every row. All rows take turns, round after round,
+each next to a loop of bare launches: `us` is the median of the rounds, `us_min` the fastest,
+`over_launch` the median of what a round took beyond the bare launches next to it, so that a core
+that is slow for a while falls on both.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
+import statistics
 import time
 
 import torch
@@ -13,12 +19,16 @@ from common import OURS, Bench, Call, randn
 
 import fastinfer
 
-CALLS = 1000
+CALLS = 200
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=21)
 
 
 @torch.inference_mode()
 def main() -> None:
-    bench = Bench("host", __doc__)
+    bench = Bench("host", __doc__, add_flags)
     dtype, device = bench.dtype, bench.device
     ops = torch.ops.fastinfer
     x, y, r = (randn(1, 4096, dtype=dtype, device=device) for _ in range(3))
@@ -93,14 +103,33 @@ def main() -> None:
     }
     if device == "cuda":
         rows["a launch (torch.cuda._sleep)"] = {"torch": lambda: torch.cuda._sleep(1)}
-    for case, peers in rows.items():
-        if not bench.wanted(f"case={case}"):
-            continue
-        for peer, call in peers.items():
-            best = min(_loop(call, device) for _ in range(5))
-            bench.rows.append({"op": "host", "case": case, "peer": peer, "us": round(best, 2)})
-            print(f"case={case:<30} {peer:<20} {best:>8.2f} us", flush=True)
-            bench.save()
+    calls = {
+        (case, peer): call
+        for case, peers in rows.items()
+        if bench.wanted(f"case={case}")
+        for peer, call in peers.items()
+    }
+    us: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    over: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    gc.disable()
+    for turn in range(bench.args.rounds + 1):
+        for key, call in calls.items():
+            launch = _loop(lambda: torch.cuda._sleep(1), device) if device == "cuda" else 0.0
+            took = _loop(call, device)
+            if turn > 0:  # the first warms up
+                us[key].append(took)
+                over[key].append(took - launch)
+    gc.enable()
+    for (case, peer), times in us.items():
+        row = {"op": "host", "case": case, "peer": peer}
+        row |= {"us": round(statistics.median(times), 2), "us_min": round(min(times), 2)}
+        text = f"case={case:<30} {peer:<22} {row['us']:>8.2f} us (min {row['us_min']:.2f})"
+        if device == "cuda":
+            row["over_launch"] = round(statistics.median(over[case, peer]), 2)
+            row["over_launch_max"] = round(max(over[case, peer]), 2)
+            text += f"  {row['over_launch']:>6.2f} over a launch (max {row['over_launch_max']:.2f})"
+        bench.rows.append(row)
+        print(text, flush=True)
     bench.finish()
 
 

@@ -9,9 +9,10 @@ cross the link.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 import torch
-from common import OURS, Bench, Call, randn
+from common import OURS, OURS_PDL, Bench, Call, programmatic, randn
 
 import fastinfer
 
@@ -58,6 +59,11 @@ def caches(bench: Bench, blocks: int, dtype: torch.dtype | None = None) -> list[
     ]
 
 
+def ours(bench: Bench, make: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
+    """Alone, and on a GPU also launched programmatically behind one another."""
+    return {OURS: make} | ({OURS_PDL: programmatic(make)} if bench.device == "cuda" else {})
+
+
 def write_float(bench: Bench, t: int) -> None:
     blocks = max(64, 2 * t // BLOCK)
 
@@ -74,7 +80,7 @@ def write_float(bench: Bench, t: int) -> None:
 
     bench.case(
         {"op": "kvcopy", "case": f"reshape_and_cache T={t}"},
-        {OURS: write, "torch index_copy_": index_copy},
+        ours(bench, write) | {"torch index_copy_": index_copy},
         moved_bytes=4 * t * row_bytes(bench),
     )
 
@@ -93,7 +99,7 @@ def write_fp8(bench: Bench, t: int, dynamic: bool) -> None:
 
     bench.case(
         {"op": "kvcopy", "case": f"reshape_and_cache T={t} fp8{' dynamic' if dynamic else ''}"},
-        {OURS: write},
+        ours(bench, write),
         moved_bytes=2 * t * HKV * (D * (bench.dtype.itemsize + 1) + (4 if dynamic else 0)),
     )
 

@@ -61,6 +61,8 @@ def packed_call(
     dtype: torch.dtype,
     device: str,
     scale_dtype: torch.dtype | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Call:
     """Scales of x's dtype on a GPU unless said, as other engines keep them; fp32 on the CPU."""
     x = randn(m, k, dtype=dtype, device=device)
@@ -70,7 +72,8 @@ def packed_call(
         qweight, scales, _ = packed_weight(bits, n, k, device)
         weight = [qweight.clone(), scales.clone()]
     op = fastinfer.int4_linear if bits == 4 else fastinfer.int8_linear
-    return lambda: op(x, *weight, group_size=GROUP, out_features=n)
+    options = {"group_size": GROUP, "out_features": n, "batch_invariant": batch_invariant}
+    return lambda: op(x, *weight, **options)
 
 
 def with_int8_activations(call: Call) -> Call:
@@ -238,11 +241,12 @@ def dense(m: int, n: int, k: int, dtype: torch.dtype, device: str, *, ours: bool
 
 def many_tokens(bench: Bench) -> None:
     """Packed weights against cuBLAS in 16 bits, from 64 tokens to prefill (CUDA). Scales are of x's
-    type, as other engines keep them; once more in fp32.
+    type, as other engines keep them; once more in fp32. In the order of M: behind a prefill the GPU
+    is hot, and a row of 64 tokens took up to 1.3 times as long.
     """
     cublas = "cublas_bf16" if bench.dtype == torch.bfloat16 else "cublas_fp16"
-    for label, n, k in (*LAYERS, *LARGE_LAYERS):
-        for m in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+    for m in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        for label, n, k in (*LAYERS, *LARGE_LAYERS):
             shape = (m, n, k, bench.dtype, bench.device)
             bench.case(
                 {"op": "gemm", "layer": label, "n": n, "k": k, "m": m},
@@ -255,6 +259,21 @@ def many_tokens(bench: Bench) -> None:
                 moved_bytes=n * k // 2,
                 flops=2 * m * n * k,
             )
+
+
+def batch_invariant(bench: Bench) -> None:
+    """What rows cost whose bits do not depend on the batch: one split of K, 16 tokens at a time."""
+    for label, n, k in LAYERS[1:3]:
+        for m in (1, 8, 16, 64, 256):
+            shape = (m, n, k, bench.dtype, bench.device)
+            keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
+            peers = {
+                f"{OURS}_int{bits}_batch_invariant": (
+                    lambda bits=bits, s=shape: packed_call(bits, *s, batch_invariant=True)
+                )
+                for bits in (4, 8)
+            }
+            bench.case(keys, peers, moved_bytes=n * k // 2, flops=2 * m * n * k)
 
 
 def on_cpu(bench: Bench) -> None:
@@ -284,6 +303,7 @@ def main() -> None:
     bench = Bench("linear", __doc__)
     if bench.device == "cuda":
         few_tokens(bench)
+        batch_invariant(bench)
         many_tokens(bench)
         w8a8_cases(bench, LAYERS)
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from common import OURS, Bench, Call, randn
+from common import OURS, OURS_PDL, Bench, Call, programmatic, randn
 
 import fastinfer
 
@@ -68,18 +70,22 @@ def main() -> None:
 
         keys = {"op": "rotary", "tokens": t, "hq": HQ, "hkv": HKV, "d": D}
         rotated = 2 * t * (HQ + HKV) * D * dtype.itemsize
+
+        def both(make: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
+            return {OURS: make} | ({OURS_PDL: programmatic(make)} if device == "cuda" else {})
+
         bench.case(
-            {**keys, "case": "apply_rotary"}, {OURS: ours, "torch": theirs}, moved_bytes=rotated
+            {**keys, "case": "apply_rotary"}, {**both(ours), "torch": theirs}, moved_bytes=rotated
         )
-        bench.case({**keys, "case": "apply_rotary interleaved"}, {OURS: pairs}, moved_bytes=rotated)
+        bench.case({**keys, "case": "apply_rotary interleaved"}, both(pairs), moved_bytes=rotated)
         bench.case(
             {**keys, "case": "apply_rotary_and_cache fp8"},
-            {OURS: fused_fp8},
+            both(fused_fp8),
             moved_bytes=rotated + t * HKV * (D * (dtype.itemsize + 2) + 8),
         )
         bench.case(
             {**keys, "case": "apply_rotary_and_cache"},
-            {OURS: fused},
+            both(fused),
             moved_bytes=rotated + 3 * t * HKV * D * dtype.itemsize,
         )
     bench.finish()

@@ -168,6 +168,8 @@ STABLE_TORCH_LIBRARY(fastinfer, m) {
   m.def(
       "peer_all_reduce_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps, "
       "int group, int algorithm) -> ()");
+  // logits [B,N]; ids, out int64 [B]
+  m.def("peer_argmax(Tensor logits, Tensor ids, int begin, int group, Tensor(a!) out) -> ()");
 
   // ---- what was built, what runs
   // ----------------------------------------------------------------------------------

@@ -123,11 +123,27 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     )
 
 
-def opcheck(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+def opcheck(
+    op: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    cuda: bool = False,
+    stays: tuple[torch.Tensor, ...] = (),
+) -> None:
     """torch.library.opcheck, all four checks: schema, autograd registration, fake kernel, AOT
-    dispatch with dynamic shapes.
+    dispatch with dynamic shapes. `cuda`: where there is a GPU, again with every tensor there but
+    those that stay on the host.
     """
     torch.library.opcheck(op, args, kwargs or {})
+    if cuda and torch.cuda.is_available():
+
+        def move(x: Any) -> Any:
+            host = not isinstance(x, torch.Tensor) or any(x is t for t in stays)
+            return x if host else x.cuda()
+
+        args, kwargs = torch.utils._pytree.tree_map(move, (args, kwargs or {}))
+        torch.library.opcheck(op, args, kwargs)
 
 
 def compiles(fn: Callable[..., Any], *args: Any, backend: str = "aot_eager") -> Any:

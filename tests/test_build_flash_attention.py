@@ -5,46 +5,20 @@ where sm_90a is used.
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 from fastinfer import _lib
+from machine_code import cuobjdump, usage
 
-OPS = _lib.LIBRARY
-PLACES = [
-    *Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin"),
-    Path("/usr/local/cuda/bin"),
-]
 NAMES = ("flash_sm90_kernel", "flash_portable_kernel")
 
-pytestmark = pytest.mark.skipif(not OPS.is_file(), reason="needs the built library")
-
-
-def cuobjdump(*options: str, file: Path = OPS, cwd: Path | None = None) -> str:
-    found = shutil.which("cuobjdump") or next(
-        (str(p / "cuobjdump") for p in PLACES if (p / "cuobjdump").is_file()), None
-    )
-    if not found:
-        pytest.skip("cuobjdump (CUDA toolkit, or nvidia-cuda-cuobjdump) is not installed")
-    command = [found, *options, str(file.resolve())]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout
-
-
-def usage() -> list[tuple[str, str]]:
-    """(mangled name, resources), one per kernel and architecture."""
-    found = re.findall(r"Function (\S+):\n\s*(REG:.*)", cuobjdump("-res-usage"))
-    kernels = [(name, line) for name, line in found if any(n in name for n in NAMES)]
-    if not kernels:
-        pytest.skip("this library was built without CUDA")
-    return kernels
+pytestmark = pytest.mark.skipif(not _lib.LIBRARY.is_file(), reason="needs the built library")
 
 
 def test_instances_and_spills() -> None:
-    kernels = usage()
+    kernels = usage(*NAMES)
     names = {name for name, _ in kernels}
     assert len(names) <= 32, sorted(names)
     assert all(any(n in name for name in names) for n in NAMES)
@@ -53,7 +27,7 @@ def test_instances_and_spills() -> None:
 
 
 def test_hopper_kernels_use_wgmma(tmp_path: Path) -> None:
-    names = {name for name, _ in usage() if "flash_sm90_kernel" in name}
+    names = {name for name, _ in usage("flash_sm90_kernel")}
     assert len(names) == 18, sorted(names)
     cuobjdump("-xelf", "all", cwd=tmp_path)
     seen = set()

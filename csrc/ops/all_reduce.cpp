@@ -1,11 +1,12 @@
-// peer_all_reduce, peer_all_reduce_add_rms_norm: checks, the choice between one-shot and two-shot,
-// launch. CUDA only: what the ranks share is GPU memory (csrc/cuda/all_reduce); on the CPU,
-// torch.distributed does it.
+// peer_all_reduce, peer_all_reduce_add_rms_norm, peer_argmax: checks, the choice between one-shot
+// and two-shot, launch. CUDA only: what the ranks share is GPU memory (csrc/cuda/all_reduce); on
+// the CPU, torch.distributed does it.
 //
 //   x, residual [..., D]  one row stride, last dimension contiguous; both are written
 //   weight [D]            fp32, fp16 or bf16
 //   group                 number of a connected PeerGroup on x's device
 //   algorithm             0: by size, 1: one-shot, 2: two-shot
+//   logits [B, N]         rows of which ids [B] says the greatest; out [B] is written
 #ifdef FASTINFER_WITH_CUDA
 #include "../cuda/all_reduce/all_reduce.h"
 
@@ -124,9 +125,44 @@ void peer_all_reduce_add_rms_norm(const Tensor& x, const Tensor& residual, const
 #endif
 }
 
+void peer_argmax(const Tensor& logits, const Tensor& ids, int64_t begin, int64_t group_id,
+                 const Tensor& out) {
+  const char* op = "peer_argmax";
+  check_dim(op, "logits", logits, 2);
+  check_dtype(op, "logits", logits, {DType::f32, DType::f16, DType::bf16});
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  for (const auto& [name, tensor] : {std::pair{"ids", &ids}, std::pair{"out", &out}}) {
+    check_dtype(op, name, *tensor, {DType::i64});
+    check_shape(op, name, *tensor, {rows});
+    check_last_dim(op, name, *tensor);
+  }
+  if (columns > 0) check_last_dim(op, "logits", logits);
+  check_written(op, "out", out);
+  check_device(op, logits, {{"ids", &ids}, {"out", &out}});
+  FI_CHECK(begin >= 0 && begin + columns < (int64_t{1} << 31), op,
+           ": begin must be >= 0, and begin + columns of logits below 2^31, got ", begin);
+  FI_CHECK(!logits.is_cpu(), op, ": logits must be on a CUDA device, got ", describe(logits),
+           "; on the CPU use torch.distributed");
+#ifdef FASTINFER_WITH_CUDA
+  const cuda::PeerGroup& group = group_of(op, logits, group_id);
+  if (rows == 0) return;
+  cuda::PeerArgmaxParams p{};
+  p.group = &group, p.logits = logits.const_data_ptr(), p.dtype = dtype_of(logits);
+  p.rows = rows, p.columns = columns, p.stride = logits.stride(0), p.begin = begin;
+  p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  p.out = static_cast<int64_t*>(out.mutable_data_ptr());
+  FI_CHECK(rows <= cuda::peer_argmax_rows(group), op, ": logits must have at most ",
+           cuda::peer_argmax_rows(group), " rows, got ", describe(logits));
+  FI_CUDA(op, logits, cuda::peer_argmax(p, stream));
+#else
+  no_cuda_kernel(op);
+#endif
+}
+
 }  // namespace
 
 FI_REGISTER_BOTH({
+  m.impl("peer_argmax", TORCH_BOX(&peer_argmax));
   m.impl("peer_all_reduce", TORCH_BOX(&peer_all_reduce));
   m.impl("peer_all_reduce_add_rms_norm", TORCH_BOX(&peer_all_reduce_add_rms_norm));
 })

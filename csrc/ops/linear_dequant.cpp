@@ -50,8 +50,9 @@ void linear_wide(const PackedTensors& t) {
       !t.perm && reinterpret_cast<uintptr_t>(t.x.const_data_ptr()) % 16 == 0 && stride % 8 == 0;
   const Tensor x = suits ? t.x : gathered(t, device.stream());
   const bool half = t.layout.bits == 4 && dtype_of(t.scales) == dtype_of(t.x);
-  const WideChoice c = choose_wide(t.layout.bits, half, m, t.layout.n, t.layout.k,
-                                   cuda::device_facts().sms, t.groups > 1 && t.group_columns == 32);
+  const WideChoice c =
+      choose_wide(t.layout.bits, half, m, t.layout.n, t.layout.k, cuda::device_facts().sms,
+                  t.groups > 1 && t.group_columns == 32, dtype_of(x) == DType::bf16);
   const cuda::PackedLinear p{
       x.const_data_ptr(),
       row_stride(x),
@@ -74,8 +75,8 @@ void linear_wide(const PackedTensors& t) {
       false,
       nullptr,
   };
-  check_launch(t.op,
-               cuda::wide_linear(p, {c.tokens, c.blocks, c.groups, c.split}, device.stream()));
+  check_launch(t.op, cuda::wide_linear(p, {c.tokens, c.blocks, c.groups, c.tile_blocks, c.split},
+                                       device.stream()));
 }
 
 }  // namespace fastinfer

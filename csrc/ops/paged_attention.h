@@ -44,4 +44,11 @@ RowBlocks choose_row_blocks(int64_t rows, int64_t pairs, int64_t capacity, bool 
 // Lists among which (key head, row block) pairs are dealt, each served by ctas / lanes CTAs.
 int64_t choose_lanes(int64_t pairs, int64_t ctas);
 
+// CTAs of a cluster, clusters that an item can have, and for which shares (see params.h).
+struct Clusters {
+  int64_t size, parts, least_share, most_share;
+};
+Clusters choose_clusters(int64_t batch, int64_t heads, int64_t row_blocks, int64_t capacity,
+                         bool eight_bit, int64_t slots);
+
 }  // namespace fastinfer::paged_attention

@@ -5,6 +5,7 @@
 #include "paged_attention.h"
 
 #include <algorithm>
+#include <limits>
 
 #ifdef FASTINFER_WITH_CUDA
 #include "../cuda/common/launch.h"
@@ -36,6 +37,27 @@ int64_t choose_lanes(int64_t pairs, int64_t ctas) {
   for (int64_t lanes = std::min(pairs, ctas); lanes > 1; --lanes)
     if (pairs % lanes == 0 && ctas / lanes * lanes * 100 >= ctas * 96) return lanes;
   return 1;
+}
+
+// Clusters of CTAs that have an item, (sequence, key head, row block), to themselves: its pieces
+// then meet in shared memory. A launch of nothing but large ones where few keys fit into the table
+// (more of them are read faster by all SMs), else clusters of two, which every SM has a place for,
+// used where the lengths say that it pays. Measured: docs/kernels/paged_attention.md.
+Clusters choose_clusters(int64_t batch, int64_t heads, int64_t row_blocks, int64_t capacity,
+                         bool eight_bit, int64_t slots) {
+  constexpr int64_t kAlways = std::numeric_limits<int32_t>::max();
+  const int64_t pairs = heads * row_blocks, items = batch * pairs;
+  const int64_t eights = (slots - slots / 11) / 8;  // that run at once: GPCs have SMs left over
+  if (batch > 32) return {1, 1, 0, 0};              // a warp looks at all lengths
+  if (capacity <= 2048 && items <= eights) return {8, 1, 0, kAlways};
+  if (eight_bit && capacity <= 8192 && items * 2 <= eights) return {8, 2, 0, kAlways};
+  if (!eight_bit && capacity <= 6144 && items * 32 <= slots) return {2, 8, 0, kAlways};
+  // Two row blocks read the same keys, which neighbours do at the same time, clusters or not.
+  const bool many = items >= 24 || row_blocks == 2;
+  if (many && pairs % 2 == 0 && choose_lanes(pairs, slots) == pairs &&
+      items * 2 <= slots / pairs * pairs)
+    return {2, 1, 1, eight_bit ? 4 : 8};
+  return {1, 1, 0, 0};
 }
 
 #ifdef FASTINFER_WITH_CUDA
@@ -263,8 +285,19 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
   const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
+  if (is_plain(p) && p.row_tiles == 1 && s.head_dim <= 128 &&
+      cuda::device_facts().compute_capability == 90 && !cuda::force_portable()) {
+    const Clusters c =
+        choose_clusters(p.batch, p.heads_kv, p.row_blocks, capacity, is_8bit(s.kv_dtype), slots);
+    const auto log2 = [](int64_t n) { return n == 8 ? 3 : static_cast<int32_t>(n / 2); };
+    p.cluster_shift = log2(c.size), p.parts_shift = log2(c.parts);
+    p.least_share = static_cast<int32_t>(c.least_share);
+    p.most_share = static_cast<int32_t>(c.most_share);
+    if (c.size > 1) p.lanes = static_cast<int32_t>(pairs);
+  }
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);
   p.min_share = p.rows > 32 ? 4 : p.rows > 16 && !has_several_queries(p) ? 2 : 1;
+  p.item_cost = 2;
   place_workspace(op, p, slots, t, counters, partials);
   check_launch(op, launch_attention(p, slots, device.stream()));
 #else

@@ -254,9 +254,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--tp", "3"), "--tp 3 must divide the 32 heads"),
+        (("--tp", "3"), "tensor_parallel_size must divide the 32 attention heads"),
         (("--tp", "0"), "--tp must be at least 1"),
-        (("--pp", "99"), "--pp 99 is more than the 4 layers"),
+        (("--pp", "99"), "pipeline_parallel_size must be at most the 4 layers"),
         (("--link", "fast"), "--link must be nvlink"),
         (("--tp", "2", "--prompt", "0"), "--prompt must be at least 1"),
     ],

@@ -11,7 +11,11 @@ import torch
 from gpu_case import Case, Made
 
 from fastinfer.distributed.all_reduce import PeerAllReduce
-from fastinfer.ops.all_reduce import peer_all_reduce, peer_all_reduce_add_rms_norm
+from fastinfer.ops.all_reduce import (
+    peer_all_reduce,
+    peer_all_reduce_add_rms_norm,
+    peer_argmax,
+)
 
 
 def _case(
@@ -40,7 +44,28 @@ def _case(
     return make
 
 
+def _argmax(world: int, rows: int, columns: int, dtype: torch.dtype) -> Callable[[str, int], Made]:
+    def make(device: str, seed: int) -> Made:
+        g = torch.Generator(device=device).manual_seed(seed)
+        ranks = PeerAllReduce.in_process([device] * world, 1 << 16, timeout_s=0)
+        logits = torch.randn(world, rows, columns, generator=g, device=device).to(dtype)
+        ids = logits.float().argmax(2)
+        outs = torch.full((world, rows), -7, dtype=torch.int64, device=device)
+
+        def run() -> None:
+            for r, rank in enumerate(ranks):
+                peer_argmax(logits[r], ids[r], r * columns, rank._id, outs[r])
+
+        return run, [outs[-1]]
+
+    return make
+
+
 CASES: list[Case] = []
+for _world, _rows in ((2, 1), (2, 300), (3, 129)):
+    for _dtype in (torch.bfloat16, torch.float16, torch.float32):
+        _make = _argmax(_world, _rows, 77, _dtype)
+        CASES.append(Case(f"peer_argmax-{str(_dtype)[6:]}-{_world}x{_rows}", _make))
 for _dtype in (torch.bfloat16, torch.float16, torch.float32):
     for _world in (2, 3):
         for _shape in ((2, 4096), (3, 33), (150, 64)):

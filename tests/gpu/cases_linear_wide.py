@@ -16,18 +16,24 @@ CASES: list[Case] = [
     for dtype in (torch.bfloat16, torch.float16)
     for bits in (4, 8)
     for m, n, k, group, zeros, perm in (
-        (12, 200, 1040, 64, "int", False),  # 16 tokens, K cut
-        (16, 60000, 128, 128, "none", False),  # 16 tokens x 512 rows
-        (12, 45000, 520, 128, "none", False),  # 16 tokens, one whole round and a rest
-        (20, 200, 1040, 64, "int", False),  # 32 tokens x 256 rows, K cut
-        (20, 6000, 1040, 128, "none", False),  # 32 tokens x 384 rows or 256
-        (20, 45000, 128, 128, "none", False),  # 32 tokens x 384 rows
+        # 4 bit; 8 bit: tokens x rows
+        (12, 4400, 520, 64, "int", False),  # 16 x 320, K cut; 16 x 256, K cut
+        (16, 60000, 128, 128, "none", False),  # 16 x 512
+        (16, 51000, 128, 128, "int", False),  # 16 x 448; 16 x 512
+        (12, 45000, 520, 128, "none", False),  # 16 x 384; 32 x 384
+        (12, 17000, 1040, 128, "none", False),  # 16 x 320, K cut; 16 x 512, K cut
+        (20, 200, 1040, 64, "int", False),  # 32 x 192, K cut; 32 x 256, K cut
+        (20, 7000, 520, 128, "int", False),  # 32 x 256, K cut
+        (20, 26000, 128, 128, "none", False),  # 32 x 256
+        (20, 10000, 1040, 128, "none", False),  # 32 x 192, K cut; 32 x 384, K cut
+        (20, 34000, 264, 128, "none", False),  # 32 x 384
         (20, 200, 1040, 32, "int", False),  # two groups to a step, K cut
         (40, 20000, 128, 64, "none", False),  # 64 tokens
-        (64, 192, 520, 64, "int", False),  # K cut
-        (130, 3000, 2056, 128, "none", False),  # 64 tokens x 256 rows, K cut
-        (600, 3000, 264, 64, "none", False),  # 128 tokens x 128 rows
-        (600, 9000, 128, 64, "int", False),  # 256 tokens x 128 rows
+        (64, 192, 520, 64, "int", False),  # 64 x 192, K cut; 128 x 128
+        (130, 3000, 2056, 128, "none", False),  # 64 x 256, K cut
+        (600, 3000, 264, 64, "none", False),  # 64 x 256; 128 x 128
+        (600, 9000, 128, 64, "int", False),  # 256 x 128; 128 x 128
+        (1000, 1600, 4104, 128, "none", False),  # 256 x 128, K cut
         (65, 130, 1024, 32, "none", False),  # K cut in parts, two groups to a step
         (130, 200, 200, -1, "none", True),  # columns gathered first
         (300, 1000, 264, 128, "int", False),  # several tiles, rows and columns to spare

@@ -30,6 +30,7 @@ def decode(
     rotary: bool = False,
     plan: bool = False,
     workspace: bool = True,
+    room: int = 0,  # columns of the table behind the last: more than few keys, so no large clusters
     **features: object,
 ) -> Callable[[str, int], Made]:
     def make(device: str, seed: int) -> Made:
@@ -45,6 +46,7 @@ def decode(
         columns = -(-capacity // size)
         order = torch.randperm(batch * columns + 1, generator=generator, device=device).int()
         table = order[: batch * columns].view(batch, columns).contiguous()
+        table = torch.nn.functional.pad(table, (0, room), value=-1)
         if not block:
             table = torch.arange(batch, device=device, dtype=torch.int32)[:, None]
         caches, scale = [], []
@@ -154,17 +156,31 @@ CASES = [
         )
         for dim in (64, 128, 256)
     ),
-    Case("decode_split", decode([3000, 5], heads=(4, 1), plan=True)),
+    *(  # without clusters, shares of the CTAs wherever they end
+        Case(
+            f"decode_{name}_d{dim}_shares",
+            decode(LENGTHS, dtype=dtype, cache=cache, dim=dim, room=600),
+        )
+        for name, dtype, cache in (("bf16", torch.bfloat16, None), ("e4m3", torch.bfloat16, E4M3))
+        for dim in (64, 128)
+    ),
+    # Clusters of two: all of it, where the lengths are short, with several for an item.
+    Case("decode_clusters_of_two", decode([200, 64, 0, 33] * 4, heads=(8, 2), room=600)),
+    Case("decode_two_clusters_e4m3", decode([2500, 70], cache=E4M3, scales="token", dim=112)),
+    Case("decode_eight_clusters", decode([3000, 0, 70])),
+    Case("decode_split", decode([3000, 5], heads=(4, 1), plan=True, room=600)),
     # A CTA that ends one split item and begins the next.
-    Case("decode_two_splits", decode([2500, 2400, 700])),
-    Case("decode_two_splits_e4m3_token", decode([2500, 2400], cache=E4M3, scales="token")),
-    Case("decode_split_no_workspace", decode([1500], heads=(8, 2), workspace=False)),
+    Case("decode_two_splits", decode([2500, 2400, 700], room=600)),
+    Case(
+        "decode_two_splits_e4m3_token", decode([2500, 2400], cache=E4M3, scales="token", room=600)
+    ),
+    Case("decode_split_no_workspace", decode([1500], heads=(8, 2), workspace=False, room=600)),
     Case("decode_mqa_32_rows", decode([900, 17], heads=(32, 1), block=1)),
     # Pieces that several CTAs merge: dealt to threads, in the order of the keys, rows of 16 lanes.
-    Case("decode_shared_merge", decode([5000], heads=(32, 1))),
+    Case("decode_shared_merge", decode([5000], heads=(32, 1), room=600)),
     Case("decode_shared_merge_invariant", decode([20000], heads=(32, 1), batch_invariant=True)),
-    Case("decode_shared_merge_d64", decode([5000, 70], dtype=F16, heads=(16, 1), dim=64)),
-    Case("decode_shared_merge_e4m3", decode([5000], cache=E4M3, heads=(16, 1))),
+    Case("decode_shared_merge_d64", decode([5000, 70], dtype=F16, heads=(16, 1), dim=64, room=600)),
+    Case("decode_shared_merge_e4m3", decode([5000], cache=E4M3, heads=(16, 1), room=600)),
     *(  # pairs of warps for 32 rows
         Case(f"decode_pairs_d{dim}", decode(PAIRS, dtype=dtype, heads=(32, 1), dim=dim))
         for dtype, dim in ((torch.bfloat16, 128), (F16, 64), (F16, 256))
@@ -172,9 +188,9 @@ CASES = [
     # Keys of 8-bit caches in boxes of 16; pages of 8 keys: row by row.
     Case("decode_boxes_int8_token", decode(PAIRS, cache=INT8, scales="token", dim=112, block=32)),
     Case("decode_boxes_dense", decode(LENGTHS, cache=E4M3, scales="scalar", dim=96, block=None)),
-    Case("decode_boxes_two_splits", decode([2500, 2400], cache=INT8, scales="scalar")),
+    Case("decode_boxes_two_splits", decode([2500, 2400], cache=INT8, scales="scalar", room=600)),
     Case("decode_rows_e4m3", decode(PAIRS, cache=E4M3, block=8)),
-    Case("decode_rows_int8_token", decode(LENGTHS, cache=INT8, scales="token", block=8)),
+    Case("decode_rows_int8_token", decode(LENGTHS, cache=INT8, scales="token", block=8, room=1100)),
     Case("decode_64_rows", decode([700, 0], heads=(16, 1), q_len=4, causal=True)),
     Case("decode_many_rows", decode([300, 40], heads=(12, 2), q_len=21, causal=True, block=None)),
     Case("decode_d72_window", decode([500, 90], dim=72, window_size=(100, 0), sinks=True)),

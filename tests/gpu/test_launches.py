@@ -58,6 +58,23 @@ def test_current_stream(case: Case) -> None:
 
 
 @each_case
+def test_two_streams_at_once(case: Case) -> None:
+    """Calls on two streams, each with its own buffers, do not meet: no scratch memory is shared."""
+    made = [first_run(case, seed=seed) for seed in (1, 2)]
+    streams = [torch.cuda.Stream() for _ in made]
+    torch.cuda.synchronize()
+    different = torch.zeros(2, dtype=torch.bool, device="cuda")
+    for _ in range(20):
+        for i, ((run, outputs, expected), stream) in enumerate(zip(made, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                run()
+                for t, want in zip(outputs, expected, strict=True):
+                    different[i].logical_or_((t.contiguous().view(torch.uint8) != want).any())
+    torch.cuda.synchronize()
+    assert not different.any()
+
+
+@each_case
 def test_graph_replays(case: Case) -> None:
     """1000 replays, each compared on the device with the eager result, bit for bit."""
     run, outputs, expected = first_run(case)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "quant"))
+from _model_harness import TINY, build_reference, save
+from grid_rank import logits_of
+from parallel_grid import run_grid
+from quant_checkpoints import CASES, write_checkpoint
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.distributed.control import RankError
@@ -78,11 +87,32 @@ def alone(folder: Path) -> tuple[list[list[int]], list[dict[int, float]]]:
         {"tensor_parallel_size": 2},
         {"tensor_parallel_size": 2, "cuda_graphs": False},
         {"tensor_parallel_size": 2, "speculative": "ngram", "adaptive_speculation": False},
+        {"tensor_parallel_size": 2, "speculative": "folder", "adaptive_speculation": False},
+        {"tensor_parallel_size": 2, "batch_invariant": True},
+        {"tensor_parallel_size": 2, "enable_prefix_caching": False, "async_scheduling": False},
+        {"tensor_parallel_size": 2, "peer": "0"},
         {"pipeline_parallel_size": 2},
+        {"pipeline_parallel_size": 2, "pipeline_stages": [1, 3], "speculative": "ngram"},
     ],
-    ids=["tp2", "tp2_eager", "tp2_speculation", "pp2"],
+    ids=[
+        "tp2",
+        "tp2_eager",
+        "tp2_speculation",
+        "tp2_draft_model",
+        "tp2_batch_invariant",
+        "tp2_plain",
+        "tp2_nccl",
+        "pp2",
+        "pp2_given_speculation",
+    ],
 )
-def test_answers_are_those_of_one_gpu(folder: Path, alone: Any, options: dict[str, Any]) -> None:
+def test_answers_are_those_of_one_gpu(
+    folder: Path, alone: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTINFER_PEER_ALL_REDUCE", options.get("peer", "1"))
+    options = {name: value for name, value in options.items() if name != "peer"}
+    if options.get("speculative") == "folder":  # the draft stays on rank 0
+        options = options | {"speculative": str(folder)}
     tokens, scored = answers(folder, **options)
     want_tokens, want_scored = alone
     for want, got in zip(want_scored, scored, strict=True):
@@ -91,6 +121,130 @@ def test_answers_are_those_of_one_gpu(folder: Path, alone: Any, options: dict[st
     # a tie that rounding decides changes all that follows
     agree = sum(a == b for a, b in zip(want_tokens, tokens, strict=True))
     assert agree >= len(tokens) // 2, (want_tokens, tokens)
+
+
+@pytest.mark.parametrize("what", ["families", "formats"])
+def test_logits_of_every_family_and_format(tmp_path: Path, what: str) -> None:
+    """Of parts on two GPUs against those of one, in 16 bits: TP2 and PP2."""
+    cases = {name: tmp_path / name for name in (TINY if what == "families" else CASES)}
+    for name, path in cases.items():
+        if what == "families":
+            save(name, build_reference(name), path)
+        else:
+            path.mkdir()
+            write_checkpoint(CASES[name], path)
+    layouts = [(2, 1), (1, 2)]
+    results = run_grid(tmp_path, cases, layouts, device="cuda", dtype="float16")
+    bad = {}
+    for name in cases:
+        want = torch.cat(logits_of(str(cases[name]), None, "cuda", torch.float16))
+        for tp, pp in layouts:
+            got = results[name, tp, pp]
+            if isinstance(got, str):
+                bad[name, tp, pp] = got
+                continue
+            error = float((torch.cat(got) - want).norm() / want.norm())
+            # scales of activations per rank are other numbers
+            activations = name in CASES and CASES[name].activations
+            if not error <= (1e-3 if tp == 1 else 0.1 if activations else 0.01):
+                bad[name, tp, pp] = str(error)
+    assert not bad, bad
+
+
+def test_stages_are_divided_by_measured_time(tmp_path: Path) -> None:
+    """A head as heavy as several layers: fewer of them are with it, and both stages are planned to
+    take about as long; the real steps are not far from that.
+    """
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        torch_dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    options = {"load_format": "dummy", "pipeline_parallel_size": 2, "num_blocks": 1024}
+    with LLM(str(tmp_path), **SETTINGS | options) as llm:
+        llm.generate(PROMPTS, GREEDY)
+        llm.pipeline_stats(reset=True)
+        llm.generate(PROMPTS, SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True))
+        stages = llm.pipeline_stats()
+    print(stages)
+    layers = [stage["layers"] for stage in stages]
+    assert sum(layers) == 8 and layers[1] < layers[0]
+    for stage in stages:
+        assert stage["planned_ms"] == pytest.approx(stage["step_ms"], rel=0.3)
+
+
+def hog(device: int, left: int) -> torch.Tensor:
+    """What holds all memory of a GPU but so many bytes."""
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()
+        torch.zeros(1, device=device)
+        free, _ = torch.cuda.mem_get_info(device)
+        return torch.empty(max(free - left, 1), dtype=torch.uint8, device=device)
+
+
+def test_a_rank_has_no_memory_to_start(folder: Path) -> None:
+    held = hog(1, 3 << 30)  # enough for its context and NCCL, not for its cache
+    begin = time.monotonic()
+    with pytest.raises((RankError, ValueError), match=r"rank 1 of 2.*memory"):
+        LLM(
+            str(folder),
+            **SETTINGS
+            | {"tensor_parallel_size": 2, "kv_cache_memory": 40 << 30, "num_blocks": None},
+        )
+    assert time.monotonic() - begin < 40
+    del held
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_runs_out_of_memory_in_a_step(folder: Path, rank: int) -> None:
+    """The memory is really used up when a long prompt comes."""
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 32768, "max_num_seqs": 256}
+    llm = LLM(str(folder), **SETTINGS | options | {"num_blocks": 4096, "cuda_graphs": False})
+    (process,) = llm.core.runner._run._processes
+    llm.generate(PROMPTS[0], GREEDY)
+    held = hog(rank, 8 << 20)
+    prompts = [{"prompt_token_ids": [i + 3] * 400} for i in range(80)]
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=rf"rank {rank} of 2.*memory"):
+        llm.generate(prompts, GREEDY)
+    assert time.monotonic() - begin < 15
+    with pytest.raises(RankError, match=f"rank {rank}"):  # and from now on
+        llm.generate(PROMPTS[0], GREEDY)
+    llm.close()
+    assert process.poll() is not None
+    del held
+    torch.cuda.empty_cache()
+
+
+def test_kernels_do_not_wait_for_a_rank_that_died(folder: Path) -> None:
+    """With a time limit of minutes: error, close and the next run come in seconds."""
+    options = {"distributed_timeout": 300, "tensor_parallel_size": 2}
+    llm = LLM(str(folder), **SETTINGS | options)
+    (process,) = llm.core.runner._run._processes
+    stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=450, ignore_eos=True))
+    for _ in range(3):
+        next(stream)
+    process.kill()
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1"):
+        for _ in stream:
+            pass
+    said = time.monotonic() - begin
+    llm.close()
+    torch.cuda.synchronize()
+    print(f"said after {said:.2f} s, closed after {time.monotonic() - begin:.2f} s")
+    assert time.monotonic() - begin < 10
+    with LLM(str(folder), **SETTINGS | options) as again:
+        assert again.generate(PROMPTS[0], GREEDY)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])

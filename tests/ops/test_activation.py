@@ -216,19 +216,22 @@ def test_opcheck() -> None:
     x = randn(3, 34, seed=1)
     for view in (x, x[:, :20], x[:0]):
         out = torch.empty(view.shape[0], view.shape[1] // 2)
-        opcheck(OPS.silu_and_mul, (view,), {"out": out})
-        opcheck(OPS.gelu_and_mul, (view,), {"tanh_approximation": True, "out": out})
+        opcheck(OPS.silu_and_mul, (view,), {"out": out}, cuda=True)
+        kw = {"tanh_approximation": True, "out": out}
+        opcheck(OPS.gelu_and_mul, (view,), kw, cuda=True)
         q, scale = torch.empty_like(out, dtype=torch.int8), torch.empty(view.shape[0])
         for zeros in (None, torch.empty(view.shape[0], dtype=torch.int32)):
-            opcheck(OPS.silu_and_mul_quant, (view,), {"q": q, "scale": scale, "zeros": zeros})
+            kw = {"q": q, "scale": scale, "zeros": zeros}
+            opcheck(OPS.silu_and_mul_quant, (view,), kw, cuda=True)
 
 
-def test_compiles() -> None:
+@pytest.mark.parametrize("device", devices("silu_and_mul"))
+def test_compiles(device: str) -> None:
     def f(x: Tensor) -> tuple[Tensor, ...]:
         q, scale, zeros = silu_and_mul_quant(x + 1, symmetric=False)
         return silu_and_mul(x) + 1, gelu_and_mul(x, "tanh"), q, scale, zeros
 
-    x = randn(3, 34, seed=1)
+    x = randn(3, 34, seed=1, device=device)
     for got, want in zip(compiles(f, x), f(x), strict=True):
         assert torch.equal(got, want)
 

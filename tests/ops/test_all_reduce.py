@@ -20,6 +20,8 @@ from fastinfer.ops.all_reduce import (
     peer_all_reduce_add_rms_norm,
     peer_all_reduce_add_rms_norm_reference,
     peer_all_reduce_reference,
+    peer_argmax,
+    peer_argmax_reference,
 )
 from helpers import FLOATS, assert_close_to_reference, assert_same, opcheck, randn, refuses
 
@@ -225,6 +227,48 @@ def test_graph_replays(algorithm: str, programmatic: bool) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_argmax_is_that_of_all_logits(dtype: torch.dtype, world: int) -> None:
+    """Ties, NaN, infinities, a rank without logits, rows that are not packed, graphs."""
+    vocabulary, piece = 100 * (world - 1), 100  # the last rank has nothing
+    with ranks(world) as reduces:
+        for seed, rows in enumerate([1, 2, 37, 300]):
+            logits = randn(rows, vocabulary, seed=seed, dtype=dtype)
+            logits[0, 3] = logits[0, vocabulary - 2] = 50
+            logits[-1] = float("-inf")
+            logits[-1, -1] = float("inf")
+            if rows > 2:
+                logits[1, :] = 0
+                logits[2, :100] = float("nan")
+            parts = [logits[:, r * piece : (r + 1) * piece] for r in range(world)]
+            chosen = [
+                part.float().nan_to_num(float("-inf")).argmax(1)
+                if part.shape[1]
+                else torch.zeros(rows, dtype=torch.int64)
+                for part in parts
+            ]
+            begins = [min(r * piece, vocabulary) for r in range(world)]
+            want = peer_argmax_reference(parts, chosen, begins)
+            assert int(want[-1]) == vocabulary - 1 and (rows < 2 or int(want[0]) == 3)
+            xs = [
+                torch.nn.functional.pad(part, (0, 5)).to(each.device)[:, : part.shape[1]]
+                for part, each in zip(parts, reduces, strict=True)
+            ]
+            ids = [c.to(each.device) for c, each in zip(chosen, reduces, strict=True)]
+            outs = [torch.full_like(each, -7) for each in ids]
+            for _ in range(3):  # both halves of the slots
+                on_all(
+                    reduces,
+                    lambda rank, each, xs=xs, ids=ids, outs=outs, begins=begins: each.argmax(
+                        xs[rank], ids[rank], begins[rank], outs[rank]
+                    ),
+                )
+                for out in outs:
+                    assert_same(out.cpu(), want)
+
+
+@gpu
 def test_a_silent_rank_is_noticed() -> None:
     with ranks(2, timeout_s=0.2) as (alone, _):
         x = torch.ones(4096, device=alone.device)
@@ -252,6 +296,8 @@ def test_opcheck() -> None:
     alone._allocate()
     x, r = torch.randn(2, 2, 64, device="cuda").unbind()
     opcheck(torch.ops.fastinfer.peer_all_reduce.default, (x, alone._id, 1))
+    ids, out = torch.zeros(2, 2, dtype=torch.int64, device="cuda").unbind()
+    opcheck(torch.ops.fastinfer.peer_argmax.default, (x, ids, 0, alone._id, out))
     op = torch.ops.fastinfer.peer_all_reduce_add_rms_norm.default
     opcheck(op, (x, r.clone(), x[0].clone(), 1e-6, alone._id, 0))
     alone.close()
@@ -288,6 +334,16 @@ def test_refusals() -> None:
     refuses(lambda: peer_all_reduce(x, 0), name, "CUDA device", "torch.distributed.all_reduce")
     refuses(lambda: peer_all_reduce(x.double(), 0), name, "x", "float64")
     refuses(lambda: peer_all_reduce(torch.tensor(1.0), 0), name, "at least one dimension")
+    ids = torch.zeros(2, dtype=torch.int64)
+    for arguments, words in [
+        ((x, ids, 0, 0, ids), ("CUDA device", "torch.distributed")),
+        ((x[0], ids, 0, 0, ids), ("logits", "2")),
+        ((x.double(), ids, 0, 0, ids), ("logits", "float64")),
+        ((x, ids.int(), 0, 0, ids), ("ids", "int32")),
+        ((x, ids, 0, 0, ids[:1]), ("out", "shape")),
+        ((x, ids, 2**31, 0, ids), ("begin", "2^31")),
+    ]:
+        refuses(lambda arguments=arguments: peer_argmax(*arguments), "peer_argmax", *words)
     refuses(lambda: torch.ops.fastinfer.peer_all_reduce(x, 0, 3), name, "algorithm", "got 3")
     refuses(lambda: peer_all_reduce(x[:1].expand(2, 16), 0), name, "repeat memory")
     refuses(lambda: peer_all_reduce(None, 0), name, "x must be a tensor")

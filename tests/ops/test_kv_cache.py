@@ -287,24 +287,26 @@ def test_threads_do_not_change_bits(cache_dtype: torch.dtype) -> None:
 
 def test_opcheck() -> None:
     """float8 is left to the other tests: opcheck itself cannot compute with it."""
-    k, v = randn(4, 2, 9, seed=1), randn(4, 2, 9, seed=2)
+    d = 16  # what 8-bit caches on a GPU ask for
+    k, v = randn(4, 2, d, seed=1), randn(4, 2, d, seed=2)
     slots, table, cu = torch.tensor([4, -1, 0, 7]), torch.tensor([[1, 2], [0, 9]]), [0, 4, 5]
     for dtype, scale in (
         (torch.float32, None),
         (torch.int8, torch.tensor([0.01, 0.02])),
         (torch.int8, torch.ones(3, 3, 2)),
     ):
-        caches = [torch.zeros(3, 3, 2, 9).to(dtype) for _ in range(2)]
+        caches = [torch.zeros(3, 3, 2, d).to(dtype) for _ in range(2)]
         s = [None if scale is None else scale.clone() for _ in range(2)]
         kw = {"k_scale": s[0], "v_scale": s[1]}
-        opcheck(OPS.reshape_and_cache, (k, v, *caches, slots), kw)
+        opcheck(OPS.reshape_and_cache, (k, v, *caches, slots), kw, cuda=True)
         kw["seq_starts"] = None if scale is None else torch.tensor([1, 0])
-        kw |= {"key_out": torch.empty(6, 2, 9), "value_out": torch.empty(6, 2, 9)}
-        opcheck(OPS.gather_cache, (*caches, table, torch.tensor(cu)), kw)
+        kw |= {"key_out": torch.empty(6, 2, d), "value_out": torch.empty(6, 2, d)}
+        opcheck(OPS.gather_cache, (*caches, table, torch.tensor(cu)), kw, cuda=True)
 
 
+@pytest.mark.parametrize("device", devices("reshape_and_cache"))
 @pytest.mark.parametrize("dtype", [torch.float32, FP8, torch.int8])
-def test_compiles(dtype: torch.dtype) -> None:
+def test_compiles(dtype: torch.dtype, device: str) -> None:
     def f(k: Tensor, kc: Tensor, vc: Tensor, slots: Tensor, ks, vs, table: Tensor, cu: Tensor):
         reshape_and_cache(k + 1, k, kc, vc, slots, k_scale=ks, v_scale=vs)
         a, b = gather_cache(kc, vc, table, cu, 6, k_scale=ks, v_scale=vs, dtype=k.dtype)
@@ -312,10 +314,12 @@ def test_compiles(dtype: torch.dtype) -> None:
 
     runs = []
     for call in (lambda *a: compiles(f, *a), f):
-        caches = [torch.zeros(3, 3, 2, 9).to(dtype) for _ in range(2)]
+        caches = [torch.zeros(3, 3, 2, 16).to(dtype) for _ in range(2)]
         s = [None if dtype == torch.float32 else torch.ones(3, 3, 2) for _ in range(2)]
         table, cu = torch.tensor([[1, 2], [0, 9]]), torch.tensor([0, 4, 5])
-        args = (randn(4, 2, 9, seed=1), *caches, torch.tensor([4, -1, 0, 7]), *s, table, cu)
+        args = (randn(4, 2, 16, seed=1), *caches, torch.tensor([4, -1, 0, 7]), *s, table, cu)
+        args = tuple(None if a is None else a.to(device) for a in args)
+        caches, s = args[1:3], args[4:6]
         runs.append([call(*args), *caches, *(t for t in s if t is not None)])
     for a, b in zip(*runs, strict=True):
         assert torch.equal(raw(a), raw(b))

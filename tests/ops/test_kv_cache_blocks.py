@@ -254,23 +254,29 @@ def test_threads() -> None:
 
 def test_opcheck() -> None:
     caches, mapping = [randn(4, 3, 5, seed=1), randn(4, 7, seed=2)], torch.tensor([[0, 2], [1, 3]])
-    opcheck(OPS.copy_blocks, (caches, mapping))
-    opcheck(OPS.swap_blocks, ([c.clone() for c in caches], caches, mapping))
+    opcheck(OPS.copy_blocks, (caches, mapping), cuda=True)
+    others = [c.clone() for c in caches]
+    opcheck(OPS.swap_blocks, (others, caches, mapping), cuda=True, stays=(mapping,))
     x = randn(3, 2, 5, seed=1)
-    opcheck(OPS.repeat_kv, (x, 3), {"dim": -2, "out": torch.empty(3, 6, 5)})
-    opcheck(OPS.repeat_kv, (x[:, :1, 1:4], 3), {"dim": 0, "out": torch.empty(9, 1, 3)})
+    opcheck(OPS.repeat_kv, (x, 3), {"dim": -2, "out": torch.empty(3, 6, 5)}, cuda=True)
+    opcheck(OPS.repeat_kv, (x[:, :1, 1:4], 3), {"dim": 0, "out": torch.empty(9, 1, 3)}, cuda=True)
 
 
-def test_compiles() -> None:
-    def f(k: Tensor, v: Tensor, host: Tensor, mapping: Tensor) -> Tensor:
+@pytest.mark.parametrize("device", devices("copy_blocks"))
+def test_compiles(device: str) -> None:
+    def f(k: Tensor, v: Tensor, host: Tensor, mapping: Tensor, on_host: Tensor) -> Tensor:
         copy_blocks([k], [v], mapping)
-        swap_blocks(k, host, mapping)
+        swap_blocks(k, host, on_host)
         return repeat_kv(k, 2) + 1
 
     runs = []
     for call in (lambda *a: compiles(f, *a), f):
-        args = (randn(4, 3, 5, seed=1), randn(4, 3, 5, seed=2), torch.zeros(4, 3, 5))
-        runs.append([call(*args, torch.tensor([[0, 2], [1, 3]])), *args])
+        args = [x.to(device) for x in (randn(4, 3, 5, seed=1), randn(4, 3, 5, seed=2))]
+        args.append(torch.zeros(4, 3, 5, pin_memory=device != "cpu"))
+        mapping = torch.tensor([[0, 2], [1, 3]])
+        runs.append([call(*args, mapping.to(device), mapping), *args])
+        if device != "cpu":
+            torch.cuda.synchronize()
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(runs[0][1][2], runs[0][1][0]) and runs[0][3].any()

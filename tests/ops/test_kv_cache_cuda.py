@@ -26,7 +26,7 @@ def raw(t: Tensor) -> Tensor:
     return t.cpu().contiguous().flatten().view(torch.uint8)
 
 
-@pytest.mark.parametrize("heads", [1, 40])  # 40: the kernel for much work
+@pytest.mark.parametrize("heads", [1, 40, 64])  # 40, 64: the two kernels for much work
 @pytest.mark.parametrize("cache_dtype", [FP8, torch.int8])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_code(arch: str, dtype: torch.dtype, cache_dtype: torch.dtype, heads: int) -> None:
@@ -75,6 +75,15 @@ def test_agrees_with_cpu(arch: str, dtype: torch.dtype, cache_dtype: torch.dtype
         (3, 80, 24, 333, "dynamic"),
         (1, 576, 64, 100, "dynamic"),
         (5, 36, 7, 800, "head"),
+        (3, 64, 16, 12001, "head"),  # from here on: the two kernels for much work
+        (13, 64, 16, 2700, "dynamic"),
+        (1, 128, 32, 17001, "dynamic"),
+        (9, 128, 7, 2001, "head"),
+        (8, 256, 16, 1101, "head"),
+        (2, 256, 32, 4501, "dynamic"),
+        (16, 64, 16, 2201, "head"),
+        (4, 64, 8, 9001, "dynamic"),
+        (8, 128, 16, 2401, "head"),
     ):
         blocks = tokens // block * 2 + 4
         k, v = (3 * randn(tokens, heads, dim, seed=i, dtype=dtype) for i in (1, 2))

@@ -223,12 +223,35 @@ def test_random_cases_against_the_reference(device: str, seed: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("n", "k"),
-    [(4096, 4096), (264, 14336), (1, 8960), (8, 10944), (151, 18944), (13824, 136), (200, 29568)],
+    [
+        (4096, 4096),
+        (264, 14336),
+        (40, 4864),
+        (1, 8960),
+        (8, 10944),
+        (100, 13824),
+        (151, 18944),
+        (72, 27648),
+        (13824, 136),
+        (200, 29568),
+        (7392, 200),
+        (151936, 72),
+    ],
 )
 def test_real_shapes(gpu: str, bits: int, n: int, k: int) -> None:
     case = make(bits, n, k, 128, "int", seed=n, device=gpu)
     for m in (1, 5, 8, 16, 24, 33):
         x = randn(m, k, seed=m, dtype=torch.bfloat16, device=gpu)
+        assert_linear_error(case(x), x.double() @ case.dense.double().t(), m)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_every_number_of_tokens(gpu: str, bits: int, group_size: int) -> None:
+    case = make(bits, 330, 1096, group_size, "int", seed=bits, device=gpu)
+    for m in (*M_VALUES, 32, 128, 1024):
+        x = randn(m, 1096, seed=m, dtype=torch.float16, device=gpu)
         assert_linear_error(case(x), x.double() @ case.dense.double().t(), m)
 
 

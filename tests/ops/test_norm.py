@@ -256,21 +256,23 @@ def test_quant_into_given_tensors(symmetric: bool, device: str) -> None:
 def test_opcheck() -> None:
     w = randn(17, seed=1)
     for x in (randn(3, 17, seed=2), randn(3, 4, 20, seed=2)[:, 1:3, :17], torch.empty(0, 17)):
-        opcheck(OPS.rms_norm, (x, w, 1e-6), {"out": torch.empty(x.shape)})
-        opcheck(OPS.fused_add_rms_norm, (x.clone(), x.clone(), w, 1e-6))
+        opcheck(OPS.rms_norm, (x, w, 1e-6), {"out": torch.empty(x.shape)}, cuda=True)
+        opcheck(OPS.fused_add_rms_norm, (x.clone(), x.clone(), w, 1e-6), cuda=True)
         for residual, zeros in ((None, None), (x.clone(), x.new_empty(x.shape[:-1]).int())):
             out = {"q": torch.empty(x.shape).to(torch.int8), "scale": torch.empty(x.shape[:-1])}
-            opcheck(OPS.rms_norm_quant, (x, w, 1e-6), {"residual": residual, "zeros": zeros, **out})
+            out |= {"residual": residual, "zeros": zeros}
+            opcheck(OPS.rms_norm_quant, (x, w, 1e-6), out, cuda=True)
 
 
-def test_compiles() -> None:
+@pytest.mark.parametrize("device", devices("rms_norm"))
+def test_compiles(device: str) -> None:
     def f(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         y = rms_norm(x * 2, w)
         q, scale, zeros = rms_norm_quant(y, w, residual=residual, symmetric=False)
         z, _ = fused_add_rms_norm(y + 1, residual, w)
         return y, q, scale, zeros, z
 
-    x, r, w = randn(3, 34, seed=1), randn(3, 34, seed=2), randn(34, seed=3)
+    x, r, w = (randn(*shape, seed=34, device=device) for shape in ((3, 34), (3, 34), (34,)))
     r2 = r.clone()
     want = f(x, r2, w)
     got = compiles(f, x, r, w)

@@ -12,6 +12,7 @@ import torch
 from test_flash_attention import check, feature_sets
 from test_paged_attention import Case
 
+from fastinfer import _lib
 from fastinfer.ops.paged_attention import (
     flash_attn_with_kvcache,
     flash_attn_with_kvcache_reference,
@@ -46,9 +47,10 @@ def test_heads_and_dims(heads, dim):
 
 @pytest.mark.parametrize("code", [None, FP8, torch.int8], ids=str)
 def test_portable_path_has_the_same_bits(code, monkeypatch):
+    """Where there are no clusters: many items, an odd number of key heads."""
     case = Case(
-        [0, 5, 700, 64], heads=8, dim=128, block_size=16, dtype=torch.bfloat16, cache_dtype=code,
-        scales="token" if code else "none", device="cuda",
+        [0, 5, 700, 64], heads=18, heads_kv=9, dim=128, block_size=16, dtype=torch.bfloat16,
+        cache_dtype=code, scales="token" if code else "none", device="cuda",
     )  # fmt: skip
     native = case.run(causal=True)
     monkeypatch.setenv("FASTINFER_FORCE_ARCH", "80")
@@ -113,6 +115,70 @@ def test_graph_follows_the_lengths(invariant):
         graph.replay()
         assert torch.equal(out, first)
     assert not workspace[: 64 << 10].any()
+
+
+# 1 to 4 clusters per item, lengths that leave some without keys, some that are too long for them.
+CLUSTERS = (
+    ([700], 2, 8), ([64], 8, 4), ([0], 4, 4), ([1], 3, 8), ([2040], 8, 4), ([3000], 8, 4),
+    ([5000], 8, 4), ([9000], 2, 4), ([1300, 900, 0], 8, 2), ([1500], 1, 32),
+    ([300, 20], 4, 4), ([129, 0, 65, 1030], 8, 4), ([700, 130, 0, 1], 2, 16),
+    ([513] * 8, 8, 4), ([2048, 1, 0, 63, 64, 65, 1024, 100], 8, 2), ([90] * 16, 8, 4),
+    ([5, 900] * 16, 4, 1), ([4000, 10, 10], 8, 4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [None, FP8, torch.int8], ids=str)
+@pytest.mark.parametrize("lengths,heads_kv,group", CLUSTERS, ids=str)
+def test_clusters(lengths, heads_kv, group, code):
+    """Few items: their pieces meet in the shared memory of a cluster. With a plan, in a graph, with
+    programmatic launch and with a table that is somewhat wider the same bits.
+    """
+    rng = random.Random(repr((lengths, code)))
+    case = Case(
+        lengths, heads=heads_kv * group, heads_kv=heads_kv, dim=rng.choice((64, 80, 128)),
+        block_size=rng.choice((None, 16, 64)), dtype=rng.choice(HALF), cache_dtype=code,
+        scales=rng.choice(("head", "token")) if code else "none", device="cuda",
+    )  # fmt: skip
+    expected = case.verify().cuda()
+    args, kwargs, _, _ = case.copy()
+    args = [None if t is None else t.cuda() for t in args]
+    kwargs = {n: None if t is None else t.cuda() for n, t in kwargs.items()}
+    heads, dim = args[0].shape[2:]
+    plan = plan_decode(kwargs["cache_seqlens"], heads, heads_kv, dim)
+    assert torch.equal(flash_attn_with_kvcache(*args, **kwargs, plan=plan), expected)
+    if kwargs["block_table"] is not None:
+        table, block = kwargs["block_table"], args[1].shape[1]
+        most = next(n for n in (2048, 6144, 32768) if table.shape[1] * block <= n) // block
+        table = torch.nn.functional.pad(table, (0, most - table.shape[1]), value=-1)
+        wide = kwargs | {"block_table": table}
+        assert torch.equal(flash_attn_with_kvcache(*args, **wide), expected)
+    workspace = torch.zeros(32 << 20, dtype=torch.uint8, device="cuda")
+    out = torch.empty_like(expected)
+    graph = torch.cuda.CUDAGraph()
+    with _lib.programmatic_launch(), torch.cuda.graph(graph):
+        for _ in range(3):
+            flash_attn_with_kvcache(*args, **kwargs, workspace=workspace, out=out)
+    for _ in range(50):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
+    assert not workspace[: 64 << 10].any()
+
+
+@pytest.mark.parametrize("lengths", [[70000, 70, 0, 500], [4000, 30] * 20], ids=len)
+def test_lengths_that_differ_where_shares_are_long(lengths):
+    """Ends of items count as work then; a plan changes no bit."""
+    case = Case(lengths, heads=16, heads_kv=8, dim=64, block_size=16, dtype=torch.bfloat16,
+                device="cuda")  # fmt: skip
+    args, kwargs, _, _ = case.copy()
+    args = [None if t is None else t.cuda() for t in args]
+    kwargs = {n: None if t is None else t.cuda() for n, t in kwargs.items()}
+    out, lse = flash_attn_with_kvcache(*args, **kwargs, return_softmax_lse=True)
+    reference = flash_attn_with_kvcache_reference(*args, **kwargs)
+    baseline = flash_attn_with_kvcache_reference(*args, **kwargs, compute_dtype=args[0].dtype)
+    check(out, lse, reference, baseline)
+    plan = plan_decode(kwargs["cache_seqlens"], 16, 8, 64)
+    assert torch.equal(flash_attn_with_kvcache(*args, **kwargs, plan=plan), out)
 
 
 @pytest.mark.parametrize("code", [None, FP8], ids=str)

@@ -531,7 +531,7 @@ def test_opcheck() -> None:
         "scale": torch.empty(3),
         "zeros": torch.empty(3, dtype=i32),
     }
-    opcheck(ops.quantize_per_token.default, (x,), kwargs)
+    opcheck(ops.quantize_per_token.default, (x,), kwargs, cuda=True)
 
 
 def test_compile() -> None:

@@ -284,7 +284,7 @@ def test_validation_on_cuda(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def opcheck_inputs() -> tuple[Tensor, ...]:
     cos, sin = tables(9, 8)
-    return randn(4, 3, 10, seed=1), randn(4, 2, 10, seed=2), randn(4, 2, 10, seed=3), cos, sin
+    return randn(4, 3, 16, seed=1), randn(4, 2, 16, seed=2), randn(4, 2, 16, seed=3), cos, sin
 
 
 def test_opcheck() -> None:
@@ -292,12 +292,14 @@ def test_opcheck() -> None:
     positions, slots = torch.tensor([1, 8, 0, 3]), torch.tensor([4, -1, 0, 7])
     for p in (None, positions, positions.int()):
         out = {"q_out": torch.empty_like(q), "k_out": torch.empty_like(k), "interleaved": True}
-        opcheck(OPS.apply_rotary, (q, k, cos, sin, p), out)
-    opcheck(OPS.apply_rotary_inplace, (q, None, cos, sin, positions), {"interleaved": False})
-    q4, k4 = randn(2, 3, 2, 10, seed=4), randn(2, 3, 1, 10, seed=4)
-    opcheck(OPS.apply_rotary_inplace, (q4, k4, cos, sin, None), {"interleaved": False})
+        opcheck(OPS.apply_rotary, (q, k, cos, sin, p), out, cuda=True)
+    opcheck(
+        OPS.apply_rotary_inplace, (q, None, cos, sin, positions), {"interleaved": False}, cuda=True
+    )
+    q4, k4 = randn(2, 3, 2, 16, seed=4), randn(2, 3, 1, 16, seed=4)
+    opcheck(OPS.apply_rotary_inplace, (q4, k4, cos, sin, None), {"interleaved": False}, cuda=True)
     for dtype in (torch.float32, torch.int8):  # opcheck itself cannot handle float8
-        pair, scale = caches(dtype, 2, 10)
+        pair, scale = caches(dtype, 2, 16)
         pair = [c.nan_to_num(0) for c in pair]
         scales = None if scale is None else torch.ones(2)
         args = (q, k, v, cos, sin, positions, *pair, slots)
@@ -306,10 +308,11 @@ def test_opcheck() -> None:
             "k_scale": scales,
             "v_scale": None if scales is None else 2 * scales,
         }
-        opcheck(OPS.apply_rotary_and_cache, args, kw)
+        opcheck(OPS.apply_rotary_and_cache, args, kw, cuda=True)
 
 
-def test_compiles() -> None:
+@DEVICES
+def test_compiles(device: str) -> None:
     def f(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, p: Tensor, *rest: Tensor):
         a, b = apply_rotary(q + 0, k + 0, cos, sin, p)
         apply_rotary_and_cache(q, k, v, cos, sin, p, *rest)
@@ -319,8 +322,9 @@ def test_compiles() -> None:
     p, slots = torch.tensor([1, 8, 0, 3]), torch.tensor([4, -1, 0, 7])
     runs = []
     for call in (lambda *a: compiles(f, *a), f):
-        state = [q.clone(), k.clone(), v, cos, sin, p, torch.zeros(3, 3, 2, 10)]
-        state += [torch.zeros(3, 3, 2, 10), slots]
+        state = [q.clone(), k.clone(), v, cos, sin, p, torch.zeros(3, 3, 2, 16)]
+        state += [torch.zeros(3, 3, 2, 16), slots]
+        state = [x.to(device) for x in state]
         runs.append((*call(*state), *state))
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)

@@ -12,7 +12,7 @@ from torch import Tensor
 import sampling_on_device
 from fastinfer.ops._reference_sampling import distribution_reference, penalise_reference
 from fastinfer.ops.sampling import sample, sample_reference
-from helpers import FLOATS, compiles, opcheck, randn
+from helpers import FLOATS, compiles, devices, opcheck, randn
 
 device, isa = sampling_on_device.device, sampling_on_device.isa
 INF, NAN = float("inf"), float("nan")
@@ -358,12 +358,14 @@ def test_opcheck() -> None:
         "workspace": None,
     }
     op = torch.ops.fastinfer.sample.default
-    opcheck(op, (randn(3, 37, seed=18),), {**arguments(), **outputs})
+    opcheck(op, (randn(3, 37, seed=18),), {**arguments(), **outputs}, cuda=True)
 
 
+@pytest.mark.parametrize("where", devices("sample"))
 @pytest.mark.parametrize("batch", [1, 3])
-def test_compiles(batch: int) -> None:
-    logits, kw = randn(batch, 37, seed=19), arguments(batch)
+def test_compiles(batch: int, where: str) -> None:
+    logits = randn(batch, 37, seed=19, device=where)
+    kw = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in arguments(batch).items()}
 
     def step(x: Tensor) -> tuple[Tensor, ...]:
         return sample(x * 2, **kw, return_logprobs=True, num_top_logprobs=3)

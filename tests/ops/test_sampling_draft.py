@@ -12,7 +12,7 @@ from torch import Tensor
 import sampling_on_device
 from fastinfer.ops._reference_sampling import distribution_reference
 from fastinfer.ops.sampling import sample, verify_draft, verify_draft_reference
-from helpers import FLOATS, available_isa_levels, chi_square_p, compiles, opcheck, randn
+from helpers import FLOATS, available_isa_levels, chi_square_p, compiles, devices, opcheck, randn
 
 device, isa = sampling_on_device.device, sampling_on_device.isa
 INF, NAN = float("inf"), float("nan")
@@ -264,7 +264,8 @@ def test_empty_batch(device: str) -> None:
     assert out.token_ids.shape == (0, 4) and out.num_accepted.shape == (0,)
 
 
-def test_opcheck_and_compile() -> None:
+@pytest.mark.parametrize("where", devices("verify_draft"))
+def test_opcheck_and_compile(where: str) -> None:
     target, ids, q = drafts(3, 2, 37, seed=28)
     num = torch.tensor([2, 0, 1], dtype=torch.int32)
     outputs = {
@@ -273,7 +274,10 @@ def test_opcheck_and_compile() -> None:
         "workspace": None,
     }
     kw = rules(3)
-    opcheck(torch.ops.fastinfer.verify_draft.default, (target, ids, q, num), {**kw, **outputs})
+    op = torch.ops.fastinfer.verify_draft.default
+    opcheck(op, (target, ids, q, num), {**kw, **outputs}, cuda=where == "cuda")
+    target, ids, q, num = (x.to(where) for x in (target, ids, q, num))
+    kw = {name: x.to(where) for name, x in kw.items()}
 
     def step(x: Tensor, q: Tensor) -> tuple[Tensor, ...]:
         return verify_draft(x * 2, ids, q, num, **kw)

@@ -18,7 +18,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def run_grid(
-    folder: Path, cases: Mapping[str, Path], layouts: Sequence[tuple[int, int]]
+    folder: Path,
+    cases: Mapping[str, Path],
+    layouts: Sequence[tuple[int, int]],
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> dict[tuple[str, int, int], Any]:
     """(case, tp, pp) -> logits of the two sequences, or an error's text. All layouts have one
     number of processes.
@@ -33,6 +37,8 @@ def run_grid(
                 "layouts": layouts,
                 "cases": {name: str(path) for name, path in cases.items()},
                 "out": str(out),
+                "device": device,
+                "dtype": dtype,
             }
         )
     )

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ FULL: dict[str, dict[str, Any]] = {
         "adaptive_speculation": False,
         "cuda_graphs": True,
     },
+    "pp2_draft_model": {
+        "pipeline_parallel_size": 2,
+        "speculative": "folder",
+        "adaptive_speculation": False,
+        "pipeline_stages": [1, 2],
+    },
     "tp2_swap": {
         "tensor_parallel_size": 2,
         "num_blocks": 9,
@@ -107,13 +114,16 @@ def run_case(folder: Path, options: dict[str, Any]) -> None:
     if options.get("speculative") == "folder":
         options = options | {"speculative": str(folder)}
     settings = SETTINGS | options
-    alone = {k: v for k, v in settings.items() if not k.endswith("parallel_size")}
+    several = ("tensor_parallel_size", "pipeline_parallel_size", "pipeline_stages")
+    alone = {k: v for k, v in settings.items() if k not in several}
+    environment = dict(os.environ)
     with LLM(str(folder), **alone) as llm:
         want = several_rounds(llm)
     with LLM(str(folder), **settings) as llm:
         got = several_rounds(llm)
         stats = llm.stats()
         processes = list(llm.core.runner._run._processes)
+    assert os.environ == environment  # what NCCL and gloo read of it is as it was
     assert stats.running == stats.waiting == 0
     assert [process.poll() for process in processes] == [0] * len(processes)
     assert_same(want, got)
@@ -135,7 +145,12 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start_ranks(size: int, arguments: list[str], models: list[Path]) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    size: int,
+    arguments: list[str],
+    models: list[Path],
+    program: Sequence[str] = ("-m", "fastinfer"),
+) -> list[subprocess.Popen[str]]:
     """What torchrun does: the same command for every rank, told apart by the environment."""
     port = str(free_port())
     processes = []
@@ -152,7 +167,7 @@ def start_ranks(size: int, arguments: list[str], models: list[Path]) -> list[sub
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p.endswith("python")),
         }
-        command = [sys.executable, "-m", "fastinfer", *arguments, "--model", str(models[rank])]
+        command = [sys.executable, *program, *arguments, "--model", str(models[rank])]
         processes.append(
             subprocess.Popen(
                 command,
@@ -177,3 +192,54 @@ def test_processes_that_torchrun_started(folder: Path) -> None:
         text = llm.generate("hello", SamplingParams(max_tokens=6, temperature=0.0))[0].text
     assert text.strip() in outputs[0][0]
     assert outputs[1][0] == ""
+
+
+MEETINGS = {
+    "static": "--master-addr 127.0.0.1 --master-port {port} --node-rank {host}",
+    "c10d": "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port} --rdzv-id one",
+}
+
+
+def torchrun_hosts(
+    hosts: int, each: int, meeting: str, arguments: list[str]
+) -> list[subprocess.Popen[str]]:
+    """A torchrun per host, all of them on this machine."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p.endswith("python")),
+    }
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(hosts)]
+    start += ["--nproc-per-node", str(each)]
+    where = MEETINGS[meeting]
+    return [
+        subprocess.Popen(
+            [*start, *where.format(port=port, host=host).split(), "-m", "fastinfer", *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(hosts)
+    ]
+
+
+def check_hosts(folder: Path, each: int, meeting: str, *sizes: str) -> None:
+    hosts = torchrun_hosts(2, each, meeting, [*GENERATE, *OPTIONS, *sizes, "--model", str(folder)])
+    outputs = [host.communicate(timeout=180) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    with LLM(str(folder), **SETTINGS) as llm:
+        text = llm.generate("hello", SamplingParams(max_tokens=6, temperature=0.0))[0].text
+    assert text.strip() in outputs[0][0] + outputs[1][0]
+    assert sum(bool(out) for out, _ in outputs) == 1, "one process prints"
+
+
+def test_two_hosts(folder: Path) -> None:
+    check_hosts(folder, 1, "c10d", "--tp", "2")
+
+
+@pytest.mark.full
+def test_two_hosts_with_two_processes_each(folder: Path) -> None:
+    check_hosts(folder, 2, "static", "--tp", "2", "--pp", "2")

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -85,6 +87,75 @@ def test_a_shard_is_missing_on_one_rank(folder: Path, tmp_path: Path) -> None:
     assert all(rank.returncode != 0 for rank in ranks)
     assert "rank 1 of 2: load_model" in outputs[0][1]
     assert "model-00002-of-00002.safetensors" in outputs[0][1]
+
+
+FAULTY = str(Path(__file__).with_name("faulty_rank.py"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "says"),
+    [
+        ("step-cuda", 1, "rank 1 of 2: CUDA out of memory. Tried to allocate 2.00 GiB"),
+        pytest.param("step-host", 1, "rank 1 of 2: out of memory", marks=pytest.mark.full),
+        pytest.param("step-cuda", 0, "rank 0 of 2: CUDA out of memory", marks=pytest.mark.full),
+        pytest.param("load-cuda", 1, "rank 1 of 2: LLM: the weights of", marks=pytest.mark.full),
+        ("load-host", 1, "must fit into the memory of cpu"),
+    ],
+)
+def test_a_rank_runs_out_of_memory(folder: Path, fault: str, rank: int, says: str) -> None:
+    """While it loads, or in its third step: the same sentence once, and both processes end."""
+    begin = time.monotonic()
+    arguments = [*GENERATE, *OPTIONS, "--tp", "2", "--distributed-timeout", "30"]
+    program = [FAULTY, fault, str(rank)]
+    ranks = start_ranks(2, arguments, [folder, folder], program)
+    outputs = [each.communicate(timeout=120) for each in ranks]
+    assert all(each.returncode != 0 for each in ranks)
+    assert says in outputs[0][1] and outputs[0][1].count(says) == 1
+    assert "Traceback" not in outputs[0][1]
+    assert time.monotonic() - begin < 60
+
+
+def test_a_collective_that_nobody_answers(folder: Path) -> None:
+    """The other rank lives and says so, but does not come."""
+    begin = time.monotonic()
+    arguments = [*GENERATE, *OPTIONS, "--tp", "2", "--distributed-timeout", "3"]
+    ranks = start_ranks(2, arguments, [folder, folder], [FAULTY, "step-wait", "1"])
+    outputs = [each.communicate(timeout=120) for each in ranks]
+    assert all(each.returncode != 0 for each in ranks)
+    late = "LLM: a collective of 2 ranks took longer than distributed_timeout (3 s)"
+    assert late in outputs[0][1] and "Traceback" not in outputs[0][1]
+    assert time.monotonic() - begin < 60
+
+
+def test_an_interrupt_while_loading(folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C is no fault of a rank: KeyboardInterrupt, and the other process goes too."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(FAULTY).parent)!r})\n"
+        "import os\n"
+        "from fastinfer import LLM\n"
+        "if __name__ == '__main__':\n"
+        "    import faulty_rank\n"
+        "    faulty_rank.plant('load-wait')\n"
+        "    try:\n"
+        f"        LLM({str(folder)!r}, **{SETTINGS | {'tensor_parallel_size': 2}!r})\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted', 'GLOO_SOCKET_IFNAME' in os.environ)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p.endswith("python"))
+    environment.pop("GLOO_SOCKET_IFNAME", None)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "interrupted False\n"
+    assert time.monotonic() - begin < 15
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_a_server_over_two_processes(folder: Path) -> None:

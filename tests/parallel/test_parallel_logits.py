@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from _model_harness import TINY, build_reference, save
-from grid_rank import SEQUENCES, logits_of
+from grid_rank import INVARIANT, SEQUENCES, logits_of
 from parallel_grid import run_grid
 from quant_checkpoints import CASES, Int8Activations, write_checkpoint
 
@@ -48,6 +48,8 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
                 cases[name] = folder / name
                 cases[name].mkdir()
                 write_checkpoint(CASES[name], cases[name])
+                if CASES[name].activations:
+                    cases[name + INVARIANT] = cases[name]
             done[everything, size] = cases, run_grid(folder, cases, LAYOUTS[size])
         return done[everything, size]
 
@@ -58,7 +60,7 @@ def check(grid: Grid, everything: bool, size: int, names: Any) -> None:
     cases, results = grid(everything, size)
     worst: dict[str, float] = {}
     for name in names:
-        want = logits_of(str(cases[name]), None)
+        want = logits_of(str(cases[name]), None, batch_invariant=name.endswith(INVARIANT))
         for tp, pp in LAYOUTS[size]:
             got = results[name, tp, pp]
             if isinstance(got, str):
@@ -82,6 +84,14 @@ def test_every_family(grid: Grid, size: int) -> None:
 def test_quantised_formats(grid: Grid, size: int) -> None:
     exact = [name for name in QUICK_FORMATS if not CASES[name].activations]
     check(grid, False, size, exact)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_int8_activations_with_a_scale_for_all_ranks(grid: Grid, size: int) -> None:
+    """Batch-invariant mode takes the scale of a token over all ranks, as one process does."""
+    names = [name + INVARIANT for name in QUICK_FORMATS if CASES[name].activations]
+    assert names
+    check(grid, False, size, names)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -113,5 +123,5 @@ def test_int8_activations(grid: Grid, size: int, tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_variant_and_format(grid: Grid, size: int) -> None:
-    exact = [name for name in CASES if not CASES[name].activations]
+    exact = [name + INVARIANT * CASES[name].activations for name in CASES]
     check(grid, True, size, [*TINY, *exact])

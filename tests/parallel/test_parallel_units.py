@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import socket
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from _model_harness import build_reference, save
 from engine_toy import ToyModel, toy_llm
+from quant_checkpoints import CASES, write_checkpoint
 
 from fastinfer import LLM, SamplingParams
+from fastinfer import checkpoint as checkpoint_module
 from fastinfer.checkpoint import Cut
-from fastinfer.distributed.control import Hub, RankError, Spoke
+from fastinfer.cli.main import build_parser
+from fastinfer.cli.options import engine_options
+from fastinfer.distributed.control import Hub, RankError, Spoke, first_line
+from fastinfer.distributed.launch import listen_at
 from fastinfer.distributed.span import Span, even, in_units
 from fastinfer.engine.parallel import pack_result, unpack_result
 from fastinfer.engine.plan_wire import PlanReader, PlanWriter
 from fastinfer.engine.sampler import SampleResult
 from fastinfer.engine.step_plan import SchedulePlan
-from fastinfer.models.config import ModelConfig, parse_config
-from fastinfer.models.shard import Shard, stage_layers
+from fastinfer.models.config import ModelConfig, load_config, parse_config
+from fastinfer.models.loader import load_model
+from fastinfer.models.shard import WHOLE, Shard
 from fastinfer.quant.canonical import CanonicalWeight
 from fastinfer.quant.cutting import cut_columns
 from fastinfer.quant.formats import Codes
@@ -66,18 +76,57 @@ def test_key_value_heads_are_repeated_when_they_are_fewer_than_ranks() -> None:
     assert Shard(rank=5, ranks=8).config(config(num_key_value_heads=2)).num_kv_heads == 1
 
 
-def test_stages_are_balanced_with_the_head_counted() -> None:
-    assert stage_layers(config(), 1) == [(0, 32)]
-    assert stage_layers(config(), 2) == [(0, 17), (17, 15)]  # the head weighs 2.4 layers
-    assert stage_layers(config(vocab_size=100), 2) == [(0, 16), (16, 16)]
-    for stages in range(1, 33):
-        division = stage_layers(config(), stages)
-        counts = [count for _, count in division]
-        assert sum(counts) == 32 and min(counts) >= 1 and len(counts) == stages
-        assert [first for first, _ in division] == [sum(counts[:i]) for i in range(stages)]
-        assert max(counts[:-1], default=0) - min(counts[:-1], default=0) <= 1
-    with pytest.raises(ValueError, match="at most the 32 layers"):
-        stage_layers(config(), 33)
+def test_the_hub_listens_where_the_others_look() -> None:
+    with listen_at("127.0.0.1", several_hosts=True) as server:
+        assert server.getsockname()[0] == "127.0.0.1"
+    with listen_at("localhost", several_hosts=True) as server:
+        assert server.getsockname()[0] in ("127.0.0.1", "::1")
+    # a name that is not this machine's
+    with listen_at("no-such-host.invalid", several_hosts=True) as server:
+        assert server.getsockname()[0] in ("0.0.0.0", "::")
+
+
+def test_a_name_that_means_loopback_is_of_no_use_to_other_hosts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with listen_at("node0", several_hosts=False) as server:
+        assert server.getsockname()[0] == "127.0.0.1"
+    with listen_at("node0", several_hosts=True) as server:
+        assert server.getsockname()[0] in ("0.0.0.0", "::")
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this Python has no IPv6")
+def test_the_hub_speaks_ipv6() -> None:
+    try:
+        listener = listen_at("::1", several_hosts=False)
+        assert listener.getsockname()[0] == "::1"
+    except (OSError, AssertionError):
+        pytest.skip("this machine has no IPv6")
+    hub = Hub(2, listener=listener, timeout=30)
+    spoke: list[Spoke] = []
+    joining = threading.Thread(target=lambda: spoke.append(Spoke(hub.address("::1"), 1)))
+    joining.start()
+    hub.accept()
+    joining.join()
+    spoke[0].done = True
+    hub.hang_up()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "tune", "bench throughput"])
+def test_commands_that_make_an_engine_take_its_sizes(command: str) -> None:
+    sizes = ["--tp", "2", "--pp", "2", "--pp-layers", "1,2", "--distributed-timeout", "9"]
+    args = build_parser().parse_args([*command.split(), "--model", "m", *sizes])
+    options = engine_options(args)
+    assert options["tensor_parallel_size"] == options["pipeline_parallel_size"] == 2
+    assert options["pipeline_stages"] == [1, 2] and options["distributed_timeout"] == 9
+
+
+def test_an_error_without_words() -> None:
+    assert first_line(MemoryError()) == "out of memory"
+    assert first_line(KeyError()) == "KeyError"
+    assert first_line(ValueError("one\ntwo")) == "one"
 
 
 def mirror(llm: LLM) -> list[tuple[SchedulePlan, SchedulePlan]]:
@@ -165,6 +214,64 @@ def test_columns_of_a_quantised_weight(bounds: tuple[int, int], order: bool) -> 
     assert torch.equal(piece.dequantize(), weight.dequantize()[:, channels])
 
 
+class Counted:
+    """A file, or a slice of it, that counts the bytes that are taken out."""
+
+    def __init__(self, inner: Any, taken: list[int]) -> None:
+        self._inner, self._taken = inner, taken
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __enter__(self) -> Counted:
+        return Counted(self._inner.__enter__(), self._taken)
+
+    def __exit__(self, *exc: Any) -> Any:
+        return self._inner.__exit__(*exc)
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._taken.append(tensor.nbytes)
+        return tensor
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._count(self._inner.get_tensor(name))
+
+    def get_slice(self, name: str) -> Counted:
+        return Counted(self._inner.get_slice(name), self._taken)
+
+    def __getitem__(self, where: Any) -> torch.Tensor:
+        return self._count(self._inner[where])
+
+
+@pytest.mark.parametrize(("case", "most"), [("plain", 0.3), ("gptq", 0.5), ("ct_int8", 0.5)])
+def test_a_rank_reads_its_slices_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, most: float
+) -> None:
+    """Of four ranks; the scales of groups, which each reads whole, are much of tiny layers."""
+    if case == "plain":
+        save("llama", build_reference("llama"), tmp_path)
+    else:
+        write_checkpoint(CASES[case], tmp_path)
+    taken: list[int] = []
+    opened = checkpoint_module._open
+    monkeypatch.setattr(checkpoint_module, "_open", lambda *args: Counted(opened(*args), taken))
+
+    def read(shard: Shard) -> int:
+        taken.clear()
+        load_model(tmp_path, shard=shard, progress=False)
+        return sum(taken)
+
+    whole = read(WHOLE)
+    group: Any = SimpleNamespace()  # that there is one; nothing is run
+    parts = [read(Shard(rank=rank, ranks=4, group=group)) for rank in range(4)]
+    assert all(part < most * whole for part in parts), (whole, parts)
+    stages = [
+        read(Shard(first_layer=0, num_layers=1, is_last=False)),
+        read(Shard(first_layer=1, num_layers=load_config(tmp_path).num_layers - 1, is_first=False)),
+    ]
+    assert sum(stages) == whole
+
+
 def test_codes_are_read_in_whole_words() -> None:
     codes = Codes("w", rows_first=False, per_row=8)  # AWQ: [in, out / 8]
     cut = codes.part((12, 20), (3, 9))
@@ -175,7 +282,7 @@ def test_codes_are_read_in_whole_words() -> None:
 
 
 def test_a_late_answer_says_what_and_how_long() -> None:
-    hub = Hub(2, host="127.0.0.1", timeout=30)
+    hub = Hub(2, listener=socket.create_server(("127.0.0.1", 0)), timeout=30)
     spoke: list[Spoke] = []
     joining = threading.Thread(target=lambda: spoke.append(Spoke(hub.address("127.0.0.1"), 1)))
     joining.start()

@@ -22,6 +22,22 @@ struct AddNormParams {
   float eps;
 };
 
+// Tokens from candidates of every rank (peer_argmax.cu).
+struct PeerArgmaxParams {
+  const PeerGroup* group;
+  const void* logits;  // rows of `columns`, `stride` apart
+  DType dtype;
+  int64_t rows, columns, stride;
+  int64_t begin;       // what column 0 is overall
+  const int64_t* ids;  // a column per row
+  int64_t* out;
+};
+
+int peer_argmax(const PeerArgmaxParams& p, void* stream);
+
+// Most rows of a call.
+int64_t peer_argmax_rows(const PeerGroup& group);
+
 // Bytes of a slot region that a call needs.
 int64_t all_reduce_slot_bytes(int64_t rows, int64_t dim, DType dtype);
 

@@ -149,9 +149,9 @@ __attribute__((visibility("default"))) int fastinfer_peer_connect_local(const in
   return cudaSuccess;
 }
 
-// Where the GPU writes 1 once a wait of this rank has run into its time limit: host memory, valid
-// until the buffer is freed.
-__attribute__((visibility("default"))) const int* fastinfer_peer_failed(int64_t id) {
+// Where the GPU writes 1 once a wait of this rank has run into its time limit, and where the host
+// writes any other number to end all waits: host memory, valid until the buffer is freed.
+__attribute__((visibility("default"))) int* fastinfer_peer_failed(int64_t id) {
   PeerGroup* g = fastinfer::cuda::peer_group(id);
   return g ? g->failed : nullptr;
 }

@@ -32,7 +32,7 @@ struct PeerGroup {
   uint64_t limit_ns;       // of one wait
   char* ranks[kMaxRanks];  // every rank's buffer as this process sees it
   bool mapped[kMaxRanks];  // through cudaIpcOpenMemHandle
-  int* failed;             // pinned, written by the GPU
+  int* failed;             // pinned, written by the GPU, or by the host to end what waits
 };
 
 // nullptr: no group of that number is open.

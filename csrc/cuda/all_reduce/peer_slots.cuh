@@ -63,8 +63,14 @@ __device__ __forceinline__ uint64_t global_ns() {
   return t;
 }
 
-// The time limit of a thread's waits. Once one has run out the group is dead: the host reads it,
-// and later waits end at once.
+__device__ __forceinline__ int load_word_system(const int* p) {
+  int v;
+  asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+// What ends a thread's waits: the time limit, or a word from the host, which knows that a rank has
+// gone. Then the group is dead: the host reads it, and later waits end at once.
 class Patience {
  public:
   __device__ __forceinline__ Patience(PeerHeader* own, int* failed, uint64_t limit_ns, bool dead)
@@ -72,23 +78,29 @@ class Patience {
 
   __device__ __forceinline__ bool is_over() {
     if (over_ || ++polls_ % 256 != 0) return over_;
-    const uint64_t now = global_ns();
+    const uint32_t now = about_ms(global_ns());
     if (polls_ == 256) {
-      start_ns_ = now;
-    } else if (now - start_ns_ >= limit_ns_) {
+      start_ms_ = now;
+    } else if (now - start_ms_ >= about_ms(limit_ns_)) {
       over_ = true;
       *reinterpret_cast<volatile uint32_t*>(&own_->dead) = 1;
       *static_cast<volatile int*>(failed_) = 1;
       __threadfence_system();
+    } else {
+      over_ = load_word_system(failed_) != 0;
     }
     return over_;
   }
 
  private:
+  static __device__ __forceinline__ uint32_t about_ms(uint64_t ns) {
+    return static_cast<uint32_t>(ns >> 20);
+  }
+
   PeerHeader* own_;
   int* failed_;
-  uint64_t limit_ns_, start_ns_ = 0;
-  uint32_t polls_ = 0;
+  uint64_t limit_ns_;
+  uint32_t start_ms_ = 0, polls_ = 0;
   bool over_;
 };
 

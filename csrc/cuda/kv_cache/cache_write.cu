@@ -12,6 +12,7 @@
 #include "divide.cuh"
 #include "half_codes.cuh"
 #include "kv_cache.h"
+#include "write_lines.cuh"
 #include "write_rows.cuh"
 
 namespace fastinfer::cuda {
@@ -260,7 +261,9 @@ int write_codes(const cpu::CacheWriteParams& p, int64_t tokens, void* stream) {
   c.num_tokens = tokens, c.block_size = p.block_size;
   c.heads = Divisor(p.heads);
   if constexpr (sizeof(T) == 2) {
-    if (c.by_sixteen && rows_fit(p, tokens)) return write_rows<T>(p, tokens, soft, stream);
+    if (c.by_sixteen && rows_fit(p, tokens))
+      return lines_fit(p, tokens) ? write_lines<T>(p, tokens, soft, stream)
+                                  : write_rows<T>(p, tokens, soft, stream);
   }
   c.tokens_per_cta = tokens_of_cta(tokens, p.heads * lanes, kHeadUnroll);
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, c.tokens_per_cta)), 2);

@@ -63,6 +63,7 @@ struct HalfQuotient {
   float scale, r, e;
   bool quick;
 
+  HalfQuotient() = default;
   __device__ __forceinline__ explicit HalfQuotient(float s) : scale(s), r(0), e(0) {
     quick = s >= 0x1p-60f && s <= 0x1p60f && ((__float_as_uint(s) + 1) & 0x7FFFFFu) != 0;
     if (quick) {

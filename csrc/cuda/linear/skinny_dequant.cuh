@@ -5,13 +5,13 @@
 // power is subtracted together with z:
 //   bf16, 4 bit: 0x4300 | q = 128 + q                     fp16, 4 bit: 0x6400 | q = 1024 + q, and
 //   fp16, 8 bit: 0x6400 | u = 1024 + u                      0x6400 | q << 4 = 1024 + 16 q
-//   bf16, 8 bit: the mantissa holds 7 bits. u - 128 = (128 + u % 128) - (u < 128 ? 256 : 128), and
-//                the subtrahend is 0x4300 | (~u & 0x80).
+//   bf16, 8 bit: the mantissa holds 7 bits: int8_bf16.cuh.
 // Registers: a0, a2 belong to row g8, a1, a3 to row g8 + 8.
 #pragma once
 
 #include "../common/bits.cuh"
 #include "../common/dtype.cuh"
+#include "int8_bf16.cuh"
 
 namespace fastinfer::cuda {
 
@@ -67,13 +67,11 @@ template <bool kBf16>
 __device__ __forceinline__ void dequantize_int8(uint32_t (&a)[4], uint32_t w01, uint32_t w23) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t v = (i < 2 ? w01 : w23) >> (8 * (i & 1));
-    if constexpr (kBf16) {
-      a[i] = sub_half2<true>(and_or(v, 0x007F007Fu, 0x43004300u),
-                             and_or(~v, 0x00800080u, 0x43004300u));
-    } else {
-      a[i] = sub_half2<false>(and_or(v, 0x00FF00FFu, 0x64006400u), 0x64806480u);
-    }
+    const uint32_t w = i < 2 ? w01 : w23;
+    if constexpr (kBf16)
+      a[i] = int8_to_bf16x2(w, i & 1);
+    else
+      a[i] = sub_half2<false>(and_or(w >> (8 * (i & 1)), 0x00FF00FFu, 0x64006400u), 0x64806480u);
   }
 }
 

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::tma_prefetch(&w_map);
     for (int i = 0; i < Tile::kStages; ++i) {
       ptx::mbarrier_init(&shared.full[i], 2);
-      ptx::mbarrier_init(&shared.empty[i], 4 * Tile::kGroups);
+      ptx::mbarrier_init(&shared.empty[i], 128 * Tile::kGroups);
     }
     if (p.split) {
       ptx::mbarrier_init(shared.summed, 1);

@@ -6,6 +6,7 @@
 #include "../common/bits.cuh"
 #include "../common/dtype.cuh"
 #include "../ptx/mma.cuh"
+#include "int8_bf16.cuh"
 
 namespace fastinfer::cuda::wide {
 
@@ -29,20 +30,22 @@ __device__ __forceinline__ uint32_t multiply2(uint32_t a, uint32_t b) {
   return r;
 }
 
-// Two fp32 values to one register; exact here: their low 16 bits are zero.
-__device__ __forceinline__ uint32_t high_halves(float low, float high) {
-  return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
-}
-
 template <class T, int kBits>
 struct Codes {
   static constexpr bool kHalf = std::is_same_v<T, __half>;
-  static constexpr bool kWide = !kHalf && kBits == 8;  // 8 bits exceed a bf16 mantissa: via fp32
-  static constexpr uint32_t kBase = kWide ? 0x4B000000u : kHalf ? 0x64006400u : 0x43004300u;
+  static constexpr bool kWide = !kHalf && kBits == 8;  // 8 bits exceed a bf16 mantissa
+  static constexpr uint32_t kBase = kHalf ? 0x64006400u : 0x43004300u;
+  static constexpr uint32_t kFloatBase = 0x4B000000u;
 
-  // What is subtracted from a code or-ed into kBase.
-  static __device__ __forceinline__ uint32_t offset(uint32_t zero) {
-    return kWide ? kBase | zero : kBase | zero | zero << 16;
+  // What is subtracted for a zero point: by pair(), or by floats().
+  static __device__ __forceinline__ uint32_t offset(uint32_t zero, bool floats) {
+    if constexpr (kWide) {
+      if (floats) return kFloatBase | zero;
+      return __float_as_uint(static_cast<float>(static_cast<int>(zero) - 128)) / 65536 *
+             0x00010001u;
+    } else {
+      return kBase | zero | zero << 16;
+    }
   }
   // Register j (row +8 when odd, k +8 when j >= 2) of the k step whose words are `w`.
   static __device__ __forceinline__ uint32_t pair(const uint32_t* w, int j, uint32_t offset) {
@@ -51,24 +54,16 @@ struct Codes {
     } else if constexpr (kHalf) {
       return subtract2<T>(__byte_perm(w[j / 2], 0x64646464u, j % 2 ? 0x4341 : 0x4240), offset);
     } else {
-      float low, high;
-      floats(w, j, offset, low, high);
-      return high_halves(low, high);
+      return subtract2<T>(int8_to_bf16x2(w[j / 2], j % 2), offset);
     }
-  }
-  // The same of 8 bits without zero points, bf16: u - 128 = (128 + u % 128) - (u < 128 ? 256 :
-  // 128).
-  static __device__ __forceinline__ uint32_t middle(const uint32_t* w, int j) {
-    const uint32_t v = w[j / 2] >> 8 * (j % 2);
-    return subtract2<T>(and_or(v, 0x007F007Fu, 0x43004300u), and_or(~v, 0x00800080u, 0x43004300u));
   }
   // The same as two floats.
   static __device__ __forceinline__ void floats(const uint32_t* w, int j, uint32_t offset,
                                                 float& low, float& high) {
     if constexpr (kWide) {
       const float minus = __uint_as_float(offset);
-      low = __uint_as_float(__byte_perm(w[j / 2], kBase, j % 2 ? 0x7441 : 0x7440)) - minus;
-      high = __uint_as_float(__byte_perm(w[j / 2], kBase, j % 2 ? 0x7443 : 0x7442)) - minus;
+      low = __uint_as_float(__byte_perm(w[j / 2], kFloatBase, j % 2 ? 0x7441 : 0x7440)) - minus;
+      high = __uint_as_float(__byte_perm(w[j / 2], kFloatBase, j % 2 ? 0x7443 : 0x7442)) - minus;
     } else {
       const uint32_t both = pair(w, j, offset);
       if constexpr (kHalf) {

@@ -23,6 +23,8 @@ struct Finish {
   const int32_t rank, ranks;    // in the cluster
   float acc[kBlocks][Tile::kAccumulators];
 
+  // Block b of this warpgroup is part of the tile.
+  __device__ __forceinline__ bool owned(int b) const { return group * kBlocks + b < p.tile_blocks; }
   // One unit of sums to slot `slot` of the staging area.
   __device__ __forceinline__ void stage(const float* v, int slot, const float (&bias)[2]) {
     uint32_t r[4];
@@ -70,7 +72,7 @@ struct Finish {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const int32_t block = job.block + group * kBlocks + b;
-      if (block >= p.blocks) continue;
+      if (!owned(b) || block >= p.blocks) continue;
       float bias[2];
       load_bias(block, bias);
       constexpr int kSlots = kUnits < 4 ? kUnits : 4;
@@ -90,7 +92,7 @@ struct Finish {
   __device__ __forceinline__ void send_sums(const Job& job) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      if (job.block + group * kBlocks + b >= p.blocks) continue;
+      if (!owned(b) || job.block + group * kBlocks + b >= p.blocks) continue;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         const int v = (group * kBlocks + b) * kUnits + u, slot = v / ranks;
@@ -115,7 +117,7 @@ struct Finish {
   __device__ __forceinline__ void add_sums(const Job& job) {
     ptx::mbarrier_wait(shared.summed, 0);
 #pragma unroll 1
-    for (int slot = group; slot * ranks + rank < Tile::kSumUnits; slot += Tile::kGroups) {
+    for (int slot = group; slot * ranks + rank < p.tile_blocks * kUnits; slot += Tile::kGroups) {
       const int v = slot * ranks + rank;
       const int32_t block = job.block + v / kUnits;
       if (block >= p.blocks) break;
@@ -137,7 +139,7 @@ struct Finish {
   // Bytes that this CTA will be sent.
   static __device__ __forceinline__ uint32_t sum_bytes(const WideParams& p, const Job& job,
                                                        int32_t rank, int32_t ranks) {
-    const int units = min(Tile::kAllBlocks, p.blocks - job.block) * kUnits;
+    const int units = min(p.tile_blocks, p.blocks - job.block) * kUnits;
     return units > rank ? (units - rank + ranks - 1) / ranks * ranks * kSumUnitBytes : 0;
   }
 };

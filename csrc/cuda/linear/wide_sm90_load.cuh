@@ -20,6 +20,7 @@ struct WideParams {
   int32_t m, n;
   int32_t steps;        // of 64 columns
   int32_t blocks;       // of 64 weight rows
+  int32_t tile_blocks;  // of a tile: Tile::kAllBlocks or a few less
   int32_t group_steps;  // of a group; 1 with two groups to a step
   int32_t row_tiles, token_tiles, section;
   int32_t first_tile, end_tile;  // of this launch
@@ -40,6 +41,10 @@ struct WideTile {
   static constexpr bool kScratch = !kHalf && kBlocks * kAccumulators <= 64;
   static constexpr uint32_t kXBytes = kTokens * 128, kBlockBytes = 512 * kBits;
   static constexpr uint32_t kWBytes = kAllBlocks * kBlockBytes;
+  // Tiles may have less than kAllBlocks: the last warpgroup one of two.
+  static constexpr bool kPartial =
+      kBits == 4 && (kTokens == 16 || (kTokens == 32 && kGroups == 2)) && kBlocks == 2;
+  static constexpr bool kHalves = kTokens <= (kBits == 8 ? 32 : 16);  // wide_sm90_multiply.cuh
   // 64 rows per block; two groups (of 32 columns) per step in some tiles (linear_choice.h).
   static constexpr int kStepGroups = kTokens == 64 || kTokens == 256 ? 2 : 1;
   static constexpr uint32_t kScaleGroup = kAllBlocks * 64 * 4, kZeroGroup = kAllBlocks * 64;
@@ -50,13 +55,17 @@ struct WideTile {
   static constexpr uint32_t kOutBytes = kGroups * kOutGroup;
   // Sums of the CTAs of a cluster, in units of 64 rows x 16 tokens: beside the ring where they are
   // few, else where the ring was.
-  static constexpr int kSumUnits = kAllBlocks * (kTokens / 16);
+  static constexpr int kUnits = kTokens / 16, kSumUnits = kAllBlocks * kUnits;
   static constexpr bool kSumsInRing = kTokens >= 64 || (kBits == 8 && kAllBlocks > 6);
-  static constexpr int sum_units(int ranks) { return (kSumUnits + ranks - 1) / ranks * ranks; }
+  // Units that a CTA of `ranks` has room for.
+  static constexpr int sum_units(int units, int ranks) {
+    return (units + ranks - 1) / ranks * ranks;
+  }
   static constexpr int most_sum_units() {
     int most = 0;
     for (int r = 2; r <= 8; ++r)
-      if (sum_units(r) > most && sum_units(r) <= 20) most = sum_units(r);
+      if (sum_units(kSumUnits, r) > most && sum_units(kSumUnits, r) <= 20)
+        most = sum_units(kSumUnits, r);
     return most;
   }
   static constexpr uint32_t kSumBytes = kSumsInRing ? 0 : most_sum_units() * kSumUnitBytes;
@@ -66,7 +75,8 @@ struct WideTile {
   static constexpr int kStages = kFit < kMost ? kFit : kMost;
   static constexpr size_t kSharedBytes = kStages * kStageBytes + kFixedBytes;
   static constexpr uint32_t kSumRoom = kSumsInRing ? kStages * (kXBytes + kWBytes) : kSumBytes;
-  static_assert(kStages >= 4 && sum_units(2) * kSumUnitBytes <= kSumRoom, "sums of two CTAs");
+  static_assert(kStages >= 4 && sum_units(kSumUnits, 2) * kSumUnitBytes <= kSumRoom,
+                "sums of two CTAs");
   static_assert(kTokens <= 32 || (kTokens % 64 == 0 && kTokens <= 256), "whole chunks of tokens");
   static constexpr int kProducerRegisters = kGroups == 2 ? 56 : 40;
   static constexpr int kConsumerRegisters = kGroups == 2 ? 224 : kGroups == 3 ? 152 : 104;
@@ -112,7 +122,7 @@ __device__ __forceinline__ Job job_of(const WideParams& p, int32_t tile, int32_t
                                       int32_t ranks) {
   const int32_t section = tile / (p.section * p.row_tiles), first = section * p.section;
   const int32_t inside = tile - first * p.row_tiles, width = min(p.section, p.token_tiles - first);
-  Job job{inside / width * Tile::kAllBlocks, (first + inside % width) * Tile::kTokens, 0, p.steps};
+  Job job{inside / width * p.tile_blocks, (first + inside % width) * Tile::kTokens, 0, p.steps};
   if (p.split) {
     job.begin = static_cast<int32_t>(int64_t{p.steps} * rank / ranks);
     job.end = static_cast<int32_t>(int64_t{p.steps} * (rank + 1) / ranks);
@@ -165,11 +175,12 @@ __device__ __forceinline__ void produce_weights(const WideParams& p, const CUten
                                                 int32_t rank, int32_t ranks) {
   const uint64_t policy = p.token_tiles > 1 ? ptx::policy_evict_last() : ptx::policy_evict_first();
   const uint32_t scale_size = p.scale_dtype == DType::f32 ? 4 : 2;
+  const uint32_t word_bytes = p.tile_blocks * Tile::kBlockBytes;
   Ring<Tile::kStages> ring;
   for (int32_t tile = p.first_tile + blockIdx.x / ranks; tile < p.end_tile;
        tile += gridDim.x / ranks) {
     const Job job = job_of<Tile>(p, tile, rank, ranks);
-    const int32_t valid = min(Tile::kAllBlocks, p.blocks - job.block);
+    const int32_t valid = min(p.tile_blocks, p.blocks - job.block);
     const uint32_t scale_bytes = valid * 64 * scale_size, zero_bytes = p.zeros ? valid * 64 : 0;
     GroupWalk walk;
     int64_t entry =
@@ -181,7 +192,7 @@ __device__ __forceinline__ void produce_weights(const WideParams& p, const CUten
       uint64_t* const full = &shared.full[ring.index];
       const int groups = walk.starts(p, job, step) ? 1 + two_groups(p, step, k) : 0;
       ptx::mbarrier_wait(&shared.empty[ring.index], ring.phase ^ 1);
-      ptx::mbarrier_arrive_expect(full, Tile::kWBytes + groups * (scale_bytes + zero_bytes));
+      ptx::mbarrier_arrive_expect(full, word_bytes + groups * (scale_bytes + zero_bytes));
       ptx::tma_load(shared.w + ring.index * Tile::kWBytes, map, full, 0, step * (Tile::kBits / 4),
                     job.block, 0, policy);
 #pragma unroll 1

@@ -1,10 +1,9 @@
 // The products of the wgmma kernel: acc += W X^T over the steps of a job, W made from its codes in
 // registers.
 //
-// The operands of a step's 4 * kBlocks products are made while none of the warpgroup's own products
-// runs, but those of the others do; then all are issued at once: one fence, one wait. (A wait per
-// product, or some products of one's own under way meanwhile, cost more instructions than they
-// hide.)
+// Products are issued in batches, one fence and one wait each (a wait per product costs more
+// instructions than it hides): half a step, while whose products run the operands of the other half
+// are made; or, where tensor cores decide anyway, a whole step.
 //
 // Scales (of the three kinds of wide_sm90.cuh): once per group, with the step that begins it.
 #pragma once
@@ -24,13 +23,16 @@ struct Multiply : Finish<T, Tile> {
   using Code = Codes<T, Tile::kBits>;
   static constexpr int kAcc = Tile::kAccumulators;
   static constexpr int kWords = Tile::kBits / 4 * 4;  // of a lane, block and step
+  static constexpr bool kFloats = !Tile::kHalf && !Tile::kScratch;
+  // A loop for no zero points; with 64 tokens registers would not do for one more.
+  static constexpr bool kPlain = Code::kWide && Tile::kScratch && Tile::kTokens <= 32;
 
   float scratch[Tile::kScratch ? kBlocks : 1][Tile::kScratch ? kAcc : 1];
   float scale[kBlocks][2];          // not kHalf
   uint32_t scale_pair[kBlocks][2];  // kHalf: twice the scale of a row
   uint32_t offset[kBlocks][2];
   uint32_t words[kBlocks][kWords];
-  uint32_t operand[4 * kBlocks][4];
+  uint32_t operand[4 * kBlocks][4];  // [part][block][16 columns]
   Ring<Tile::kStages> ring;
   // This lane's first entry in stage 0.
   uint32_t words_at, scales_at, zeros_at, empty_at;
@@ -54,33 +56,61 @@ struct Multiply : Finish<T, Tile> {
     else
       return acc[b];
   }
+  // kOwn: blocks of this warpgroup in this tile.
+  template <int kOwn>
   __device__ __forceinline__ void load_words() {
     const uint32_t at = words_at + ring.index * Tile::kWBytes;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int b = 0; b < kOwn; ++b)
 #pragma unroll
       for (int i = 0; i < kWords; i += 4) {
         const uint4 v = load_shared(at + b * Tile::kBlockBytes + 4 * i);
         words[b][i] = v.x, words[b][i + 1] = v.y, words[b][i + 2] = v.z, words[b][i + 3] = v.w;
       }
   }
-  // Of group `which` of the step.
-  __device__ __forceinline__ void load_scales(int which) {
-    const int slot = Tile::kStepGroups * ring.index + which;
-    const uint32_t at = scales_at + slot * Tile::kScaleGroup;
+  // Scales and zero points of group `which` of the step: those that the operands are made with, and
+  // (kScratch) scales that the sums of the group will be multiplied with.
+  __device__ __forceinline__ uint32_t scales_of(int which) const {
+    return scales_at + (Tile::kStepGroups * ring.index + which) * Tile::kScaleGroup;
+  }
+  template <int kOwn>
+  __device__ __forceinline__ void load_operand_terms(int which) {
+    if constexpr (Tile::kHalf) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      uint32_t both;
-      if constexpr (Tile::kHalf) {
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(both) : "r"(at + 128 * b) : "memory");
+      for (int b = 0; b < kOwn; ++b) {
+        uint32_t both;
+        asm volatile("ld.shared.u32 %0, [%1];"
+                     : "=r"(both)
+                     : "r"(scales_of(which) + 128 * b)
+                     : "memory");
         scale_pair[b][0] = __byte_perm(both, both, 0x1010);
         scale_pair[b][1] = __byte_perm(both, both, 0x3232);
-      } else if (p.scale_dtype == DType::f32) {
+      }
+    } else if constexpr (!Tile::kScratch) {
+      load_scales<kOwn>(which);
+    }
+    if (!p.zeros) return;
+    const uint32_t at = zeros_at + (Tile::kStepGroups * ring.index + which) * Tile::kZeroGroup;
+#pragma unroll
+    for (int b = 0; b < kOwn; ++b) {
+      uint32_t both;
+      asm volatile("ld.shared.u16 %0, [%1];" : "=r"(both) : "r"(at + 64 * b) : "memory");
+      offset[b][0] = Code::offset(both & 0xFF, kFloats);
+      offset[b][1] = Code::offset(both >> 8 & 0xFF, kFloats);
+    }
+  }
+  template <int kOwn>
+  __device__ __forceinline__ void load_scales(int which) {
+    const uint32_t at = scales_of(which);
+#pragma unroll
+    for (int b = 0; b < kOwn; ++b) {
+      if (p.scale_dtype == DType::f32) {
         asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                      : "=f"(scale[b][0]), "=f"(scale[b][1])
                      : "r"(at + 256 * b)
                      : "memory");
       } else {
+        uint32_t both;
         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(both) : "r"(at + 128 * b) : "memory");
         const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&both));
         const bool half = p.scale_dtype == DType::f16;
@@ -88,25 +118,17 @@ struct Multiply : Finish<T, Tile> {
         scale[b][1] = half ? f.y : __uint_as_float(both & 0xFFFF0000u);
       }
     }
-    if (!p.zeros) return;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      uint32_t both;
-      asm volatile("ld.shared.u16 %0, [%1];"
-                   : "=r"(both)
-                   : "r"(zeros_at + slot * Tile::kZeroGroup + 64 * b)
-                   : "memory");
-      offset[b][0] = Code::offset(both & 0xFF);
-      offset[b][1] = Code::offset(both >> 8 & 0xFF);
-    }
   }
   // Operand registers of k step i of block b.
+  template <bool kZeros>
   __device__ __forceinline__ void dequantise(uint32_t (&to)[4], int b, int i) {
     const uint32_t* w = words[b] + i * (Tile::kBits / 4);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if constexpr (Tile::kHalf) {
         to[j] = multiply2<T>(Code::pair(w, j, offset[b][j % 2]), scale_pair[b][j % 2]);
+      } else if constexpr (!kZeros) {
+        to[j] = int8_to_bf16x2(w[j / 2], j % 2);
       } else if constexpr (Tile::kScratch) {
         to[j] = Code::pair(w, j, offset[b][j % 2]);
       } else {
@@ -117,19 +139,25 @@ struct Multiply : Finish<T, Tile> {
       }
     }
   }
-  // 8-bit codes to bf16 are quicker without zero points.
-  static constexpr bool kMiddle = Code::kWide && Tile::kScratch;
-  __device__ __forceinline__ void dequantise_middle(uint32_t (&to)[4], int b, int i) {
-    if constexpr (kMiddle) {
+  // Of a part of a step, to operands of its own: those from `first` on.
+  template <int kParts, int kOwn, bool kZeros>
+  __device__ __forceinline__ void make_operands(int part, int first) {
+    constexpr int kSteps = 4 / kParts;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) to[j] = Code::middle(words[b] + i * (Tile::kBits / 4), j);
-    }
+    for (int u = 0; u < kSteps * kOwn; ++u)
+      dequantise<kZeros>(operand[first + u], u / kSteps, part * kSteps + u % kSteps);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void hold_operands(int first) {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) ptx::hold(operand[first + u]);
   }
   // The finished group joins the result.
+  template <int kOwn>
   __device__ __forceinline__ void close_group() {
     if constexpr (Tile::kScratch) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
+      for (int b = 0; b < kOwn; ++b) {
         ptx::hold(scratch[b]);
 #pragma unroll
         for (int i = 0; i < kAcc; ++i)
@@ -138,15 +166,12 @@ struct Multiply : Finish<T, Tile> {
     }
   }
   __device__ __forceinline__ void release(int index) {
-    __syncwarp();  // every lane's reads of the stage
-    if (lane == 0)
-      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty_at + 8 * index)
-                   : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty_at + 8 * index) : "memory");
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      offset[b][0] = offset[b][1] = Code::offset(1u << (Tile::kBits - 1));
+      offset[b][0] = offset[b][1] = Code::offset(1u << (Tile::kBits - 1), kFloats);
 #pragma unroll
       for (int i = 0; i < kAcc; ++i) acc[b][i] = 0.0f;
       if constexpr (Tile::kScratch) {
@@ -156,49 +181,47 @@ struct Multiply : Finish<T, Tile> {
     }
   }
 
-  // kParts = 2: groups of 32 columns, two batches to a step.
-  template <int kParts>
-  __device__ __forceinline__ void batches(const Job& job, int32_t k) {
-    constexpr int kSteps = 4 / kParts;  // of 16 columns, of a batch
+  // kParts = 2: a step in halves, each with operands of its own, which are made while the products
+  // of the other run; groups of 32 columns have their sums closed in between. !kZeros: 8-bit codes
+  // without zero points, quicker.
+  template <int kParts, int kOwn, bool kZeros>
+  __device__ __forceinline__ void steps(const Job& job, int32_t k) {
+    constexpr int kSteps = 4 / kParts, kSet = kSteps * kOwn;  // of 16 columns; operands of a part
     clear();
     int last = 0;
     GroupWalk walk;
 #pragma unroll 1
     for (int32_t step = job.begin; step < job.end; ++step) {
-      const bool first = walk.starts(p, job, step), two = two_groups(p, step, k);
+      const bool first = walk.starts(p, job, step);
+      const bool two = Tile::kStepGroups == 2 && two_groups(p, step, k);
       const uint64_t x =
           ptx::slab_descriptor(ptx::uniform(shared.x + ring.index * Tile::kXBytes), 16);
       ptx::mbarrier_wait(&shared.full[ring.index], ring.phase);
-      load_words();
+      load_words<kOwn>();
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const bool starts = part == 0 ? first : two;
-        ptx::wgmma_wait<0>();
-#pragma unroll
-        for (int u = 0; u < kSteps * kBlocks; ++u) ptx::hold(operand[u]);
-        if (part == 0 && step > job.begin) release(last);
-        if (starts) {
-          if (part > 0 || step > job.begin) close_group();
-          load_scales(part);
-        }
-        if (kMiddle && !p.zeros) {
-#pragma unroll
-          for (int u = 0; u < kSteps * kBlocks; ++u)
-            dequantise_middle(operand[u], u / kSteps, part * kSteps + u % kSteps);
-        } else {
-#pragma unroll
-          for (int u = 0; u < kSteps * kBlocks; ++u)
-            dequantise(operand[u], u / kSteps, part * kSteps + u % kSteps);
-        }
-#pragma unroll
-        for (int u = 0; u < kSteps * kBlocks; ++u) ptx::hold(operand[u]);  // not among the products
+        const auto products_done = [&] {
+          ptx::wgmma_wait<0>();
+          hold_operands<kSet>((kParts - 1 - part) * kSet);
+          if (part == 0 && step > job.begin) release(last);
+          if (Tile::kScratch && starts) {
+            if (part > 0 || step > job.begin) close_group<kOwn>();
+            load_scales<kOwn>(part);
+          }
+        };
+        if (kParts == 1) products_done();
+        if (starts) load_operand_terms<kOwn>(part);
+        make_operands<kParts, kOwn, kZeros>(part, part * kSet);
+        hold_operands<kSet>(part * kSet);  // not among the products
+        if (kParts == 2) products_done();
         ptx::wgmma_fence();
         const int keep = Tile::kScratch ? !starts : 1;
 #pragma unroll
         for (int i = 0; i < kSteps; ++i)
 #pragma unroll
-          for (int b = 0; b < kBlocks; ++b)
-            ptx::wgmma_rk<T, Tile::kTokens>(target(b), operand[b * kSteps + i],
+          for (int b = 0; b < kOwn; ++b)
+            ptx::wgmma_rk<T, Tile::kTokens>(target(b), operand[part * kSet + b * kSteps + i],
                                             x + 2 * (part * kSteps + i), i == 0 ? keep : 1);
         ptx::wgmma_commit();
       }
@@ -206,23 +229,32 @@ struct Multiply : Finish<T, Tile> {
       ring.next();
     }
     ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int u = 0; u < kSteps * kBlocks; ++u) ptx::hold(operand[u]);
+    hold_operands<kParts * kSet>(0);
     if constexpr (!Tile::kScratch) {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) ptx::hold(acc[b]);
+      for (int b = 0; b < kOwn; ++b) ptx::hold(acc[b]);
     }
     if (job.end > job.begin) {
-      close_group();
+      close_group<kOwn>();
       release(last);
     }
   }
 
-  __device__ __forceinline__ void run(const Job& job, int32_t k) {
+  template <int kOwn>
+  __device__ __forceinline__ void run_own(const Job& job, int32_t k) {
+    constexpr int kParts = Tile::kHalves ? 2 : 1;
     if (Tile::kStepGroups == 2 && p.half_steps)
-      batches<Tile::kStepGroups>(job, k);
+      steps<2, kOwn, true>(job, k);
+    else if (kPlain && !p.zeros)
+      steps<kParts, kOwn, !kPlain>(job, k);
     else
-      batches<1>(job, k);
+      steps<kParts, kOwn, true>(job, k);
+  }
+  __device__ __forceinline__ void run(const Job& job, int32_t k) {
+    if (!Tile::kPartial || this->owned(kBlocks - 1))
+      run_own<kBlocks>(job, k);
+    else
+      run_own<Tile::kPartial ? kBlocks - 1 : kBlocks>(job, k);
   }
 };
 

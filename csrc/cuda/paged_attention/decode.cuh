@@ -13,7 +13,7 @@
 #include <climits>
 
 #include "../common/launch.cuh"
-#include "finish.cuh"
+#include "cluster_finish.cuh"
 #include "stream.cuh"
 
 namespace fastinfer::cuda {
@@ -110,11 +110,12 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
   const bool near = start_loads<L>(p, ring);
   asm volatile("" : "+r"(length));  // not used, which is to wait for it, any earlier
   const Slot slot = find_slot(p, length, reinterpret_cast<int*>(shared + L::kInts));
-  if (slot.begin >= slot.end) {
+  if (!slot.works) {
     cp_async_wait<0>();
     grid_wait();
     return;
   }
+  const bool clusters = P::kClusters && slot.parts > 0;
   Walk walk{};
   walk.start(p, slot);
   // The kernel right before this one may have written the newest keys, one per query: they are not
@@ -149,12 +150,13 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
 #pragma unroll 1
   do {
     Item item = make_item(p, slot, walk);
+    const bool empty = walk.len <= 0 && walk.position >= slot.begin;
 #pragma unroll 1
-    for (int from = walk.tile; from < walk.end || walk.len <= 0;) {  // no keys: one empty piece
+    for (int from = walk.tile; from < walk.end || empty || clusters;) {  // or one empty piece
       int to = walk.end;
       if (p.invariant) to = min(to, (from / kInvariantTiles + 1) * kInvariantTiles);
       const int end = min(walk.len, to * kPlanTile);
-      const Pieces pieces = cut_item(p, slot, walk, from);
+      const Pieces pieces = clusters ? Pieces{} : cut_item(p, slot, walk, from);
       int read = stage == 0 ? L::kStages - 1 : stage - 1;  // nothing is under way to this one
       uint32_t query = L::kQueryInShared ? ring + L::kQuery : ring + read * L::kStage;
       float* unit = reinterpret_cast<float*>(shared + L::kStates);
@@ -198,22 +200,21 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
       }
       const Finish<A, P> finish{p, item, shared, shared + read * L::kStage};
       const bool idle = to >= walk.end && walk.position + walk.cost >= slot.end;
+      if constexpr (P::kClusters && Finish<A, P>::kRowThreads <= 32) {
+        if (clusters) {
+          ClusterFinish<A, P>{finish, p, slot}.run(a);
+          return;
+        }
+      }
       finish.run(a, pieces, idle);
       from = to;
-      if (walk.len <= 0) break;
+      if (empty) break;
     }
   } while (walk.next(p, slot));
 }
 
-// One query per sequence and none of the features that PlainParams fixes: the compiler then leaves
-// most of the code out, and code has to be fetched, too. Blocks of 16 rows, or of 32 for what
-// kPairs says; scales of 8-bit codes all per token (kPerToken) or none.
-inline bool is_plain(const DecodeParams& p) {
-  return !p.leftpad && !p.cache_rows && !p.alibi && !p.sinks && p.softcap == 0.0f &&
-         p.window_left < 0 && p.q_len == 1 && p.packs && p.out_packs && !p.invariant &&
-         p.scale_per_token_k == p.scale_per_token_v;
-}
-
+// Which plain kernels there are beside that for blocks of 16 rows: for pairs of warps, and for
+// scales per token. The compiler leaves most of the code out, and code has to be fetched, too.
 template <class F, int D>
 constexpr bool kPairs = F::kBytes == 2 && D <= 128;
 template <class F, int D>
@@ -221,8 +222,11 @@ constexpr bool kPerToken = F::kBytes == 1 && D <= 128;
 
 template <class F, int D, bool kSoft, class L, class P>
 int launch_decode_kernel(const P& p, int ctas, void* stream) {
-  return launch(decode_kernel<F, D, kSoft, L, P>, dim3(p.lanes, ctas / p.lanes),
-                dim3(kDecodeThreads), L::kTotal, stream, p);
+  dim3 grid(p.lanes, ctas / p.lanes);
+  if (p.cluster_shift > 0 && p.most_share == kAlways)
+    grid = dim3(1 << p.cluster_shift, p.batch * p.lanes << p.parts_shift);
+  return launch_clusters(decode_kernel<F, D, kSoft, L, P>, 1 << p.cluster_shift, grid,
+                         dim3(kDecodeThreads), L::kTotal, stream, p);
 }
 
 template <class F, int D, bool kSoft>

@@ -8,27 +8,30 @@
 
 #include "../ptx/async_copy.cuh"
 #include "../ptx/tma.cuh"
-#include "attend.cuh"
+#include "emit.cuh"
 #include "pieces.cuh"
+#include "sums.cuh"
 
 namespace fastinfer::cuda {
 
 template <class A, class P>
 struct Finish {
   using L = typename A::L;
+  using S = Sums<A, P>;
+  using Sum = typename S::Sum;
   static constexpr int kColumns = A::kColumns;  // D
   static constexpr int kRowThreads = kColumns / 4;
   static constexpr int kRowStep = kDecodeThreads / kRowThreads;
   static constexpr int kDealt = 192;  // (piece, row) pairs that one CTA merges about as fast
   static constexpr int kPolls = 32;   // of some 0.4 us
   static constexpr int kNoChunk = 1 << 16;
-  static constexpr int kWidth = kRowThreads < 32 ? kRowThreads : 32;
+  static constexpr int kWidth = S::kWidth, kRows = S::kRows, kAhead = S::kAhead;
   static constexpr int kMostStaged = kColumns == 64 ? 144 : 288;  // maxima and sums of a row
   static constexpr int kPairs = kDecodeThreads / kWidth * kMostStaged * 8;
   static constexpr int kStep = kDecodeThreads * 16;
   static_assert(kPairs + kStep <= L::kStage);
-  // So few pieces a thread weighs by itself, which needs no shuffles: they fit into one stage, so
-  // that all that merge an item do.
+  // So few pieces a thread weighs by itself, which needs no shuffles:
+  // they fit into one stage, so that all that merge an item do.
   static constexpr int kFew = (L::kStage - kPairs) / kStep < 12 ? (L::kStage - kPairs) / kStep : 12;
   const P& p;
   const Item& item;
@@ -43,49 +46,8 @@ struct Finish {
   }
   __device__ __forceinline__ int block_rows() const { return min(p.rows, 16 * p.row_tiles); }
 
-  // Four columns of a row: o / sum, with the sink as one more term of the sum.
   __device__ __forceinline__ void emit(int row, int column, float4 o, float top, float sum) const {
     emit_row(p, item.b, item.head, item.row_block * p.row_tiles * 16 + row, column, o, top, sum);
-  }
-  static __device__ __forceinline__ void emit_row(const P& p, int b, int head_kv, int r, int column,
-                                                  float4 o, float top, float sum) {
-    const int token = p.q_len == 1 ? 0 : r / p.group;
-    const int head = head_kv * p.group + r - token * p.group;
-    float weight = 1.0f;
-    if (p.v_scale && !p.scale_per_token_v) weight = __ldg(p.v_scale + head_kv * p.vs_head);
-    if (p.sinks && sum != 0.0f) {
-      const int64_t at = head * p.sinks_stride;
-      float sink = p.sinks_dtype == DType::f32 ? static_cast<const float*>(p.sinks)[at]
-                   : p.sinks_dtype == DType::f16
-                       ? __half2float(static_cast<const __half*>(p.sinks)[at])
-                       : __bfloat162float(static_cast<const __nv_bfloat16*>(p.sinks)[at]);
-      sink *= kLog2e;
-      const float higher = fmaxf(sink, top), shrink = exp2f(top - higher);
-      sum = sum * shrink + exp2f(sink - higher);
-      weight *= shrink;
-      top = higher;
-    }
-    const float inverse = sum == 0.0f ? 0.0f : weight / sum;
-    const float x[4] = {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse};
-    const int64_t at = b * p.out_batch + token * p.out_token + head * p.out_head + column;
-    uint16_t* out = static_cast<uint16_t*>(p.out) + at;
-    uint2 packed;
-    if (p.q_dtype == DType::bf16)
-      packed = make_uint2(pack_half2<true>(x[0], x[1]), pack_half2<true>(x[2], x[3]));
-    else
-      packed = make_uint2(pack_half2<false>(x[0], x[1]), pack_half2<false>(x[2], x[3]));
-    if (p.out_packs) {
-      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(out), "r"(packed.x), "r"(packed.y)
-                   : "memory");
-    } else {
-      out[0] = static_cast<uint16_t>(packed.x);
-      out[1] = static_cast<uint16_t>(packed.x >> 16);
-      out[2] = static_cast<uint16_t>(packed.y);
-      out[3] = static_cast<uint16_t>(packed.y >> 16);
-    }
-    if (p.lse && column == 0)
-      p.lse[b * p.lse_batch + token * p.lse_token + head * p.lse_head] =
-          sum == 0.0f ? kMinusInf : top * kLn2 + logf(sum);
   }
 
   __device__ __forceinline__ float* partial(int index) const {
@@ -95,7 +57,8 @@ struct Finish {
     return p.partial_ml + static_cast<int64_t>(index) * block_rows() * 2;
   }
 
-  // Everything this CTA wrote is visible to whoever gets `true`: the last of `expected` arrivals.
+  // Everything this CTA wrote is visible to whoever gets `true`: the
+  // last of `expected` arrivals.
   __device__ __forceinline__ bool arrive(int32_t* counter, int expected) const {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -110,10 +73,12 @@ struct Finish {
     return *flag() != 0;
   }
 
-  // The next chunk, once every piece is complete. Helpers, who are not the CTA that saw to that, do
-  // not wait for ever: nobody relies on them. A counter that is 0 again says that all is taken.
+  // The next chunk, once every piece is complete. Helpers, who are
+  // not the CTA that saw to that, do not wait for ever: nobody relies
+  // on them. A counter that is 0 again says that all is taken.
   __device__ __forceinline__ int claim(const Pieces& c, bool helper) const {
-    __syncthreads();  // the flag has been read, and so has the chunk before
+    __syncthreads();  // the flag has been read, and so has the chunk
+                      // before
     if (threadIdx.x == 0) {
       int chunk = kNoChunk, seen = helper ? 1 : c.count;
 #pragma unroll 1
@@ -148,8 +113,9 @@ struct Finish {
     add_warps(c);
     if (c.count > 1) {
       const bool last = arrive(c.done, c.count);
-      // Chunks of what goes into an idle ring, if there are many rows so small that every CTA of
-      // the item may have one; or of one row whose pieces are dealt to the teams of threads that
+      // Chunks of what goes into an idle ring, if there are many rows
+      // so small that every CTA of the item may have one; or of one
+      // row whose pieces are dealt to the teams of threads that
       // otherwise have a row each.
       const bool deal = !c.fixed && c.count >= 16 && c.count * item.rows > kDealt;
       constexpr int kRing = (L::kStages * L::kStage - kPairs) / kStep;
@@ -166,7 +132,8 @@ struct Finish {
       }
     }
     if constexpr (L::kBoxes) ptx::proxy_fence_shared();  // also by boxes
-    __syncthreads();  // the stage, the states and the flag may be written again
+    __syncthreads();  // the stage, the states and the flag may be
+                      // written again
   }
 
   __device__ __forceinline__ void add_warps(const Pieces& c) const {
@@ -185,7 +152,7 @@ struct Finish {
         x[i] =
             shared_address(stage) + row / 16 * L::kSlice + (row % 16 * L::kMergePitch + column) * 4;
       }
-      add_pieces(count, pair, pair_step, x, x_step, s);
+      S::add_pieces(count, pair, pair_step, x, x_step, s);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int row = first + i * kRowStep;
@@ -194,7 +161,8 @@ struct Finish {
           emit(row, column, s[i].o, s[i].top, s[i].sum);
           continue;
         }
-        // As assignments of a float4 and a float2 these are six stores.
+        // As assignments of a float4 and a float2 these are six
+        // stores.
         asm volatile(
             "st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(partial(index) + row * p.dim + column),
             "f"(s[i].o.x), "f"(s[i].o.y), "f"(s[i].o.z), "f"(s[i].o.w)
@@ -207,48 +175,11 @@ struct Finish {
     }
   }
 
-  // Four columns of a row, relative to its maximum.
-  struct Sum {
-    float4 o;
-    float top, sum;
-  };
-  static constexpr int kRows = P::kRowsAtOnce;  // of a thread, for the latency of each step
-
-  // Pieces in shared memory of kRows rows; `pair`: maximum and sum of the first piece of each, `x`:
-  // its output.
-  static __device__ __forceinline__ void add_pieces(int count, const uint32_t (&pair)[kRows],
-                                                    uint32_t pair_step, const uint32_t (&x)[kRows],
-                                                    uint32_t x_step, Sum (&s)[kRows]) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) s[i] = {make_float4(0, 0, 0, 0), kMinusInf, 0.0f};
-#pragma unroll 4
-    for (int k = 0; k < count; ++k)
-#pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        s[i].top = fmaxf(s[i].top, A::shared_pair(pair[i] + k * pair_step).x);
-#pragma unroll 4
-    for (int k = 0; k < count; ++k)
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const float2 piece = A::shared_pair(pair[i] + k * pair_step);
-        const float weight = exp2_approx(piece.x - finite_origin(s[i].top));
-        s[i].sum += weight * piece.y;
-        add(weight, x[i] + k * x_step, s[i].o);
-      }
-  }
-
-  static __device__ __forceinline__ void add(float weight, uint32_t x, float4& o) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(x)
-                 : "memory");
-    o.x += weight * v.x, o.y += weight * v.y, o.z += weight * v.z, o.w += weight * v.w;
-  }
-
-  // All pieces of the rows of a chunk, as many rows at a time as fit, or one row in several rounds.
-  // Maxima and sums come first: the lanes of a row (a warp at most) make weights of them, one piece
-  // each, while the outputs, of which every thread fetches what it adds up, are on their way.
+  // All pieces of the rows of a chunk, as many rows at a time as fit,
+  // or one row in several rounds. Maxima and sums come first: the
+  // lanes of a row (a warp at most) make weights of them, one piece
+  // each, while the outputs, of which every thread fetches what it
+  // adds up, are on their way.
   __device__ __forceinline__ void merge_chunk(const Pieces& c, int first_row, int rows, bool deal,
                                               bool idle) const {
     const int team = threadIdx.x / kRowThreads, column = threadIdx.x % kRowThreads * 4;
@@ -275,6 +206,7 @@ struct Finish {
 #pragma unroll 1
         for (int from = block + sub; from < end || from == block + sub; from += slots * every) {
           const int to = min(end, from + slots * every);
+          const int pieces = deal ? max(to - from + kRowStep - 1, 0) / kRowStep : to - from;
           const bool head = from == block + sub;
           if (head) {
             uint32_t at = pairs;
@@ -289,14 +221,15 @@ struct Finish {
 #pragma unroll 1
           for (int r = row; r < stop && column < p.dim; r += kRowStep) {
             const float* source = partial(c.start() + from * c.apart()) + r * p.dim + column;
-            const float* piece = from == 0 ? source + c.first_off() * piece_size : source;
-#pragma unroll 4
-            for (int k = from; k < to; k += every) {
-              cp_async_16(at, piece, true);
-              source += apart;
-              piece = source;
-              at += kStep;
-            }
+            const int first_off = from == 0 ? c.first_off() * piece_size : 0;
+#pragma unroll 1
+            for (int k = 0; k < pieces; k += kAhead, source += kAhead * apart)
+#pragma unroll
+              for (int i = 0; i < kAhead; ++i)
+                if (k + i < pieces)
+                  cp_async_16(at + (k + i) * kStep,
+                              source + i * apart + (k + i == 0 ? first_off : 0), true);
+            at += pieces * kStep;
           }
           cp_async_commit();
           if (!deal && c.count <= kFew) {
@@ -314,17 +247,28 @@ struct Finish {
             if (head) {
               const float before = block == 0 ? kMinusInf : top;
               if (block == 0) top = kMinusInf, sum = 0.0f, o = make_float4(0, 0, 0, 0);
-              weigh(lane, lanes, count, weights, top, sum);
+              S::weigh(lane, lanes, count, weights, top, sum);
               const float keep = exp2_approx(before - finite_origin(top));
               o.x *= keep, o.y *= keep, o.z *= keep, o.w *= keep;
             }
             cp_async_wait<0>();
-            const uint32_t weight = weights - block * 8;
-#pragma unroll 4
-            for (int k = from; k < to; k += every) {
-              add(shared_float(weight + k * 8), at, o);
-              at += kStep;
+            const uint32_t weight = weights + (from - block) * 8;
+            int k = 0;
+            if constexpr (kAhead == 4) {
+#pragma unroll 1
+              for (; k + 4 <= pieces; k += 4) {
+                float w[4];
+                float4 v[4];
+                S::load_four(weight + k * every * 8, every * 8, w);
+                S::load_four(at + k * kStep, kStep, v);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) S::add(w[i], v[i], o);
+              }
             }
+#pragma unroll 1
+            for (; k < pieces; ++k)
+              S::add(S::shared_float(weight + k * every * 8), S::shared_float4(at + k * kStep), o);
+            at += pieces * kStep;
             if (!deal && block + count == c.count && to == end && column < p.dim)
               emit(r, column, o, top, sum);
           }
@@ -346,7 +290,8 @@ struct Finish {
     emit(first_row, column, o, top, sum);
   }
 
-  // Rows first, first + kRowStep .. below `stop` of a chunk, whose `count` pieces are all there.
+  // Rows first, first + kRowStep .. below `stop` of a chunk, whose
+  // `count` pieces are all there.
   __device__ __forceinline__ void add_few(int count, uint32_t pairs, uint32_t data, int first,
                                           int stop, int column) const {
 #pragma unroll 1
@@ -359,7 +304,7 @@ struct Finish {
         pair[i] = pairs + (there ? i * count * 8 : 0);
         x[i] = data + (there ? i * count * kStep : 0);
       }
-      add_pieces(count, pair, 8, x, kStep, s);
+      S::add_pieces(count, pair, 8, x, kStep, s);
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
         if (first + i * kRowStep < stop)
@@ -367,41 +312,6 @@ struct Finish {
       pairs += kRows * count * 8;
       data += kRows * count * kStep;
     }
-  }
-
-  // Brings top and sum of a row up to date with `count` pairs, which become their weights.
-  static __device__ __forceinline__ void weigh(int lane, unsigned lanes, int count, uint32_t pairs,
-                                               float& top, float& sum) {
-    float own_top = kMinusInf, own_sum = 0.0f;
-#pragma unroll 1
-    for (int k = lane; k < count; k += kWidth) {
-      const float2 s = A::shared_pair(pairs + k * 8);
-      const float higher = fmaxf(own_top, s.x), origin = finite_origin(higher);
-      own_sum = own_sum * exp2_approx(own_top - origin) + s.y * exp2_approx(s.x - origin);
-      own_top = higher;
-    }
-    float higher = own_top;
-#pragma unroll
-    for (int i = 1; i < kWidth; i *= 2) higher = fmaxf(higher, __shfl_xor_sync(lanes, higher, i));
-    higher = fmaxf(higher, top);
-    const float origin = finite_origin(higher);
-    own_sum *= exp2_approx(own_top - origin);
-#pragma unroll
-    for (int i = 1; i < kWidth; i *= 2) own_sum += __shfl_xor_sync(lanes, own_sum, i);
-    sum = sum * exp2_approx(top - origin) + own_sum;
-    top = higher;
-#pragma unroll 1
-    for (int k = lane; k < count; k += kWidth)
-      store_shared(pairs + k * 8, exp2_approx(shared_float(pairs + k * 8) - origin));
-    __syncwarp(lanes);
-  }
-  static __device__ __forceinline__ float shared_float(uint32_t address) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-    return x;
-  }
-  static __device__ __forceinline__ void store_shared(uint32_t address, float x) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
   }
 };
 

@@ -11,6 +11,10 @@
 // at the same time. An item cut by such borders is summed up from partial results once the last
 // of them is there (finish.cuh). Batch-invariant: an item consists of pieces of 1024 keys
 // at absolute positions, a piece belongs to the CTA of its first tile.
+//
+// Clusters (sm_90). Few items have clusters of CTAs to themselves: 1 << parts_shift of them at
+// most, fewer where the sequence is short, each CTA with an equal part of the keys
+// (cluster_finish.cuh).
 #pragma once
 
 #include <cstdint>
@@ -21,6 +25,9 @@ namespace fastinfer::cuda {
 
 constexpr int kPlanTile = 64;        // keys per unit of cost
 constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
+constexpr int kLongShare = 32;       // tiles, from which on ends of items count (work.cuh)
+constexpr int kPartShift = 2;        // log2 of the tiles per CTA before an item has more clusters
+constexpr int kAlways = INT32_MAX;   // most_share of a launch that is nothing but clusters
 constexpr int kPlanHeader = 8;       // see csrc/ops/paged_attention.cpp
 
 // Kernels read this from constant memory, where every line of 64 bytes that is not there yet takes
@@ -36,6 +43,10 @@ struct DecodeParams {
   int32_t entries;            // of a contiguous table, aligned to 16 bytes; else INT32_MAX
   int32_t lanes, lane_items;  // lane_items = heads_kv * row_blocks / lanes
   int32_t min_share;
+  int32_t item_cost;  // in tiles, on top of the keys, where shares are long and lengths differ
+  // log2 of the CTAs of a cluster (0: none) and of the clusters that an item can have; where equal
+  // shares of all CTAs would have fewer or more tiles than this, those are taken instead.
+  int32_t cluster_shift, parts_shift, least_share, most_share;
   int32_t columns;                // of the table
   int32_t page_size, page_shift;  // page_shift: -1 where page_size is not a power of two
   int32_t rows, row_blocks, group, dim, heads_kv;
@@ -74,7 +85,7 @@ struct DecodeParams {
   int64_t ks_page, ks_token, vs_page, vs_token;
   int64_t cache_rows_stride, leftpad_stride, alibi_batch, alibi_head, sinks_stride;
   int64_t pages, page_rows;  // shape of the caches
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = false, kClusters = false;
   static constexpr int kRowsAtOnce = 1;  // that a thread merges
 };
 
@@ -88,11 +99,19 @@ struct PlainParams : DecodeParams {
   static constexpr int32_t q_len = 1, row_tiles = kRowTiles, row_shift = kRowTiles / 2;
   static constexpr int32_t window_left = -1, window_right = -1;
   static constexpr float softcap = 0.0f;
-  static constexpr bool kPlain = true;
+  static constexpr bool kPlain = true, kClusters = kRowTiles == 1;
   static constexpr int kRowsAtOnce = kRowTiles == 1 ? 1 : 4;
   static constexpr bool packs = true, out_packs = true, invariant = false;
   static constexpr bool scale_per_token_k = kScalePerToken, scale_per_token_v = kScalePerToken;
 };
+
+// One query per sequence and none of the features that PlainParams fixes; scales of 8-bit codes all
+// per token or none.
+inline bool is_plain(const DecodeParams& p) {
+  return !p.leftpad && !p.cache_rows && !p.alibi && !p.sinks && p.softcap == 0.0f &&
+         p.window_left < 0 && p.q_len == 1 && p.packs && p.out_packs && !p.invariant &&
+         p.scale_per_token_k == p.scale_per_token_v;
+}
 
 // New keys and values into the cache, and q rotated, before the decode kernel runs.
 struct AppendParams {

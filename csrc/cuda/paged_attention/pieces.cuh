@@ -40,9 +40,10 @@ __device__ __forceinline__ Pieces cut_item(const P& p, const Slot& slot, const W
     c.step = 1;
   } else {
     c.count = 1;
-    if (walk.position >= slot.begin && walk.position + walk.cost <= slot.end) return c;
+    const int behind = walk.position + walk.cost - slot.extra;  // the last tile
+    if (walk.position >= slot.begin && behind <= slot.end) return c;
     const int first = walk.position / slot.share;
-    c.count = (walk.position + walk.cost - 1) / slot.share - first + 1;
+    c.count = (behind - 1) / slot.share - first + 1;
     c.ordinal = static_cast<int>(blockIdx.y) - first;
     counter = c.base = first * p.lanes + slot.lane;
     c.step = p.lanes;

@@ -33,7 +33,17 @@ struct Slot {
   int begin, end;  // cost, of the lane's list
   int share, lane;
   int b, first_cost;  // sequence at `begin`, cost of those before it
+  int extra;          // cost of an item on top of its tiles
+  int parts, part;    // of clusters, this one; 0: not in clusters
+  bool works;         // anything to do?
 };
+
+// The end of an item takes about as long as some tiles of keys, which matters where CTAs of long
+// shares have different numbers of items. `total`: of a lane, without.
+template <class P>
+__device__ __forceinline__ int extra_cost(const P& p, int total, bool lengths_differ) {
+  return lengths_differ && total >= kLongShare * static_cast<int>(gridDim.y) ? p.item_cost : 0;
+}
 
 template <class P>
 __device__ __forceinline__ void set_share(const P& p, int total, Slot& s) {
@@ -48,22 +58,53 @@ __device__ __forceinline__ void set_share(const P& p, int total, Slot& s) {
 }
 
 // Sets out for the lengths before anything else: of sequence threadIdx.x % 32 where find_slot()
-// needs no more.
+// needs no more; its cost, where there is a plan.
 template <class P>
 __device__ __forceinline__ int first_length(const P& p) {
   const int b = threadIdx.x % 32;
-  return p.batch <= 32 && !p.plan && b < p.batch ? sequence_length(p, b) : 0;
+  if (p.batch > 32 || b >= p.batch) return 0;
+  return p.plan ? p.plan[kPlanHeader + b + 1] - p.plan[kPlanHeader + b] : sequence_length(p, b);
 }
 
-// Every thread calls. `scratch`: 8 ints of shared memory. A slot without work has begin >= end.
+// A launch of clusters whose sequences are short gives every item clusters of its own: slot.parts
+// of them, each of which has its share. Others end at once. `own`: cost of sequence threadIdx.x
+// % 32.
+template <class P>
+__device__ __forceinline__ bool find_cluster(const P& p, int own, int total, Slot& s) {
+  const int longest = __reduce_max_sync(kAllLanes, own);
+  const auto parted = [](int n, int shift) { return (n + (1 << shift) - 1) >> shift; };
+  if (p.most_share < kAlways) {
+    const int share = (total + gridDim.y - 1) / gridDim.y;
+    const int each = parted(longest, p.cluster_shift + p.parts_shift);
+    if (share < p.least_share || share > p.most_share || each > 2 * share + 2) return false;
+  }
+  const int at = blockIdx.y * gridDim.x + blockIdx.x;
+  const int item = at >> (p.cluster_shift + p.parts_shift);
+  if (item >= p.batch * p.lanes) return true;
+  s.part = (at >> p.cluster_shift) & ((1 << p.parts_shift) - 1);
+  s.b = p.batch == 1 ? 0 : item / static_cast<unsigned>(p.lanes);
+  s.lane = item - s.b * p.lanes;
+  const int cost = __shfl_sync(kAllLanes, own, s.b);
+  const int wanted = parted(cost, p.cluster_shift + kPartShift);
+  const int shift = min(p.parts_shift, 32 - __clz(wanted - 1));
+  s.parts = 1 << shift;
+  if (s.part >= s.parts) return true;
+  s.share = parted(cost, p.cluster_shift + shift);
+  s.begin = ((s.part << p.cluster_shift) + (at & ((1 << p.cluster_shift) - 1))) * s.share;
+  s.end = min(s.begin + s.share, cost);
+  s.works = true;
+  return true;
+}
+
+// Every thread calls. `scratch`: 8 ints of shared memory.
 template <class P>
 __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) {
   const int items = p.lane_items, tid = threadIdx.x;
   Slot s{};
-  if (p.batch <= 32 && !p.plan) {  // every warp by itself, without a barrier
+  if (p.batch <= 32) {  // every warp by itself, without a barrier
     const int b = tid % 32;
     int own = 0;
-    if (b < p.batch) own = sequence_cost(length, p.q_len, p.window_left);
+    if (b < p.batch) own = p.plan ? length : sequence_cost(length, p.q_len, p.window_left);
     int sum = own;
     if (p.batch > 1) {
 #pragma unroll
@@ -72,20 +113,36 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
         if (b >= lane) sum += other;
       }
     }
-    set_share(p, __shfl_sync(kAllLanes, sum, p.batch - 1) * items, s);
+    const int total = __shfl_sync(kAllLanes, sum, p.batch - 1) * items;
+    const int first = __shfl_sync(kAllLanes, own, 0);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if constexpr (P::kClusters)
+      if (p.cluster_shift > 0 && find_cluster(p, own, total, s)) return s;
+#endif
+    s.extra = extra_cost(p, total, __any_sync(kAllLanes, b < p.batch && own != first));
+    own += s.extra, sum += s.extra * (b + 1);
+    set_share(p, total + s.extra * p.batch * items, s);
     // The first sequence that ends behind `begin`.
     const unsigned behind = __ballot_sync(kAllLanes, b < p.batch && sum * items > s.begin);
     s.b = max(__ffs(behind) - 1, 0);
     s.first_cost = __shfl_sync(kAllLanes, sum - own, s.b);
+    s.works = s.begin < s.end;
     return s;
   }
   if (p.plan) {
     const int32_t* sums = p.plan + kPlanHeader;
-    set_share(p, sums[p.batch] * items, s);
+    const int total = sums[p.batch] * items, first = sums[1];
+    if (extra_cost(p, total, true) > 0) {
+      bool differ = false;
+#pragma unroll 1
+      for (int b = tid; b < p.batch; b += kDecodeThreads) differ = differ || sums[b] != b * first;
+      s.extra = extra_cost(p, total, __syncthreads_or(differ) || sums[p.batch] != p.batch * first);
+    }
+    set_share(p, total + s.extra * p.batch * items, s);
 #pragma unroll 1
     for (int b = tid; b < p.batch; b += kDecodeThreads) {
-      const int before = sums[b];
-      if (before * items <= s.begin && s.begin < sums[b + 1] * items) {
+      const int before = sums[b] + s.extra * b, after = sums[b + 1] + s.extra * (b + 1);
+      if (before * items <= s.begin && s.begin < after * items) {
         scratch[4] = b;
         scratch[5] = before;
       }
@@ -93,10 +150,15 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
   } else {
     const int each = (p.batch + kDecodeThreads - 1) / kDecodeThreads;
     const int from = min(tid * each, p.batch), to = min(from + each, p.batch);
+    const int first = sequence_cost(sequence_length(p, 0), p.q_len, p.window_left);
     int own = 0;
+    bool differ = false;
 #pragma unroll 1
-    for (int b = from; b < to; ++b)
-      own += sequence_cost(sequence_length(p, b), p.q_len, p.window_left);
+    for (int b = from; b < to; ++b) {
+      const int cost = sequence_cost(sequence_length(p, b), p.q_len, p.window_left);
+      own += cost;
+      differ = differ || cost != first;
+    }
     int sum = own;
 #pragma unroll
     for (int lane = 1; lane < 32; lane *= 2) {
@@ -104,19 +166,21 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
       if (tid % 32 >= lane) sum += other;
     }
     if (tid % 32 == 31) scratch[tid / 32] = sum;
-    __syncthreads();
+    differ = __syncthreads_or(differ);
     int total = 0, before = sum - own;
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) {
       if (w < tid / 32) before += scratch[w];
       total += scratch[w];
     }
-    set_share(p, total * items, s);
+    s.extra = extra_cost(p, total * items, differ);
+    before += s.extra * from, own += s.extra * (to - from);
+    set_share(p, (total + s.extra * p.batch) * items, s);
     if (before * items <= s.begin && s.begin < (before + own) * items) {
       int b = from;
 #pragma unroll 1
       for (;; ++b) {
-        const int cost = sequence_cost(sequence_length(p, b), p.q_len, p.window_left);
+        const int cost = sequence_cost(sequence_length(p, b), p.q_len, p.window_left) + s.extra;
         if (s.begin < (before + cost) * items) break;
         before += cost;
       }
@@ -125,7 +189,8 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
     }
   }
   __syncthreads();
-  if (s.begin < s.end) {
+  s.works = s.begin < s.end;
+  if (s.works) {
     s.b = scratch[4];
     s.first_cost = scratch[5];
   }
@@ -141,12 +206,12 @@ struct Walk {
   int tile, end;
 
   template <class P>
-  __device__ __forceinline__ void load_sequence(const P& p) {
+  __device__ __forceinline__ void load_sequence(const P& p, int extra) {
     len = sequence_length(p, b);
     low = p.window_left < 0 ? 0 : max(len - p.q_len - p.window_left, 0);
     if (p.leftpad) low = max(low, __ldg(p.leftpad + b * p.leftpad_stride));
     row = p.cache_rows ? __ldg(p.cache_rows + b * p.cache_rows_stride) : b;
-    cost = sequence_cost(len, p.q_len, p.window_left);
+    cost = sequence_cost(len, p.q_len, p.window_left) + extra;
   }
 
   template <class P>
@@ -175,7 +240,7 @@ struct Walk {
   template <class P>
   __device__ __forceinline__ void start(const P& p, const Slot& s) {
     b = s.b;
-    load_sequence(p);
+    load_sequence(p, s.extra);
     item = p.lane_items == 1 ? 0 : (s.begin - s.first_cost * p.lane_items) / cost;
     position = s.first_cost * p.lane_items + item * cost;
     cut(p, s);
@@ -189,7 +254,7 @@ struct Walk {
     if (++item == p.lane_items) {
       item = 0;
       ++b;
-      load_sequence(p);
+      load_sequence(p, s.extra);
     }
     cut(p, s);
     return true;

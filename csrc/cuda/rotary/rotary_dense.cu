@@ -4,8 +4,9 @@
 // its first load.
 //
 // As in rotary.cu a head belongs to `lanes` neighbouring lanes with two packs of 16 bytes each, and
-// heads are numbered q, k, v within a token; each thread has one head, or (much work) two, which
-// share cos and sin.
+// heads are numbered q, k, v within a token; each thread has one head, or (much work) two, with a
+// cache three, which share cos and sin. With three, every thread of a 32 / 8 model has two heads of
+// q and one of k or v, so that all have the same to do.
 #include "../common/prefetch.cuh"
 #include "rotary_dense.cuh"
 #include "rotary_few.cuh"
@@ -16,10 +17,12 @@ namespace {
 // Tokens between the one of a block and the one whose rows it asks for, per SM.
 constexpr int kAheadPerSm = 3;
 
+constexpr int kCachedHeads = 3, kCachedThreads = 128;
+
 // kHeads: of a thread, at most. V: what it loads and stores at a time. kCodes: the cache holds
-// codes. These take more registers; fewer blocks per SM cost them nothing, as they do float caches.
+// codes.
 template <class E, class A, class V, int kHeads, bool kCodes = false>
-__global__ void __launch_bounds__(kRotaryThreads, kCodes ? 3 : 4)
+__global__ void __launch_bounds__(kRotaryThreads, A::kCached ? 3 : 4)
     rotary_dense_kernel(const __grid_constant__ A a) {
   constexpr int kSize = Part<E, V>::kSize;
   const int lanes = 1 << a.lane_bits, lane = threadIdx.x & (lanes - 1);
@@ -168,11 +171,14 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
       p.cos_stride != p.sin_stride || !small({tokens, p.cos_stride, p.position_token}))
     return false;
   const int64_t heads = p.q.heads + p.k.heads + (write ? write->heads : 0);
-  RotaryLayout layout = rotary_layout(tokens, heads, static_cast<int>(lanes), device_facts().sms);
+  const int sms = device_facts().sms;
+  RotaryLayout layout = write ? rotary_layout(tokens, heads, static_cast<int>(lanes), sms,
+                                              kCachedHeads, kCachedThreads)
+                              : rotary_layout(tokens, heads, static_cast<int>(lanes), sms);
   const bool few = !write && layout.groups == heads && lanes <= 16;
   if (few) {  // twice the lanes, each with half as much
     lanes *= 2;
-    layout = rotary_layout(1, heads, static_cast<int>(lanes), device_facts().sms);
+    layout = rotary_layout(1, heads, static_cast<int>(lanes), sms);
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(tokens, layout.tokens)),
                   static_cast<unsigned>(layout.parts));
@@ -206,19 +212,19 @@ bool run(const cpu::RotaryParams& p, const cpu::CacheWriteParams* write, int64_t
   a.scale_head = static_cast<int32_t>(v.scale.head);
   a.codes = v.scale.data != nullptr, a.fp8 = write->cache_dtype == DType::f8e4m3;
   a.soft = fit.soft, a.dynamic = v.scale.dynamic;
-  a.ahead = kAheadPerSm * device_facts().sms;
+  a.ahead = kAheadPerSm * sms;
   a.block_shift = static_cast<int8_t>(
       (write->block_size & (write->block_size - 1)) == 0 ? log2_of(write->block_size) : -1);
   const int64_t few_lanes = p.half / 2, few_threads = heads * few_lanes;
-  if (few_lanes <= 32 && tokens * few_threads <= int64_t{kFewPerSm} * device_facts().sms) {
+  if (few_lanes <= 32 && tokens * few_threads <= int64_t{kFewPerSm} * sms) {
     a.lane_bits = static_cast<uint8_t>(log2_of(few_lanes));
     const dim3 few_grid(static_cast<unsigned>(tokens),
                         static_cast<unsigned>(ceil_div(few_threads, kFewThreads)));
     error = launch(rotary_few_kernel<E>, few_grid, kFewThreads, 0, stream, a);
     return true;
   }
-  error = launch(a.codes ? rotary_dense_kernel<E, DenseRotaryCache, uint4, kRotaryHeads, true>
-                         : rotary_dense_kernel<E, DenseRotaryCache, uint4, kRotaryHeads>,
+  error = launch(a.codes ? rotary_dense_kernel<E, DenseRotaryCache, uint4, kCachedHeads, true>
+                         : rotary_dense_kernel<E, DenseRotaryCache, uint4, kCachedHeads>,
                  grid, block, 0, stream, a);
   return true;
 }

@@ -9,24 +9,26 @@ namespace fastinfer::cuda {
 constexpr int kRotaryThreads = 256, kRotaryHeads = 2;
 
 // A block is `width` threads on each of `tokens` tokens; `groups` groups of lanes share the heads
-// of a token, each taking one or (much work: cos and sin are then loaded once for both) two of
-// them.
+// of a token, each taking one or (much work: cos and sin are then loaded once for all) `most` of
+// them, and a block has as many tokens as fill `threads` threads.
 struct RotaryLayout {
   int groups, width, tokens, parts;
 };
 
-constexpr RotaryLayout rotary_layout(int64_t tokens, int64_t heads, int lanes, int sms) {
+constexpr RotaryLayout rotary_layout(int64_t tokens, int64_t heads, int lanes, int sms,
+                                     int most = kRotaryHeads, int threads = kRotaryThreads) {
   const bool much = tokens * heads * lanes > int64_t{sms} * 4 * kRotaryThreads;
-  const int groups = static_cast<int>(much ? (heads + kRotaryHeads - 1) / kRotaryHeads : heads);
+  const int groups = static_cast<int>(much ? (heads + most - 1) / most : heads);
   const int64_t need = (int64_t{groups} * lanes + 31) / 32 * 32;
-  const int most = much ? kRotaryThreads : 64;
-  const int width = static_cast<int>(need < most ? need : most);
-  return {groups, width, much ? kRotaryThreads / width : 1,
+  const int widest = much ? kRotaryThreads : 64;
+  const int width = static_cast<int>(need < widest ? need : widest);
+  return {groups, width, much && width < threads ? threads / width : 1,
           static_cast<int>((need + width - 1) / width)};
 }
 
 static_assert(rotary_layout(1, 40, 8, 132).parts == 5, "one token: five blocks");
 static_assert(rotary_layout(8192, 40, 8, 132).width == 160, "20 groups of 8 lanes, 2 heads each");
+static_assert(rotary_layout(8192, 48, 8, 132, 3, 128).tokens == 1, "16 groups of 8 lanes, 3 heads");
 
 // Pairs of (x, y), or with `interleaved` of neighbours within x and within y, turned by the angles
 // of c and s.

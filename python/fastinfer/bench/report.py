@@ -101,7 +101,10 @@ def table(result: Result) -> str:
         lines.append(f"{'drafts accepted':<28}{result['draft_acceptance_rate']:>12.1%}")
         lines.append(f"{'tokens per check':<28}{result['mean_accepted_length']:>12.2f}")
     for number, stage in enumerate(result.get("pipeline", [])):
-        work = f"{stage['step_ms']:.2f} ms a step, {stage['idle_share']:.1%} idle"
+        work = (
+            f"{stage['layers']:.0f} layers, {stage['step_ms']:.2f} ms a step, "
+            f"{stage['idle_share']:.1%} idle"
+        )
         lines.append(f"{f'stage {number}':<28}{work}")
     lines.append("")
     stats = ("mean", "median", "p90", "p99")

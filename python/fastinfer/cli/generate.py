@@ -155,7 +155,8 @@ def summary(outputs: list[RequestOutput], llm: LLM) -> str:
             f"{figures['mean_accepted_length']:.2f} tokens per check"
         )
     pipeline = "".join(
-        f"\nstage {number}: {stage['step_ms']:.2f} ms a step, {stage['idle_share']:.0%} idle"
+        f"\nstage {number}: {stage['layers']:.0f} layers, {stage['step_ms']:.2f} ms a step, "
+        f"{stage['idle_share']:.0%} idle"
         for number, stage in enumerate(llm.pipeline_stats())
     )
     return (

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..engine import LLM, SamplingParams
 
-_ENGINE = {
+
+def layer_counts(text: str) -> list[int]:
+    """ "17,15" -> [17, 15]."""
+    return [int(count) for count in text.split(",")]
+
+
+_ENGINE: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "tokenizer": (str, "DIR", "folder to take the tokenizer from (default: the model's)"),
     "dtype": (str, "NAME", "auto, float32, float16 or bfloat16"),
     "device": (str, "NAME", "cpu, cuda, cuda:1, ... (default: cuda where usable)"),
@@ -28,10 +35,19 @@ _ENGINE = {
     "num_speculative_tokens": (int, "N", "most guessed tokens per request and step"),
     "tensor_parallel_size": (int, "N", "GPUs that share every layer (--tp)"),
     "pipeline_parallel_size": (int, "N", "groups of GPUs with a part of the layers each (--pp)"),
+    "pipeline_stages": (
+        layer_counts,
+        "N,N",
+        "layers of each stage (default: measured; --pp-layers)",
+    ),
     "distributed_timeout": (float, "S", "seconds until a GPU that does not answer ends the run"),
 }
-_SHORT = {"tensor_parallel_size": "--tp", "pipeline_parallel_size": "--pp"}
-_SAMPLING = {
+_SHORT = {
+    "tensor_parallel_size": "--tp",
+    "pipeline_parallel_size": "--pp",
+    "pipeline_stages": "--pp-layers",
+}
+_SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "max_tokens": (int, "N", "most tokens to generate"),
     "min_tokens": (int, "N", "no end before this many tokens"),
     "temperature": (float, "T", "0 is greedy"),
@@ -46,7 +62,9 @@ _SAMPLING = {
 
 
 def _add(
-    group: argparse._ArgumentGroup, table: dict[str, tuple[type, str, str]], **defaults: Any
+    group: argparse._ArgumentGroup,
+    table: dict[str, tuple[Callable[[str], Any], str, str]],
+    **defaults: Any,
 ) -> None:
     for name, (kind, metavar, text) in table.items():
         if name in defaults:

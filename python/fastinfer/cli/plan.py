@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from .plan_cluster import (
     add_cluster_options,
-    check_cluster,
     predict_speed,
     speed_text,
     weight_format,
@@ -141,10 +140,11 @@ def plan_memory(
         FileNotFoundError: There is no such folder or no config.json.
         ValueError: A number is out of range, or the model is not supported.
     """
+    from ..distributed.stages import divide_layers
     from ..engine import EngineConfig
     from ..engine.kv_cache import block_bytes, cache_dtype
     from ..models import load_config
-    from ..models.shard import stage_layers
+    from ..models.shard import check_divisible, weight_costs
     from ..quant import read_quant_config
 
     EngineConfig(  # checks the shared settings, with the engine's messages
@@ -161,12 +161,12 @@ def plan_memory(
     for name, value in (("--context", context), ("--batch", batch), ("--tp", tp), ("--pp", pp)):
         if value < 1:
             raise ValueError(f"plan: {name} must be at least 1, got {value}")
-    check_cluster(config, tp, pp)
+    check_divisible(config, tp, pp)
     weights = _weights(folder, config, model_dtype, context, tp, pp)
     kv_dtype = cache_dtype(kv_cache_dtype, model_dtype)
     # Of the device that holds most: heads are repeated where there are fewer than devices.
     heads = max(config.num_kv_heads // tp, 1)
-    layers = max(count for _, count in stage_layers(config, pp))
+    layers = max(divide_layers(weight_costs(config), pp))
     share = heads * layers / (config.num_kv_heads * config.num_layers)
     block, token = (int(block_bytes(config, size, kv_dtype) * share) for size in (block_size, 1))
     draft_weights = draft_block = 0

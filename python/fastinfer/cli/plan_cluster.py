@@ -32,11 +32,12 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 def weights_per_device(total: int, model: CausalLM, config: ModelConfig, tp: int, pp: int) -> int:
     """Of the fullest device: layers are divided by both, embedding and head by `tp` alone."""
-    from ..models.shard import stage_layers
+    from ..distributed.stages import divide_layers
+    from ..models.shard import weight_costs
 
     table = config.vocab_size * config.hidden_size * model.dtype.itemsize
     ends = table * (1 if config.tie_word_embeddings else 2)
-    most = max(count for _, count in stage_layers(config, pp))
+    most = max(divide_layers(weight_costs(config), pp))
     layers = most / config.num_layers * (total - ends)
     # The first stage has the embedding, the last one the head.
     return int((layers + (ends if pp == 1 else table)) / tp)
@@ -48,22 +49,6 @@ def weight_format(quant: QuantConfig | None) -> str:
     if scheme is None:
         return "bf16"
     return "w8a8" if scheme.activations else f"int{scheme.bits}"
-
-
-def check_cluster(config: ModelConfig, tp: int, pp: int) -> None:
-    """Raise for sizes that do not divide the model.
-
-    Raises:
-        ValueError: See above.
-    """
-    fits = max(config.num_kv_heads, tp) % min(config.num_kv_heads, tp) == 0
-    if config.num_heads % tp or not fits:
-        raise ValueError(
-            f"plan: --tp {tp} must divide the {config.num_heads} heads, and divide the "
-            f"{config.num_kv_heads} KV heads or be a multiple of them"
-        )
-    if pp > config.num_layers:
-        raise ValueError(f"plan: --pp {pp} is more than the {config.num_layers} layers")
 
 
 def predict_speed(report: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _lib
-from ..ops.all_reduce import peer_all_reduce, peer_all_reduce_add_rms_norm
+from ..ops.all_reduce import peer_all_reduce, peer_all_reduce_add_rms_norm, peer_argmax
 from ..ops.norm import fused_add_rms_norm
 
 MAX_RANKS = 8
 HANDLE_BYTES = 64
+_ABORTED = 2  # what the host writes to `failed`; the GPU writes 1 when it was late
 _OFFER = struct.Struct(f"<?16sqq{HANDLE_BYTES}s")  # fine, host, max_bytes, limit, handle
 
 
@@ -233,6 +234,15 @@ class PeerAllReduce:
             return fused_add_rms_norm(x, residual, weight, eps)
         return peer_all_reduce_add_rms_norm(x, residual, weight, eps, self._id, algorithm)
 
+    def argmax(self, logits: Tensor, ids: Tensor, begin: int, out: Tensor) -> Tensor:
+        """out = the token of the rank with the greatest logits[b, ids[b]]; see `peer_argmax`.
+
+        Raises:
+            RuntimeError: As in `all_reduce_`.
+        """
+        self.check()
+        return peer_argmax(logits, ids, begin, self._id, out)
+
     def check(self) -> None:
         """Raise when a rank has not answered in time, or nothing is supported. Waits for nothing:
         it tells of calls that the GPU has got through.
@@ -240,6 +250,11 @@ class PeerAllReduce:
         Raises:
             RuntimeError: See above.
         """
+        if self._failed.value == _ABORTED:
+            raise RuntimeError(
+                f"PeerAllReduce: rank {self.rank} was told to wait for no other rank of "
+                f"{self.size} any more; results since then are void, restart the ranks"
+            )
         if self._failed.value:
             raise RuntimeError(
                 f"PeerAllReduce: rank {self.rank} waited {self.timeout_s:g} s for another rank of "
@@ -247,6 +262,13 @@ class PeerAllReduce:
             )
         if self.reason:
             raise RuntimeError(f"PeerAllReduce: {self.reason}; use torch.distributed.all_reduce")
+
+    def abort(self) -> None:
+        """End the waits of calls that run, and let no later one wait: a rank has gone. From any
+        thread, while the GPU works; `check` raises from now on.
+        """
+        if self._id >= 0 and not self._failed.value:
+            self._failed.value = _ABORTED
 
     def close(self, *, barrier: bool = True) -> None:
         """Give the memory back; every rank calls it, after the graphs that hold calls are gone.

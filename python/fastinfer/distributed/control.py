@@ -31,6 +31,7 @@ PLAN, BLOCKS, RESULT, SAY, REPORT, CLOSE = range(6)
 HEARTBEAT_S = 1.0
 START_S = 1800.0  # for everybody to have loaded the model; a rank that dies is noticed at once
 _LONGEST_LINE = 1 << 16
+_ANY = ("0.0.0.0", "::")  # addresses that stand for all interfaces
 
 
 class RankError(RuntimeError):
@@ -53,7 +54,7 @@ class Hub:
 
     Args:
         size: Ranks, this one included.
-        host: Address to listen on; the port is any free one.
+        listener: Where the others connect; closed when all have.
         timeout: Seconds within which everybody has to answer, once all have started.
         ended: Exit code of a rank's process, if it has ended and this machine knows.
     """
@@ -62,13 +63,13 @@ class Hub:
         self,
         size: int,
         *,
-        host: str,
+        listener: socket.socket,
         timeout: float,
         ended: Callable[[int], int | None] = lambda rank: None,
     ) -> None:
         self.size, self.timeout, self._ended = size, timeout, ended
         self._secret = secrets.token_hex(16)
-        self._listener = socket.create_server((host, 0))
+        self._listener = listener
         self._peers: dict[int, _Peer] = {}
         self._changed = threading.Condition()
         self._failure: str | None = None
@@ -77,8 +78,11 @@ class Hub:
         self.on_failure: Callable[[], object] = lambda: None  # in another thread
 
     def address(self, host: str) -> str:
-        """What `Spoke` needs; `host` is how others reach this machine."""
-        return json.dumps([host, self._listener.getsockname()[1], self._secret])
+        """What `Spoke` needs; `host` is how others reach this machine, where the hub listens on
+        every interface of it.
+        """
+        bound, port = self._listener.getsockname()[:2]
+        return json.dumps([host if bound in _ANY else bound, port, self._secret])
 
     def accept(self) -> None:
         """Wait for every rank.
@@ -176,6 +180,8 @@ class Hub:
         with self._changed:
             while self._failure is None and time.monotonic() < end:
                 self._changed.wait(0.1)
+        if self._failure is None and "timed out" in str(error).lower():  # says gloo, or a socket
+            return self.late(f"a collective of {self.size} ranks")
         if self._failure is None:
             self.fail(f"LLM: rank 0 of {self.size}: {first_line(error)}{self._silent()}")
         assert self._failure is not None
@@ -282,6 +288,7 @@ class Spoke:
         )
         self._lock = threading.Lock()
         self.done = False
+        self.on_end: Callable[[], object] = lambda: None  # before this process ends with rank 0
         threading.Thread(target=self._live, daemon=True).start()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -308,6 +315,8 @@ class Spoke:
         with contextlib.suppress(OSError):
             self._life.recv(1)
         if not self.done:
+            with contextlib.suppress(Exception):
+                self.on_end()
             os._exit(1)
 
     def close(self) -> None:
@@ -359,7 +368,9 @@ def read_frame(connection: socket.socket) -> tuple[int, bytes]:
 def first_line(error: BaseException) -> str:
     """An error in one sentence."""
     text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:2000]
+    if not text:
+        text = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    return text.splitlines()[0][:2000]
 
 
 def _read(connection: socket.socket, size: int) -> bytes:

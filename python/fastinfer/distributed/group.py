@@ -47,11 +47,24 @@ class Communicator:
         """In place: the sum over all ranks, the same bits on each."""
         if self.peer is not None and self.peer.supports(x.nbytes):
             self.peer.all_reduce_(x)
-        elif self.batch_invariant and self.size > 2:
-            torch.sum(self.all_gather(x), dim=0, out=x)
+        elif self.batch_invariant:
+            self._sum_in_order_(x)
         else:
             dist.all_reduce(x, group=self.group)
         return x
+
+    def _sum_in_order_(self, x: Tensor) -> None:
+        """The bits of the peer kernel: fp32, in the order of ranks, rounded once; in pieces."""
+        assert x.is_contiguous()
+        for piece in x.view(-1).split(MAX_PEER_BYTES // x.itemsize):
+            if self.peer is not None and self.peer.supports(piece.nbytes):
+                self.peer.all_reduce_(piece)
+                continue
+            terms = self.all_gather(piece)
+            total = terms[0].float()
+            for term in terms[1:]:
+                total += term
+            piece.copy_(total)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[...], equal shapes -> [size, ...]."""
@@ -111,6 +124,11 @@ class ParallelGroups:
         peer = None if self.tensor is None else self.tensor.peer
         if peer is not None and not peer.reason:
             peer.check()
+
+    def abort(self) -> None:
+        """A rank has gone: let no kernel wait for it. From any thread."""
+        if self.tensor is not None and self.tensor.peer is not None:
+            self.tensor.peer.abort()
 
     def close(self) -> None:
         """Give memory back; every rank calls this, when nothing runs any more."""

@@ -33,6 +33,7 @@ from .group import ParallelGroups, make_groups
 
 _LOOPBACK = "127.0.0.1"
 _CLOSING_S = 10.0  # for workers to end by themselves
+_variables: list[str] = []  # of the environment, set by this module
 _runs = 0  # started by this process under torchrun: each has a prefix of its own in the store
 
 
@@ -86,12 +87,13 @@ class Lead:
         if under_torchrun():
             place = torchrun_place(size, device, timeout)
             host = os.environ["MASTER_ADDR"]
-            listen = ""
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            listener = listen_at(host, several_hosts=here < size)
         else:
             store = _start_store(size)
             place = Place(0, size, store, _device(device, 0, size), timeout)
-            host = listen = _LOOPBACK
-        self.hub = Hub(size, host=listen, timeout=timeout, ended=self._ended)
+            host, listener = _LOOPBACK, socket.create_server((_LOOPBACK, 0))
+        self.hub = Hub(size, listener=listener, timeout=timeout, ended=self._ended)
         self.hub.on_failure = self._give_up
         try:
             message = {"tensor": tensor, "pipeline": pipeline, "settings": dict(settings)}
@@ -107,7 +109,7 @@ class Lead:
         except BaseException as error:
             failed = self.hub.failure
             self.stop()
-            if failed is not None and not isinstance(error, RankError):
+            if failed is not None and isinstance(error, Exception):
                 raise RankError(failed) from error
             raise
 
@@ -128,9 +130,15 @@ class Lead:
     def _give_up(self) -> None:
         """Called in a watching thread when the run has failed."""
         self.hub.hang_up()
+        self._abort_kernels()
         threading.Thread(target=self._kill, args=(2.0,), daemon=True).start()
         if self._own_groups and torch.cuda.is_available():
             threading.Thread(target=_abort_groups, daemon=True).start()
+
+    def _abort_kernels(self) -> None:
+        """Let no kernel wait for another rank."""
+        with contextlib.suppress(AttributeError):  # there are no groups yet
+            self.groups.abort()
 
     def _kill(self, patience: float) -> None:
         end = time.monotonic() + patience
@@ -163,7 +171,9 @@ class Lead:
         self._kill(1.0)
         if self._own_groups:
             self._own_groups = False
+            self._abort_kernels()
             leave(failed=True)
+        restore_environment()
 
 
 class Member:
@@ -188,6 +198,7 @@ class Member:
             self.groups = make_groups(
                 message["tensor"], message["pipeline"], place.device, timeout=place.timeout
             )
+            self.spoke.on_end = self.groups.abort
         except BaseException as error:
             self.spoke.fail(error)
             raise
@@ -243,14 +254,14 @@ def join(place: Place) -> None:
     on_cuda = place.device.type == "cuda"
     if on_cuda:
         # a collective that fails must not end this process: rank 0 tells what happened
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+        _default("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        _default("TORCH_NCCL_ENABLE_MONITORING", "0")
         # sends of a stage are in order anyway
-        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
+        _default("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
         torch.cuda.set_device(place.device)
     if not under_torchrun():
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, "lo")
+            _default(name, "lo")
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",
         store=dist.PrefixStore("groups", place.store),
@@ -259,6 +270,19 @@ def join(place: Place) -> None:
         timeout=timedelta(seconds=START_S),
         device_id=place.device if on_cuda else None,
     )
+
+
+def _default(name: str, value: str) -> None:
+    """Set a variable that has no value, until `restore_environment`."""
+    if name not in os.environ:
+        os.environ[name] = value
+        _variables.append(name)
+
+
+def restore_environment() -> None:
+    """Unset what a run set for torch and NCCL, whose later groups are none of its business."""
+    while _variables:
+        os.environ.pop(_variables.pop(), None)
 
 
 def limit_groups(timeout: float) -> None:
@@ -294,6 +318,26 @@ def _device(name: str, local: int, here: int) -> torch.device:
             "torchrun"
         )
     return torch.device("cuda", local)
+
+
+def listen_at(host: str, *, several_hosts: bool) -> socket.socket:
+    """A socket on any free port of the interface that has the address of `host`, over IPv4 or IPv6.
+
+    On all interfaces where that is not known: the name stands for a machine in front of this one,
+    or the hosts file takes it for loopback, where no other host could connect.
+    """
+    literal = host in ("localhost", "ip6-localhost", "::1") or host.startswith("127.")
+    with contextlib.suppress(OSError):  # of names that cannot be resolved
+        for family, _, _, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            address = str(place[0])
+            loopback = address == "::1" or address.startswith("127.")
+            if loopback and several_hosts and not literal:
+                continue
+            with contextlib.suppress(OSError):
+                return socket.create_server((address, 0, *place[2:]), family=family)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _start_store(size: int) -> Any:

@@ -1,7 +1,7 @@
 """Tokens from logits whose vocabulary is cut over ranks; no rank ever has all logits of a step.
 
-Greedy rows: each rank takes the argmax of its piece, the ranks compare (value, id). Of equal values
-the lower id wins, as in one process.
+Greedy rows: each rank takes the argmax of its piece, the ranks compare (value, id), in one kernel
+where they reach each other's memory. Of equal values the lower id wins, as in one process.
 
 Other rows: the ranks exchange pieces, so that each has the whole vocabulary of its share of the
 rows (B / ranks of them), draws those with the ordinary operator and tells the others. Filters,
@@ -49,7 +49,15 @@ class ShardedSample:
             **options: Of all B rows; masks and counts over the whole vocabulary.
         """
         if options.keys() <= {"temperature"}:
-            ids = self._greedy(logits, options["temperature"])
+            zeros, peer = options["temperature"], self.group.peer
+            if peer is not None and peer.supports(16 * len(logits)):
+                if out is None:
+                    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+                mine = logits[:, : self.count]
+                ids = ops.sample(mine, temperature=zeros).token_ids if self.count else out
+                peer.argmax(mine, ids, self.begin, out)
+                return ops.SampleOutput(out, None, None, None)
+            ids = self._greedy(logits, zeros)
             if out is None:
                 return ops.SampleOutput(ids.long(), None, None, None)
             return ops.SampleOutput(out.copy_(ids), None, None, None)

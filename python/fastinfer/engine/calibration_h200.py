@@ -104,4 +104,5 @@ H200 = Calibration(
     overlap_us=1.521,
     step_us=1972.0,
     busy=0.9079,
+    host_us=212.2,
 )

@@ -202,6 +202,8 @@ class EngineConfig:
         prompt_lookup_min, prompt_lookup_max: Shortest and longest ending that "ngram" looks for.
         tensor_parallel_size: GPUs (or processes, on the CPU) that share every layer.
         pipeline_parallel_size: Groups of those that have a part of the layers each.
+        pipeline_stages: Layers of each stage. None: as many as make the slowest stage fastest, by
+            the time that a layer and the two ends take, which is measured at the start.
         distributed_timeout: Seconds after which a rank that does not answer ends the run.
         seed: Where requests without a seed get theirs from.
         progress: Show a bar while the weights are read.
@@ -253,6 +255,7 @@ class EngineConfig:
     prompt_lookup_max: int = 4
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    pipeline_stages: list[int] | None = None
     distributed_timeout: float = 300.0
     seed: int = 0
     progress: bool = True
@@ -279,6 +282,15 @@ class EngineConfig:
         _integer(me, "seed", self.seed, 0)
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             _integer(me, name, getattr(self, name), 1)
+        if self.pipeline_stages is not None:
+            self.pipeline_stages = list(self.pipeline_stages)
+            for count in self.pipeline_stages:
+                _integer(me, "pipeline_stages", count, 1)
+            if len(self.pipeline_stages) != self.pipeline_parallel_size:
+                raise ValueError(
+                    f"{me}: pipeline_stages must name the layers of each of the "
+                    f"{self.pipeline_parallel_size} stages, got {self.pipeline_stages}"
+                )
         if _number(me, "distributed_timeout", self.distributed_timeout) <= 0:
             raise ValueError(
                 f"{me}: distributed_timeout must be > 0 seconds, got {self.distributed_timeout}"

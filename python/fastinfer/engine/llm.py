@@ -52,7 +52,8 @@ class LLM:
         tensor_parallel_size: GPUs that share every layer; on the CPU, processes. Under torchrun
             those are the processes it started, else they are started here. There, all but rank 0
             serve inside of this call and end with it (SystemExit).
-        pipeline_parallel_size: Groups of those with a part of the layers each.
+        pipeline_parallel_size: Groups of those with a part of the layers each; how many layers is
+            measured, or said by `pipeline_stages=[...]`.
         progress: Show a bar while the weights are read.
         **options: The remaining fields of `EngineConfig`.
 
@@ -319,8 +320,9 @@ class LLM:
             reset: Begin to measure anew, after this.
 
         Returns:
-            Per stage `steps`, `step_ms` of work per step, and `idle_share` of the time since its
-            first step, waiting for requests included.
+            Per stage its `layers`, `steps`, `step_ms` of work per step, and `idle_share` of the
+            time since its first step, waiting for requests included. `planned_ms` is what the
+            division of the layers counted on, where it was measured.
         """
         core = self._engine
         with core.lock:

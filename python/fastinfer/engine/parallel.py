@@ -48,7 +48,7 @@ class LeadRunner(ModelRunner):
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         tensor, pipeline = config.tensor_parallel_size, config.pipeline_parallel_size
-        check_divisible(load_config(config.model), tensor, pipeline)
+        check_divisible(load_config(config.model), tensor, pipeline, config.pipeline_stages)
         self._run = launch.Lead(
             tensor=tensor,
             pipeline=pipeline,
@@ -67,8 +67,9 @@ class LeadRunner(ModelRunner):
             self._least("ready", 0)
             self._run.begin()
         except BaseException as error:
-            failure = self._run.hub.failure
-            if failure is None and not isinstance(error, ValueError | OSError):
+            interrupted = not isinstance(error, Exception)  # Ctrl-C: nobody has failed
+            failure = None if interrupted else self._run.hub.failure
+            if failure is None and not interrupted and not isinstance(error, ValueError | OSError):
                 failure = str(self._run.hub.explain(error))
             self._run.stop()
             if failure is not None:

@@ -8,8 +8,9 @@ JSON files that bench/ writes.
     elementwise  us = start + bytes / rate, through norm.json
     overlap    what a kernel of a captured step costs less than alone,
     step       what an eager step costs on top, and
-    busy       the share of the time that is computed with many requests: from rows of e2e.json,
-               an 8B model on one GPU
+    busy       the share of the time that is computed with many requests, and
+    host       what the host does between the tokens of a step and the launch of the next: from rows
+               of e2e.json, an 8B model on one GPU
     reduce, nccl, send   tables of parallel.json: KiB -> us between two GPUs
 
 Nothing here is measured on more than one GPU but the last line, which knows no model.
@@ -49,6 +50,7 @@ class Calibration:
         overlap_us: per kernel of a captured step.
         step_us: per step that is not captured.
         busy: computed time over time, with many requests.
+        host_us: of a step, on the CPU.
         reduce: ((bytes, us), ...), all-reduce with residual addition and RMS norm, two ranks.
         nccl: the same by NCCL and the norm kernel.
         send: ((bytes, us), ...), from one GPU to the other.
@@ -66,6 +68,7 @@ class Calibration:
     overlap_us: float = 0.0
     step_us: float = 0.0
     busy: float = 1.0
+    host_us: float = 0.0
 
 
 def read_results(folder: str | Path) -> Calibration:
@@ -132,7 +135,8 @@ def read_results(folder: str | Path) -> Calibration:
     step = max(measured[alone]["ttft_ms"] * 1e3 - prompt, 0.0)
     almost = replace(bare, overlap_us=overlap, step_us=step)
     rate = predict(shape, almost, one, chunk=8192)["out_tok_s"]
-    return replace(almost, busy=min(measured[many]["out_tok_s"] / rate, 1.0))
+    host = measured.get("host 256 running", {}).get("host_us_min", 0.0)
+    return replace(almost, busy=min(measured[many]["out_tok_s"] / rate, 1.0), host_us=host)
 
 
 def fit_line(points: Iterable[tuple[float, float]]) -> Line:

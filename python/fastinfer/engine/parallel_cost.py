@@ -3,8 +3,8 @@
 A decode step of a stage is, per layer, four products, attention, rotary, activation and two norms;
 the times come from `parallel_calibration`. Tensor parallel divides the weights, heads and keys, and
 puts an all-reduce in front of each norm. Pipeline parallel divides the layers and adds a transfer
-between stages. What is left out: the scheduler's time on the host (hidden by overlap), padding of
-batches to captured sizes, and unequal lengths.
+between stages, and the host's time, which nothing overlaps there. What is left out: the same on one
+stage (hidden by overlap), padding of batches to captured sizes, and unequal lengths.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from ..distributed.stages import StageCosts, divide_layers
 
 if TYPE_CHECKING:
     from .parallel_calibration import Calibration, Line, Table
@@ -142,7 +144,12 @@ def decode_us(shape: Shape, cal: Calibration, cluster: Cluster, batch: int, cont
     """One token for each of `batch` requests in flight together, `context` tokens long."""
     kv_heads = max(shape.kv_heads / cluster.tp, 1)
     read = 2 * batch * context * kv_heads * shape.head_dim * shape.kv_bytes
-    return _step(shape, cal, cluster, batch, _line(cal.decode, read), batch, cal.overlap_us)
+    step = _step(shape, cal, cluster, batch, _line(cal.decode, read), batch, cal.overlap_us)
+    if cluster.pp == 1:
+        return step
+    # tokens come back over the host before their requests are planned again, and as many steps are
+    # in flight as there are stages: nothing hides it
+    return Step(step.stage + cal.host_us, step.total + cal.host_us)
 
 
 def prefill_us(shape: Shape, cal: Calibration, cluster: Cluster, tokens: int, before: int) -> Step:
@@ -240,17 +247,8 @@ def _step(
     layer -= 8 * overlap
     head = linear_us(cal, "bf16", sampled, hidden * shape.vocab / tp) - 2 * overlap
     head += look_up(cal.sampling, sampled)
-    stage = _slowest_stage(shape.layers, cluster.pp, layer, head)
+    costs = StageCosts((layer,) * shape.layers, 0.0, head)
+    stage = max(costs.of_stages(divide_layers(costs, cluster.pp)))
     send = send_us(cal, cluster, rows * hidden * 2) if cluster.pp > 1 else 0.0
     total = shape.layers * layer + head + (cluster.pp - 1) * send
     return Step(stage + send, total)
-
-
-def _slowest_stage(layers: int, stages: int, layer: float, head: float) -> float:
-    """With whole layers, the last stage having the head: the best there is."""
-    if stages == 1:
-        return layers * layer + head
-    return min(
-        max(math.ceil((layers - last) / (stages - 1)) * layer, last * layer + head)
-        for last in range(layers + 1)
-    )

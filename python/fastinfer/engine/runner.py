@@ -11,7 +11,7 @@ from .. import _lib, ops
 from ..distributed.sampling import ShardedSample
 from ..models import CausalLM, load_config, start_loading
 from ..models.quantized import quantize_layers
-from ..models.shard import WHOLE, divide
+from ..models.shard import WHOLE
 from . import graphs
 from .batch import RequestRows, StepBatch, build_batch
 from .bursts import Bursts
@@ -30,6 +30,7 @@ from .kv_cache import (
 from .metrics import RequestMetrics
 from .request import Request
 from .sampler import DrawnTokens, sample_tokens
+from .stage_cost import choose_part
 from .step_plan import ScheduledChunk, SchedulePlan
 from .swap import HostCache, SwapSpace
 from .team import Stage, Team
@@ -77,13 +78,19 @@ class ModelRunner:
         self.device = device
         self.block_size = config.block_size
         self._team = team
+        self._planned_ms: float | None = None  # of a step of this stage
         if model is not None:
             self._set_up(config, model)
             return
         plan = f"`fastinfer plan --model {config.model}` says how much they are"
         weights = f"the weights of {config.model}"
-        shard = WHOLE if team is None else divide(load_config(config.model), team.groups)
         with must_fit(weights, device, plan):
+            shard = WHOLE
+            if team is not None:
+                whole = load_config(config.model)
+                workspace = make_workspace(whole, device)
+                shard, self._planned_ms = choose_part(config, whole, team, device, workspace)
+                del workspace
             loading = start_loading(
                 config.model,
                 dtype=config.dtype,
@@ -234,15 +241,17 @@ class ModelRunner:
         return None
 
     def pipeline_stats(self, *, reset: bool = False) -> list[dict[str, float]]:
-        """Per stage of a pipeline its steps, milliseconds of work per step and the share of the
-        time that it was idle; see `StageClock`. Empty where there is one stage.
+        """Per stage of a pipeline its layers, steps, milliseconds of work per step and the share of
+        the time that it was idle; see `StageClock`. Empty where there is one stage.
 
         Args:
             reset: Begin to measure anew.
         """
         if self._stage is None:
             return []
-        report = self._stage.clock.report()
+        report = {"layers": len(self.model.layers), **self._stage.clock.report()}
+        if self._planned_ms is not None:
+            report["planned_ms"] = self._planned_ms
         if reset:
             self._stage.clock.reset()
         return [report]

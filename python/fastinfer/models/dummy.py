@@ -29,6 +29,7 @@ def fill_random(
     device: torch.device,
     *,
     exchange: Exchange,
+    requantize: int | None = None,
 ) -> None:
     """Give a model on the meta device small random weights from a fixed seed.
 
@@ -38,6 +39,7 @@ def fill_random(
         quant: quantisation that config.json declares; those layers get random codes.
         device: where the model shall live.
         exchange: puts a quantised layer in the place of a plain one.
+        requantize: as in `load_model`.
     """
     quantized = {}
     here = targets_here(weight_targets(config), model.shard, config.tie_word_embeddings)
@@ -67,9 +69,10 @@ def fill_random(
         weight: Stored
         if tensor in quantized:
             weight = _random(quantized[tensor][1], rows, columns, generator, config.dtype)
+            weight = runnable(tensor, weight, requantize)
         else:
             weight = _normal(rows, columns, generator)
-        layer.load_quantized(target.parts, runnable(tensor, weight))
+        layer.load_quantized(target.parts, weight)
 
 
 def _normal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

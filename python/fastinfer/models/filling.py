@@ -51,6 +51,7 @@ def exchange(
             bias=plain.bias is not None,
             dtype=config.dtype,
             device=device,
+            group=model.shard.group if module.endswith(("o_proj", "down_proj")) else None,
         )
     parent, _, child = module.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)

@@ -165,7 +165,7 @@ def start_loading(
         model.eval()
         loading = Loading(model)
         if checkpoint is None:
-            fill_random(model, config, quant, target, exchange=exchange)
+            fill_random(model, config, quant, target, exchange=exchange, requantize=requantize)
         else:
             loading.filler = Filler(model, config, checkpoint, quant, target, requantize)
             loading.filler.start(progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ..distributed.span import Span
 from ..quant.canonical import CanonicalWeight
 from ..quant.formats import Stored
 from ..quant.fused import FusedLinear
+from ..quant.layers import W8A8Linear
 from .layers import Linear, RowParts
 
 _GROUPS = (128, 64, 32, 16, 8)  # of 4-bit weights: the largest that divides the input channels
@@ -29,6 +31,7 @@ class QuantizedLinear(RowParts):
         bias: whether there is a bias [N].
         dtype: of the bias, of dense parts and of the activations.
         device: where the layer runs.
+        group: of the ranks that have the other input channels; None: they are all here.
     """
 
     def __init__(
@@ -39,9 +42,10 @@ class QuantizedLinear(RowParts):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device,
+        group: Communicator | None = None,
     ) -> None:
         super().__init__(in_features, parts, bias=bias, dtype=dtype)
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._group = dtype, device, group
         self._waiting: dict[str, tuple[tuple[str, ...], Stored]] = {}
         self._inputs: GatheredInputs | None = None
         self.fused: FusedLinear | None = None
@@ -73,12 +77,24 @@ class QuantizedLinear(RowParts):
         ordered = [self._waiting[name][1] for name in self.parts if name in self._waiting]
         self._waiting = {}
         self.fused = FusedLinear(ordered, dtype=self._dtype, device=self._device)
+        for linear in self.fused.linears if self._group is not None else ():
+            if isinstance(linear, W8A8Linear):
+                linear.largest = partial(_largest_of_all, self._group)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.fused is not None, "the loader fills every layer"
         if self._inputs is not None:
             x = self._inputs(x)
         return self.fused(x, self.bias)
+
+
+def _largest_of_all(group: Communicator | None, x: Tensor) -> Tensor:
+    """[T, 1]: the largest magnitude of each row of x over the ranks."""
+    assert group is not None
+    # Zero but for this rank's numbers, so that the sum over ranks is what they all say.
+    said = torch.zeros(group.size, x.shape[0], dtype=torch.float32, device=x.device)
+    torch.amax(x.abs().float(), dim=1, out=said[group.rank])
+    return group.all_reduce_(said).amax(dim=0)[:, None].to(x.dtype)
 
 
 @torch.no_grad()

@@ -16,10 +16,12 @@ quantisation group, so pieces may differ by one unit.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..distributed.span import Span, even, in_units
+from ..distributed.stages import StageCosts
 
 if TYPE_CHECKING:
     from ..distributed.group import Communicator, ParallelGroups
@@ -105,59 +107,67 @@ class Shard:
 WHOLE = Shard()
 
 
-def divide(config: ModelConfig, groups: ParallelGroups) -> Shard:
+def divide(config: ModelConfig, groups: ParallelGroups, counts: Sequence[int]) -> Shard:
     """The part of a model for a place among the processes.
+
+    Args:
+        config: of the whole model.
+        groups: of the process.
+        counts: layers of each stage.
 
     Raises:
         ValueError: the model cannot be divided like that.
     """
-    first, count = stage_layers(config, groups.stages)[groups.stage]
+    check_stages(config, groups.stages, counts)
     tensor = groups.tensor
     return Shard(
         rank=0 if tensor is None else tensor.rank,
         ranks=1 if tensor is None else tensor.size,
         group=tensor,
-        first_layer=first,
-        num_layers=count,
+        first_layer=sum(counts[: groups.stage]),
+        num_layers=counts[groups.stage],
         is_first=groups.stage == 0,
         is_last=groups.stage == groups.stages - 1,
     )
 
 
-def stage_layers(config: ModelConfig, stages: int) -> list[tuple[int, int]]:
-    """(first layer, number of layers) of each stage of a pipeline.
-
-    The slowest stage sets the pace. Steps of a pipeline read weights more than they compute, so a
-    stage costs what its weights weigh: the output head as many layers as it is heavy, the embedding
-    nothing, because few of its rows are read.
-
-    Raises:
-        ValueError: there are fewer layers than stages.
+def weight_costs(config: ModelConfig) -> StageCosts:
+    """What a decode step costs where nothing was measured: what the weights weigh that it reads;
+    of the embedding it reads next to nothing.
     """
+    projections = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layer = (projections + 3 * config.intermediate_size) * config.hidden_size
+    head = config.vocab_size * config.hidden_size
+    return StageCosts((float(layer),) * config.num_layers, 0.0, float(head))
+
+
+def check_stages(config: ModelConfig, stages: int, counts: Sequence[int] | None = None) -> None:
+    """Raise ValueError if the layers cannot be dealt to so many stages, or not like that."""
     layers = config.num_layers
     if layers < stages:
         raise ValueError(
             f"LLM: pipeline_parallel_size must be at most the {layers} layers of the model, got "
             f"{stages}"
         )
-    projections = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    layer_weight = (projections + 3 * config.intermediate_size) * config.hidden_size
-    head = config.vocab_size * config.hidden_size / layer_weight  # in layers
-    # the last stage takes so many layers less; the best whole number is tried out
-    last = min(
-        range(1, layers - stages + 2),
-        key=lambda count: max(-(-(layers - count) // max(stages - 1, 1)), count + head),
-    )
-    if stages == 1:
-        return [(0, layers)]
-    counts = [(layers - last) * (s + 1) // (stages - 1) for s in range(stages - 1)]
-    begins = [0, *counts]
-    return [(a, b - a) for a, b in zip(begins, [*counts, layers], strict=True)]
+    if counts is not None and (len(counts) != stages or sum(counts) != layers):
+        raise ValueError(
+            f"LLM: pipeline_stages must be {stages} numbers that add up to the {layers} layers of "
+            f"the model, got {list(counts)}"
+        )
 
 
-def check_divisible(config: ModelConfig, tensor: int, pipeline: int) -> None:
-    """Raise ValueError if the model cannot be divided over so many ranks and stages."""
+def check_divisible(
+    config: ModelConfig, tensor: int, pipeline: int, counts: Sequence[int] | None = None
+) -> None:
+    """Raise ValueError if the model cannot be divided over so many ranks and stages.
+
+    Args:
+        config: of the whole model.
+        tensor: ranks that share a layer.
+        pipeline: stages.
+        counts: layers of each, where the user says.
+    """
     shard = Shard(ranks=tensor)
     shard.config(config)
     shard.inner(config.intermediate_size)
-    stage_layers(config, pipeline)
+    check_stages(config, pipeline, counts)

@@ -1,11 +1,13 @@
 """Sum over ranks through memory that GPUs write to each other, on request with the residual
-addition and RMS norm behind it. For `fastinfer.distributed.PeerAllReduce`, which makes the groups.
+addition and RMS norm behind it; the greatest candidate of all ranks. For
+`fastinfer.distributed.PeerAllReduce`, which makes the groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import _lib
@@ -13,6 +15,7 @@ from .norm import fused_add_rms_norm_reference
 
 _all_reduce = _lib.op("peer_all_reduce")
 _all_reduce_add_rms_norm = _lib.op("peer_all_reduce_add_rms_norm")
+_argmax = _lib.op("peer_argmax")
 
 ALGORITHMS = {"auto": 0, "one_shot": 1, "two_shot": 2}
 
@@ -73,6 +76,45 @@ def peer_all_reduce_add_rms_norm(
     return x, residual
 
 
+def peer_argmax(logits: Tensor, ids: Tensor, begin: int, group: int, out: Tensor) -> Tensor:
+    """Of every rank's candidate for a row the greatest: greedy tokens of a divided vocabulary.
+
+    Args:
+        logits: [B, N], this rank's columns; N = 0: it has none. fp32, fp16 or bf16 on the group's
+            CUDA device, last dimension contiguous.
+        ids: int64 [B], the column of each row that is this rank's candidate.
+        begin: what its first column is overall, at most 2^31.
+        group: number of a connected group, the same call on every rank.
+        out: int64 [B], receives begin + ids of the rank with the greatest logit: of equal ones the
+            first, NaN being the least.
+
+    Returns:
+        out, the same on every rank.
+
+    Raises:
+        RuntimeError: wrong dtype, shape, strides or device, or the group is not connected.
+    """
+    _lib.require_tensors("peer_argmax", logits=logits, ids=ids, out=out)
+    _lib.refuse_grad("peer_argmax", logits)
+    _argmax(logits, ids, begin, group, out)
+    return out
+
+
+def peer_argmax_reference(
+    parts: Sequence[Tensor], ids: Sequence[Tensor], begins: Sequence[int]
+) -> Tensor:
+    """Every rank's logits, candidates and first columns -> int64 [B], in plain torch."""
+    values, tokens = [], []
+    for part, chosen, begin in zip(parts, ids, begins, strict=True):
+        value = torch.full(chosen.shape, float("-inf"), device=chosen.device)
+        if part.shape[1]:
+            value = part.float().gather(1, chosen[:, None])[:, 0]
+        values.append(value.nan_to_num(float("-inf"), float("inf"), float("-inf")))
+        tokens.append(chosen + begin)
+    winner = torch.stack(values).argmax(dim=0, keepdim=True)  # the first of equal ones
+    return torch.stack(tokens).gather(0, winner)[0]
+
+
 def peer_all_reduce_reference(parts: Sequence[Tensor]) -> Tensor:
     """The sum of every rank's x in plain torch: fp32, in the order of the ranks, rounded once."""
     total = parts[0].float()
@@ -100,6 +142,23 @@ def _check_x(name: str, x: Tensor, algorithm: int) -> None:
 @_lib.register_fake("peer_all_reduce")
 def _(x: Tensor, group: int, algorithm: int) -> None:
     _check_x("peer_all_reduce", x, algorithm)
+
+
+@_lib.register_fake("peer_argmax")
+def _(logits: Tensor, ids: Tensor, begin: int, group: int, out: Tensor) -> None:
+    name = "peer_argmax"
+    _lib.check_dtype(name, "logits", logits, _lib.FLOATS)
+    _lib.check(
+        logits.dim() == 2, f"{name}: logits must have 2 dimensions, got {_lib.describe(logits)}"
+    )
+    for what, tensor in (("ids", ids), ("out", out)):
+        _lib.check_dtype(name, what, tensor, (torch.int64,))
+        _lib.check(
+            tuple(tensor.shape) == (logits.shape[0],),
+            lambda what=what, tensor=tensor: (
+                f"{name}: {what} must have shape [{logits.shape[0]}], got {_lib.describe(tensor)}"
+            ),
+        )
 
 
 @_lib.register_fake("peer_all_reduce_add_rms_norm")

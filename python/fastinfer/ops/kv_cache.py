@@ -24,6 +24,7 @@ from ._fake_kv_cache import repeated_shape
 
 _repeat_kv = _lib.op("repeat_kv")
 _reshape_and_cache = _lib.op("reshape_and_cache")
+_reshape_and_cache_entry = _lib.entry("reshape_and_cache")
 _gather_cache = _lib.op("gather_cache")
 _copy_blocks = _lib.op("copy_blocks")
 _swap_blocks = _lib.op("swap_blocks")
@@ -60,8 +61,12 @@ def reshape_and_cache(
     Reference: Kwon et al. 2023 (PagedAttention).
     """
     try:
-        _lib.refuse_grad("reshape_and_cache", key, value, key_cache, value_cache)
-        _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+        if torch.is_grad_enabled():
+            _lib.refuse_grad("reshape_and_cache", key, value, key_cache, value_cache)
+        call = _reshape_and_cache_entry
+        if torch.compiler.is_compiling():
+            call = _reshape_and_cache
+        call(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
     except Exception:  # five tensors: looked at only when something was wrong
         _lib.require_tensors(
             "reshape_and_cache",

@@ -20,6 +20,7 @@ from ._reference_kv_cache import reshape_and_cache_reference
 _apply_rotary = _lib.op("apply_rotary")
 _apply_rotary_inplace = _lib.op("apply_rotary_inplace")
 _apply_rotary_and_cache = _lib.op("apply_rotary_and_cache")
+_apply_rotary_and_cache_entry = _lib.entry("apply_rotary_and_cache")
 
 
 def apply_rotary(
@@ -110,8 +111,12 @@ def apply_rotary_and_cache(
     Large Language Model Serving with PagedAttention", 2023 (paged cache).
     """
     try:
-        _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin, key_cache, value_cache)
-        _apply_rotary_and_cache(
+        if torch.is_grad_enabled():
+            _lib.refuse_grad("apply_rotary_and_cache", q, k, v, cos, sin, key_cache, value_cache)
+        call = _apply_rotary_and_cache_entry
+        if torch.compiler.is_compiling():
+            call = _apply_rotary_and_cache
+        call(
             q,
             k,
             v,

@@ -275,6 +275,9 @@ class W8A8Linear(_QuantizedModule):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        # [M, K] -> [M, 1], the largest magnitude of each token over what is elsewhere too; if set,
+        # batch-invariant calls scale activations by it
+        self.largest: Callable[[Tensor], Tensor] | None = None
         self.bias = _bias(out_features, dtype, device) if bias else None
         empty = torch.empty(0, dtype=torch.int8, device=device)
         self.register_buffer("weight", empty, persistent=False)
@@ -322,7 +325,11 @@ class W8A8Linear(_QuantizedModule):
         """`forward` with another bias, optionally into `out` [M, N]."""
         if self.weight_scale is None:
             self.canonical()  # raises
-        codes, scale, _ = ops.quantize_per_token(x)
+        if self.batch_invariant and self.largest is not None:
+            codes, scale, _ = ops.quantize_per_token(torch.cat((x, self.largest(x)), dim=-1))
+            codes = codes[..., : self.in_features].contiguous()
+        else:
+            codes, scale, _ = ops.quantize_per_token(x)
         return ops.w8a8_linear(
             codes,
             scale,
