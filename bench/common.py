@@ -114,9 +114,9 @@ class Bench:
         torch.set_num_threads(self.args.threads)
         torch.manual_seed(0)
         self.rows: list[dict[str, Any]] = []
+        self._warm_until = 0.0
         self.gb_s, self.tflops = self._copy_ceiling(), 0.0  # the other: see _matmul_ceiling
         self.read_gbs = 0.0  # of a script that measures it
-        self._warm_until = 0.0
 
     @torch.inference_mode()
     def case(
