@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_checkpoint import save_checkpoint
 
 from fastinfer import LLM, SamplingParams
@@ -178,6 +179,20 @@ def start_ranks(
             )
         )
     return processes
+
+
+def test_cores_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes on a CPU have a share of the cores each, this one too, until they end."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        with LLM(str(folder), tensor_parallel_size=2, **SETTINGS):
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 GENERATE = ["generate", "--prompt", "hello", "--max-tokens", "6", "--temperature", "0"]

@@ -83,6 +83,7 @@ class Lead:
         size = tensor * pipeline
         self._processes: list[subprocess.Popen[bytes]] = []
         self._own_groups = False
+        self._threads = 0  # of this process before there were others
         self.groups: ParallelGroups
         if under_torchrun():
             place = torchrun_place(size, device, timeout)
@@ -99,6 +100,9 @@ class Lead:
             message = {"tensor": tensor, "pipeline": pipeline, "settings": dict(settings)}
             place.store.set("run", json.dumps({**message, "hub": self.hub.address(host)}))
             if not under_torchrun():
+                if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+                    self._threads = torch.get_num_threads()
+                    torch.set_num_threads(min(self._threads, _threads_each(size)))
                 for rank in range(1, size):
                     self._processes.append(_spawn(rank, size, store.port, device, timeout))
             self.hub.accept()
@@ -173,6 +177,9 @@ class Lead:
             self._own_groups = False
             self._abort_kernels()
             leave(failed=True)
+        if self._threads:
+            torch.set_num_threads(self._threads)
+            self._threads = 0
         restore_environment()
 
 
@@ -354,14 +361,18 @@ def _start_store(size: int) -> Any:
     )
 
 
+def _threads_each(size: int) -> int:
+    """Of each process on a CPU: threads that wait for a core are slower than none."""
+    return max((os.cpu_count() or 1) // size, 1)
+
+
 def _spawn(rank: int, size: int, port: int, device: str, timeout: float) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     if device == "cpu":
-        threads = max((os.cpu_count() or 1) // size, 1)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment.setdefault("OMP_NUM_THREADS", str(_threads_each(size)))
     arguments = [str(rank), str(size), str(port), device, str(timeout)]
     return subprocess.Popen(
         [sys.executable, "-m", "fastinfer.distributed.worker", *arguments],
