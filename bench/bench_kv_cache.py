@@ -9,10 +9,9 @@ cross the link.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 
 import torch
-from common import OURS, OURS_PDL, Bench, Call, programmatic, randn
+from common import OURS, Bench, Call, alone_and_overlapped, randn
 
 import fastinfer
 
@@ -59,11 +58,6 @@ def caches(bench: Bench, blocks: int, dtype: torch.dtype | None = None) -> list[
     ]
 
 
-def ours(bench: Bench, make: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
-    """Alone, and on a GPU also launched programmatically behind one another."""
-    return {OURS: make} | ({OURS_PDL: programmatic(make)} if bench.device == "cuda" else {})
-
-
 def write_float(bench: Bench, t: int) -> None:
     blocks = max(64, 2 * t // BLOCK)
 
@@ -80,7 +74,7 @@ def write_float(bench: Bench, t: int) -> None:
 
     bench.case(
         {"op": "kvcopy", "case": f"reshape_and_cache T={t}"},
-        ours(bench, write) | {"torch index_copy_": index_copy},
+        alone_and_overlapped(bench.device, write) | {"torch index_copy_": index_copy},
         moved_bytes=4 * t * row_bytes(bench),
     )
 
@@ -99,7 +93,7 @@ def write_fp8(bench: Bench, t: int, dynamic: bool) -> None:
 
     bench.case(
         {"op": "kvcopy", "case": f"reshape_and_cache T={t} fp8{' dynamic' if dynamic else ''}"},
-        ours(bench, write),
+        alone_and_overlapped(bench.device, write),
         moved_bytes=2 * t * HKV * (D * (bench.dtype.itemsize + 1) + (4 if dynamic else 0)),
     )
 

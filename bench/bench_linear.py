@@ -266,14 +266,17 @@ def batch_invariant(bench: Bench) -> None:
     for label, n, k in LAYERS[1:3]:
         for m in (1, 8, 16, 64, 256):
             shape = (m, n, k, bench.dtype, bench.device)
-            keys = {"op": "gemm", "layer": label, "n": n, "k": k, "m": m}
-            peers = {
-                f"{OURS}_int{bits}_batch_invariant": (
-                    lambda bits=bits, s=shape: packed_call(bits, *s, batch_invariant=True)
+            for bits in (4, 8):
+                bench.case(
+                    {"op": "gemm", "layer": label, "n": n, "k": k, "m": m},
+                    {
+                        f"{OURS}_int{bits}_batch_invariant": lambda bits=bits, s=shape: packed_call(
+                            bits, *s, batch_invariant=True
+                        )
+                    },
+                    moved_bytes=n * k * bits // 8,
+                    flops=2 * m * n * k,
                 )
-                for bits in (4, 8)
-            }
-            bench.case(keys, peers, moved_bytes=n * k // 2, flops=2 * m * n * k)
 
 
 def on_cpu(bench: Bench) -> None:

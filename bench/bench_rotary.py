@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
-from common import OURS, OURS_PDL, Bench, Call, programmatic, randn
+from common import Bench, Call, alone_and_overlapped, randn
 
 import fastinfer
 
@@ -71,9 +71,7 @@ def main() -> None:
         keys = {"op": "rotary", "tokens": t, "hq": HQ, "hkv": HKV, "d": D}
         rotated = 2 * t * (HQ + HKV) * D * dtype.itemsize
 
-        def both(make: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
-            return {OURS: make} | ({OURS_PDL: programmatic(make)} if device == "cuda" else {})
-
+        both = partial(alone_and_overlapped, device)
         bench.case(
             {**keys, "case": "apply_rotary"}, {**both(ours), "torch": theirs}, moved_bytes=rotated
         )

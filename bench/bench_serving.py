@@ -143,6 +143,8 @@ def main() -> None:
                     f"{streams} {peer}: TPOT {row['tpot_ms']:.3f} ms, "
                     f"engine alone {row['offline_tpot_ms']:.3f}, overhead {row['overhead']:.1%}"
                 )
+            else:
+                llm.close()
             if ttft:
                 with make_llm(folder, bench, model, enable_prefix_caching=False) as plain:
                     ttft[False] = last_turn_ttft(plain, *chat)

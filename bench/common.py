@@ -16,11 +16,8 @@ import argparse
 import datetime
 import json
 import math
-import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 from fastinfer import _lib
+from fastinfer.bench.provenance import commit, device_name, told
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], Any]
@@ -43,6 +41,11 @@ WARM_SECONDS = 0.2  # in front of the first row: an idle GPU takes a while to ra
 
 def randn(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.randn(*shape, device=device).to(dtype)
+
+
+def alone_and_overlapped(device: str, make: Callable[[], Call]) -> dict[str, Callable[[], Call]]:
+    """Ours alone, and on a GPU also launched programmatically behind one another."""
+    return {OURS: make} | ({OURS_PDL: programmatic(make)} if device == "cuda" else {})
 
 
 def programmatic(make: Callable[[], Call]) -> Callable[[], Call]:
@@ -60,24 +63,9 @@ def programmatic(make: Callable[[], Call]) -> Callable[[], Call]:
     return made
 
 
-def commit() -> str:
-    """The commit measured; FASTINFER_BENCH_COMMIT says it where this copy has no history."""
-    return os.environ.get("FASTINFER_BENCH_COMMIT") or (
-        subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-    )
-
-
 def command_line(arguments: list[str]) -> str:
     """As it was given, from the root of the repository, without other folders of this machine."""
-    words = ["python"]
-    for word in arguments:
-        path = Path(word)
-        if path.is_absolute():
-            word = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-        words.append(word)
-    return shlex.join(words)
+    return shlex.join(["python", *told(arguments, ROOT)])
 
 
 class Bench:
@@ -181,7 +169,7 @@ class Bench:
 
     def _write(self) -> None:
         document = {
-            "device": self._device_name(),
+            "device": device_name(torch.device(self.device)),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "date": datetime.date.today().isoformat(),
@@ -281,15 +269,6 @@ class Bench:
             return torch.cuda.get_device_properties(0).L2_cache_size
         return 64 << 20
 
-    def _device_name(self) -> str:
-        if self.device == "cuda":
-            return torch.cuda.get_device_name(0)
-        cpuinfo = Path("/proc/cpuinfo")
-        for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-        return platform.processor()
-
     def _copy_ceiling(self) -> float:
         """GB/s of a large copy by torch, read + write."""
         n = 256 << 20 if self.device == "cuda" else 32 << 20
@@ -297,8 +276,9 @@ class Bench:
         target = torch.empty_like(source)
         us = next(self._times({"": lambda: lambda: target.copy_(source)}, 1 << 40))[1][0]
         print(
-            f"{self.name} on {self._device_name()}, {self.args.threads} threads, "
-            f"torch {torch.__version__}, {self.args.dtype}: copy {2 * n / us / 1e3:.1f} GB/s"
+            f"{self.name} on {device_name(torch.device(self.device))}, "
+            f"{self.args.threads} threads, torch {torch.__version__}, {self.args.dtype}: "
+            f"copy {2 * n / us / 1e3:.1f} GB/s"
         )
         return 2 * n / us / 1e3
 

@@ -289,9 +289,10 @@ def table(results: Path) -> str:
     norm = json.loads((results / GPU / "norm.json").read_text())
     dates = {json.loads((results / GPU / f"{file}.json").read_text())["date"] for file in by_file}
     day = " to ".join(sorted({min(dates), max(dates)}))
+    gemm = json.loads((results / GPU / "gemm.json").read_text())
     head = (
         f"{norm['device']} (copy {norm['ceilings']['gbs'] / 1e3:.1f} TB/s, bf16 matmul "
-        f"{norm['ceilings']['tflops']:.0f} TFLOP/s), {day}, torch {norm['torch']}, bf16, CUDA "
+        f"{gemm['ceilings']['tflops']:.0f} TFLOP/s), {day}, torch {norm['torch']}, bf16, CUDA "
         f"graph, rotating buffers, commit {most}"
         f"{' (' + '; '.join(others) + ')' if others else ''}; rows in "
         f"[bench/results/{GPU}](bench/results/{GPU})."

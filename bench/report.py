@@ -55,10 +55,13 @@ TITLES = {
 NOT_ROWS = ("ablate",)  # files with a section of their own
 # which of a file's rows compete with which peers
 INT4 = ("marlin_int4", "machete_int4", "tinygemm_int4", "gemlite_int4")
+INT8 = ("marlin_int8", "machete_int8", "gemlite_int8", "torch_int8pack_mm")
 KINDS: dict[str, tuple[str, ...]] = {
     "fastinfer_int4": INT4,
     "fastinfer_int4_fp32_scales": INT4,
-    "fastinfer_int8": ("marlin_int8", "machete_int8", "gemlite_int8", "torch_int8pack_mm"),
+    "fastinfer_int8": INT8,
+    "fastinfer_int4_batch_invariant": INT4,
+    "fastinfer_int8_batch_invariant": INT8,
     "fastinfer_w8a8": ("torch_int_mm_w8a8", "bnb_int8_w8a8"),
     "fastinfer_portable": ("sdpa_flash",),
     "shared prefix": ("fastinfer",),  # the same rows read once per request
@@ -348,14 +351,16 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "performance.md")
     args = parser.parse_args()
+    page, results = args.output.resolve(), args.results.resolve()
     count = write(args.results, args.peers, args.output, args.engines)
     print(f"wrote {args.output} ({count} sections)")
-    readme = args.output.parents[1] / "README.md"
-    if readme.is_file() and args.results == HERE / "results":
-        readme.write_text(readme_results.fill(readme.read_text(), args.results))
-        print(f"wrote {readme}: its results")
-    for guide in sorted(args.output.parent.glob("guide*.md")):
-        guide.write_text(guide_blocks.fill(guide.read_text(), args.results))
+    if results != HERE / "results" or page.parent != ROOT / "docs":
+        return
+    readme = ROOT / "README.md"
+    readme.write_text(readme_results.fill(readme.read_text(), results))
+    print(f"wrote {readme}: its results")
+    for guide in sorted(page.parent.glob("guide*.md")):
+        guide.write_text(guide_blocks.fill(guide.read_text(), results))
         print(f"wrote {guide}: its outputs")
 
 

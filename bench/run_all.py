@@ -12,8 +12,8 @@ the whole takes two minutes on two quiet cores and five on busy ones: it shows t
 and roughly how fast. A script that fails, takes too long or leaves no rows is reported with its
 last line and does not stop the others; the exit code is then 1. `<out>/logs/state.json` says what
 ended how; `--resume` runs what did not end well, or had another command line. `python
-bench/report.py --results <out>/..` makes a page of them. `bench_parallel*.py`, which need several
-GPUs, are run by themselves.
+bench/report.py --results <out>/.. --output page.md` makes a page of them. `bench_parallel*.py`,
+which need several GPUs, are run by themselves.
 """
 
 from __future__ import annotations

@@ -54,7 +54,11 @@ void packed_linear_cuda(const char* op, const Tensor& x, const Tensor& qweight,
   const ZeroKind zero_kind = !zeros                          ? ZeroKind::none
                              : dtype_of(*zeros) == DType::u8 ? ZeroKind::integer
                                                              : ZeroKind::floating;
+#ifdef FASTINFER_HAVE_SM90A
   const int arch = cuda::force_portable() ? 80 : cuda::device_facts().compute_capability;
+#else
+  const int arch = 80;
+#endif
   const LinearKernel kernel = choose_packed_kernel(
       {arch, dtype_of(x), layout.bits, x.size(0), layout.n, layout.k, columns, zero_kind,
        batch_invariant, layout.bits == 4 && dtype_of(scales) == dtype_of(x), perm.has_value()});

@@ -285,6 +285,7 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
   const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
+#ifdef FASTINFER_HAVE_SM90A  // code of compute_80 that a driver compiled knows no clusters
   if (is_plain(p) && p.row_tiles == 1 && s.head_dim <= 128 &&
       cuda::device_facts().compute_capability == 90 && !cuda::force_portable()) {
     const Clusters c =
@@ -295,6 +296,7 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
     p.most_share = static_cast<int32_t>(c.most_share);
     if (c.size > 1) p.lanes = static_cast<int32_t>(pairs);
   }
+#endif
   p.lane_items = static_cast<int32_t>(pairs / p.lanes);
   p.min_share = p.rows > 32 ? 4 : p.rows > 16 && !has_several_queries(p) ? 2 : 1;
   p.item_cost = 2;

@@ -77,7 +77,7 @@ def entry(name: str) -> Any:
     """What op(name) calls, without the Python frame in between: for calls that are counted in
     tenths of a microsecond. Not while torch.compiler.is_compiling(), which knows op(name) only.
     """
-    return ops if LOAD_ERROR else op(name)._op
+    return ops if LOAD_ERROR else getattr(op(name), "_op", op(name))
 
 
 def register_fake(

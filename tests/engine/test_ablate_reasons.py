@@ -37,6 +37,13 @@ def test_better_rows_say_nothing() -> None:
     assert "speedup" not in alone
 
 
+def test_a_figure_of_zero_is_compared_with_nothing() -> None:
+    """Outputs of one token have no time between tokens."""
+    now = row("static", tpot_ms=1.0, itl_p99_ms=1.0)
+    judge(now, row("paging", tpot_ms=0.0, itl_p99_ms=0.0), CPU)
+    assert "worse" not in now and now["speedup"] == 1.0
+
+
 def test_what_got_worse_and_how_it_is_shown() -> None:
     now = row("paging", out_tok_s=50.0, ttft_ms=30.0, parts={"launch": 1.2}, kv_waste=0.01)
     why(now, row("gqa", kv_waste=0.92))

@@ -50,8 +50,10 @@ __global__ void __launch_bounds__(kThreads)
   int64_t token = a.p.begin;
   if (holds && a.p.columns > 0) {
     const int64_t id = a.p.ids[row];
-    token += id;
-    if (id >= 0 && id < a.p.columns) best = value_at(a.p, row * a.p.stride + id);
+    if (id >= 0 && id < a.p.columns) {
+      token += id;
+      best = value_at(a.p, row * a.p.stride + id);
+    }
     if (!(best == best)) best = -INFINITY;
   }
   const int64_t at = kPeerHeaderBytes + state.x * (a.world + 1) * a.slot_bytes + row * 16;

@@ -70,7 +70,8 @@ __device__ __forceinline__ int load_word_system(const int* p) {
 }
 
 // What ends a thread's waits: the time limit, or a word from the host, which knows that a rank has
-// gone. Then the group is dead: the host reads it, and later waits end at once.
+// gone. At the limit the group is dead: the host reads it, and later waits end at once. The word of
+// the host ends a wait when it is seen, some hundred polls after it began.
 class Patience {
  public:
   __device__ __forceinline__ Patience(PeerHeader* own, int* failed, uint64_t limit_ns, bool dead)

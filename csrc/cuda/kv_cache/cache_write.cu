@@ -3,7 +3,8 @@
 // blockIdx.y picks K or V, blockIdx.x a group of tokens. A float cache is a copy of bytes: a thread
 // moves packs of 16 bytes (or single elements where something is not aligned), kUnroll of them in
 // flight, and heads that lie next to each other on both sides are one run. An 8-bit cache is
-// written head by head, 1 to 32 lanes per head (cache_write.cuh).
+// written head by head, 1 to 32 lanes per head (cache_write.cuh), much work in whole lines
+// (write_lines.cuh).
 //
 // The token's bytes and its slot are loaded together: a single token costs one trip to memory.
 // Writes KV, so it never lets the next kernel start early.

@@ -30,8 +30,8 @@ constexpr GemvMmaShared gemv_mma_shared(int64_t m, int64_t k, int room) {
   for (const int stages : {kGemvMmaDeep, kGemvMmaShallow}) {
     s.sums = s.ring + stages * kGemvMmaStage;
     s.bytes = s.sums + sums;
-    if (s.bytes > room) continue;
     if (s.bytes < kGemvLeastShared) s.bytes = kGemvLeastShared;
+    if (s.bytes > room) continue;
     s.stages = stages;
     break;
   }
@@ -42,6 +42,7 @@ static_assert(gemv_mma_shared(5, 14336, 227 * 1024).stages == kGemvMmaShallow);
 static_assert(gemv_mma_shared(6, 14336, 227 * 1024).stages == 0);
 static_assert(gemv_mma_shared(9, 64, 227 * 1024).stages == 0, "tokens");
 static_assert(gemv_mma_shared(5, 4096, 163 * 1024).stages == kGemvMmaShallow, "sm_80");
+static_assert(gemv_mma_shared(3, 1024, 99 * 1024).stages == 0, "sm_86, sm_89");
 
 bool gemv_mma_fits(const DenseLinear& p);
 int gemv_mma_dense(const DenseLinear& p, void* stream);

@@ -7,8 +7,9 @@ namespace fastinfer::cuda {
 
 // Instance of the kernel: tiles of `tokens` x up to 64 * blocks * groups weight rows, `blocks` of
 // 64 rows for each of `groups` warpgroups. tile_blocks: how many a tile really has, all or (4 bit,
-// up to 32 tokens) one less. With split > 1 the tiles beyond whole rounds over the multiprocessors
-// (all of them, if they are few) are given to clusters of `split` CTAs that cut K.
+// up to 32 tokens, where such an instance exists) one less. With split > 1 the tiles beyond whole
+// rounds over the multiprocessors (all of them, if they are few) are given to clusters of `split`
+// CTAs that cut K.
 struct WideShape {
   int tokens, blocks, groups, tile_blocks, split;
 };

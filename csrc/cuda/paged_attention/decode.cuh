@@ -1,7 +1,9 @@
 // Decode attention: a few packed query rows per (sequence, key head) over a dense or paged cache.
 //
-//   o = softmax(scale q k^T, softcap, ALiBi, masks, sink) v,   grid: one CTA per slot (see
-//   params.h)
+//   o = softmax(scale q k^T, softcap, ALiBi, masks, sink) v
+//
+// Grid: one CTA per slot (params.h); where few keys fit the table, one cluster per part of an item
+// (cluster_finish.cuh).
 //
 // A CTA of 4 warps works on one item at a time. row_tiles = 1, 2 or 4 warps form a team, one warp
 // per 16 rows; the 4 / row_tiles teams take different keys of a step of 4 slices and are merged at

@@ -30,7 +30,7 @@ __device__ __forceinline__ int sequence_cost(int len, int q_len, int window_left
 }
 
 struct Slot {
-  int begin, end;  // cost, of the lane's list
+  int begin, end;  // cost, of the lane's list; in clusters, of the item
   int share, lane;
   int b, first_cost;  // sequence at `begin`, cost of those before it
   int extra;          // cost of an item on top of its tiles

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..distributed.control import first_line
 from ..engine.config import EngineConfig, SamplingParams
 from ..engine.core import EngineCore
 from ..engine.device import choose_device
@@ -175,7 +176,7 @@ class Ablation:
                 reason = why_not(row, self.plan, devices)
                 figures = {"not_run": reason} if reason else self._measure(row, engine)
             except (ValueError, RuntimeError, ImportError, MemoryError) as error:
-                figures = {"not_run": f"not run: {str(error).splitlines()[0][:200]}"}
+                figures = {"not_run": f"not run: {first_line(error)[:200]}"}
             result |= figures
             if "not_run" not in result:
                 judge(result, before, machine)

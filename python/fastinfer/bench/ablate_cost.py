@@ -119,6 +119,8 @@ class WorkCounter:
         self.steps += plan.burst[0] if plan.burst else 1
         longest = longest_count = pieces = 0
         for chunk in plan.chunks:
+            if not chunk.count:  # of a request that ended in the burst before: it holds nothing
+                continue
             start, count = chunk.start, chunk.count
             end = start + count
             self.sampled += chunk.samples

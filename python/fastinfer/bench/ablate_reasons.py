@@ -78,13 +78,15 @@ def judge(result: Result, before: Result, machine: Machine) -> None:
     """Add to a result its `speedup` over the row before, and, if so, `worse` and `why_worse`."""
     if not before:
         return
-    result["speedup"] = round(result["out_tok_s"] / before["out_tok_s"], 3)
+    if before["out_tok_s"]:
+        result["speedup"] = round(result["out_tok_s"] / before["out_tok_s"], 3)
     worse: dict[str, tuple[float, str]] = {}  # figure -> (times, how it is told)
-    if result["out_tok_s"] * SLOWER < before["out_tok_s"]:
+    if 0 < result["out_tok_s"] * SLOWER < before["out_tok_s"]:
         ratio = before["out_tok_s"] / result["out_tok_s"]
         worse["out_tok_s"] = ratio, f"throughput / {ratio:.2f}"
     for key, name in FIGURES:
-        if result[key] > SLOWER * before[key]:
+        # Outputs of one token have no time between tokens.
+        if before[key] and result[key] > SLOWER * before[key]:
             worse[key] = result[key] / before[key], f"{name} x {result[key] / before[key]:.2f}"
     was, now = before.get("perplexity"), result.get("perplexity")
     if was and now and now > WORSE_PERPLEXITY * was:

@@ -4,18 +4,47 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+SECRETS = ("--api-key",)
+
 
 def command_line() -> str:
-    """`fastinfer ...` as it was given, without the folders of this machine."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["fastinfer", *words])
+    """`fastinfer ...` as it was given, without secrets and without the folders of this machine."""
+    return shlex.join(["fastinfer", *told(sys.argv[1:])])
+
+
+def told(words: Sequence[str], root: Path | None = None) -> list[str]:
+    """Arguments as a result may name them: no secrets, no user names in addresses, and of absolute
+    paths their place under `root`, elsewhere the last part alone.
+    """
+    out, secret = [], False
+    for word in words:
+        option, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if secret or (sign and option in SECRETS):
+            value = "..."
+        secret = not sign and word in SECRETS
+        out.append(f"{option}{sign}{_told(value, root)}")
+    return out
+
+
+def _told(value: str, root: Path | None) -> str:
+    path = Path(value)
+    if path.is_absolute():
+        return str(path.relative_to(root)) if root and path.is_relative_to(root) else path.name
+    return without_user(value)
+
+
+def without_user(url: str) -> str:
+    """An address without the user name and password that it may hold."""
+    return re.sub(r"(?<=://)[^/@]*@", "", url)
 
 
 def commit() -> str:

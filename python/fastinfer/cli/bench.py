@@ -184,6 +184,7 @@ def run_on_server(
     """The tests on a server, one per rate. Its prefix cache stays as it is."""
     try:
         from ..bench.http_drive import ServerLoad
+        from ..bench.provenance import without_user
 
         key = args.api_key or os.environ.get("FASTINFER_API_KEY")
         server = ServerLoad(args.url, model=args.served_model_name, api_key=key)
@@ -208,7 +209,7 @@ def run_on_server(
             "backend": "openai",
             "model_id": server.model,
             "device": None,
-            "endpoint": args.url,
+            "endpoint": without_user(args.url),
         }
         result |= report.describe_load(load, goodput=goodput, detailed=args.detailed)
         result |= {"num_prompts": total, "max_concurrency": args.max_concurrency}

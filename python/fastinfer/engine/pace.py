@@ -118,7 +118,6 @@ class Pace:
         if self._waited < self._wait:
             return 0
         self._waited, self._wait = 0, min(2 * self._wait, LONGEST_WAIT)
-        self._hold = 0
         return self._lengths[0] - 1
 
     def _known(self, length: int) -> bool:

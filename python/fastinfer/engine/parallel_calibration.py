@@ -125,7 +125,8 @@ def read_results(folder: str | Path) -> Calibration:
     one, shape = Cluster(), SHAPES["llama3-8b"]
     measured = {r["case"]: r for r in rows["e2e"] if r["peer"] == "fastinfer bf16"}
     alone, many = "b1 prompt512 new128", "256 req 512/128"
-    for case in (alone, many):
+    running = "host 256 running"
+    for case in (alone, many, running):
         if case not in measured:
             raise ValueError(f"{folder}/e2e.json has no row {case!r} of fastinfer bf16")
     whole = decode_us(shape, bare, one, 1, 576)
@@ -135,7 +136,7 @@ def read_results(folder: str | Path) -> Calibration:
     step = max(measured[alone]["ttft_ms"] * 1e3 - prompt, 0.0)
     almost = replace(bare, overlap_us=overlap, step_us=step)
     rate = predict(shape, almost, one, chunk=8192)["out_tok_s"]
-    host = measured.get("host 256 running", {}).get("host_us_min", 0.0)
+    host = measured[running]["host_us_min"]
     return replace(almost, busy=min(measured[many]["out_tok_s"] / rate, 1.0), host_us=host)
 
 
