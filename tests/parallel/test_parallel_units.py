@@ -23,7 +23,7 @@ from fastinfer import checkpoint as checkpoint_module
 from fastinfer.checkpoint import Cut
 from fastinfer.cli.main import build_parser
 from fastinfer.cli.options import engine_options
-from fastinfer.distributed import launch
+from fastinfer.distributed import control, launch
 from fastinfer.distributed.control import Hub, RankError, Spoke, first_line
 from fastinfer.distributed.launch import listen_at, restore_environment
 from fastinfer.distributed.span import Span, even, in_units
@@ -360,3 +360,14 @@ def test_a_late_collective_is_told_as_one(loaded: bool) -> None:
     late = str(hub.explain(TimeoutError("timed out"), "an order to rank 1"))
     assert "an order to rank 1 took longer than distributed_timeout (30 s)" in late
     hub.hang_up()
+
+
+def test_a_caller_that_dawdles_is_let_go() -> None:
+    """However many bytes it sends, one at a time."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"{")
+        with pytest.raises(TimeoutError):
+            control._read_line(ours, 0.05)
+        theirs.sendall(b"}\n")
+        assert control._read_line(ours, 5.0) == "}\n"

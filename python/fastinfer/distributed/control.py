@@ -30,6 +30,7 @@ _HEADER = struct.Struct("<qq")  # kind, bytes that follow
 PLAN, BLOCKS, RESULT, SAY, REPORT, CLOSE = range(6)
 HEARTBEAT_S = 1.0
 START_S = 1800.0  # for everybody to have loaded the model; a rank that dies is noticed at once
+_HELLO_S = 5.0  # for a caller to say who it is
 _LONGEST_LINE = 1 << 16
 _LATE = ("timed out waiting", "application timeout")  # says gloo of a collective
 _ANY = ("0.0.0.0", "::")  # addresses that stand for all interfaces
@@ -109,9 +110,8 @@ class Hub:
                 connection, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            connection.settimeout(5.0)
             try:
-                hello = json.loads(_read_line(connection))
+                hello = json.loads(_read_line(connection, _HELLO_S))
                 if not secrets.compare_digest(str(hello["secret"]), self._secret):
                     raise ValueError("wrong secret")
                 found.setdefault(int(hello["rank"]), {})[str(hello["kind"])] = connection
@@ -404,9 +404,11 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def _read_line(connection: socket.socket) -> str:
+def _read_line(connection: socket.socket, seconds: float) -> str:
     line = bytearray()
+    end = time.monotonic() + seconds
     while not line.endswith(b"\n"):
+        connection.settimeout(max(end - time.monotonic(), 1e-3))
         piece = connection.recv(1)
         if not piece or len(line) > _LONGEST_LINE:
             raise ValueError("no line")
