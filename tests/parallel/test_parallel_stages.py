@@ -23,6 +23,7 @@ from fastinfer.engine.config import EngineConfig
 from fastinfer.engine.runner import ModelRunner
 from fastinfer.models import load_config
 from fastinfer.models.shard import check_stages, weight_costs
+from fastinfer.quant import notes
 from fastinfer.quant.config import LinearScheme, QuantConfig
 
 
@@ -187,8 +188,10 @@ class Alone:
         "bnb_nf4",
     ],
 )
-def test_every_kind_of_model_can_be_timed(tmp_path: Path, name: str, ranks: int) -> None:
-    """With its quantisation, cut over ranks."""
+def test_every_kind_of_model_can_be_timed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, ranks: int
+) -> None:
+    """With its quantisation, cut over ranks; in silence."""
     if name in CASES:
         write_checkpoint(CASES[name], tmp_path)
     else:
@@ -205,6 +208,7 @@ def test_every_kind_of_model_can_be_timed(tmp_path: Path, name: str, ranks: int)
         costs = stage_cost.measure_costs(settings, whole, meeting, torch.device("cpu"))
         assert len(costs.layers) == whole.num_layers
         assert min(*costs.layers, costs.first, costs.last) > 0
+    assert not [each for each in caplog.records if each.name == notes.log.name]
 
 
 def test_kinds_of_layers() -> None:

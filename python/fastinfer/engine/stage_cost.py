@@ -27,6 +27,7 @@ from ..models.loader import resolve_dtype
 from ..models.quantized import quantize_layers
 from ..models.shard import Shard, check_stages, divide
 from ..models.weights import weight_targets
+from ..quant import notes
 from ..quant.config import QuantConfig, read_quant_config
 from .config import EngineConfig
 from .graphs import PLANNED_ROWS, PROGRAMMATIC_LAUNCH
@@ -93,10 +94,12 @@ def measure_costs(
 
     probe = _Probe(config, whole, team, device, workspace)
     kinds = layer_kinds(whole, read_quant_config(config.model))
-    of_kind = {
-        kind: slowest("layer_ns", probe.layer(kinds.index(kind))) for kind in dict.fromkeys(kinds)
-    }
-    first, last = probe.ends()
+    with notes.collecting(say=False):  # what is loaded afterwards says it
+        of_kind = {
+            kind: slowest("layer_ns", probe.layer(kinds.index(kind)))
+            for kind in dict.fromkeys(kinds)
+        }
+        first, last = probe.ends()
     return StageCosts(
         tuple(of_kind[kind] for kind in kinds),
         slowest("first_ns", first),
