@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,27 +183,28 @@ def test_stages_are_divided_by_measured_time(tmp_path: Path) -> None:
         assert stage["planned_ms"] == pytest.approx(stage["step_ms"], rel=0.3)
 
 
-def hog(device: int, left: int) -> torch.Tensor:
-    """What holds all memory of a GPU but so many bytes."""
+@contextlib.contextmanager
+def hog(device: int, left: int) -> Iterator[None]:
+    """Holds all memory of a GPU but so many bytes."""
     with torch.cuda.device(device):
         torch.cuda.empty_cache()
         torch.zeros(1, device=device)
         free, _ = torch.cuda.mem_get_info(device)
-        return torch.empty(max(free - left, 1), dtype=torch.uint8, device=device)
+        held = torch.empty(max(free - left, 1), dtype=torch.uint8, device=device)
+    try:
+        yield
+    finally:
+        del held
+        torch.cuda.empty_cache()
 
 
 def test_a_rank_has_no_memory_to_start(folder: Path) -> None:
-    held = hog(1, 3 << 30)  # enough for its context and NCCL, not for its cache
-    begin = time.monotonic()
-    with pytest.raises((RankError, ValueError), match=r"rank 1 of 2.*memory"):
-        LLM(
-            str(folder),
-            **SETTINGS
-            | {"tensor_parallel_size": 2, "kv_cache_memory": 40 << 30, "num_blocks": None},
-        )
-    assert time.monotonic() - begin < 40
-    del held
-    torch.cuda.empty_cache()
+    options = {"tensor_parallel_size": 2, "kv_cache_memory": 40 << 30, "num_blocks": None}
+    with hog(1, 3 << 30):  # enough for its context and NCCL, not for its cache
+        begin = time.monotonic()
+        with pytest.raises((RankError, ValueError), match=r"rank 1 of 2.*memory"):
+            LLM(str(folder), **SETTINGS | options)
+        assert time.monotonic() - begin < 40
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -211,18 +214,16 @@ def test_a_rank_runs_out_of_memory_in_a_step(folder: Path, rank: int) -> None:
     llm = LLM(str(folder), **SETTINGS | options | {"num_blocks": 4096, "cuda_graphs": False})
     (process,) = llm.core.runner._run._processes
     llm.generate(PROMPTS[0], GREEDY)
-    held = hog(rank, 8 << 20)
     prompts = [{"prompt_token_ids": [i + 3] * 400} for i in range(80)]
-    begin = time.monotonic()
-    with pytest.raises(RuntimeError, match=rf"rank {rank} of 2.*memory"):
-        llm.generate(prompts, GREEDY)
-    assert time.monotonic() - begin < 15
-    with pytest.raises(RankError, match=f"rank {rank}"):  # and from now on
-        llm.generate(PROMPTS[0], GREEDY)
-    llm.close()
-    assert process.poll() is not None
-    del held
-    torch.cuda.empty_cache()
+    with hog(rank, 8 << 20):
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match=rf"rank {rank} of 2.*memory"):
+            llm.generate(prompts, GREEDY)
+        assert time.monotonic() - begin < 15
+        with pytest.raises(RankError, match=f"rank {rank}"):  # and from now on
+            llm.generate(PROMPTS[0], GREEDY)
+        llm.close()
+        assert process.poll() is not None
 
 
 def test_kernels_do_not_wait_for_a_rank_that_died(folder: Path) -> None:

@@ -62,6 +62,7 @@ def test_sizes_that_do_not_fit(folder: Path) -> None:
         ({"tensor_parallel_size": 4}, "must divide the 6 attention heads"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be an integer >= 1"),
         ({"pipeline_parallel_size": 4}, "at most the 3 layers"),
+        ({"pipeline_stages": 3}, "pipeline_stages must list the layers of each stage, got 3"),
         ({"distributed_timeout": 0}, "distributed_timeout must be > 0"),
     ]:
         with pytest.raises(ValueError, match=message):

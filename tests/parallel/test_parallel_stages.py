@@ -23,6 +23,7 @@ from fastinfer.engine.config import EngineConfig
 from fastinfer.engine.runner import ModelRunner
 from fastinfer.models import load_config
 from fastinfer.models.shard import check_stages, weight_costs
+from fastinfer.quant import notes
 from fastinfer.quant.config import LinearScheme, QuantConfig
 
 
@@ -187,8 +188,10 @@ class Alone:
         "bnb_nf4",
     ],
 )
-def test_every_kind_of_model_can_be_timed(tmp_path: Path, name: str, ranks: int) -> None:
-    """With its quantisation, cut over ranks."""
+def test_every_kind_of_model_can_be_timed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, ranks: int
+) -> None:
+    """With its quantisation, cut over ranks; in silence."""
     if name in CASES:
         write_checkpoint(CASES[name], tmp_path)
     else:
@@ -205,6 +208,28 @@ def test_every_kind_of_model_can_be_timed(tmp_path: Path, name: str, ranks: int)
         costs = stage_cost.measure_costs(settings, whole, meeting, torch.device("cpu"))
         assert len(costs.layers) == whole.num_layers
         assert min(*costs.layers, costs.first, costs.last) > 0
+    assert not [each for each in caplog.records if each.name == notes.log.name]
+
+
+def test_what_is_timed_fits_where_the_cache_will(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    whole = load_config(tmp_path)
+    meeting: Any = SimpleNamespace(groups=SimpleNamespace(tensor=None, stages=2))
+
+    def rows(**options: Any) -> int:
+        settings = EngineConfig(
+            model=str(tmp_path), max_num_seqs=32, pipeline_parallel_size=2, **options
+        )
+        probe = stage_cost._Probe(settings, whole, meeting, torch.device("cpu"), None)
+        assert 1 <= probe._rows <= 16
+        return probe._rows
+
+    context = min(stage_cost.CONTEXT, whole.max_position)
+    assert rows() == 16
+    # 2 of 3 layers: as much as 4 contexts of one
+    assert rows(num_blocks=2 * -(-context // 16), block_size=16) == 4
+    assert rows(num_blocks=1) == rows(kv_cache_memory=1) == 1
+    assert rows(kv_cache_memory=1 << 40) == 16
 
 
 def test_kinds_of_layers() -> None:

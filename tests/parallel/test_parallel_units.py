@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import re
 import socket
 import threading
 from pathlib import Path
@@ -21,8 +23,9 @@ from fastinfer import checkpoint as checkpoint_module
 from fastinfer.checkpoint import Cut
 from fastinfer.cli.main import build_parser
 from fastinfer.cli.options import engine_options
+from fastinfer.distributed import control, launch
 from fastinfer.distributed.control import Hub, RankError, Spoke, first_line
-from fastinfer.distributed.launch import listen_at
+from fastinfer.distributed.launch import listen_at, restore_environment
 from fastinfer.distributed.span import Span, even, in_units
 from fastinfer.engine.parallel import pack_result, unpack_result
 from fastinfer.engine.plan_wire import PlanReader, PlanWriter
@@ -97,13 +100,39 @@ def test_a_name_that_means_loopback_is_of_no_use_to_other_hosts(
         assert server.getsockname()[0] in ("0.0.0.0", "::")
 
 
+def test_ipv4_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with listen_at("node0", several_hosts=False) as server:
+        assert server.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_run_unsets_what_it_set_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTINFER_GIVEN", "1")
+    monkeypatch.delenv("FASTINFER_A", raising=False)
+    monkeypatch.delenv("FASTINFER_B", raising=False)
+    variables: dict[str, str] = {}
+    for name in ("FASTINFER_GIVEN", "FASTINFER_A", "FASTINFER_B"):
+        launch._default(variables, name, "0")
+    monkeypatch.setenv("FASTINFER_B", "2")
+    restore_environment({})  # of another run
+    assert os.environ["FASTINFER_A"] == "0"
+    restore_environment(variables)
+    assert os.environ["FASTINFER_GIVEN"] == "1" and os.environ["FASTINFER_B"] == "2"
+    assert "FASTINFER_A" not in os.environ and not variables
+
+
 @pytest.mark.skipif(not socket.has_ipv6, reason="this Python has no IPv6")
 def test_the_hub_speaks_ipv6() -> None:
     try:
-        listener = listen_at("::1", several_hosts=False)
-        assert listener.getsockname()[0] == "::1"
-    except (OSError, AssertionError):
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
         pytest.skip("this machine has no IPv6")
+    listener = listen_at("::1", several_hosts=False)
+    assert listener.getsockname()[0] == "::1"
     hub = Hub(2, listener=listener, timeout=30)
     spoke: list[Spoke] = []
     joining = threading.Thread(target=lambda: spoke.append(Spoke(hub.address("::1"), 1)))
@@ -296,3 +325,49 @@ def test_a_late_answer_says_what_and_how_long() -> None:
             hub.result(1)  # over is over, whatever its sockets say
     finally:
         hub.close()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_late_collective_is_told_as_one(loaded: bool) -> None:
+    """Whichever rank says it, with the limit of the time."""
+    limit = r"distributed_timeout \(30 s\)" if loaded else "1800 s"
+    gloo = "[gloo/transport/tcp] Timed out waiting 30000ms for recv operation to complete"
+    hub = Hub(3, listener=socket.create_server(("127.0.0.1", 0)), timeout=30)
+    hub.loaded = loaded
+    spokes: list[Spoke] = []
+
+    def connect() -> None:
+        spokes.extend(Spoke(hub.address("127.0.0.1"), rank) for rank in (1, 2))
+
+    joining = threading.Thread(target=connect)
+    joining.start()
+    hub.accept()
+    joining.join()
+    for spoke in spokes:
+        spoke.done = True
+    try:
+        spokes[1].fail(RuntimeError(gloo))
+        with pytest.raises(RankError, match=f"a collective of 3 ranks took longer than {limit}"):
+            hub.gather("a report")
+    finally:
+        hub.close()
+    hub = Hub(3, listener=socket.create_server(("127.0.0.1", 0)), timeout=30)
+    hub.loaded = loaded
+    late = str(hub.explain(RuntimeError(gloo)))
+    assert re.search(f"a collective of 3 ranks took longer than {limit}", late)
+    hub.hang_up()
+    hub = Hub(3, listener=socket.create_server(("127.0.0.1", 0)), timeout=30)
+    late = str(hub.explain(TimeoutError("timed out"), "an order to rank 1"))
+    assert "an order to rank 1 took longer than distributed_timeout (30 s)" in late
+    hub.hang_up()
+
+
+def test_a_caller_that_dawdles_is_let_go() -> None:
+    """However many bytes it sends, one at a time."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"{")
+        with pytest.raises(TimeoutError):
+            control._read_line(ours, 0.05)
+        theirs.sendall(b"}\n")
+        assert control._read_line(ours, 5.0) == "}\n"

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ class PeerAllReduce:
         self._group: Any = None
         self._shared = False  # with other processes
         self._failed = ctypes.c_int(0)
+        self._lock = threading.Lock()  # of `_failed`, whose memory goes when this is closed
         self.reason = ""
         if self.device.type != "cuda":
             self.reason = f"{self.device} is no CUDA device"
@@ -267,27 +269,30 @@ class PeerAllReduce:
 
     def abort(self) -> None:
         """End the waits of calls that run, and let no later one wait: a rank has gone. From any
-        thread, while the GPU works; `check` raises from now on.
+        thread, while the GPU works or `close` waits for it; `check` raises from now on.
         """
-        if self._id >= 0 and not self._failed.value:
-            self._failed.value = _ABORTED
+        with self._lock:
+            if self._id >= 0 and not self._failed.value:
+                self._failed.value = _ABORTED
 
     def close(self, *, barrier: bool = True) -> None:
-        """Give the memory back; every rank calls it, after the graphs that hold calls are gone.
+        """Give the memory back; every rank calls it, after the graphs that hold calls are gone. May
+        be called again, also when it has raised.
 
         Args:
             barrier: wait for the others between letting go of their memory and freeing the own.
                 Without it the caller knows that they are done, or dead.
         """
         self.reason = self.reason or "it is closed"
-        group, self._id = self._id, -1
-        self._failed = ctypes.c_int(0)
-        if group >= 0:
-            torch.cuda.synchronize(self.device)
-            _call("disconnect", group)
+        if self._id >= 0:
+            torch.cuda.synchronize(self.device)  # `abort` ends the waits of what runs
+            _call("disconnect", self._id)
         if barrier and self._shared:
             self._gather(b"\0")
         self._shared = False
+        with self._lock:
+            group, self._id = self._id, -1
+            self._failed = ctypes.c_int(0)
         if group >= 0:
             _call("free", group)
 

@@ -30,7 +30,9 @@ _HEADER = struct.Struct("<qq")  # kind, bytes that follow
 PLAN, BLOCKS, RESULT, SAY, REPORT, CLOSE = range(6)
 HEARTBEAT_S = 1.0
 START_S = 1800.0  # for everybody to have loaded the model; a rank that dies is noticed at once
+_HELLO_S = 5.0  # for a caller to say who it is
 _LONGEST_LINE = 1 << 16
+_LATE = ("timed out waiting", "application timeout")  # says gloo of a collective
 _ANY = ("0.0.0.0", "::")  # addresses that stand for all interfaces
 
 
@@ -75,6 +77,7 @@ class Hub:
         self._failure: str | None = None
         self._closing = False
         self._threads: list[threading.Thread] = []
+        self.loaded = False  # until then collectives may take START_S
         self.on_failure: Callable[[], object] = lambda: None  # in another thread
 
     def address(self, host: str) -> str:
@@ -107,9 +110,8 @@ class Hub:
                 connection, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            connection.settimeout(5.0)
             try:
-                hello = json.loads(_read_line(connection))
+                hello = json.loads(_read_line(connection, _HELLO_S))
                 if not secrets.compare_digest(str(hello["secret"]), self._secret):
                     raise ValueError("wrong secret")
                 found.setdefault(int(hello["rank"]), {})[str(hello["kind"])] = connection
@@ -145,6 +147,9 @@ class Hub:
             pass
         if self._closing:
             return
+        if _is_late(reason):
+            self._late_collective()
+            return
         if not reason:
             code = None
             for _ in range(20):  # the connection closes before the process has ended
@@ -174,14 +179,21 @@ class Hub:
         if self._failure is not None:
             raise RankError(self._failure)
 
-    def explain(self, error: BaseException) -> RankError:
-        """What to tell instead of an error of this rank's: it often only follows from another's."""
+    def explain(self, error: BaseException, what: str = "") -> RankError:
+        """What to tell instead of an error of this rank's: it often only follows from another's.
+
+        Args:
+            error: The error.
+            what: Was done with a socket.
+        """
         end = time.monotonic() + 3.0
         with self._changed:
             while self._failure is None and time.monotonic() < end:
                 self._changed.wait(0.1)
-        if self._failure is None and "timed out" in str(error).lower():  # says gloo, or a socket
-            return self.late(f"a collective of {self.size} ranks")
+        if self._failure is None and what and isinstance(error, TimeoutError):
+            return self.late(what)
+        if self._failure is None and _is_late(str(error)):
+            return self._late_collective()
         if self._failure is None:
             self.fail(f"LLM: rank 0 of {self.size}: {first_line(error)}{self._silent()}")
         assert self._failure is not None
@@ -193,6 +205,9 @@ class Hub:
         self.fail(f"LLM: {what} took longer than {limit}{self._silent()}")
         assert self._failure is not None
         return RankError(self._failure)
+
+    def _late_collective(self) -> RankError:
+        return self.late(f"a collective of {self.size} ranks", None if self.loaded else START_S)
 
     def _silent(self) -> str:
         now = time.monotonic()
@@ -206,7 +221,7 @@ class Hub:
             try:
                 peer.orders.sendall(frame)
             except OSError as error:
-                raise self.explain(error) from error
+                raise self.explain(error, f"an order to rank {peer.rank}") from error
 
     def gather(self, what: str, timeout: float | None = None) -> list[dict[str, Any]]:
         """One answer of every other rank, in their order.
@@ -242,7 +257,7 @@ class Hub:
                     raise self.late("a step")
             kind, payload = read_frame(orders)
         except (OSError, ValueError) as error:
-            raise self.explain(error) from error
+            raise self.explain(error, "a step") from error
         assert kind == RESULT
         return payload
 
@@ -373,6 +388,11 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:2000]
 
 
+def _is_late(text: str) -> bool:
+    """Whether an error says that a collective took too long."""
+    return any(words in text.lower() for words in _LATE)
+
+
 def _read(connection: socket.socket, size: int) -> bytes:
     data = bytearray(size)
     view, got = memoryview(data), 0
@@ -384,9 +404,11 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def _read_line(connection: socket.socket) -> str:
+def _read_line(connection: socket.socket, seconds: float) -> str:
     line = bytearray()
+    end = time.monotonic() + seconds
     while not line.endswith(b"\n"):
+        connection.settimeout(max(end - time.monotonic(), 1e-3))
         piece = connection.recv(1)
         if not piece or len(line) > _LONGEST_LINE:
             raise ValueError("no line")

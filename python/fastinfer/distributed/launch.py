@@ -33,7 +33,6 @@ from .group import ParallelGroups, make_groups
 
 _LOOPBACK = "127.0.0.1"
 _CLOSING_S = 10.0  # for workers to end by themselves
-_variables: list[str] = []  # of the environment, set by this module
 _runs = 0  # started by this process under torchrun: each has a prefix of its own in the store
 
 
@@ -83,12 +82,13 @@ class Lead:
         size = tensor * pipeline
         self._processes: list[subprocess.Popen[bytes]] = []
         self._own_groups = False
+        self._variables: dict[str, str] = {}  # of the environment, set by this run
         self._threads = 0  # of this process before there were others
         self.groups: ParallelGroups
         if under_torchrun():
             place = torchrun_place(size, device, timeout)
             host = os.environ["MASTER_ADDR"]
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # 0: nobody says
             listener = listen_at(host, several_hosts=here < size)
         else:
             store = _start_store(size)
@@ -106,7 +106,7 @@ class Lead:
                 for rank in range(1, size):
                     self._processes.append(_spawn(rank, size, store.port, device, timeout))
             self.hub.accept()
-            join(place)
+            join(place, self._variables)
             self._own_groups = True
             self.groups = make_groups(tensor, pipeline, place.device, timeout=timeout)
             self._store = place.store  # others may still ask it
@@ -127,6 +127,7 @@ class Lead:
     def begin(self) -> None:
         """The model is loaded: from now on nobody may take longer than `timeout`."""
         limit_groups(self.hub.timeout)
+        self.hub.loaded = True
 
     def _ended(self, rank: int) -> int | None:
         return self._processes[rank - 1].poll() if rank <= len(self._processes) else None
@@ -141,8 +142,9 @@ class Lead:
 
     def _abort_kernels(self) -> None:
         """Let no kernel wait for another rank."""
-        with contextlib.suppress(AttributeError):  # there are no groups yet
-            self.groups.abort()
+        groups = getattr(self, "groups", None)  # there may be none yet
+        if groups is not None:
+            groups.abort()
 
     def _kill(self, patience: float) -> None:
         end = time.monotonic() + patience
@@ -177,10 +179,14 @@ class Lead:
             self._own_groups = False
             self._abort_kernels()
             leave(failed=True)
+            groups = getattr(self, "groups", None)
+            if groups is not None and self._processes:  # which have ended; torchrun's may not have
+                with contextlib.suppress(Exception):
+                    groups.close(barrier=False)
         if self._threads:
             torch.set_num_threads(self._threads)
             self._threads = 0
-        restore_environment()
+        restore_environment(self._variables)
 
 
 class Member:
@@ -201,7 +207,7 @@ class Member:
         self.spoke = Spoke(message["hub"], place.rank)
         self._timeout = place.timeout
         try:
-            join(place)
+            join(place, {})
             self.groups = make_groups(
                 message["tensor"], message["pipeline"], place.device, timeout=place.timeout
             )
@@ -251,8 +257,16 @@ def torchrun_place(size: int, device: str, timeout: float) -> Place:
     return Place(rank, size, store, _device(device, local, here), timeout)
 
 
-def join(place: Place) -> None:
-    """Make the default group of torch.distributed."""
+def join(place: Place, variables: dict[str, str]) -> None:
+    """Make the default group of torch.distributed.
+
+    Args:
+        place: Of this process.
+        variables: Receives those of the environment that are set here.
+
+    Raises:
+        ValueError: There is one.
+    """
     if dist.is_initialized():
         raise ValueError(
             "LLM: one model over several processes at a time, got torch.distributed initialised "
@@ -261,14 +275,14 @@ def join(place: Place) -> None:
     on_cuda = place.device.type == "cuda"
     if on_cuda:
         # a collective that fails must not end this process: rank 0 tells what happened
-        _default("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        _default("TORCH_NCCL_ENABLE_MONITORING", "0")
+        _default(variables, "TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        _default(variables, "TORCH_NCCL_ENABLE_MONITORING", "0")
         # sends of a stage are in order anyway
-        _default("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
+        _default(variables, "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
         torch.cuda.set_device(place.device)
     if not under_torchrun():
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            _default(name, "lo")
+            _default(variables, name, "lo")
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",
         store=dist.PrefixStore("groups", place.store),
@@ -279,17 +293,20 @@ def join(place: Place) -> None:
     )
 
 
-def _default(name: str, value: str) -> None:
+def _default(variables: dict[str, str], name: str, value: str) -> None:
     """Set a variable that has no value, until `restore_environment`."""
     if name not in os.environ:
-        os.environ[name] = value
-        _variables.append(name)
+        os.environ[name] = variables[name] = value
 
 
-def restore_environment() -> None:
-    """Unset what a run set for torch and NCCL, whose later groups are none of its business."""
-    while _variables:
-        os.environ.pop(_variables.pop(), None)
+def restore_environment(variables: dict[str, str]) -> None:
+    """Unset what a run set for torch and NCCL, whose later groups are none of its business; what
+    has another value by now stays.
+    """
+    while variables:
+        name, value = variables.popitem()
+        if os.environ.get(name) == value:
+            del os.environ[name]
 
 
 def limit_groups(timeout: float) -> None:
@@ -328,14 +345,16 @@ def _device(name: str, local: int, here: int) -> torch.device:
 
 
 def listen_at(host: str, *, several_hosts: bool) -> socket.socket:
-    """A socket on any free port of the interface that has the address of `host`, over IPv4 or IPv6.
+    """A socket on any free port of the interface that has the address of `host`, over IPv4 or,
+    where it has no such address, IPv6.
 
     On all interfaces where that is not known: the name stands for a machine in front of this one,
     or the hosts file takes it for loopback, where no other host could connect.
     """
     literal = host in ("localhost", "ip6-localhost", "::1") or host.startswith("127.")
     with contextlib.suppress(OSError):  # of names that cannot be resolved
-        for family, _, _, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        for family, _, _, _, place in sorted(found, key=lambda each: each[0] != socket.AF_INET):
             address = str(place[0])
             loopback = address == "::1" or address.startswith("127.")
             if loopback and several_hosts and not literal:

@@ -45,8 +45,13 @@ def divide_layers(costs: StageCosts, stages: int) -> list[int]:
     Args:
         costs: of a model with at least `stages` layers.
         stages: how many.
+
+    Raises:
+        ValueError: There are more stages than layers.
     """
     layers = len(costs.layers)
+    if stages > layers:
+        raise ValueError(f"{stages} stages must be at most the {layers} layers of the model")
     sums = [0.0, *accumulate(costs.layers)]
 
     def cost(stage: int, begin: int, end: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -283,6 +284,13 @@ class EngineConfig:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             _integer(me, name, getattr(self, name), 1)
         if self.pipeline_stages is not None:
+            if isinstance(self.pipeline_stages, str) or not isinstance(
+                self.pipeline_stages, Sequence
+            ):
+                raise ValueError(
+                    f"{me}: pipeline_stages must list the layers of each stage, got "
+                    f"{self.pipeline_stages!r}"
+                )
             self.pipeline_stages = list(self.pipeline_stages)
             for count in self.pipeline_stages:
                 _integer(me, "pipeline_stages", count, 1)

@@ -89,7 +89,10 @@ class ModelRunner:
             if team is not None:
                 whole = load_config(config.model)
                 workspace = make_workspace(whole, device)
-                shard, self._planned_ms = choose_part(config, whole, team, device, workspace)
+                timed = f"the layers of {config.model} that are timed"
+                hint = "lower max_num_seqs, or give pipeline_stages, which times none"
+                with must_fit(timed, device, hint):
+                    shard, self._planned_ms = choose_part(config, whole, team, device, workspace)
                 del workspace
             loading = start_loading(
                 config.model,

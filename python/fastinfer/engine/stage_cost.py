@@ -27,10 +27,11 @@ from ..models.loader import resolve_dtype
 from ..models.quantized import quantize_layers
 from ..models.shard import Shard, check_stages, divide
 from ..models.weights import weight_targets
+from ..quant import notes
 from ..quant.config import QuantConfig, read_quant_config
 from .config import EngineConfig
 from .graphs import PLANNED_ROWS, PROGRAMMATIC_LAUNCH
-from .kv_cache import allocate_cache, cache_config, cache_dtype
+from .kv_cache import allocate_cache, block_bytes, cache_config, cache_dtype
 from .team import Team
 
 CONTEXT = 512  # tokens of a request
@@ -93,10 +94,12 @@ def measure_costs(
 
     probe = _Probe(config, whole, team, device, workspace)
     kinds = layer_kinds(whole, read_quant_config(config.model))
-    of_kind = {
-        kind: slowest("layer_ns", probe.layer(kinds.index(kind))) for kind in dict.fromkeys(kinds)
-    }
-    first, last = probe.ends()
+    with notes.collecting(say=False):  # what is loaded afterwards says it
+        of_kind = {
+            kind: slowest("layer_ns", probe.layer(kinds.index(kind)))
+            for kind in dict.fromkeys(kinds)
+        }
+        first, last = probe.ends()
     return StageCosts(
         tuple(of_kind[kind] for kind in kinds),
         slowest("first_ns", first),
@@ -135,8 +138,25 @@ class _Probe:
             self._rows = min(self._rows, CPU_ROWS)
         length = min(config.max_model_len or whole.max_position, whole.max_position)
         self._context = max(min(CONTEXT, length), 1)
+        self._rows = min(self._rows, self._most_rows(whole, team.groups.stages))
         self._hidden = whole.hidden_size
         self._vocabulary = whole.vocab_size
+
+    def _most_rows(self, whole: ModelConfig, stages: int) -> int:
+        """Requests whose keys and values in one layer take no more than those of the whole cache,
+        where the user says how much that is; the same on all ranks.
+        """
+        config = self._config
+        dtype = cache_dtype(config.kv_cache_dtype, self._dtype)
+        blocks = -(-self._context // config.block_size)
+        if config.num_blocks is not None:
+            most = config.num_blocks * -(-whole.num_layers // stages)
+        elif config.kv_cache_memory is not None:
+            size = block_bytes(whole, config.block_size, dtype) // whole.num_layers
+            most = config.kv_cache_memory // size
+        else:
+            return self._rows
+        return max(most // blocks, 1)
 
     @torch.inference_mode()
     def layer(self, number: int) -> float:

@@ -83,7 +83,7 @@ def peer_argmax(logits: Tensor, ids: Tensor, begin: int, group: int, out: Tensor
         logits: [B, N], this rank's columns; N = 0: it has none. fp32, fp16 or bf16 on the group's
             CUDA device, last dimension contiguous.
         ids: int64 [B], the column of each row that is this rank's candidate.
-        begin: what its first column is overall, at most 2^31.
+        begin: what its first column is overall; begin + N stays below 2^31.
         group: number of a connected group, the same call on every rank.
         out: int64 [B], receives begin + ids of the rank with the greatest logit: of equal ones the
             first, NaN being the least.

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 log = logging.getLogger("fastinfer.quant")
 _collected: ContextVar[dict[str, list[str]] | None] = ContextVar("fastinfer_notes", default=None)
+_silent: ContextVar[bool] = ContextVar("fastinfer_notes_silent", default=False)
 
 
 def note(name: str, text: str) -> None:
@@ -26,15 +27,17 @@ def note(name: str, text: str) -> None:
 
 @contextmanager
 def collecting(*, say: bool = True) -> Iterator[dict[str, list[str]]]:
-    """Within this block remarks with the same text become one line at its end (`say` false: none);
-    yields text -> names.
+    """Within this block remarks with the same text become one line at its end (`say` false: none,
+    of such blocks inside it neither); yields text -> names.
     """
     collected: dict[str, list[str]] = {}
-    token = _collected.set(collected)
+    token, silent = _collected.set(collected), _silent.get()
+    within = _silent.set(silent or not say)
     try:
         yield collected
     finally:
         _collected.reset(token)
-        for text, names in collected.items() if say else ():
+        _silent.reset(within)
+        for text, names in collected.items() if say and not silent else ():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             log.warning("%s%s: %s", names[0], more, text)
