@@ -275,19 +275,15 @@ class PeerAllReduce:
             if self._id >= 0 and not self._failed.value:
                 self._failed.value = _ABORTED
 
-    def close(self, *, barrier: bool = True) -> None:
+    def close(self) -> None:
         """Give the memory back; every rank calls it, after the graphs that hold calls are gone. May
         be called again, also when it has raised.
-
-        Args:
-            barrier: wait for the others between letting go of their memory and freeing the own.
-                Without it the caller knows that they are done, or dead.
         """
         self.reason = self.reason or "it is closed"
         if self._id >= 0:
             torch.cuda.synchronize(self.device)  # `abort` ends the waits of what runs
             _call("disconnect", self._id)
-        if barrier and self._shared:
+        if self._shared:  # the others let go of this memory before it is freed
             self._gather(b"\0")
         self._shared = False
         with self._lock:

@@ -130,14 +130,10 @@ class ParallelGroups:
         if self.tensor is not None and self.tensor.peer is not None:
             self.tensor.peer.abort()
 
-    def close(self, *, barrier: bool = True) -> None:
-        """Give memory back; every rank calls this, when nothing runs any more.
-
-        Args:
-            barrier: wait for the others; without it they are dead.
-        """
+    def close(self) -> None:
+        """Give memory back; every rank calls this, when nothing runs any more."""
         if self.tensor is not None and self.tensor.peer is not None:
-            self.tensor.peer.close(barrier=barrier)
+            self.tensor.peer.close()
 
 
 def make_groups(

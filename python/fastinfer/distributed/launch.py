@@ -179,10 +179,6 @@ class Lead:
             self._own_groups = False
             self._abort_kernels()
             leave(failed=True)
-            groups = getattr(self, "groups", None)
-            if groups is not None and self._processes:  # which have ended; torchrun's may not have
-                with contextlib.suppress(Exception):
-                    groups.close(barrier=False)
         if self._threads:
             torch.set_num_threads(self._threads)
             self._threads = 0
