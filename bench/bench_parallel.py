@@ -19,19 +19,19 @@ import argparse
 import datetime
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import commit
+from common import command_line, commit, replay_us
 
 import fastinfer
 from fastinfer import _lib
@@ -182,15 +182,7 @@ class Rank:
             for i in range(calls):
                 call(i % BUFFERS)
 
-        def sample() -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) * 1e3
-
-        return sample
+        return partial(replay_us, graph)
 
     def _plain(self, call: Call, calls: int) -> Callable[[], float]:
         def sample() -> float:
@@ -222,7 +214,7 @@ def save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "device": torch.cuda.get_device_name(0) if args.device == "cuda" else "CPU",
         "torch": torch.__version__,
         **when,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(sys.argv),
         "rows": kept + [row | when for row in rows],
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,6 @@ import argparse
 import datetime
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 from bench_e2e import load_row, run_batch, write_config
-from common import commit
+from common import command_line, commit
 
 from fastinfer import LLM, SamplingParams
 
@@ -166,7 +165,7 @@ def main() -> None:
             "gpu": gpu,
             "date": datetime.date.today().isoformat(),
             "commit": commit(),
-            "command": shlex.join(["python", "bench/bench_parallel_engine.py", *sys.argv[1:]]),
+            "command": command_line(["bench/bench_parallel_engine.py", *sys.argv[1:]]),
         }
         print(json.dumps(row), flush=True)
     if args.json is not None:

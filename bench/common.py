@@ -63,6 +63,16 @@ def programmatic(make: Callable[[], Call]) -> Callable[[], Call]:
     return made
 
 
+def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of one replay."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
 def command_line(arguments: list[str]) -> str:
     """As it was given, from the root of the repository, without other folders of this machine."""
     return shlex.join(["python", *told(arguments, ROOT)])
@@ -239,29 +249,20 @@ class Bench:
                         call()
             if long:
                 break
-            self._replay(graph)
-            us = min(self._replay(graph) for _ in range(2))
+            replay_us(graph)
+            us = min(replay_us(graph) for _ in range(2))
             if rounds > 1 or us > LEAST_GRAPH_US / 2:
                 break
             rounds = math.ceil(LEAST_GRAPH_US / us)  # the same buffers in turn, again
         samples: list[float] = []
         self._warm_until = self._warm_until or time.perf_counter() + WARM_SECONDS
         while not long and time.perf_counter() < self._warm_until:
-            self._replay(graph)
+            replay_us(graph)
         stop = time.perf_counter() + self.args.seconds
         least = 1 if once > 0.2 else 2 if long else 5
         while len(samples) < least or time.perf_counter() < stop:
-            samples.append(self._replay(graph) / (rounds * len(calls)))
+            samples.append(replay_us(graph) / (rounds * len(calls)))
         return statistics.median(samples), min(samples)
-
-    def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
-        """Microseconds of one replay."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
 
     # ---- this machine ----------------------------------------------------------------------------
     def _cache_bytes(self) -> int:
