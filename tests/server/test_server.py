@@ -169,7 +169,7 @@ def test_rate_limit():
 
 def test_rate_limit_fills_up_with_time():
     now = [0.0]
-    limit = LimitRate(None, 6, clock=lambda: now[0])  # type: ignore[arg-type]
+    limit = LimitRate(None, 6, by_key=False, clock=lambda: now[0])  # type: ignore[arg-type]
     assert [limit._take("a") for _ in range(6)] == [0.0] * 6
     assert limit._take("a") == pytest.approx(10.0)
     assert limit._take("b") == 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -38,7 +39,7 @@ class ServerSettings:
     Args:
         model_name: Under which the model is served.
         api_keys: Any of these is needed; none are needed when empty.
-        requests_per_minute: Per client; 0 is no limit.
+        requests_per_minute: Per key, without keys per address; 0 is no limit.
         max_body_bytes: Of a request.
         max_prompts: In one request for completions.
         request_timeout: Seconds until an answer must be complete; None is no limit.
@@ -67,7 +68,8 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> Starlette:
     if settings.api_keys:
         middleware.append(Middleware(RequireKey, settings.api_keys))
     if settings.requests_per_minute:
-        middleware.append(Middleware(LimitRate, settings.requests_per_minute))
+        limit, by_key = settings.requests_per_minute, bool(settings.api_keys)
+        middleware.append(Middleware(LimitRate, limit, by_key=by_key))
     middleware.append(Middleware(LimitBody, settings.max_body_bytes))
     return Starlette(
         routes=[
@@ -224,6 +226,8 @@ class _Service:
         config = self.llm.llm.config
         for path in (config.model, config.tokenizer):
             if path:
+                text = text.replace(repr(path), repr(self.settings.model_name))
+            if path and os.sep in path:  # "." or "model" alone may be part of the sentence
                 text = text.replace(path, self.settings.model_name)
         return text
 

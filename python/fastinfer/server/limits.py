@@ -61,23 +61,31 @@ class RequireKey:
 
 
 class LimitRate:
-    """429 for a client (by key, else by address) with more requests per minute than allowed.
+    """429 for a client with more requests per minute than allowed.
 
-    A bucket of `per_minute` requests that fills up evenly.
+    A bucket of `per_minute` requests that fills up evenly, for each key where `RequireKey` has
+    checked it, else for each address: a key that nobody checks could be another one every time.
     """
 
     def __init__(
-        self, app: App, per_minute: int, clock: Callable[[], float] = time.monotonic
+        self,
+        app: App,
+        per_minute: int,
+        *,
+        by_key: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.app = app
         self._per_minute = per_minute
+        self._by_key = by_key
         self._clock = clock
         self._buckets: OrderedDict[Any, tuple[float, float]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        wait = self._take(_bearer(scope) or (scope.get("client") or ("",))[0])
+        key = _bearer(scope) if self._by_key else None
+        wait = self._take(key or (scope.get("client") or ("",))[0])
         if wait <= 0:
             return await self.app(scope, receive, send)
         error = error_json(

@@ -63,9 +63,20 @@ _CHAT = _SHARED | {
     "chat_template_kwargs",
     "add_generation_prompt",
 }
+_RESERVED = {  # arguments of the renderer that are no variables of the template
+    "self",
+    "tokenizer",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "limits",
+}
 _BOOLEANS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 MAX_N = 128
 MAX_STOPS = 16
+MAX_STOP_CHARS = 1024  # of each
+MAX_STOP_IDS = 1024
 MAX_PRIORITY = 1_000_000
 
 
@@ -144,7 +155,7 @@ def read_chat(body: Any, *, models: tuple[str, ...]) -> Ask:
     options = given.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
         raise BadRequest("chat_template_kwargs must be an object", "chat_template_kwargs")
-    reserved = {"chat_template", "limits", "tools", "documents", "messages"} & set(options)
+    reserved = _RESERVED & set(options)
     if reserved:
         raise BadRequest(
             f"chat_template_kwargs must not hold {', '.join(sorted(reserved))}",
@@ -224,6 +235,18 @@ def _sampling(
         raise BadRequest(f"stop must hold at most {MAX_STOPS} strings, got {len(stop)}", "stop")
     if not isinstance(stop, (str, list, type(None))):
         raise BadRequest(f"stop must be a string or a list of them, got {stop!r:.80}", "stop")
+    stops = stop if isinstance(stop, list) else [stop or ""]
+    longest = max((len(each) for each in stops if isinstance(each, str)), default=0)
+    if longest > MAX_STOP_CHARS:
+        raise BadRequest(
+            f"stop must hold strings of at most {MAX_STOP_CHARS} characters, got {longest}", "stop"
+        )
+    ids = given.get("stop_token_ids")
+    if isinstance(ids, (list, str, Mapping)) and len(ids) > MAX_STOP_IDS:
+        raise BadRequest(
+            f"stop_token_ids must hold at most {MAX_STOP_IDS} ids, got {len(ids)}",
+            "stop_token_ids",
+        )
     passed = {name: given[name] for name in _PASSED if name in given}
     try:
         return SamplingParams(**passed, stop=stop or None, max_tokens=max_tokens, logprobs=logprobs)

@@ -187,5 +187,10 @@ def _finite(value: float) -> float:
 
 
 def error_json(message: str, *, kind: str, param: str | None = None, code: Any = None) -> Json:
-    """The API's error object."""
+    """The API's error object. What it quotes may hold half a surrogate pair: JSON can, UTF-8 not."""
+    message, param = _encodable(message), None if param is None else _encodable(param)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
