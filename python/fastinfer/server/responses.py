@@ -187,7 +187,7 @@ def _finite(value: float) -> float:
 
 
 def error_json(message: str, *, kind: str, param: str | None = None, code: Any = None) -> Json:
-    """The API's error object. What it quotes may hold half a surrogate pair: JSON can, UTF-8 not."""
+    """The API's error object; half a surrogate pair, which JSON can hold, is shown escaped."""
     message, param = _encodable(message), None if param is None else _encodable(param)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
