@@ -229,12 +229,6 @@ class EngineCore:
         """Whether any request is unfinished."""
         return bool(self.scheduler.requests)
 
-    def advance(self, generation: Generation) -> None:
-        """Step, unless somebody else's step has already brought news for this generation."""
-        with self.lock:
-            if not generation.has_news and not generation.finished:
-                self.step()
-
     def step(self) -> None:
         """Run one step for whoever is due. After an exception its requests have ended."""
         with self.lock, InterruptsDeferred():

@@ -75,11 +75,12 @@ class Completion:
         wanted = self.request.sampling.logprobs or 0
         entry = {token: Logprob(result.logprobs[row], None, self._decoded(token))}
         if result.top_ids is not None and result.top_logprobs is not None:
-            best = zip(result.top_ids[row], result.top_logprobs[row], strict=True)
+            # others of the batch may have asked for more
+            best = zip(result.top_ids[row][:wanted], result.top_logprobs[row], strict=False)
             for rank, (other, value) in enumerate(best, start=1):
                 if other == token:
                     entry[token].rank = rank
-                elif rank <= wanted:
+                else:
                     entry[other] = Logprob(value, rank, self._decoded(other))
         self.logprobs.append(entry)
 
