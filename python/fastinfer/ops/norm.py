@@ -89,8 +89,8 @@ def rms_norm_quant(
         x: [..., D], fp32, fp16 or bf16; last dimension contiguous; not changed.
         weight: [D], fp32, fp16 or bf16.
         eps: added to the mean square.
-        residual: like x, apart from it; updated in place to x + residual first (rounded to its dtype), and that
-            sum is what is normalised.
+        residual: like x, apart from it; updated in place to x + residual first (rounded to its
+            dtype), and that sum is what is normalised.
         symmetric: scale = max|y| / 127 and codes in [-127, 127]; otherwise the codes span the range
             of y and 0, and zero points come back too.
         out: (q, scale), or (q, scale, zeros) when not symmetric, to write to. Allocating them takes
