@@ -11,6 +11,9 @@ import pytest
 import server_helpers
 from server_helpers import Running, serving, wait_until_idle
 
+from fastinfer.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from fastinfer.server.responses import Reply
+
 PROMPT = {"prompt": "Once upon a time", "max_tokens": 4}
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 
@@ -81,3 +84,13 @@ def test_a_short_path_of_the_model_changes_no_sentence(
         sentences = [error.json()["error"]["message"] for error in errors]
         assert sentences[0] == "temperature must be >= 0, got -0.5"
         assert sentences[1] == "model must be one of tiny, got -0.5"
+
+
+def test_log_probabilities_hold_the_bytes_of_a_part_of_a_character():
+    entries = [{7: Logprob(-0.5, 1, "\ufffd")}, {8: Logprob(-0.25, None, "x")}]
+    completion = CompletionOutput(0, "x", [7, 8], logprobs=entries)
+    output = RequestOutput("0", None, [1], [completion], finished=True)
+    reply = Reply("m", chat=True, n=1, token_bytes={7: b"\xf0\x9f", 8: b"x"}.__getitem__)
+    content = reply.whole([output], [""])["choices"][0]["logprobs"]["content"]
+    assert [each["bytes"] for each in content] == [[0xF0, 0x9F], [0x78]]
+    assert content[0]["top_logprobs"][0]["bytes"] == [0xF0, 0x9F]

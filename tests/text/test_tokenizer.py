@@ -273,3 +273,15 @@ def test_bad_arguments(kind: str, request: pytest.FixtureRequest) -> None:
     for bad in (-1, 2**31, "a", 1.5):
         with pytest.raises(TokenizerError, match="decode: ids must be integers"):
             tok.decode([bad])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_tokens_add_up_to_the_text(kind: str, request: pytest.FixtureRequest) -> None:
+    tok = load_tokenizer(request.getfixturevalue(kind))
+    for text in (*TEXTS, "the 🙂 fox"):
+        ids = tok.encode("the" + text, add_special_tokens=False)
+        pieces = b"".join(map(tok.token_bytes, ids)).decode()
+        assert pieces.lstrip(" ") == tok.decode(ids, False)
+    assert tok.token_bytes(tok.vocab_size + 1) == b""
+    with pytest.raises(TokenizerError):
+        tok.token_bytes(-1)

@@ -204,7 +204,7 @@ class EngineCore:
             first = first or request
             completion = Completion(request, index, self._detokenizer(params, token_ids))
             if self.tokenizer is not None:
-                completion.decode = self.tokenizer.decode
+                completion.token_bytes = self.tokenizer.token_bytes
             request.followed = completion.detokenizer is not None or params.logprobs is not None
             generation.completions.append(completion)
             self._completions[request.request_id] = (generation, completion)

@@ -168,11 +168,13 @@ class _Service:
                 503,
                 headers={"retry-after": "1"},
             )
+        tokenizer = self.llm.llm.tokenizer
         reply = Reply(
             self.settings.model_name,
             chat=ask.chat,
             n=ask.params.n,
             return_token_ids=ask.return_token_ids,
+            token_bytes=None if tokenizer is None else tokenizer.token_bytes,
         )
         echoes = [self._echo(ask, each) for each in parsed]
         if ask.stream:
