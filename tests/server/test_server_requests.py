@@ -46,6 +46,7 @@ def ask(server: Running, body: dict, **headers: str) -> httpx.Response:
         {**PROMPT, "stop": "ab" * 513},
         {**PROMPT, "stop": ["a", "b" * 1025]},
         {**PROMPT, "stop_token_ids": [1] * 1025},
+        {**PROMPT, "prompt": ["a"] * 11, "n": 100},
     ],
 )
 def test_what_cannot_be_served_is_the_fault_of_the_request(server: Running, body: dict):

@@ -74,6 +74,7 @@ _RESERVED = {  # arguments of the renderer that are no variables of the template
 }
 _BOOLEANS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 MAX_N = 128
+MAX_CHOICES = 1024  # of a body: each has its own copy of the prompt's tokens
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024  # of each
 MAX_STOP_IDS = 1024
@@ -126,6 +127,9 @@ def read_completion(body: Any, *, models: tuple[str, ...], max_prompts: int) -> 
     if ask.echo and logprobs is not None:
         raise BadRequest("echo cannot be combined with logprobs: prompts have none here", "echo")
     ask.params = _sampling(given, given.get("max_tokens", 16), logprobs)
+    choices = len(ask.prompts) * ask.params.n
+    if choices > MAX_CHOICES:
+        raise BadRequest(f"n times the prompts must be at most {MAX_CHOICES}, got {choices}", "n")
     return ask
 
 
