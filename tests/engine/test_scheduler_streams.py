@@ -140,6 +140,7 @@ def pipelined_stream(seed: int) -> None:
     model = FakeModel(scheduler)
     longest = min(scheduler.max_total_tokens - 1, 40)
     priorities = rng.choice([[0], [-1, 0, 5]])
+    drafts = rng.random() < 0.5
     launched: deque[tuple[SchedulePlan, list[list[int]]]] = deque()
     requests: list[Request] = []
     todo = rng.randrange(1, 14)
@@ -154,10 +155,17 @@ def pipelined_stream(seed: int) -> None:
                 scheduler.add(request)
                 requests.append(request)
             todo -= 1
+        for request in scheduler.running if drafts else ():
+            space = request.max_total_tokens - len(request.tokens) - 1
+            decodes = request.num_computed == len(request.tokens) - 1 and not request.in_flight
+            if decodes and space > 0 and rng.random() < 0.6:
+                right = alone(request.tokens, rng.randrange(3))
+                request.draft_tokens = [*right, rng.randrange(7)][:space]
         plan = scheduler.schedule()
         check_pool(scheduler)
         for chunk in plan.chunks:
-            assert chunk.start + chunk.count <= len(chunk.request.tokens)
+            known = len(chunk.request.tokens) + chunk.num_drafts
+            assert chunk.start + chunk.count <= known
             assert chunk.request.in_flight == chunk.samples
         results = model.run(plan)
         if plan.chunks:

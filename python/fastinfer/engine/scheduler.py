@@ -340,6 +340,8 @@ class Scheduler:
     def _preempt(self, request: Request, plan: SchedulePlan) -> None:
         self.running.remove(request)
         request.move_to(RequestStatus.PREEMPTED)
+        if request.in_flight and request.draft_tokens:  # nobody knows yet which of them stand
+            request.num_computed = min(request.num_computed, len(request.tokens))
         if self.swap is not None:
             self.num_swapped += self.swap.take_out(request, plan, self._blocks_for)
         self._release(request)
