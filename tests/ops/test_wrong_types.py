@@ -47,3 +47,23 @@ def test_optional_tensors(wrong: Any) -> None:
 def test_a_weight_without_dimensions() -> None:
     with pytest.raises(RuntimeError, match="linear: weight must have 2 dimensions"):
         fi.linear(X, torch.tensor(1.0))
+
+
+def test_outputs_that_repeat_memory_or_overlap_an_input() -> None:
+    out, lse = torch.randn(4, 2, 32), torch.randn(2, 3)
+    repeated = torch.empty(1, 2, 32).expand(3, 2, 32)
+    with pytest.raises(RuntimeError, match="merge_attn_states: out is written"):
+        fi.merge_attn_states(out[:3], lse, out[1:], lse, out=repeated)
+    with pytest.raises(RuntimeError, match="merge_attn_states: out must not share memory"):
+        fi.merge_attn_states(out[:3], lse, torch.randn(3, 2, 32), lse, out=out[1:])
+    want = fi.merge_attn_states(out[:3].clone(), lse, out[:3].clone(), lse)
+    assert torch.equal(fi.merge_attn_states(out[:3], lse, out[:3].clone(), lse, out=out[:3]), want)
+    other = torch.empty(3, 2).t()
+    fi.merge_attn_states(want, lse, want, lse, out_lse=other)  # any strides
+    codes = torch.empty(1, 32, dtype=torch.int8).expand(2, 32)
+    with pytest.raises(RuntimeError, match="quantize_per_token: q is written"):
+        fi.quantize_per_token(X, out=codes)
+    cache, ints = torch.randn(2, 4, 2, 32), torch.tensor([[0, 1]], dtype=torch.int32)
+    ends = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="gather_cache: value_out is written"):
+        fi.gather_cache(cache, cache, ints, ends, 3, out=(torch.empty(3, 2, 32), repeated))
