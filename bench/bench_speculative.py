@@ -61,6 +61,21 @@ def off_and_on(llm: LLM, prompts: list[Any], new: int, iters: int) -> tuple[floa
     return off, with_, last[False], last[True]
 
 
+def first_difference(llm: LLM, ours: Any, theirs: Any) -> dict[str, Any]:
+    """Where two answers go apart, and how far apart the two tokens are there, in nats: steps of
+    different numbers of tokens round differently, so a near tie may end either way.
+    """
+    a, b = ours.outputs[0].token_ids, theirs.outputs[0].token_ids
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+    if at is None:
+        return {}
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=8, ignore_eos=True)
+    (again,) = llm.generate([{"prompt_token_ids": [*ours.prompt_token_ids, *a[:at]]}], params)
+    scores = again.outputs[0].logprobs[0]
+    gap = abs(scores[a[at]].logprob - scores[b[at]].logprob)
+    return {"differs_at": at, "nats_apart": round(gap, 4)}
+
+
 def pair_rows(bench: Bench, drafters: dict[str, dict[str, Any]], iters: int) -> None:
     settings = {"device": bench.device, "num_blocks": 256, "max_num_seqs": 8, "progress": False}
     for name, options in drafters.items():
@@ -84,6 +99,7 @@ def pair_rows(bench: Bench, drafters: dict[str, dict[str, Any]], iters: int) -> 
                         "acceptance": round(m.num_accepted_tokens / max(m.num_draft_tokens, 1), 3),
                         "accepted_length": round(m.accepted_length or 1.0, 2),
                         "same_tokens": round(same / NEW, 3),
+                        **first_difference(llm, output, plain),
                     },
                 )
 

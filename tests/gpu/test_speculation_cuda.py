@@ -190,3 +190,32 @@ def agreed(a: list[int], b: list[int]) -> int:
 def test_swapped_requests_go_on_as_they_were(prompts: list, expected: dict) -> None:
     got, stats = tokens_of(prompts, list(PARAMS), batch_invariant=True, **SWAPPED)
     check(got, expected, stats, SWAPPED)
+
+
+NEAR = 0.15  # nats: a step of a bfloat16 logit between 16 and 32 is 0.125
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("invariant", [True, False], ids=["invariant", "default"])
+def test_long_answers_differ_at_near_ties_or_not_at_all(drafter: str, invariant: bool) -> None:
+    """As bench_speculative.py runs them: bursts, guesses as many as pay."""
+    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    settings = {"device": "cuda", "num_blocks": 256, "max_num_seqs": 8, "progress": False}
+    texts = ["Count from one to twenty.", "On Monday, Tom made soup. On Tuesday, Tom made soup."]
+    with LLM(
+        TINY / "model", speculative=DRAFTERS[drafter], batch_invariant=invariant, **settings
+    ) as llm:
+        for text in texts:
+            (with_drafts,) = llm.generate(text, params)
+            assert with_drafts.metrics.num_accepted_tokens > 20
+            speculator, llm.core.speculator = llm.core.speculator, None
+            (plain,) = llm.generate(text, params)
+            a, b = (each.outputs[0].token_ids for each in (with_drafts, plain))
+            at = agreed(a, b)
+            if at < len(a):
+                assert not invariant
+                one = SamplingParams(temperature=0, max_tokens=1, logprobs=8, ignore_eos=True)
+                prompt = {"prompt_token_ids": [*plain.prompt_token_ids, *b[:at]]}
+                (scores,) = llm.generate([prompt], one)[0].outputs[0].logprobs
+                assert abs(scores[a[at]].logprob - scores[b[at]].logprob) < NEAR
+            llm.core.speculator = speculator
