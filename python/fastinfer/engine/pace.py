@@ -162,9 +162,8 @@ class Pace:
         """Whether a trial may show anything; guesses that were only made on trial do not say."""
         if not self.on_paper or (few and not self.knows):
             return True
-        now = (
-            self._acceptance(running) if few else self._usual
-        )  # of many, few have been guessed for
+        # of many requests few have been guessed for
+        now = self._acceptance(running) if few else self._usual
         return self.knows and now.tokens(self.max_drafts) > 1 + MARGIN
 
     def _first_wait(self, running: Sequence[Request], plain: float, measured: Sequence[int]) -> int:
