@@ -77,8 +77,8 @@ def always_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SwapSpace, "pays", lambda self, blocks, _: 0 < blocks <= self.num_free)
 
 
-PREEMPTED = {"num_blocks": 24}
-SWAPPED = {"num_blocks": 24, "swap_space": 1 << 26}
+PREEMPTED = {"num_blocks": 18}
+SWAPPED = {"num_blocks": 18, "swap_space": 1 << 26}
 
 
 def check(got: object, expected: object, stats: EngineStats, settings: dict) -> None:
