@@ -31,7 +31,7 @@ from .step_plan import SchedulePlan
 if TYPE_CHECKING:
     from .bursts import Bursts
 
-PAPER_STEPS, PAPER_TOKENS = 4, 2048  # steps between guesses on paper; one more per so many tokens
+PAPER_STEPS, PAPER_TOKENS = 8, 2048  # steps between guesses on paper; one more per so many tokens
 PAPER_MOST = 8  # guesses that wait for the tokens they are compared with
 
 
@@ -210,11 +210,17 @@ class Speculator:
             self._learn_burst(plan, plan.burst, seconds, checks)
             return
         asked, self._asked = self._asked, []
-        for chunk, yielded in zip(plan.chunks, tokens, strict=True):
-            if chunk.num_drafts and isinstance(yielded, list):
-                self._record(chunk.request, chunk.num_drafts, len(yielded) - 1)
-        longest = max(chunk.count for chunk in plan.chunks)
-        decodes = all(chunk.count == 1 + chunk.num_drafts for chunk in plan.chunks)
+        longest, decodes = 1, True
+        if len(plan.chunks) == plan.num_tokens:  # every chunk is one token
+            if self.pace is not None and self.pace.rests:
+                self._guess_on_paper(plan, self.pace)
+                return
+        else:
+            for chunk, yielded in zip(plan.chunks, tokens, strict=True):
+                if chunk.num_drafts and isinstance(yielded, list):
+                    self._record(chunk.request, chunk.num_drafts, len(yielded) - 1)
+            longest = max(chunk.count for chunk in plan.chunks)
+            decodes = all(chunk.count == 1 + chunk.num_drafts for chunk in plan.chunks)
         if seconds > 0 and decodes:
             self._seconds[(len(plan.chunks) - 1).bit_length()] = seconds
         if self.pace is None:
@@ -224,14 +230,14 @@ class Speculator:
         for request in asked:
             if not request.draft_tokens:
                 self.pace.learn(request, 0, 0)
-        if self.pace.on_paper and not asked and decodes and len(plan.chunks) <= self.max_rows:
+        if not asked and decodes:
             self._guess_on_paper(plan, self.pace)
 
     def _guess_on_paper(self, plan: SchedulePlan, pace: Pace) -> None:
         """Now and then guess for one of the requests of a plain step, and learn of earlier guesses
         whose tokens are known by now."""
         self._until_paper -= 1
-        if self._until_paper > 0:
+        if self._until_paper > 0 or not pace.on_paper or len(plan.chunks) > self.max_rows:
             return
         waiting = []
         for request, at, guess in self._paper:

@@ -28,7 +28,9 @@ from .static_step import query_lengths
 SAMPLES = 3  # of a time before it counts; the one before these is thrown away (first use)
 HOLD = 8  # steps between decisions
 FIRST_WAIT, LONGEST_WAIT = 32, 1024  # plain steps before drafts are tried again
+DEAR_WAIT = 8192  # the same at most, where a trial takes long
 SHARE = 0.02  # of the time between two trials that one may cost
+STAY = 0.05  # what another number of drafts has to gain: a change interrupts the steps
 FEW = 3  # power of two of requests up to which a trial costs little
 ENOUGH = 24  # guesses on paper before there may be a trial with more
 MARGIN = 0.1  # that a step with drafts has to gain if it were as short as a plain one
@@ -110,7 +112,6 @@ class Pace:
             self._hold -= 1
             return self._drafts
         self._drafts = self._decide(running)
-        self._hold = HOLD if self._drafts else 0
         return self._drafts
 
     def _decide(self, running: Sequence[Request]) -> int:
@@ -119,12 +120,13 @@ class Pace:
             return 0
         measured = [q for q in self._lengths if self._known(q)]
         few = self._bucket <= FEW
+        self._hold = HOLD - 1
         if not measured and not self._known(0):
-            return (self.max_drafts if few else self._lengths[0] - 1) * self._hopeful(running, few)
+            return self._trial(few, self.max_drafts) if self._hopeful(running, few) else 0
         if self._drafts:
             self._since_plain += HOLD
             if self._since_plain >= RECHECK:
-                self._since_plain = 0
+                self._since_plain = self._hold = 0
                 return 0
         # (nothing was found in all the steps so far: there is nothing to measure, nor to gain)
         best = self._best(running, plain.seconds, measured) if measured else 0
@@ -134,12 +136,23 @@ class Pace:
         if not self._hopeful(running, few):
             return 0
         if not self._wait:
-            self._wait, self._waited = self._first_wait(running, plain.seconds, measured), 0
-        self._waited += 1
-        if self._waited < self._wait:
+            self._wait, self._waited = FIRST_WAIT, 0
+        self._waited += HOLD
+        if self._waited < max(self._wait, self._worth(running, plain.seconds, measured)):
             return 0
         self._waited, self._wait = 0, min(2 * self._wait, LONGEST_WAIT)
+        return self._trial(few, self._lengths[0] - 1)
+
+    def _trial(self, few: bool, drafts: int) -> int:
+        if few:
+            return drafts
+        self._hold = SAMPLES + 1  # one is not used, one is not known when the next begins
         return self._lengths[0] - 1
+
+    @property
+    def rests(self) -> bool:
+        """Whether plain steps go on for a while, so that their times need not be told."""
+        return self._drafts == 0 and 0 < self._hold < HOLD - 1
 
     @property
     def knows(self) -> bool:
@@ -166,13 +179,13 @@ class Pace:
         now = self._acceptance(running) if few else self._usual
         return self.knows and now.tokens(self.max_drafts) > 1 + MARGIN
 
-    def _first_wait(self, running: Sequence[Request], plain: float, measured: Sequence[int]) -> int:
+    def _worth(self, running: Sequence[Request], plain: float, measured: Sequence[int]) -> float:
         """Plain steps after which a trial costs no more than its share."""
         if not measured:
-            return FIRST_WAIT
+            return 0
         k = self._lengths[0] - 1
         lost = self._cost(k, plain, measured) / plain - self._acceptance(running).tokens(k)
-        return min(max(FIRST_WAIT, int(HOLD * lost / SHARE)), LONGEST_WAIT)
+        return min(HOLD * lost / SHARE, DEAR_WAIT)
 
     def _best(self, running: Sequence[Request], plain: float, measured: Sequence[int]) -> int:
         now = self._acceptance(running)
@@ -180,14 +193,14 @@ class Pace:
         idle = self._times.get((self._bucket, 0))  # drafts were wanted and there were none
         without = max(idle.seconds, plain) if idle is not None and idle.known else plain
         flat = self._flat
-        best, most = 0, 1.0 / plain
+        speeds = [1 / plain]  # by number of drafts
         for k in range(1, self.max_drafts + 1):
             cost = self._cost(k, plain, measured)
             step = cost if flat else found * cost + (1 - found) * without
-            speed = now.tokens(k) / step
-            if speed > most:
-                best, most = k, speed
-        return best
+            speeds.append(now.tokens(k) / step)
+        best = speeds.index(max(speeds))
+        stays = best and self._drafts and speeds[best] < (1 + STAY) * speeds[self._drafts]
+        return self._drafts if stays else best
 
     def _cost(self, k: int, plain: float, measured: Sequence[int]) -> float:
         """Seconds of a step with k drafts: measured, or on the line between neighbours."""
