@@ -55,7 +55,7 @@ __device__ __noinline__ void rare_pack(const char* from, char* to, float scale, 
 
 // kHeads: of a thread; 2 for heads of 64 elements.
 template <class T, int kHeads, bool kDynamic>
-__global__ void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads, 6)
     write_lines_kernel(const __grid_constant__ LinesParams p) {
   const uint32_t side = blockIdx.y;
   const uint32_t group = (blockIdx.x * kLineThreads + threadIdx.x) / kLineLanes;
