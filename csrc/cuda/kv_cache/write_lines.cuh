@@ -140,24 +140,30 @@ __global__ void __launch_bounds__(kLineThreads, kDynamic ? 8 : 6)
     quick = quick & divide[h].quick;
   }
   uint32_t seen = 0;  // bit 7 of a byte that was the code of a NaN
-  const auto write = [&](auto fp8) {
-#pragma unroll
-    for (int k = 0; k < kLinePacks; ++k) {
-      const HalfQuotient& d = divide[kHeads == 1 ? 0 : k];
-      const uint32_t a =
-          four_half_codes<T>(row[k].word[0], row[k].word[1], d, decltype(fp8)::value);
-      const uint32_t b =
-          four_half_codes<T>(row[k].word[2], row[k].word[3], d, decltype(fp8)::value);
-      if (!kDynamic && decltype(fp8)::value)
-        seen |= ((a & 0x7F7F7F7Fu) + 0x01010101u) | ((b & 0x7F7F7F7Fu) + 0x01010101u);
-      *reinterpret_cast<uint2*>(to + k * kPartElements) = make_uint2(a, b);
-    }
+  const auto write = [&](auto fp8, int k) {
+    const HalfQuotient& d = divide[kHeads == 1 ? 0 : k];
+    const uint32_t a = four_half_codes<T>(row[k].word[0], row[k].word[1], d, decltype(fp8)::value);
+    const uint32_t b = four_half_codes<T>(row[k].word[2], row[k].word[3], d, decltype(fp8)::value);
+    if (!kDynamic && decltype(fp8)::value)
+      seen |= ((a & 0x7F7F7F7Fu) + 0x01010101u) | ((b & 0x7F7F7F7Fu) + 0x01010101u);
+    *reinterpret_cast<uint2*>(to + k * kPartElements) = make_uint2(a, b);
   };
   if (quick) {
-    if (p.fp8) {
-      write(std::true_type());
+    if constexpr (kDynamic) {  // a branch per pack: the first one is stored before the second
+#pragma unroll
+      for (int k = 0; k < kLinePacks; ++k) {
+        if (p.fp8) {
+          write(std::true_type(), k);
+        } else {
+          write(std::false_type(), k);
+        }
+      }
+    } else if (p.fp8) {
+#pragma unroll
+      for (int k = 0; k < kLinePacks; ++k) write(std::true_type(), k);
     } else {
-      write(std::false_type());
+#pragma unroll
+      for (int k = 0; k < kLinePacks; ++k) write(std::false_type(), k);
     }
     if ((seen & 0x80808080u) == 0) return;
   }
