@@ -11,6 +11,7 @@ from typing import Any
 from ..engine.outputs import CompletionOutput, Logprob, RequestOutput
 
 Json = dict[str, Any]
+_LONGEST_ERROR = 500  # characters
 _FLOOR = -9999.0  # what the API shows for a token that could not have been drawn: JSON has no -inf
 
 
@@ -192,8 +193,12 @@ def _finite(value: float) -> float:
 
 
 def error_json(message: str, *, kind: str, param: str | None = None, code: Any = None) -> Json:
-    """The API's error object; half a surrogate pair, which JSON can hold, is shown escaped."""
-    message, param = _encodable(message), None if param is None else _encodable(param)
+    """The API's error object; what it says of the request is cut off somewhere, and half of a
+    surrogate pair, which JSON can hold, is shown escaped.
+    """
+    if len(message) > _LONGEST_ERROR:
+        message = message[:_LONGEST_ERROR] + " ..."
+    message, param = _encodable(message), param and _encodable(param[:80])
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
