@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,12 @@ def test_environment_report() -> None:
     assert report["library"]["cpu_isa"] == _lib.cpu_isa()
     text = env.render(report)
     assert torch.__version__ in text and "CPU kernels" in text
+
+
+def test_the_report_names_every_switch_of_a_run() -> None:
+    readme = (PACKAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(FASTINFER_\w+?)(?:=\S*)?` \| (?:run|command line): ", readme, re.M)
+    assert set(env.SWITCHES) == set(rows)
 
 
 def test_environment_report_commands() -> None:

@@ -174,8 +174,9 @@ namespace {
 
 // First byte, and one past the last, that the elements of t touch.
 std::pair<const char*, const char*> address_range(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
   int64_t last = 0;
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
   const char* first = static_cast<const char*>(t.const_data_ptr());
   return {first, first + (last + 1) * static_cast<int64_t>(t.element_size())};
 }

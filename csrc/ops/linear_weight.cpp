@@ -273,7 +273,7 @@ void quantize_per_token(Tensor x, OptTensor static_scale, Tensor q, Tensor scale
   const int64_t m = x.size(0), k = x.size(1);
   check_dtype(op, "q", q, {DType::i8});
   check_shape(op, "q", q, {m, k});
-  check_last_dim(op, "q", q);
+  check_written(op, "q", q);
   check_dtype(op, "scale", scale, {DType::f32});
   check_shape(op, "scale", scale, {m});
   check_contiguous(op, "scale", scale);

@@ -38,8 +38,17 @@ RmsNormParams params(const char* op, const Tensor& x, const Tensor& weight, doub
   check_last_dim(op, "x", x);
   check_last_dim(op, "weight", weight);
   check_device(op, x, {{"weight", &weight}, {"residual", residual}, {"out", out}});
-  if (residual) check_like_x(op, "residual", *residual, x);
-  if (out) check_like_x(op, "out", *out, x);
+  if (residual) {
+    check_like_x(op, "residual", *residual, x);
+    check_apart(op, "residual", *residual, {{"x", &x}});
+  }
+  if (out) {
+    check_like_x(op, "out", *out, x);
+    // x itself is fine: a row is read before it is written.
+    bool in_place = out->const_data_ptr() == x.const_data_ptr();
+    for (int64_t d = 0; d < x.dim(); ++d) in_place = in_place && out->stride(d) == x.stride(d);
+    if (!in_place) check_apart(op, "out", *out, {{"x", &x}});
+  }
   Rows rows[3] = {};
   RmsNormParams p{};
   p.shape = fold_rows(op, {&x, residual ? residual : &x, out ? out : &x}, rows);

@@ -127,7 +127,15 @@ def refuse_grad(name: str, *tensors: torch.Tensor | None) -> None:
     """
     if torch.is_grad_enabled():
         for t in tensors:
-            if t is not None and t.requires_grad:
+            if t is None:
+                continue
+            wants = getattr(t, "requires_grad", None)
+            if wants is None:
+                raise TypeError(
+                    f"{name}: an argument must be a tensor, got {type(t).__name__} {t!r:.60}; make "
+                    "it one with torch.tensor"
+                )
+            if wants:
                 raise RuntimeError(
                     f"{name}: an input requires grad, but fastinfer is inference only; "
                     "call it under torch.no_grad() or torch.inference_mode(), or detach the input"

@@ -94,10 +94,15 @@ def make_scheduler(**settings: object) -> Scheduler:
     num_blocks = settings.pop("num_blocks", 64)
     max_model_len = settings.pop("max_model_len", 1000)
     clock = settings.pop("clock", Clock())
-    swap = settings.pop("swap", None)
+    swap, stages = settings.pop("swap", None), settings.pop("stages", 1)
     config = EngineConfig(model="none", **{"block_size": 4, **settings})
     return Scheduler(
-        config, num_blocks=num_blocks, max_model_len=max_model_len, clock=clock, swap=swap
+        config,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        clock=clock,
+        swap=swap,
+        stages=stages,
     )
 
 

@@ -13,7 +13,8 @@ import pytest
 from engine_checkpoint import save_checkpoint
 
 from fastinfer import LLM, SamplingParams, __version__
-from fastinfer.cli.main import main
+from fastinfer.cli.main import build_parser, main
+from fastinfer.cli.options import engine_options
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,14 @@ def test_options_reach_the_engine(folder: Path, capsys: pytest.CaptureFixture[st
     result = json.loads(capsys.readouterr().out)
     completion = result["outputs"][0]["completions"][0]
     assert (completion["finish_reason"], completion["stop_reason"]) == ("stop", stop)
+
+
+def test_settings_of_memory_and_of_long_prompts(folder: Path) -> None:
+    given = ("--gpu-memory-utilization", "0.5", "--long-prefill-token-threshold", "64")
+    args = build_parser().parse_args(arguments(folder, "--prompt", "x", *given))
+    options = engine_options(args)
+    assert options["gpu_memory_utilization"] == 0.5
+    assert options["long_prefill_token_threshold"] == 64
 
 
 def test_chat_through_a_pipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 from engine_helpers import HOSTS
@@ -124,13 +125,80 @@ def overlapped_step(
     return None
 
 
+def pipelined_stream(seed: int) -> None:
+    """As many steps in flight as there are stages, and no token is run before it has come back."""
+    rng = random.Random(seed)
+    scheduler = make_scheduler(
+        stages=rng.choice([2, 3, 4]),
+        swap=SwapSpace(rng.choice([1, 3, 30]), 1, 1.0) if rng.random() < 0.3 else None,
+        block_size=rng.choice([1, 2, 3, 4, 16]),
+        num_blocks=rng.randrange(2, 24),
+        max_num_batched_tokens=rng.choice([1, 2, 5, 16, 64]),
+        max_num_seqs=rng.choice([1, 2, 8]),
+        enable_prefix_caching=rng.random() < 0.7,
+    )
+    model = FakeModel(scheduler)
+    longest = min(scheduler.max_total_tokens - 1, 40)
+    priorities = rng.choice([[0], [-1, 0, 5]])
+    drafts = rng.random() < 0.5
+    launched: deque[tuple[SchedulePlan, list[list[int]]]] = deque()
+    requests: list[Request] = []
+    todo = rng.randrange(1, 14)
+    while todo or scheduler.requests:
+        while todo and (not scheduler.requests or rng.random() < 0.4):
+            prompt = [(rng.choice([0, 0, 1]) + i) % 3 for i in range(rng.randrange(1, longest + 1))]
+            priority, first = rng.choice(priorities), None
+            for _ in range(rng.choice([1, 1, 1, 3])):
+                count = rng.randrange(1, 20)
+                request = make_request(scheduler, prompt, count, fork_of=first, priority=priority)
+                first = first or request
+                scheduler.add(request)
+                requests.append(request)
+            todo -= 1
+        for request in scheduler.running if drafts else ():
+            space = request.max_total_tokens - len(request.tokens) - 1
+            decodes = request.num_computed == len(request.tokens) - 1 and not request.in_flight
+            if decodes and space > 0 and rng.random() < 0.6:
+                right = alone(request.tokens, rng.randrange(3))
+                request.draft_tokens = [*right, rng.randrange(7)][:space]
+        plan = scheduler.schedule()
+        check_pool(scheduler)
+        for chunk in plan.chunks:
+            known = len(chunk.request.tokens) + chunk.num_drafts
+            assert chunk.start + chunk.count <= known
+            assert chunk.request.in_flight == chunk.samples
+        results = model.run(plan)
+        if plan.chunks:
+            launched.append((plan, results))
+        elif launched:
+            scheduler.commit(*launched.popleft())
+        else:
+            assert plan.preempted or not scheduler.requests
+        while len(launched) > scheduler.stages - 1:
+            scheduler.commit(*launched.popleft())
+        check_pool(scheduler)
+    while launched:
+        scheduler.commit(*launched.popleft())
+    assert scheduler.pool.num_used == 0
+    for request in requests:
+        expected = alone(request.tokens[: request.num_prompt], request.num_output)
+        assert request.output_token_ids == expected and request.finish_reason == "length"
+
+
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_random_streams(seed: int) -> None:
     random_stream(seed)
 
 
+@pytest.mark.parametrize("part", range(4))
+def test_random_streams_of_pipelines(part: int) -> None:
+    for seed in range(part, 600, 4):
+        pipelined_stream(seed)
+
+
 @pytest.mark.full
 def test_ten_thousand_random_streams() -> None:
     for seed in range(10_000):
         random_stream(seed)
+        pipelined_stream(seed)

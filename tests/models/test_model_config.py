@@ -243,6 +243,11 @@ def test_generation_config_file_wins_for_eos(tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3"]),
         ({"architectures": None, "model_type": "gemma"}, ["'gemma'", "MistralForCausalLM"]),
+        ({"architectures": 1}, ["architectures", "LlamaForCausalLM", "got 1"]),
+        ({"architectures": [[]]}, ["architectures", "got []"]),
+        ({"num_hidden_layers": 10**30}, ["num_hidden_layers", "integer"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps", "above 0", "nan"]),
+        ({"rope_theta": float("inf")}, ["rope_theta", "inf"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'silu'", "'gelu'"]),
         ({"dual_chunk_attention_config": {"chunk_size": 1}}, ["dual_chunk_attention_config"]),
         ({"use_mrope": True}, ["use_mrope"]),

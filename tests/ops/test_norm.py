@@ -311,6 +311,11 @@ def test_refusals() -> None:
     refuses(lambda: rms_norm(x, w, out=x.half()), "rms_norm", "out", "dtype")
     refuses(lambda: rms_norm(x, w, out=torch.empty(3, 6)), "rms_norm", "out", "[2, 6]")
     refuses(lambda: rms_norm(x, w, out=torch.empty(6, 2).t()), "rms_norm", "out", "contiguous")
+    rows = torch.ones(3, 6)
+    refuses(lambda: rms_norm(rows[:2], w, out=rows[1:]), "rms_norm", "out", "share memory with x")
+    for other in (rows[:2], rows[1:]):
+        refuses(lambda r=other: fused_add_rms_norm(rows[:2], r, w), "residual", "share memory")
+        refuses(lambda r=other: rms_norm_quant(rows[:2], w, residual=r), "residual", "share memory")
     refuses(lambda: fused_add_rms_norm(x, x.half(), w), "residual", "dtype")
     refuses(lambda: fused_add_rms_norm(x, x[:1], w), "residual", "[2, 6]")
     refuses(lambda: rms_norm_quant(x, w, residual=torch.ones(6, 2).t()), "residual", "contiguous")

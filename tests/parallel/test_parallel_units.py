@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import re
@@ -361,6 +362,21 @@ def test_a_late_collective_is_told_as_one(loaded: bool) -> None:
     late = str(hub.explain(TimeoutError("timed out"), "an order to rank 1"))
     assert "an order to rank 1 took longer than distributed_timeout (30 s)" in late
     hub.hang_up()
+
+
+@pytest.mark.parametrize("hello", [b"[" * 60_000, b"[]", b'{"secret": "\xc3\xa9"}', b"\xff"])
+def test_a_stranger_does_not_end_the_start(hello: bytes) -> None:
+    hub = Hub(2, listener=socket.create_server(("127.0.0.1", 0)), timeout=30)
+    host, port, _ = json.loads(hub.address("127.0.0.1"))
+    spokes: list[Spoke] = []
+    with socket.create_connection((host, port)) as stranger:
+        stranger.sendall(hello + b"\n")
+        joining = threading.Thread(target=lambda: spokes.append(Spoke(hub.address(host), 1)))
+        joining.start()
+        hub.accept()
+        joining.join()
+        spokes[0].done = True
+        hub.hang_up()
 
 
 def test_a_caller_that_dawdles_is_let_go() -> None:

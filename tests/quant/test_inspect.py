@@ -127,3 +127,6 @@ def test_no_weights_and_no_folder(made, tmp_path: Path, capsys: pytest.CaptureFi
     assert "DIR must be" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{")
     assert main(["inspect", str(tmp_path)]) == 1
+    (tmp_path / "config.json").write_text('{"architectures": 1}')
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "architectures must name one of" in capsys.readouterr().out

@@ -180,3 +180,31 @@ def test_damaged_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(QuantError, match=r"config\.json"):
         read_quant_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"quant_method": "awq", "modules_to_not_convert": 3}, "modules_to_not_convert"),
+        ({"quant_method": "fastinfer", "bits": 4, "ignore": [1]}, "ignore"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": ["a"]}, "dynamic"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"a": [1]}}, "dynamic.a"),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, "config_groups"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": 1}}, "config_groups.g"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": [1]}}},
+            "config_groups.g.weights",
+        ),
+        ({"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": [[1]]}, "in_block"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(raw: dict, words: str) -> None:
+    with pytest.raises(QuantError, match=f"quantization_config: .*{words}.* must be"):
+        parse_quant_config(raw)
+
+
+def test_a_single_name_is_a_list_of_one() -> None:
+    raw = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": "q_proj"}
+    config = parse_quant_config(raw)
+    assert config.for_module("layers.0.q_proj") is None
+    assert config.for_module("layers.0.k_proj") is not None

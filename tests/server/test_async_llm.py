@@ -11,7 +11,7 @@ import pytest
 from server_helpers import make_llm, wait_until_idle
 
 from fastinfer import SamplingParams
-from fastinfer.engine import AsyncLLM, EngineBusy
+from fastinfer.engine import AsyncLLM, EngineBusy, async_llm
 
 PROMPTS = ["Once upon a time", "The dog", "One day, Tom", "A bird sat"]
 LONG = SamplingParams(temperature=0.0, max_tokens=600, ignore_eos=True)
@@ -246,5 +246,35 @@ def test_readers_in_a_loop_that_has_ended_are_let_go():
     try:
         asyncio.run(leave())
         wait_until_idle(llm)
+    finally:
+        llm.close()
+
+
+def test_a_timeout_at_the_moment_of_the_end_does_not_come_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    hand_over = async_llm._hand_over
+
+    def and_expire(batch: list[tuple[Any, Any]]) -> None:
+        hand_over(batch)
+        for stream, news in batch:
+            if news.finished:
+                stream._expire()
+
+    monkeypatch.setattr(async_llm, "_hand_over", and_expire)
+
+    async def test(llm: AsyncLLM) -> None:
+        outputs = [output async for output in llm.generate(PROMPTS[0], greedy(4), timeout=60)]
+        assert outputs[-1].finished
+
+    with_engine(test)
+
+
+def test_a_request_that_could_not_be_made_is_not_counted():
+    llm = AsyncLLM(make_llm(), max_requests=1)
+    try:
+        with pytest.raises(RuntimeError, match="event loop"):
+            llm.generate(PROMPTS[0], greedy(4))
+        assert llm.num_requests == 0
     finally:
         llm.close()

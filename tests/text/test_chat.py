@@ -501,6 +501,17 @@ def test_size_is_bounded(tok: Tokenizer, template: str) -> None:
     assert time.monotonic() - start < 3
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ('{' ~ ':' * 200000).format(1) }}", "{{ ('%' ~ '1 ' * 200000) % 1 }}"],
+)
+def test_the_checks_themselves_take_linear_time(tok: Tokenizer, template: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ChatTemplateError):
+        render_chat(tok, [USER], chat_template=template)
+    assert time.monotonic() - start < 5
+
+
 def test_limits_can_be_raised(tok: Tokenizer) -> None:
     messages = [{"role": "user", "content": "x" * 5000}]
     template = "{{ messages[0].content }}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -273,3 +275,39 @@ def test_bad_arguments(kind: str, request: pytest.FixtureRequest) -> None:
     for bad in (-1, 2**31, "a", 1.5):
         with pytest.raises(TokenizerError, match="decode: ids must be integers"):
             tok.decode([bad])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_tokens_add_up_to_the_text(kind: str, request: pytest.FixtureRequest) -> None:
+    tok = load_tokenizer(request.getfixturevalue(kind))
+    for text in (*TEXTS, "the 🙂 fox"):
+        ids = tok.encode("the" + text, add_special_tokens=False)
+        pieces = b"".join(map(tok.token_bytes, ids)).decode()
+        assert pieces.lstrip(" ") == tok.decode(ids, False)
+    assert tok.token_bytes(tok.vocab_size + 1) == b""
+    with pytest.raises(TokenizerError):
+        tok.token_bytes(-1)
+
+
+def test_runs_of_spaces_before_added_tokens_take_linear_time(
+    make_sentencepiece: Callable[..., Path],
+) -> None:
+    spaced = {"special": True, "lstrip": True}
+    added = {
+        "420": {"content": "<mask>", **spaced},
+        "421": {"content": "<r>", "rstrip": True, "special": True},
+        "422": {"content": "<b>", "rstrip": True, "single_word": True, **spaced},
+    }
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tok = load_tokenizer(make_sentencepiece({**config, "added_tokens_decoder": added}))
+    start = time.monotonic()
+    tok.encode("a" + " " * 100_000 + "b")
+    assert time.monotonic() - start < 10
+    mask, r, b = 420, 421, 422
+
+    def found(text: str) -> list[int]:
+        return [i for i in tok.encode(text, add_special_tokens=False) if i >= 420]
+
+    assert found("a  <mask> b") == [mask]
+    assert tok.encode("the  <mask>", False) == tok.encode("the<mask>", False)
+    assert found("<r>  <mask><mask> <r>  <b>  x") == [r, mask, mask, r, b]

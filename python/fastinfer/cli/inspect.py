@@ -98,7 +98,7 @@ def _describe_config(folder: Path, report: dict[str, Any]) -> ModelConfig:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = raw.get("architectures") or [raw.get("model_type")]
         report["family"] = ", ".join(str(name) for name in names)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         pass  # load_config says what is wrong
     config = load_config(folder)
     report["family"] = config.architecture

@@ -117,7 +117,7 @@ class Hub:
                 if not secrets.compare_digest(str(hello["secret"]), self._secret):
                     raise ValueError("wrong secret")
                 found.setdefault(int(hello["rank"]), {})[str(hello["kind"])] = connection
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 connection.close()
         self._listener.close()
         for rank, pair in sorted(found.items()):

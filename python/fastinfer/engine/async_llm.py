@@ -166,7 +166,11 @@ class AsyncLLM:
                     "allows; try again later"
                 )
             self._open += 1
-        stream = AsyncStream(self, parsed, self._core.clock(), timeout, whole, priority)
+        try:
+            stream = AsyncStream(self, parsed, self._core.clock(), timeout, whole, priority)
+        except BaseException:  # no event loop runs here, or the timeout is no number
+            self._release(1)
+            raise
         self._inbox.append(stream)
         self._wake.set()
         return stream
@@ -316,9 +320,11 @@ class AsyncStream(AsyncIterator[RequestOutput]):
         return self._parsed[1]
 
     async def __anext__(self) -> RequestOutput:
+        if self._finished:
+            raise StopAsyncIteration
         if self._timed_out:
             raise self._late()
-        if self._finished or self._closed:
+        if self._closed:
             raise StopAsyncIteration
         if self._waiter is not None:
             raise RuntimeError("AsyncLLM: a stream is for one reader, and this one has one")

@@ -27,9 +27,14 @@ def _integer(owner: str, name: str, value: Any, low: int, fix: str = "") -> None
 
 
 def _number(owner: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{owner}: {name} must be a finite number, got {value!r}")
-    return float(value)
+    wrong = isinstance(value, bool) or not isinstance(value, (int, float))
+    try:
+        number = math.nan if wrong else float(value)
+    except OverflowError:  # an integer beyond the range of floats
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{owner}: {name} must be a finite number, got {value!r:.80}")
+    return number
 
 
 def _choice(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -204,7 +204,7 @@ class EngineCore:
             first = first or request
             completion = Completion(request, index, self._detokenizer(params, token_ids))
             if self.tokenizer is not None:
-                completion.decode = self.tokenizer.decode
+                completion.token_bytes = self.tokenizer.token_bytes
             request.followed = completion.detokenizer is not None or params.logprobs is not None
             generation.completions.append(completion)
             self._completions[request.request_id] = (generation, completion)
@@ -228,12 +228,6 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self.scheduler.requests)
-
-    def advance(self, generation: Generation) -> None:
-        """Step, unless somebody else's step has already brought news for this generation."""
-        with self.lock:
-            if not generation.has_news and not generation.finished:
-                self.step()
 
     def step(self) -> None:
         """Run one step for whoever is due. After an exception its requests have ended."""

@@ -19,13 +19,13 @@ class Completion:
         request: The scheduler's view.
         index: Which of the n.
         detokenizer: Turns tokens into text and finds stop strings; None without a tokenizer.
-        decode: Text of tokens (ids, skip special ones); None without a tokenizer.
+        token_bytes: What a token adds to a text; None without a tokenizer.
     """
 
     request: Request
     index: int
     detokenizer: Any | None = None
-    decode: Callable[[list[int], bool], str] | None = None
+    token_bytes: Callable[[int], bytes] | None = None
     text: str = ""
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
@@ -75,16 +75,19 @@ class Completion:
         wanted = self.request.sampling.logprobs or 0
         entry = {token: Logprob(result.logprobs[row], None, self._decoded(token))}
         if result.top_ids is not None and result.top_logprobs is not None:
-            best = zip(result.top_ids[row], result.top_logprobs[row], strict=True)
+            # others of the batch may have asked for more
+            best = zip(result.top_ids[row][:wanted], result.top_logprobs[row], strict=False)
             for rank, (other, value) in enumerate(best, start=1):
                 if other == token:
                     entry[token].rank = rank
-                elif rank <= wanted:
+                else:
                     entry[other] = Logprob(value, rank, self._decoded(other))
         self.logprobs.append(entry)
 
     def _decoded(self, token: int) -> str | None:
-        return None if self.decode is None else self.decode([token], False)
+        if self.token_bytes is None:
+            return None
+        return self.token_bytes(token).decode("utf-8", "replace")
 
     @property
     def has_news(self) -> bool:

@@ -223,16 +223,17 @@ class LLM:
         generations = core.add(self._prompts(prompts, sampling_params), priority=priority)
         if use_tqdm is None:
             use_tqdm = len(generations) > 1 and sys.stderr.isatty()
-        left = generations
+        left, ended = generations, -1
         try:
             with tqdm(total=len(left), unit="prompt", disable=not use_tqdm) as bar:
                 while left:
-                    ended = core.num_ended
                     core.step()
-                    if core.num_ended != ended:  # by this step, or by another thread's before it
-                        done = len(left)
+                    if core.num_ended == ended:
+                        continue
+                    with core.lock:  # another thread's step may be in the middle of its results
+                        ended, done = core.num_ended, len(left)
                         left = [generation for generation in left if not generation.finished]
-                        bar.update(done - len(left))
+                    bar.update(done - len(left))
         finally:
             core.abort(left)
         for generation in generations:
@@ -356,15 +357,18 @@ class TextStream(Iterator[RequestOutput]):
 
     def __next__(self) -> RequestOutput:
         try:
-            while not self._generation.has_news:
-                if self._generation.finished:
-                    raise StopIteration
-                self._core.advance(self._generation)
+            while True:
+                # another thread's step may bring the news; not while its results are taken in
+                with self._core.lock:
+                    if self._generation.has_news:
+                        _raise_failure(self._generation)
+                        return self._generation.output(delta=True)
+                    if self._generation.finished:
+                        raise StopIteration
+                    self._core.step()
         except KeyboardInterrupt:
             self.close()
             raise
-        _raise_failure(self._generation)
-        return self._generation.output(delta=True)
 
     def close(self) -> None:
         """End the request."""

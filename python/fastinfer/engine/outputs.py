@@ -12,7 +12,9 @@ class Logprob:
     """Log-probability of one token at one position.
 
     It belongs to the distribution the token was drawn from: after penalties, temperature and
-    filters. `rank` is 1 for the most likely token, None when the token is not among those returned.
+    filters. `rank` is 1 for the most likely token, None when the token is not among those asked
+    for. `decoded_token` is what the token adds to a text that has begun, with its leading space;
+    U+FFFD stands in it for a part of a character.
     """
 
     logprob: float

@@ -75,6 +75,7 @@ class Request:
     priority: int = 0  # lower is served first
     host_blocks: list[int] = field(default_factory=list)  # where its K/V waits, if it was swapped
     num_on_host: int = 0  # tokens whose K/V is there
+    resume_after: int = 0  # plans that must be committed before it may run again
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None

@@ -97,6 +97,7 @@ class Scheduler:
         self._arrivals = 0
         self._held_up = False  # the first that waits found no place in the last step
         self._rows = list(range(config.max_num_seqs))  # not taken by a running request
+        self._planned = self._committed = 0  # steps
 
     @property
     def max_total_tokens(self) -> int:
@@ -191,6 +192,7 @@ class Scheduler:
             self._admit(plan, budget)
         if plan.num_tokens > len(plan.chunks):
             plan.chunks.sort(key=lambda chunk: chunk.count > 1)  # decodes first
+        self._planned += bool(plan.chunks)
         self.peak_blocks = max(self.peak_blocks, self.pool.num_used)
         return plan
 
@@ -210,6 +212,7 @@ class Scheduler:
         Returns:
             Of the requests that got tokens those that somebody follows or that just ended.
         """
+        self._committed += 1
         now = self.clock()
         caching = self.config.enable_prefix_caching
         updated: list[Request] = []
@@ -337,11 +340,14 @@ class Scheduler:
     def _preempt(self, request: Request, plan: SchedulePlan) -> None:
         self.running.remove(request)
         request.move_to(RequestStatus.PREEMPTED)
+        if request.in_flight and request.draft_tokens:  # nobody knows yet which of them stand
+            request.num_computed = min(request.num_computed, len(request.tokens))
         if self.swap is not None:
             self.num_swapped += self.swap.take_out(request, plan, self._blocks_for)
         self._release(request)
         request.num_computed = 0
         request.draft_tokens = []
+        request.resume_after = self._planned
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
         self._queue(request)
@@ -360,6 +366,8 @@ class Scheduler:
         held: list[Request] = []  # for a prompt that is being computed for them
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
+            if self.stages > 1 and request.resume_after > self._committed:
+                break  # steps from before it was preempted are on their way, and their tokens
             if self._waits_for_fork(request, plan):
                 held.append(self.waiting.popleft())
                 continue

@@ -253,7 +253,8 @@ def _count(raw: Mapping[str, Any], key: str, default: int | None = None, *, leas
     value = raw.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number or not least <= value < 2**31:
         raise ValueError(
             f"load_config: {key} must be an integer of at least {least}, got {value!r}; "
             "fix config.json"

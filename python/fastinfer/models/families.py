@@ -83,8 +83,10 @@ _UNSUPPORTED_KEYS = {
 def find_architecture(raw: Mapping[str, Any]) -> str:
     """The supported architecture that `config.json` names."""
     names = raw.get("architectures") or []
+    if not isinstance(names, list):
+        names = [names]
     for name in names:
-        if name in FAMILIES:
+        if isinstance(name, str) and name in FAMILIES:
             return name
     if not names:
         for name, family in FAMILIES.items():

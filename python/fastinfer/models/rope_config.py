@@ -146,7 +146,8 @@ def _optional(settings: Mapping[str, Any], key: str) -> float | None:
 
 def positive(value: Any, key: str) -> float:
     """The number under `key`, or a ValueError when it is none or not above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < 1e300:  # JSON as Python reads it has NaN and Infinity
         raise ValueError(
             f"load_config: {key} must be a number above 0, got {value!r}; fix config.json"
         )

@@ -80,8 +80,9 @@ def linear(
 
     Reference: batch invariance: He et al., "Defeating Nondeterminism in LLM Inference", 2025.
     """
+    _lib.require_tensors("linear", x=x, weight=weight)
     _lib.refuse_grad("linear", x, weight, bias)
-    out, out2 = _output("linear", x, weight.shape[0], x.dtype, out)
+    out, out2 = _output("linear", x, weight.shape[:1].numel(), x.dtype, out)
     _linear(_rows("linear", "x", x), weight, bias, batch_invariant=batch_invariant, out=out2)
     return out
 
@@ -134,6 +135,7 @@ def int4_linear(
     Reference: Frantar et al., "GPTQ", 2022, and "MARLIN", 2024; Lin et al., "AWQ", 2023.
     """
     name = "int4_linear"
+    _lib.require_tensors(name, x=x, qweight=qweight, scales=scales)
     _lib.refuse_grad(name, x, scales, zeros, bias)
     out, out2 = _output(name, x, out_features, x.dtype, out)
     _int4_linear(
@@ -190,6 +192,7 @@ def int8_linear(
     Reference: Frantar et al., "GPTQ", 2022.
     """
     name = "int8_linear"
+    _lib.require_tensors(name, x=x, qweight=qweight, scales=scales)
     _lib.refuse_grad(name, x, scales, zeros, bias)
     out, out2 = _output(name, x, out_features, x.dtype, out)
     _int8_linear(
@@ -250,8 +253,9 @@ def w8a8_linear(
     Reference: Xiao et al., "SmoothQuant", 2022.
     """
     name = "w8a8_linear"
+    _lib.require_tensors(name, x_q=x_q, weight=weight)
     _lib.refuse_grad(name, x_scale, weight_scale, bias)
-    out, out2 = _output(name, x_q, weight.shape[0], out_dtype, out)
+    out, out2 = _output(name, x_q, weight.shape[:1].numel(), out_dtype, out)
     if x_q.dim() > 2 and x_scale.shape == x_q.shape[:-1]:  # as rms_norm_quant returns them
         x_scale = x_scale.reshape(-1)
         x_zeros = None if x_zeros is None else x_zeros.reshape(-1)

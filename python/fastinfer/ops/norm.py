@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, out: Tensor | None
             [T, H, D] view of a fused projection (per-head norm).
         weight: [D], fp32, fp16 or bf16.
         eps: added to the mean square.
-        out: tensor like x to write to; may be x itself.
+        out: tensor like x to write to: x itself, or apart from it.
 
     Returns:
         Tensor of x's shape and dtype.
@@ -54,7 +54,8 @@ def fused_add_rms_norm(
 
     Args:
         x: [..., D], the output of the previous layer; receives the normalised values.
-        residual: like x; receives the sum, rounded to its dtype before it is normalised.
+        residual: like x, apart from it; receives the sum, rounded to its dtype before it is
+            normalised.
         weight: [D].
         eps: added to the mean square.
 
@@ -88,8 +89,8 @@ def rms_norm_quant(
         x: [..., D], fp32, fp16 or bf16; last dimension contiguous; not changed.
         weight: [D], fp32, fp16 or bf16.
         eps: added to the mean square.
-        residual: like x; updated in place to x + residual first (rounded to its dtype), and that
-            sum is what is normalised.
+        residual: like x, apart from it; updated in place to x + residual first (rounded to its
+            dtype), and that sum is what is normalised.
         symmetric: scale = max|y| / 127 and codes in [-127, 127]; otherwise the codes span the range
             of y and 0, and zero points come back too.
         out: (q, scale), or (q, scale, zeros) when not symmetric, to write to. Allocating them takes

@@ -90,6 +90,7 @@ def quantize_weight(
         RuntimeError: wrong dtype, shape or option, or the weight requires grad.
     """
     name = "quantize_weight"
+    _lib.require_tensors(name, weight=weight)
     _lib.refuse_grad(name, weight)
     _lib.check(
         weight.dim() == 2, f"{name}: weight must have 2 dimensions, got {_lib.describe(weight)}"
@@ -149,6 +150,7 @@ def pack_weight(
     Reference: CUDA layout: operand fragments of mma.m16n8k16, NVIDIA PTX ISA.
     """
     name = "pack_weight"
+    _lib.require_tensors(name, codes=codes, scales=scales)
     _lib.refuse_grad(name, scales, zeros)
     _check_bits(name, bits)
     _lib.check(
@@ -234,6 +236,7 @@ def dequantize_weight(
     Raises:
         RuntimeError: wrong dtype, shape or option, or an input requires grad.
     """
+    _lib.require_tensors("dequantize_weight", qweight=qweight, scales=scales)
     _lib.refuse_grad("dequantize_weight", scales, zeros)
     out = torch.empty((out_features, in_features), dtype=dtype, device=qweight.device)
     _dequantize_weight(qweight, scales, zeros, bits=bits, group_size=group_size, perm=perm, out=out)
@@ -272,6 +275,7 @@ def quantize_per_token(
     Reference: Dettmers et al., "LLM.int8()", 2022; Xiao et al., "SmoothQuant", 2022.
     """
     name = "quantize_per_token"
+    _lib.require_tensors(name, x=x)
     _lib.refuse_grad(name, x, scale)
     x2 = _rows(name, "x", x)
     row_scale = zeros = None

@@ -203,17 +203,17 @@ def _gptq(raw: Mapping[str, Any]) -> QuantConfig:
         act_order=bool(raw.get("desc_act", False)),
         style=style,
     )
-    ignore = list(raw.get("modules_to_not_convert") or ())
+    ignore = list(_names(raw, "modules_to_not_convert"))
     if not raw.get("lm_head", False):
         ignore.append("lm_head")
     overrides: list[tuple[str, LinearScheme | None]] = []
     # GPTQModel: {"-:regex": {}} skips, {"+:regex" or "regex": {"bits": 8, ...}} overrides; regexes
     # match from the start of the name.
-    for pattern, options in (raw.get("dynamic") or {}).items():
+    for pattern, options in _object(raw, "dynamic").items():
         if pattern.startswith("-:"):
             overrides.append(("re:" + pattern[2:], None))
             continue
-        options = options or {}
+        options = _object({pattern: options}, pattern, "dynamic.")
         sym = options.get("sym", scheme.symmetric)
         special = replace(
             scheme,
@@ -224,13 +224,35 @@ def _gptq(raw: Mapping[str, Any]) -> QuantConfig:
         )
         overrides.append(("re:" + pattern.removeprefix("+:"), special))
     # [["self_attn.q_proj", ...], ...]: what is quantised inside each block, and nothing else.
-    inside = [m for group in raw.get("modules_in_block_to_quantize") or () for m in _listed(group)]
+    key = "modules_in_block_to_quantize"
+    groups = raw.get(key) or []
+    groups = groups if isinstance(groups, list) else [groups]
+    inside = [name for group in groups for name in _names({key: group}, key)]
     overrides += [(module, scheme) for module in inside]
     return QuantConfig("gptq", None if inside else scheme, tuple(ignore), tuple(overrides))
 
 
-def _listed(names: Any) -> list[str]:
-    return [names] if isinstance(names, str) else [str(name) for name in names]
+def _names(raw: Mapping[str, Any], key: str, where: str = "") -> tuple[str, ...]:
+    """The names under a key, a single one or a list; none where it is absent."""
+    value = raw.get(key)
+    names = [value] if isinstance(value, str) else () if value is None else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise QuantError(
+            f"quantization_config: {where}{key} must be a list of names, got {value!r:.80}; fix "
+            "config.json"
+        )
+    return tuple(names)
+
+
+def _object(raw: Mapping[str, Any], key: str, where: str = "") -> Mapping[str, Any]:
+    """The JSON object under a key; empty where it is absent."""
+    value = raw.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise QuantError(
+            f"quantization_config: {where}{key} must be an object, got {value!r:.80}; fix "
+            "config.json"
+        )
+    return value
 
 
 def _awq(raw: Mapping[str, Any]) -> QuantConfig:
@@ -247,7 +269,7 @@ def _awq(raw: Mapping[str, Any]) -> QuantConfig:
         not raw.get("zero_point", True),
         style=style,
     )
-    return QuantConfig("awq", scheme, ("lm_head", *(raw.get("modules_to_not_convert") or ())))
+    return QuantConfig("awq", scheme, ("lm_head", *_names(raw, "modules_to_not_convert")))
 
 
 def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
@@ -257,10 +279,13 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
             f"quantization_config: quantization_status must be compressed, got {status!r}"
         )
     overrides: list[tuple[str, LinearScheme | None]] = []
-    for label, group in (raw.get("config_groups") or {}).items():
+    groups = _object(raw, "config_groups")
+    for label in groups:
+        group = _object(groups, label, "config_groups.")
         style = str(group.get("format") or raw.get("format", "pack-quantized"))
         scheme = _compressed_group(label, group, style)
-        overrides += [(str(target), scheme) for target in group.get("targets", ("Linear",))]
+        targets = _names({"targets": ["Linear"], **group}, "targets", f"config_groups.{label}.")
+        overrides += [(target, scheme) for target in targets]
     if not overrides:
         raise QuantError(
             "quantization_config: config_groups is empty, so nothing says how weights are stored"
@@ -269,12 +294,14 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
         note("kv_cache_scheme", "ignored, the KV cache has the dtype that the engine is given")
     # Specific targets before the class name, whatever the order in the file.
     overrides.sort(key=lambda rule: rule[0] == "Linear")
-    return QuantConfig("compressed-tensors", None, tuple(raw.get("ignore") or ()), tuple(overrides))
+    return QuantConfig("compressed-tensors", None, _names(raw, "ignore"), tuple(overrides))
 
 
 def _compressed_group(label: str, group: Mapping[str, Any], style: str) -> LinearScheme:
     where = f"quantization_config: config_groups.{label}"
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = (
+        _object(group, key, f"config_groups.{label}.") for key in ("weights", "input_activations")
+    )
     if style not in ("pack-quantized", "int-quantized", "naive-quantized"):
         raise QuantError(f"{where}: format must be pack-quantized or int-quantized, got {style!r}")
     if weights.get("type", "int") != "int":
@@ -322,9 +349,8 @@ def _bitsandbytes(raw: Mapping[str, Any]) -> QuantConfig:
         raise QuantError(
             "quantization_config: bitsandbytes needs load_in_8bit or load_in_4bit set to true"
         )
-    return QuantConfig(
-        "bitsandbytes", scheme, tuple(raw.get("llm_int8_skip_modules") or ("lm_head",))
-    )
+    skipped = _names(raw, "llm_int8_skip_modules") or ("lm_head",)
+    return QuantConfig("bitsandbytes", scheme, skipped)
 
 
 def _native(raw: Mapping[str, Any]) -> QuantConfig:
@@ -343,4 +369,4 @@ def _native(raw: Mapping[str, Any]) -> QuantConfig:
         activations=activations,
     )
     # An empty list is an answer: the head may be quantised, too.
-    return QuantConfig("fastinfer", scheme, tuple(raw.get("ignore", ("lm_head",)) or ()))
+    return QuantConfig("fastinfer", scheme, _names({"ignore": ["lm_head"], **raw}, "ignore"))

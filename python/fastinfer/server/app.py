@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -38,7 +39,7 @@ class ServerSettings:
     Args:
         model_name: Under which the model is served.
         api_keys: Any of these is needed; none are needed when empty.
-        requests_per_minute: Per client; 0 is no limit.
+        requests_per_minute: Per key, without keys per address; 0 is no limit.
         max_body_bytes: Of a request.
         max_prompts: In one request for completions.
         request_timeout: Seconds until an answer must be complete; None is no limit.
@@ -170,11 +171,13 @@ class _Service:
         except EngineStopped as error:
             _log.error("a request was refused: %s", error)
             return JSONResponse(error_json("the engine has stopped", kind="server_error"), 503)
+        tokenizer = self.llm.llm.tokenizer
         reply = Reply(
             self.settings.model_name,
             chat=ask.chat,
             n=ask.params.n,
             return_token_ids=ask.return_token_ids,
+            token_bytes=None if tokenizer is None else tokenizer.token_bytes,
         )
         echoes = [self._echo(ask, each) for each in parsed]
         if ask.stream:
@@ -228,6 +231,8 @@ class _Service:
         config = self.llm.llm.config
         for path in (config.model, config.tokenizer):
             if path:
+                text = text.replace(repr(path), repr(self.settings.model_name))
+            if path and os.sep in path:  # "." or "model" alone may be part of the sentence
                 text = text.replace(path, self.settings.model_name)
         return text
 

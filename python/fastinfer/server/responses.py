@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..engine.outputs import CompletionOutput, Logprob, RequestOutput
@@ -23,10 +23,20 @@ class Reply:
         chat: Chat completion or completion.
         n: Completions per prompt; a choice's index is `n * prompt + completion`.
         return_token_ids: Choices also hold `token_ids`, as vLLM's do.
+        token_bytes: Bytes of a token, which may be a part of a character; None: those of its text.
     """
 
-    def __init__(self, model: str, *, chat: bool, n: int, return_token_ids: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        chat: bool,
+        n: int,
+        return_token_ids: bool = False,
+        token_bytes: Callable[[int], bytes] | None = None,
+    ) -> None:
         self.chat = chat
+        self._token_bytes = token_bytes
         self._return_token_ids = return_token_ids
         self.n = n
         kind = "chat.completion" if chat else "text_completion"
@@ -122,7 +132,7 @@ class Reply:
             if self.chat:
                 logprobs = {
                     "content": [
-                        _chat_position(token, entry)
+                        self._chat_position(token, entry)
                         for token, entry in zip(
                             completion.token_ids, completion.logprobs, strict=True
                         )
@@ -162,21 +172,16 @@ class Reply:
             "text_offset": offsets,
         }
 
+    def _chat_position(self, token: int, entry: dict[int, Logprob]) -> Json:
+        ranked = [each for each in entry.items() if each[1].rank is not None]
+        ranked.sort(key=lambda each: each[1].rank or 0)
+        drawn = self._chat_token(token, entry[token])
+        return {**drawn, "top_logprobs": [self._chat_token(*each) for each in ranked]}
 
-def _chat_position(token: int, entry: dict[int, Logprob]) -> Json:
-    ranked = [each for each in entry.items() if each[1].rank is not None]
-    ranked.sort(key=lambda each: each[1].rank or 0)
-    drawn = _chat_token(token, entry[token])
-    return {**drawn, "top_logprobs": [_chat_token(*each) for each in ranked]}
-
-
-def _chat_token(token: int, entry: Logprob) -> Json:
-    text = _text(token, entry)
-    return {
-        "token": text,
-        "logprob": _finite(entry.logprob),
-        "bytes": list(text.encode("utf-8", "replace")),
-    }
+    def _chat_token(self, token: int, entry: Logprob) -> Json:
+        text = _text(token, entry)
+        data = text.encode() if self._token_bytes is None else self._token_bytes(token)
+        return {"token": text, "logprob": _finite(entry.logprob), "bytes": list(data)}
 
 
 def _text(token: int, entry: Logprob) -> str:
@@ -188,8 +193,14 @@ def _finite(value: float) -> float:
 
 
 def error_json(message: str, *, kind: str, param: str | None = None, code: Any = None) -> Json:
-    """The API's error object; what it says of the request is cut off somewhere."""
+    """The API's error object. What it says of the request is cut off somewhere; half a surrogate
+    pair, which JSON can hold, is shown escaped.
+    """
     if len(message) > _LONGEST_ERROR:
         message = message[:_LONGEST_ERROR] + " ..."
-    param = param and param[:80]
+    message, param = _encodable(message), None if param is None else _encodable(param[:80])
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -106,6 +106,15 @@ class Tokenizer(ABC):
         """
         return self._decode([self.check_id(i) for i in ids], skip_special_tokens)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text that has begun, special tokens spelled out.
+
+        A token may hold a part of a character only. Its leading space, if it has one, is there,
+        which :meth:`decode` of that token alone drops with many tokenizers.
+        """
+        once, twice = (self._decode([self.check_id(token_id)] * n, False) for n in (1, 2))
+        return twice[len(once) :].encode("utf-8", "replace")
+
     def stream(self, skip_special_tokens: bool = True) -> TokenStream:
         """A fresh incremental decoder: ids in one by one, complete characters out."""
         return WindowStream(self, skip_special_tokens)

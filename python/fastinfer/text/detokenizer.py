@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from .base import Tokenizer
 
@@ -168,6 +169,7 @@ class StopMatcher:
         return None
 
 
+@lru_cache(maxsize=64)  # the n completions of a prompt have the same stop strings
 def _failure_table(pattern: str) -> list[int]:
     """For each prefix of the pattern, the length of its longest border."""
     table = [0] * len(pattern)

@@ -40,7 +40,7 @@ _BUDGET: ContextVar[tuple[float, int, float]] = ContextVar("fastinfer_render_bud
 _MAX_INT_BITS = 1 << 16
 _MAX_WIDTH = 1000
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{4,})")
-_WIDE_FORMAT = re.compile(r"\{[^{}]*:[^{}]*(?:\{|\d{4,})")
+_WIDE_FORMAT = re.compile(r"\{[^{}:]*:[^{}]*(?:\{|\d{4,})")  # one way to match: linear time
 
 
 @contextmanager

@@ -200,7 +200,8 @@ def _splitter(tokens: Any) -> re.Pattern[str]:
         if token.single_word:
             body = rf"(?<!\w){body}(?!\w)"
         if token.lstrip:
-            body = rf"\s*{body}"
+            # at the start of a run of spaces only: trying each would take quadratic time
+            body = rf"(?:(?<!\s)\s+)?{body}"
         if token.rstrip:
             body = rf"{body}\s*"
         patterns.append(body)

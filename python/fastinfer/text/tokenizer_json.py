@@ -81,6 +81,11 @@ class JsonTokenizer(Tokenizer):
     def all_special_ids(self) -> list[int]:
         return list(self._special_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return (
+            super().token_bytes(token_id) if self._layout is None else self._token_bytes(token_id)
+        )
+
     def stream(self, skip_special_tokens: bool = True) -> TokenStream:
         if self._layout is None:
             return WindowStream(self, skip_special_tokens)
