@@ -25,6 +25,7 @@ namespace fastinfer::cuda {
 
 constexpr int kPlanTile = 64;        // keys per unit of cost
 constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
+constexpr int kShortShare = 12;      // tiles, up to which shares begin with an item (work.cuh)
 constexpr int kLongShare = 32;       // tiles, from which on ends of items count (work.cuh)
 constexpr int kPartShift = 2;        // log2 of the tiles per CTA before an item has more clusters
 constexpr int kAlways = INT32_MAX;   // most_share of a launch that is nothing but clusters

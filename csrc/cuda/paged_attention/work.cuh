@@ -34,8 +34,13 @@ struct Slot {
   int share, lane;
   int b, first_cost;  // sequence at `begin`, cost of those before it
   int extra;          // cost of an item on top of its tiles
+  int unit;           // that is rounded up to a multiple of this
   int parts, part;    // of clusters, this one; 0: not in clusters
   bool works;         // anything to do?
+
+  __device__ __forceinline__ int padded(int tiles) const {
+    return (unit > 1 ? (tiles + unit - 1) / static_cast<unsigned>(unit) * unit : tiles) + extra;
+  }
 };
 
 // The end of an item takes about as long as some tiles of keys, which matters where CTAs of long
@@ -55,6 +60,24 @@ __device__ __forceinline__ void set_share(const P& p, int total, Slot& s) {
   if (s.share == 1 && total > 16 * items) s.share = total > 24 * items ? 3 : 2;
   s.begin = blockIdx.y * s.share;
   s.end = min(s.begin + s.share, total);
+}
+
+// A share with the end of one item and the beginning of another makes the second wait for the merge
+// of the first. Where shares are short and not all CTAs would be busy, or others but little longer,
+// they begin with an item and go no further: its cost is rounded up to whole shares, `s.unit`.
+// `own`: cost of sequence threadIdx.x % 32.
+template <class P>
+__device__ __forceinline__ bool align_shares(const P& p, int own, Slot& s) {
+  if (p.invariant || p.batch == 1 || s.share == 1 || s.share > kShortShare) return false;
+  const int most = s.share + s.share / 4 + 1;
+#pragma unroll 1
+  for (int share = s.share; share <= most; ++share) {
+    const int parts = (own + share - 1) / static_cast<unsigned>(share);
+    if (__reduce_add_sync(kAllLanes, parts) * p.lane_items > static_cast<int>(gridDim.y)) continue;
+    s.share = s.unit = share;
+    return true;
+  }
+  return false;
 }
 
 // Sets out for the lengths before anything else: of sequence threadIdx.x % 32 where find_slot()
@@ -96,6 +119,15 @@ __device__ __forceinline__ bool find_cluster(const P& p, int own, int total, Slo
   return true;
 }
 
+__device__ __forceinline__ int running_sum(int x, int lane) {
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, x, i);
+    if (lane >= i) x += other;
+  }
+  return x;
+}
+
 // Every thread calls. `scratch`: 8 ints of shared memory.
 template <class P>
 __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) {
@@ -105,14 +137,7 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
     const int b = tid % 32;
     int own = 0;
     if (b < p.batch) own = p.plan ? length : sequence_cost(length, p.q_len, p.window_left);
-    int sum = own;
-    if (p.batch > 1) {
-#pragma unroll
-      for (int lane = 1; lane < 32; lane *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, sum, lane);
-        if (b >= lane) sum += other;
-      }
-    }
+    int sum = p.batch > 1 ? running_sum(own, b) : own;
     const int total = __shfl_sync(kAllLanes, sum, p.batch - 1) * items;
     const int first = __shfl_sync(kAllLanes, own, 0);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -122,6 +147,12 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
     s.extra = extra_cost(p, total, __any_sync(kAllLanes, b < p.batch && own != first));
     own += s.extra, sum += s.extra * (b + 1);
     set_share(p, total + s.extra * p.batch * items, s);
+    if (s.extra == 0 && align_shares(p, own, s)) {
+      if (b < p.batch) own = s.padded(own);
+      sum = running_sum(own, b);
+      s.begin = blockIdx.y * s.share;
+      s.end = min(s.begin + s.share, __shfl_sync(kAllLanes, sum, p.batch - 1) * items);
+    }
     // The first sequence that ends behind `begin`.
     const unsigned behind = __ballot_sync(kAllLanes, b < p.batch && sum * items > s.begin);
     s.b = max(__ffs(behind) - 1, 0);
@@ -159,12 +190,7 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
       own += cost;
       differ = differ || cost != first;
     }
-    int sum = own;
-#pragma unroll
-    for (int lane = 1; lane < 32; lane *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, sum, lane);
-      if (tid % 32 >= lane) sum += other;
-    }
+    const int sum = running_sum(own, tid % 32);
     if (tid % 32 == 31) scratch[tid / 32] = sum;
     differ = __syncthreads_or(differ);
     int total = 0, before = sum - own;
@@ -201,17 +227,20 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
 struct Walk {
   int b, item;   // item of the lane
   int position;  // cost before this item
-  int cost, len, low,
-      row;  // keys of the sequence, first one that is visible to some row, cache row
+  int cost;      // of this one
+  int padding;   // cost that is no tile
+  int len, low;  // keys of the sequence, first one that is visible to some row
+  int row;       // of the cache
   int tile, end;
 
   template <class P>
-  __device__ __forceinline__ void load_sequence(const P& p, int extra) {
+  __device__ __forceinline__ void load_sequence(const P& p, const Slot& s) {
     len = sequence_length(p, b);
     low = p.window_left < 0 ? 0 : max(len - p.q_len - p.window_left, 0);
     if (p.leftpad) low = max(low, __ldg(p.leftpad + b * p.leftpad_stride));
     row = p.cache_rows ? __ldg(p.cache_rows + b * p.cache_rows_stride) : b;
-    cost = sequence_cost(len, p.q_len, p.window_left) + extra;
+    const int tiles = sequence_cost(len, p.q_len, p.window_left);
+    cost = s.padded(tiles), padding = cost - tiles;
   }
 
   template <class P>
@@ -240,7 +269,7 @@ struct Walk {
   template <class P>
   __device__ __forceinline__ void start(const P& p, const Slot& s) {
     b = s.b;
-    load_sequence(p, s.extra);
+    load_sequence(p, s);
     item = p.lane_items == 1 ? 0 : (s.begin - s.first_cost * p.lane_items) / cost;
     position = s.first_cost * p.lane_items + item * cost;
     cut(p, s);
@@ -254,7 +283,7 @@ struct Walk {
     if (++item == p.lane_items) {
       item = 0;
       ++b;
-      load_sequence(p, s.extra);
+      load_sequence(p, s);
     }
     cut(p, s);
     return true;
