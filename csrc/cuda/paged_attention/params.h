@@ -63,6 +63,7 @@ struct DecodeParams {
   bool out_packs;    // out may be written 8 bytes at a time
   bool scale_per_token_k, scale_per_token_v;
   bool invariant;
+  bool large;         // one CTA of 8 warps per SM, where there is such a kernel
   int32_t* counters;  // zero before and after every launch
   int32_t* claims;    // as many
   float* partial;     // [piece][block rows][D]
@@ -88,11 +89,13 @@ struct DecodeParams {
   int64_t pages, page_rows;  // shape of the caches
   static constexpr bool kPlain = false, kClusters = false;
   static constexpr int kRowsAtOnce = 1;  // that a thread merges
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
 };
 
 // What most calls have in common, known when the kernel is compiled; see is_plain().
-template <int kRowTiles, bool kScalePerToken = false>
+template <int kRowTiles, bool kScalePerToken = false, int kNumWarps = 4>
 struct PlainParams : DecodeParams {
+  static constexpr int kWarps = kNumWarps, kThreads = 32 * kWarps;
   static constexpr const int32_t* cache_rows = nullptr;
   static constexpr const int32_t* leftpad = nullptr;
   static constexpr const float* alibi = nullptr;

@@ -11,9 +11,6 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kDecodeThreads = 128;
-constexpr int kDecodeWarps = kDecodeThreads / 32;
-
 template <class P>
 __device__ __forceinline__ int sequence_length(const P& p, int b) {
   return (p.lengths ? __ldg(p.lengths + b * p.lengths_stride) : p.capacity) + p.append;
@@ -128,7 +125,7 @@ __device__ __forceinline__ int running_sum(int x, int lane) {
   return x;
 }
 
-// Every thread calls. `scratch`: 8 ints of shared memory.
+// Every thread calls. `scratch`: P::kWarps + 2 ints of shared memory.
 template <class P>
 __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) {
   const int items = p.lane_items, tid = threadIdx.x;
@@ -166,20 +163,20 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
     if (extra_cost(p, total, true) > 0) {
       bool differ = false;
 #pragma unroll 1
-      for (int b = tid; b < p.batch; b += kDecodeThreads) differ = differ || sums[b] != b * first;
+      for (int b = tid; b < p.batch; b += P::kThreads) differ = differ || sums[b] != b * first;
       s.extra = extra_cost(p, total, __syncthreads_or(differ) || sums[p.batch] != p.batch * first);
     }
     set_share(p, total + s.extra * p.batch * items, s);
 #pragma unroll 1
-    for (int b = tid; b < p.batch; b += kDecodeThreads) {
+    for (int b = tid; b < p.batch; b += P::kThreads) {
       const int before = sums[b] + s.extra * b, after = sums[b + 1] + s.extra * (b + 1);
       if (before * items <= s.begin && s.begin < after * items) {
-        scratch[4] = b;
-        scratch[5] = before;
+        scratch[P::kWarps] = b;
+        scratch[P::kWarps + 1] = before;
       }
     }
   } else {
-    const int each = (p.batch + kDecodeThreads - 1) / kDecodeThreads;
+    const int each = (p.batch + P::kThreads - 1) / P::kThreads;
     const int from = min(tid * each, p.batch), to = min(from + each, p.batch);
     const int first = sequence_cost(sequence_length(p, 0), p.q_len, p.window_left);
     int own = 0;
@@ -195,7 +192,7 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
     differ = __syncthreads_or(differ);
     int total = 0, before = sum - own;
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) {
+    for (int w = 0; w < P::kWarps; ++w) {
       if (w < tid / 32) before += scratch[w];
       total += scratch[w];
     }
@@ -210,15 +207,15 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
         if (s.begin < (before + cost) * items) break;
         before += cost;
       }
-      scratch[4] = b;
-      scratch[5] = before;
+      scratch[P::kWarps] = b;
+      scratch[P::kWarps + 1] = before;
     }
   }
   __syncthreads();
   s.works = s.begin < s.end;
   if (s.works) {
-    s.b = scratch[4];
-    s.first_cost = scratch[5];
+    s.b = scratch[P::kWarps];
+    s.first_cost = scratch[P::kWarps + 1];
   }
   return s;
 }
