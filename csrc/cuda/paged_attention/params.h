@@ -9,8 +9,8 @@
 // 64 visible keys). CTA (lane, g) works on cost [g * share, (g + 1) * share) of its lane's list,
 // share = ceil(total / CTAs per lane): neighbouring CTAs read neighbouring heads of the same keys
 // at the same time. An item cut by such borders is summed up from partial results once the last
-// of them is there (finish.cuh). Batch-invariant: an item consists of pieces of 1024 keys
-// at absolute positions, a piece belongs to the CTA of its first tile.
+// of them is there (finish.cuh). Short shares end with their item (work.cuh). Batch-invariant: an
+// item is in pieces of 1024 keys at absolute positions, each belongs to the CTA of its first tile.
 //
 // Clusters (sm_90). Few items have clusters of CTAs to themselves: 1 << parts_shift of them at
 // most, fewer where the sequence is short, each CTA with an equal part of the keys
@@ -25,7 +25,7 @@ namespace fastinfer::cuda {
 
 constexpr int kPlanTile = 64;        // keys per unit of cost
 constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
-constexpr int kShortShare = 12;      // tiles, up to which shares begin with an item (work.cuh)
+constexpr int kShortShare = 12;      // tiles, up to which a share is of one item (work.cuh)
 constexpr int kLongShare = 32;       // tiles, from which on ends of items count (work.cuh)
 constexpr int kPartShift = 2;        // log2 of the tiles per CTA before an item has more clusters
 constexpr int kAlways = INT32_MAX;   // most_share of a launch that is nothing but clusters

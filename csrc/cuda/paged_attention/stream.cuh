@@ -21,8 +21,8 @@ struct Stream {
   uint32_t shared;  // of the ring
   uint32_t table;   // in shared memory
   bool near;        // the table is there
-  // Else, where 32 pages hold a step, this lane has columns `column` + lane and + 32 of the
-  // sequence, so that no step waits for its pages.
+  // Else, where 32 pages hold a step, this lane has the entries of columns
+  // `column` + lane and + 32 of the sequence, so that no step waits for its pages.
   bool lined;
   int column, line, next_line;
   Walk walk;
@@ -40,22 +40,18 @@ struct Stream {
                                     uint32_t ring, bool table_near)
       : p(params), slot(s), shared(ring), table(ring + L::kTable), near(table_near), walk(start) {
     more = fresh = true;
-    lined = P::kPlain && p.table && !near && p.page_size >= L::kStepTokens / 32;
+    lined = p.table && !near && p.page_shift >= 0 && p.page_size >= L::kStepTokens / 32;
     fetched = -1;
     while (more && !walk.has_tiles()) more = walk.next(p, slot);
     base = walk.tile * kPlanTile;
-    if (more && lined) load_lines();
+    if (__builtin_expect(more && lined, 0)) load_lines();
   }
 
-  __device__ __forceinline__ int column_of(int key) const {
-    return p.page_shift >= 0 ? key >> p.page_shift
-                             : static_cast<uint32_t>(key) / static_cast<uint32_t>(p.page_size);
-  }
   __device__ __forceinline__ int entry(int at) const {
     return at < p.columns ? __ldg(p.table + walk.b * p.table_stride + at) : -1;
   }
   __device__ __forceinline__ void load_lines() {
-    column = column_of(base);
+    column = base >> p.page_shift;
     line = entry(column + lane()), next_line = entry(column + 32 + lane());
   }
 
@@ -90,20 +86,27 @@ struct Stream {
     position = walk.position;
     page = walk.row;
     place = key;
-    if (p.table) {
-      const int own = column_of(key);
-      if (lined) {
-        const int at = own - column;
-        page = __shfl_sync(kAllLanes, line, at);
-        if (__any_sync(kAllLanes, reached && at >= 32)) {
-          const int other = __shfl_sync(kAllLanes, next_line, at);
-          if (at >= 32) page = other;
-        }
-      } else if (valid) {
-        page = near ? shared_int(table + (walk.b * p.columns + own) * 4) : entry(own);
+    if (__builtin_expect(lined, 0)) {  // as code of its own, behind what short steps run through
+      int at = (key >> p.page_shift) - column;
+      if (__all_sync(kAllLanes, at >= 32)) {
+        line = next_line, column += 32, at -= 32;
+        next_line = entry(column + 32 + lane());
       }
-      place = key - own * p.page_size;
+      page = __shfl_sync(kAllLanes, line, at);
+      if (__any_sync(kAllLanes, at >= 32)) {
+        const int other = __shfl_sync(kAllLanes, next_line, at);
+        if (at >= 32) page = other;
+      }
+      place = key & (p.page_size - 1);
       valid = valid && page >= 0;  // a padded row of the batch: zeros, not an address
+    } else if (p.table && valid) {
+      const uint32_t size = p.page_size;
+      const uint32_t own =
+          p.page_shift >= 0 ? key >> p.page_shift : static_cast<uint32_t>(key) / size;
+      page = near ? shared_int(table + (walk.b * p.columns + own) * 4)
+                  : __ldg(p.table + walk.b * p.table_stride + own);
+      place = key - own * size;
+      valid = page >= 0;
     }
     base += L::kStepTokens;
     if (base >= end) {
@@ -112,11 +115,7 @@ struct Stream {
       } while (more && !walk.has_tiles());
       base = walk.tile * kPlanTile;
       fresh = true;
-      if (more && lined) load_lines();
-    } else if (lined && column_of(base) - column >= 32) {
-      column += 32;
-      line = next_line;
-      next_line = entry(column + 32 + lane());
+      if (__builtin_expect(more && lined, 0)) load_lines();
     }
   }
 

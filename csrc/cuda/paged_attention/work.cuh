@@ -31,13 +31,9 @@ struct Slot {
   int share, lane;
   int b, first_cost;  // sequence at `begin`, cost of those before it
   int extra;          // cost of an item on top of its tiles
-  int unit;           // that is rounded up to a multiple of this
+  int origin;         // CTA of the lane that has cost 0
   int parts, part;    // of clusters, this one; 0: not in clusters
   bool works;         // anything to do?
-
-  __device__ __forceinline__ int padded(int tiles) const {
-    return (unit > 1 ? (tiles + unit - 1) / static_cast<unsigned>(unit) * unit : tiles) + extra;
-  }
 };
 
 // The end of an item takes about as long as some tiles of keys, which matters where CTAs of long
@@ -59,19 +55,35 @@ __device__ __forceinline__ void set_share(const P& p, int total, Slot& s) {
   s.end = min(s.begin + s.share, total);
 }
 
+__device__ __forceinline__ int running_sum(int x, int lane) {
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, x, i);
+    if (lane >= i) x += other;
+  }
+  return x;
+}
+
 // A share with the end of one item and the beginning of another makes the second wait for the merge
-// of the first. Where shares are short and not all CTAs would be busy, or others but little longer,
-// they begin with an item and go no further: its cost is rounded up to whole shares, `s.unit`.
-// `own`: cost of sequence threadIdx.x % 32.
+// of the first. Where shares are short, and CTAs are left over or shares need to be but little
+// longer, every CTA has a part of one item. `own`: cost of sequence threadIdx.x % 32.
 template <class P>
 __device__ __forceinline__ bool align_shares(const P& p, int own, Slot& s) {
-  if (p.invariant || p.batch == 1 || s.share == 1 || s.share > kShortShare) return false;
-  const int most = s.share + s.share / 4 + 1;
+  const bool may = p.batch > 1 && p.lane_items == 1 && s.share > 1 && s.share <= kShortShare;
+  if (__builtin_expect(!may || p.invariant, 1)) return false;
+  const int b = threadIdx.x % 32, most = s.share + s.share / 4 + 1, slot = blockIdx.y;
 #pragma unroll 1
   for (int share = s.share; share <= most; ++share) {
     const int parts = (own + share - 1) / static_cast<unsigned>(share);
-    if (__reduce_add_sync(kAllLanes, parts) * p.lane_items > static_cast<int>(gridDim.y)) continue;
-    s.share = s.unit = share;
+    if (__reduce_add_sync(kAllLanes, parts) > static_cast<int>(gridDim.y)) continue;
+    const int sum = running_sum(parts, b);
+    const unsigned behind = __ballot_sync(kAllLanes, sum > slot);
+    s.b = max(__ffs(behind) - 1, 0);
+    s.origin = __shfl_sync(kAllLanes, sum - parts, s.b);
+    s.share = share;
+    s.begin = (slot - s.origin) * share;
+    s.end = min(s.begin + share, __shfl_sync(kAllLanes, own, s.b));
+    s.works = behind != 0;
     return true;
   }
   return false;
@@ -116,15 +128,6 @@ __device__ __forceinline__ bool find_cluster(const P& p, int own, int total, Slo
   return true;
 }
 
-__device__ __forceinline__ int running_sum(int x, int lane) {
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, x, i);
-    if (lane >= i) x += other;
-  }
-  return x;
-}
-
 // Every thread calls. `scratch`: P::kWarps + 2 ints of shared memory.
 template <class P>
 __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) {
@@ -144,12 +147,7 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
     s.extra = extra_cost(p, total, __any_sync(kAllLanes, b < p.batch && own != first));
     own += s.extra, sum += s.extra * (b + 1);
     set_share(p, total + s.extra * p.batch * items, s);
-    if (s.extra == 0 && align_shares(p, own, s)) {
-      if (b < p.batch) own = s.padded(own);
-      sum = running_sum(own, b);
-      s.begin = blockIdx.y * s.share;
-      s.end = min(s.begin + s.share, __shfl_sync(kAllLanes, sum, p.batch - 1) * items);
-    }
+    if (s.extra == 0 && align_shares(p, own, s)) return s;
     // The first sequence that ends behind `begin`.
     const unsigned behind = __ballot_sync(kAllLanes, b < p.batch && sum * items > s.begin);
     s.b = max(__ffs(behind) - 1, 0);
@@ -222,22 +220,19 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
 
 // One item of a slot and the tiles [tile, end) of it that the slot does.
 struct Walk {
-  int b, item;   // item of the lane
-  int position;  // cost before this item
-  int cost;      // of this one
-  int padding;   // cost that is no tile
-  int len, low;  // keys of the sequence, first one that is visible to some row
-  int row;       // of the cache
+  int b, item;         // item of the lane
+  int position;        // cost before this item
+  int cost, len, low;  // low: first key that is visible to some row
+  int row;             // of the cache
   int tile, end;
 
   template <class P>
-  __device__ __forceinline__ void load_sequence(const P& p, const Slot& s) {
+  __device__ __forceinline__ void load_sequence(const P& p, int extra) {
     len = sequence_length(p, b);
     low = p.window_left < 0 ? 0 : max(len - p.q_len - p.window_left, 0);
     if (p.leftpad) low = max(low, __ldg(p.leftpad + b * p.leftpad_stride));
     row = p.cache_rows ? __ldg(p.cache_rows + b * p.cache_rows_stride) : b;
-    const int tiles = sequence_cost(len, p.q_len, p.window_left);
-    cost = s.padded(tiles), padding = cost - tiles;
+    cost = sequence_cost(len, p.q_len, p.window_left) + extra;
   }
 
   template <class P>
@@ -266,7 +261,7 @@ struct Walk {
   template <class P>
   __device__ __forceinline__ void start(const P& p, const Slot& s) {
     b = s.b;
-    load_sequence(p, s);
+    load_sequence(p, s.extra);
     item = p.lane_items == 1 ? 0 : (s.begin - s.first_cost * p.lane_items) / cost;
     position = s.first_cost * p.lane_items + item * cost;
     cut(p, s);
@@ -280,7 +275,7 @@ struct Walk {
     if (++item == p.lane_items) {
       item = 0;
       ++b;
-      load_sequence(p, s);
+      load_sequence(p, s.extra);
     }
     cut(p, s);
     return true;
