@@ -8,7 +8,7 @@ namespace {
 
 using DirectKernel = void (*)(SkinnyParams);
 
-bool in_bytes(const PackedLinear& p) { return p.m <= kByteTokens; }
+bool in_bytes(const PackedLinear& p) { return p.m <= kByteTokens && p.k <= kByteColumns; }
 
 DirectKernel kernel_of(const PackedLinear& p) {
   return in_bytes(p)              ? byte_kernel<kDirectStrips>
@@ -62,7 +62,6 @@ int direct_linear(const PackedLinear& q, void* stream) {
   p.slice = ((p.k + 127) / 128 + p.ranks - 1) >> p.rank_shift;  // pairs, at most
   p.x_half = q.dtype == DType::f16;
   p.weights_first = programmatic_launch();
-  p.early = 0;
   const DirectKernel kernel = kernel_of(q);
   const int error = allow_shared(reinterpret_cast<const void*>(kernel), split.bytes);
   if (error) return error;

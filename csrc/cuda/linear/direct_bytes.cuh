@@ -42,12 +42,15 @@ struct ByteStage {
   static constexpr int kBits = 28, kAtOnce = 2;
   const SkinnyParams& p;
   const uint32_t x, factors;
-  const int slice, pairs, lane;
+  // Pairs of this warp: [first], first + step, ...; where warps share no columns those that it will
+  // multiply, and no other warp needs them.
+  const int slice, first, step, count, lane;
 
   __device__ __forceinline__ void load() const {
     const int token = lane / 16, c = lane % 16 * 8;
 #pragma unroll 1
-    for (int pair = threadIdx.x / 32; pair < pairs; pair += kDirectWarps) {
+    for (int i = 0; i < count; ++i) {
+      const int pair = first + i * step;
       const int column = (slice + pair) * 128 + c, left = max(0, min(p.k - column, 8));
       if (token < p.m)
         cp_async_zero(
@@ -61,17 +64,16 @@ struct ByteStage {
   __device__ __forceinline__ void convert() const {
     const int from = lane / 4 * 32 + lane % 4 * 4;
     const int to = lane / 16 * 256 + lane % 4 * 16 + lane / 4 % 4 * 4;
-    const int warp = threadIdx.x / 32, two = p.m - 1;
-    const int units = (pairs - warp + kDirectWarps - 1) / kDirectWarps << two;
+    const int two = p.m - 1, units = count << two;
 #pragma unroll 1
-    for (int first = 0; first < units; first += kAtOnce) {
+    for (int done = 0; done < units; done += kAtOnce) {
       uint32_t raw[kAtOnce][2], at[kAtOnce], factor[kAtOnce], e[kAtOnce], b[kAtOnce][4];
       float v[kAtOnce][4];
       int upper[kAtOnce], lower[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        const int unit = min(first + u, units - 1);  // the last one twice: the same values
-        const int token = unit & two, pair = warp + kDirectWarps * (unit >> two);
+        const int unit = min(done + u, units - 1);  // the last one twice: the same values
+        const int token = unit & two, pair = first + (unit >> two) * step;
         at[u] = x + token * p.x_pitch + pair * 512;
         factor[u] = factors + (pair * 2 + token) * 16;
         raw[u][0] = load_shared_4(at[u] + from), raw[u][1] = load_shared_4(at[u] + from + 16);
@@ -131,7 +133,7 @@ struct ByteStage {
   }
 };
 
-template <int kStrips>
+template <int kStrips, int kVar = 0>
 __global__ void __launch_bounds__(32 * kDirectWarps, 1)
     byte_kernel(const __grid_constant__ SkinnyParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -144,21 +146,35 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
   for (auto& s : slot) s.clear();
   const DirectShared at = byte_shared(p.m, p.slice, p.row_shift, 0);
   const uint32_t base = shared_address(shared);
-  const ByteStage stage{p, base, base + at.factors, share.slice, share.pairs, lane};
-  // x in front of the weights, which would keep it waiting; `early` of the two slots come first.
+  const bool own = (kVar & 1) && p.row_shift == 0;
+  const ByteStage stage{p,
+                        base,
+                        base + at.factors,
+                        share.slice,
+                        own ? share.skipped : warp,
+                        own ? 1 : kDirectWarps,
+                        own ? share.count : (share.pairs - warp + kDirectWarps - 1) / kDirectWarps,
+                        lane};
+  // x in front of the weights, which would keep it waiting; under programmatic launch half of them
+  // first, as they may be read while the kernel in front still writes x.
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
-    if (turn == 1) {
+    if ((turn == 0) == p.weights_first) {
+      stream.load(slot[0], 0);
+      if (!p.weights_first && share.count > 1) stream.load(slot[1], 0);
+    } else {
       grid_wait();
       stage.load();
     }
-    if (turn == (p.early < 1)) stream.load(slot[0], 0);
-    if (turn == (p.early < 2) && share.count > 1) stream.load(slot[1], 0);
   }
+  if (p.weights_first && share.count > 1) stream.load(slot[1], 0);
   cp_async_wait<0>();
   __syncwarp();
   stage.convert();
-  __syncthreads();
+  if (own)
+    __syncwarp();
+  else
+    __syncthreads();
 
   // This lane's 16 bytes of 64 columns: of byte g8 % 2 of the upper (g8 % 4 < 2) or lower half. An
   // absent token reads the first one: a column of B meets its own column of the result only.
@@ -170,6 +186,20 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
   float total[kStrips][2] = {};
 
   const auto multiply = [&](const DirectSlot<kStrips>& from) {
+    float down, minus, y[kStrips][2], m[kStrips][2];
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(down), "=f"(minus)
+                 : "r"(factors)
+                 : "memory");
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) m[s][0] = minus, m[s][1] = 16.0f * minus;
+    if (p.zeros) {
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        m[s][0] = minus * (static_cast<float>(from.zero[s] & 0xFF) * 0.125f);
+        m[s][1] = minus * (static_cast<float>(from.zero[s] >> 8) * 2.0f);
+      }
+    }
     int acc[kStrips][4] = {};
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
@@ -183,23 +213,11 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
         mma_16832(acc[s], second, b.z, b.w);
       }
     }
-    float down, minus, y[kStrips][2];
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(down), "=f"(minus)
-                 : "r"(factors)
-                 : "memory");
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       const int low = acc[s][1] * 256 + acc[s][0], all = acc[s][3] * 256 + acc[s][2];
-      y[s][0] = fmaf(static_cast<float>(low), down, minus);
-      y[s][1] = fmaf(static_cast<float>(all - low), down, 16.0f * minus);  // 16 times the row's
-    }
-    if (p.zeros) {  // beside 8
-#pragma unroll
-      for (int s = 0; s < kStrips; ++s) {
-        y[s][0] = fmaf(static_cast<float>(from.zero[s] & 0xFF) * 0.125f - 1.0f, minus, y[s][0]);
-        y[s][1] = fmaf(static_cast<float>(from.zero[s] >> 8) * 2.0f - 16.0f, minus, y[s][1]);
-      }
+      y[s][0] = fmaf(static_cast<float>(low), down, m[s][0]);
+      y[s][1] = fmaf(static_cast<float>(all - low), down, m[s][1]);  // 16 times the row's
     }
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {

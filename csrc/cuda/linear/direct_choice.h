@@ -25,7 +25,7 @@ __host__ __device__
 }
 
 // The same for x in bytes: four a column, and factors of two tokens and 128 columns.
-constexpr int kByteTokens = 2;  // at most
+constexpr int kByteTokens = 2, kByteColumns = 16384;  // at most: making the bytes takes time
 #ifdef __CUDACC__
 __host__ __device__
 #endif
@@ -67,14 +67,16 @@ constexpr DirectSplit choose_direct_split(int64_t n, int64_t k, int m, int room,
                                        : direct_shared(m, pitch, r, kDirectStrips, exchanged);
       if (at.bytes > room) continue;
       // Bytes that the slowest warp has its multiprocessor wait for; x comes from the second-level
-      // cache, at half the price; ends of rounds and the exchange of sums.
+      // cache, at half the price, or is made into bytes; ends of rounds and the
+      // exchange of sums.
       const int64_t parts = kDirectWarps >> r, group = kDirectStrips << r,
                     rounds = (deal + group - 1) / group;
       const int64_t busy =
           rounds * ((slice + parts - 1) / parts) * kDirectWarps * kDirectStrips * 1024;
       const int64_t real = deal * slice * 1024;
+      const int64_t exchange = i == 0 ? 0 : in_bytes ? 32 * 1024 + deal * 512 : 24 * 1024;
       const int64_t cost =
-          (busy + real) / 2 + m * slice * 128 + rounds * 1024 + (i > 0 ? 24 * 1024 : 0);
+          (busy + real) / 2 + m * slice * (in_bytes ? 640 : 128) + rounds * 1024 + exchange;
       if (cost < least) {
         least = cost;
         best = {i, r, static_cast<int>(teams), pitch, at.bytes};
@@ -85,14 +87,22 @@ constexpr DirectSplit choose_direct_split(int64_t n, int64_t k, int m, int room,
 }
 
 constexpr int kTeamsOfH100[4] = {132, 66, 30, 15};
-constexpr bool direct_split_is(int64_t n, int64_t k, int m, int rank_shift, int row_shift) {
-  const DirectSplit s = choose_direct_split(n, k, m, 227 * 1024, kTeamsOfH100);
+constexpr bool direct_split_is(int64_t n, int64_t k, int m, int rank_shift, int row_shift,
+                               bool in_bytes = false) {
+  const DirectSplit s = choose_direct_split(n, k, m, 227 * 1024, kTeamsOfH100, in_bytes);
   return s.teams > 0 && s.rank_shift == rank_shift && s.row_shift == row_shift;
 }
 static_assert(direct_split_is(4096, 4096, 1, 0, 0), "two strips each");
 static_assert(direct_split_is(6144, 4096, 1, 0, 1), "three: one round of four");
 static_assert(direct_split_is(4096, 14336, 8, 1, 1), "x fits by halves");
 static_assert(direct_split_is(8192, 28672, 8, 3, 2), "x fits by eighths");
+static_assert(direct_split_is(4096, 4096, 1, 0, 0, true) &&
+                  direct_split_is(28672, 4096, 2, 0, 0, true) &&
+                  direct_split_is(57344, 8192, 1, 0, 1, true),
+              "bytes of all columns");
+static_assert(direct_split_is(4096, 14336, 1, 1, 1, true) &&
+                  direct_split_is(10240, 8192, 2, 1, 0, true),
+              "bytes of half the columns");
 static_assert(choose_direct_split(8192, 65536, 8, 160 * 1024, {108, 0, 0, 0}).teams == 0,
               "x does not fit");
 
