@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ._errors import first_line
 from ._version import __version__
 
 SWITCHES = (
@@ -107,7 +108,7 @@ def _probe(index: int, lib: Any) -> tuple[str, list[int]]:
         lib.ops.cuda_probe(out)
         ran = out.tolist()
     except RuntimeError as error:
-        text = str(error).splitlines()[0]
+        text = first_line(error)
         return ("too old driver" if "driver" in text else "not compiled for it") + f": {text}", []
     return "supported", ran
 

@@ -1,4 +1,4 @@
-"""The engine over two GPUs gives what it gives on one, with and without graphs; faults."""
+"""The engine over two or four GPUs gives what it gives on one, with and without graphs; faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "quant"))
 from _model_harness import TINY, build_reference, save
 from grid_rank import logits_of
-from parallel_grid import run_grid
+from parallel_grid import CHANGES, LAYOUTS, run_grid
 from quant_checkpoints import CASES, write_checkpoint
 
 from fastinfer import LLM, SamplingParams
@@ -95,6 +95,8 @@ def alone(folder: Path) -> tuple[list[list[int]], list[dict[int, float]]]:
         {"tensor_parallel_size": 2, "peer": "0"},
         {"pipeline_parallel_size": 2},
         {"pipeline_parallel_size": 2, "pipeline_stages": [1, 3], "speculative": "ngram"},
+        {"tensor_parallel_size": 4},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
     ],
     ids=[
         "tp2",
@@ -106,11 +108,16 @@ def alone(folder: Path) -> tuple[list[list[int]], list[dict[int, float]]]:
         "tp2_nccl",
         "pp2",
         "pp2_given_speculation",
+        "tp4",
+        "tp2_pp2",
     ],
 )
 def test_answers_are_those_of_one_gpu(
     folder: Path, alone: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    need = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    if torch.cuda.device_count() < need:
+        pytest.skip(f"needs {need} GPUs")
     monkeypatch.setenv("FASTINFER_PEER_ALL_REDUCE", options.get("peer", "1"))
     options = {name: value for name, value in options.items() if name != "peer"}
     if options.get("speculative") == "folder":  # the draft stays on rank 0
@@ -125,17 +132,20 @@ def test_answers_are_those_of_one_gpu(
     assert agree >= len(tokens) // 2, (want_tokens, tokens)
 
 
+@pytest.mark.parametrize("gpus", [2, 4])
 @pytest.mark.parametrize("what", ["families", "formats"])
-def test_logits_of_every_family_and_format(tmp_path: Path, what: str) -> None:
-    """Of parts on two GPUs against those of one, in 16 bits: TP2 and PP2."""
+def test_logits_of_every_family_and_format(tmp_path: Path, what: str, gpus: int) -> None:
+    """Of parts on several GPUs against those of one, in 16 bits: TP2 and PP2; TP4 and TP2 x PP2."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
     cases = {name: tmp_path / name for name in (TINY if what == "families" else CASES)}
     for name, path in cases.items():
         if what == "families":
-            save(name, build_reference(name), path)
+            save(name, build_reference(name, **CHANGES.get(name, {})), path)
         else:
             path.mkdir()
             write_checkpoint(CASES[name], path)
-    layouts = [(2, 1), (1, 2)]
+    layouts = LAYOUTS[gpus]
     results = run_grid(tmp_path, cases, layouts, device="cuda", dtype="float16")
     bad = {}
     for name in cases:

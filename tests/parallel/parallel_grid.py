@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).resolve().parent
+LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}  # processes -> (tp, pp)
+# 4 ranks need 4 heads
+CHANGES: dict[str, dict[str, Any]] = {"qwen2": {"num_attention_heads": 4}}
 
 
 def run_grid(

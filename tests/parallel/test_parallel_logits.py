@@ -11,10 +11,9 @@ import pytest
 import torch
 from _model_harness import TINY, build_reference, save
 from grid_rank import INVARIANT, SEQUENCES, logits_of
-from parallel_grid import run_grid
+from parallel_grid import CHANGES, LAYOUTS, run_grid
 from quant_checkpoints import CASES, Int8Activations, write_checkpoint
 
-LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}
 QUICK = ("llama", "llama_biases", "llama_mqa", "mistral_window", "qwen2", "qwen3", "baichuan")
 QUICK_FORMATS = (
     "gptq_asymmetric",
@@ -25,8 +24,6 @@ QUICK_FORMATS = (
     "bnb_nf4",
     "native",
 )
-# 4 ranks need 4 heads
-CHANGES: dict[str, dict[str, Any]] = {"qwen2": {"num_attention_heads": 4}}
 BOUND = 1e-4
 
 Grid = Callable[[bool, int], tuple[dict[str, Path], dict[tuple[str, int, int], Any]]]

@@ -20,11 +20,12 @@ from quant_checkpoints import CASES, write_checkpoint
 
 from fastinfer import LLM, SamplingParams
 from fastinfer import checkpoint as checkpoint_module
+from fastinfer._errors import first_line
 from fastinfer.checkpoint import Cut
 from fastinfer.cli.main import build_parser
 from fastinfer.cli.options import engine_options
 from fastinfer.distributed import control, launch
-from fastinfer.distributed.control import Hub, RankError, Spoke, first_line
+from fastinfer.distributed.control import Hub, RankError, Spoke
 from fastinfer.distributed.launch import listen_at, restore_environment
 from fastinfer.distributed.span import Span, even, in_units
 from fastinfer.engine.parallel import pack_result, unpack_result

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..distributed.control import first_line
+from .._errors import first_line
 from ..engine.config import EngineConfig, SamplingParams
 from ..engine.core import EngineCore
 from ..engine.device import choose_device

@@ -26,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._errors import first_line
+
 _HEADER = struct.Struct("<qq")  # kind, bytes that follow
 PLAN, BLOCKS, RESULT, SAY, REPORT, CLOSE = range(6)
 HEARTBEAT_S = 1.0
@@ -378,14 +380,6 @@ def read_frame(connection: socket.socket) -> tuple[int, bytes]:
     """(kind, payload). Raises OSError when the other side has gone."""
     kind, size = _HEADER.unpack(_read(connection, _HEADER.size))
     return kind, _read(connection, size)
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one sentence."""
-    text = str(error).strip()
-    if not text:
-        text = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
-    return text.splitlines()[0][:2000]
 
 
 def _is_late(text: str) -> bool:

@@ -8,6 +8,7 @@ import warnings
 import torch
 
 from .. import _lib, ops
+from .._errors import first_line
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -69,5 +70,5 @@ def _probe_cuda() -> str | None:
         ops.sample(row.float(), temperature=torch.ones(1, device="cuda"))
         torch.cuda.synchronize()
     except (RuntimeError, NotImplementedError) as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
