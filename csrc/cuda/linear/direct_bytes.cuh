@@ -42,15 +42,12 @@ struct ByteStage {
   static constexpr int kBits = 28, kAtOnce = 2;
   const SkinnyParams& p;
   const uint32_t x, factors;
-  // Pairs of this warp: [first], first + step, ...; where warps share no columns those that it will
-  // multiply, and no other warp needs them.
-  const int slice, first, step, count, lane;
+  const int slice, pairs, warp, lane;
 
   __device__ __forceinline__ void load() const {
     const int token = lane / 16, c = lane % 16 * 8;
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const int pair = first + i * step;
+    for (int pair = warp; pair < pairs; pair += kDirectWarps) {
       const int column = (slice + pair) * 128 + c, left = max(0, min(p.k - column, 8));
       if (token < p.m)
         cp_async_zero(
@@ -64,7 +61,8 @@ struct ByteStage {
   __device__ __forceinline__ void convert() const {
     const int from = lane / 4 * 32 + lane % 4 * 4;
     const int to = lane / 16 * 256 + lane % 4 * 16 + lane / 4 % 4 * 4;
-    const int two = p.m - 1, units = count << two;
+    const int two = p.m - 1;
+    const int units = (pairs - warp + kDirectWarps - 1) / kDirectWarps << two;
 #pragma unroll 1
     for (int done = 0; done < units; done += kAtOnce) {
       uint32_t raw[kAtOnce][2], at[kAtOnce], factor[kAtOnce], e[kAtOnce], b[kAtOnce][4];
@@ -73,7 +71,7 @@ struct ByteStage {
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const int unit = min(done + u, units - 1);  // the last one twice: the same values
-        const int token = unit & two, pair = first + (unit >> two) * step;
+        const int token = unit & two, pair = warp + kDirectWarps * (unit >> two);
         at[u] = x + token * p.x_pitch + pair * 512;
         factor[u] = factors + (pair * 2 + token) * 16;
         raw[u][0] = load_shared_4(at[u] + from), raw[u][1] = load_shared_4(at[u] + from + 16);
@@ -133,7 +131,7 @@ struct ByteStage {
   }
 };
 
-template <int kStrips, int kVar = 0>
+template <int kStrips>
 __global__ void __launch_bounds__(32 * kDirectWarps, 1)
     byte_kernel(const __grid_constant__ SkinnyParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -146,15 +144,7 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
   for (auto& s : slot) s.clear();
   const DirectShared at = byte_shared(p.m, p.slice, p.row_shift, 0);
   const uint32_t base = shared_address(shared);
-  const bool own = (kVar & 1) && p.row_shift == 0;
-  const ByteStage stage{p,
-                        base,
-                        base + at.factors,
-                        share.slice,
-                        own ? share.skipped : warp,
-                        own ? 1 : kDirectWarps,
-                        own ? share.count : (share.pairs - warp + kDirectWarps - 1) / kDirectWarps,
-                        lane};
+  const ByteStage stage{p, base, base + at.factors, share.slice, share.pairs, warp, lane};
   // x in front of the weights, which would keep it waiting; under programmatic launch half of them
   // first, as they may be read while the kernel in front still writes x.
 #pragma unroll 1
@@ -171,10 +161,7 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
   cp_async_wait<0>();
   __syncwarp();
   stage.convert();
-  if (own)
-    __syncwarp();
-  else
-    __syncthreads();
+  __syncthreads();
 
   // This lane's 16 bytes of 64 columns: of byte g8 % 2 of the upper (g8 % 4 < 2) or lower half. An
   // absent token reads the first one: a column of B meets its own column of the result only.
@@ -186,7 +173,7 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
   float total[kStrips][2] = {};
 
   const auto multiply = [&](const DirectSlot<kStrips>& from) {
-    float down, minus, y[kStrips][2], m[kStrips][2];
+    float down, minus, m[kStrips][2];  // m: -z sum(X), 16 times for the second row
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                  : "=f"(down), "=f"(minus)
                  : "r"(factors)
@@ -216,14 +203,11 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       const int low = acc[s][1] * 256 + acc[s][0], all = acc[s][3] * 256 + acc[s][2];
-      y[s][0] = fmaf(static_cast<float>(low), down, m[s][0]);
-      y[s][1] = fmaf(static_cast<float>(all - low), down, m[s][1]);  // 16 times the row's
-    }
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
       const float2 scale = from.scales(s, p.scale_dtype);
-      total[s][0] = fmaf(y[s][0], scale.x, total[s][0]);
-      total[s][1] = fmaf(y[s][1] * 0.0625f, scale.y, total[s][1]);
+      const float y0 = fmaf(static_cast<float>(low), down, m[s][0]);
+      const float y1 = fmaf(static_cast<float>(all - low), down, m[s][1]) * 0.0625f;
+      total[s][0] = fmaf(y0, scale.x, total[s][0]);
+      total[s][1] = fmaf(y1, scale.y, total[s][1]);
     }
     x += 512, factors += 32;
   };
