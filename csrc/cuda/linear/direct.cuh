@@ -1,5 +1,6 @@
 // Y[M, N] = X[M, K] W[N, K]^T + bias, 4-bit W, up to 8 tokens: codes go from memory straight to the
-// registers that are fragments of W (skinny.cuh has the arithmetic and why W is operand A).
+// registers that are fragments of W (skinny.cuh has the arithmetic and why W is operand A). One or
+// two tokens: direct_bytes.cuh.
 //
 // A team of `ranks` CTAs (a cluster; mostly one CTA) owns a run of strips of 16 rows, a rank a part
 // of K. x of that part lies in shared memory. The warps of a CTA form 1 << row_shift groups, each
