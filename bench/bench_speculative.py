@@ -4,6 +4,7 @@
 per token without over with. `verify q5`: one step that checks four drafts against one that decodes
 one token, replayed (on a GPU: the graph alone). `batch 64`: random weights, adaptive, on over off.
 On a GPU the last two have the shape of Llama-3-8B unless told otherwise, on a CPU a tiny one.
+Rows that something was asked of have it beside them: `bar`, and `stretch` for more than that.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ TEXTS = {
     "story": "Once upon a time, there was a small cat named Tom.",
 }
 NEW = 400
+BARS = {  # of speedup (the pair's: with four guesses or more), of ratio
+    "ngram": {"bar": 1.5, "stretch": 2.2},
+    "draft": {"bar": 1.3, "stretch": 1.8},
+    "verify": {"bar": 1.15, "stretch": 1.05},
+    "on/off": {"bar": 0.98, "stretch": 1.0},
+}
 
 
 class RandomDrafts:
@@ -43,14 +50,17 @@ class RandomDrafts:
 
 
 def off_and_on(llm: LLM, prompts: list[Any], new: int, iters: int) -> tuple[float, float, Any, Any]:
-    """Seconds per token after the first without and with drafts, in turn, and the last outputs."""
+    """Seconds per token after the first without and with drafts, and the last outputs.
+
+    In the order on, off, off, on, ...: whatever drifts meanwhile is in both.
+    """
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     core = llm.core
     speculator = core.speculator
     times: dict[bool, list[float]] = {True: [], False: []}
     last: dict[bool, Any] = {}
     for i in range(2 * iters + 2):
-        on = i % 2 == 0
+        on = i % 4 in (0, 3)
         core.speculator = speculator if on else None
         core.scheduler.pool.clear_cache()
         last[on] = llm.generate(prompts, params)
@@ -61,9 +71,25 @@ def off_and_on(llm: LLM, prompts: list[Any], new: int, iters: int) -> tuple[floa
     return off, with_, last[False], last[True]
 
 
+def first_difference(llm: LLM, ours: Any, theirs: Any) -> dict[str, Any]:
+    """Where two answers go apart, and how far apart the two tokens are there, in nats: steps of
+    different numbers of tokens round differently, so a near tie may end either way.
+    """
+    a, b = ours.outputs[0].token_ids, theirs.outputs[0].token_ids
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+    if at is None:
+        return {}
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=8, ignore_eos=True)
+    (again,) = llm.generate([{"prompt_token_ids": [*ours.prompt_token_ids, *a[:at]]}], params)
+    scores = again.outputs[0].logprobs[0]
+    gap = abs(scores[a[at]].logprob - scores[b[at]].logprob)
+    return {"differs_at": at, "nats_apart": round(gap, 4)}
+
+
 def pair_rows(bench: Bench, drafters: dict[str, dict[str, Any]], iters: int) -> None:
     settings = {"device": bench.device, "num_blocks": 256, "max_num_seqs": 8, "progress": False}
     for name, options in drafters.items():
+        k = options["num_speculative_tokens"]
         if bench.args.filter not in name:
             continue
         with LLM(TINY / "model", **settings, **options) as llm:
@@ -84,6 +110,8 @@ def pair_rows(bench: Bench, drafters: dict[str, dict[str, Any]], iters: int) -> 
                         "acceptance": round(m.num_accepted_tokens / max(m.num_draft_tokens, 1), 3),
                         "accepted_length": round(m.accepted_length or 1.0, 2),
                         "same_tokens": round(same / NEW, 3),
+                        **first_difference(llm, output, plain),
+                        **(BARS[name.split()[0]] if text == "repetitive" and k >= 4 else {}),
                     },
                 )
 
@@ -136,6 +164,7 @@ def verify_row(bench: Bench, llm: LLM, prompt: int) -> None:
             "off_us": round(min(figures[::2]), 1),
             "on_us": round(min(figures[1::2]), 1),
             "ratio": round(min(figures[1::2]) / min(figures[::2]), 3),
+            **BARS["verify"],
         },
     )
 
@@ -146,6 +175,7 @@ def batch_row(bench: Bench, llm: LLM, batch: int, prompt: int, new: int, iters: 
         1, llm.core.runner.vocab_size, (batch, prompt), generator=generator
     ).tolist()
     prompts = [{"prompt_token_ids": each} for each in ids]
+    before = llm.stats().num_draft_tokens
     off, on, _, _ = off_and_on(llm, prompts, new, iters)
     stats = llm.stats()
     show(
@@ -158,6 +188,8 @@ def batch_row(bench: Bench, llm: LLM, batch: int, prompt: int, new: int, iters: 
             "on_us": round(on * 1e6, 1),
             "speedup": round(off / on, 3),
             "acceptance": round(stats.num_accepted_tokens / max(stats.num_draft_tokens, 1), 3),
+            "drafted": stats.num_draft_tokens - before,
+            **(BARS["on/off"] if batch == 64 else {}),
         },
     )
 

@@ -2,8 +2,9 @@
 
 Timing: random data, cold caches (the same call rotates over buffer sets that together exceed twice
 the second-level cache of a GPU, 128 MiB on a CPU), median of many. On a GPU the rotation is
-captured in one CUDA graph and timed with events; on a CPU it is perf_counter around each call, the
-peers of a case taking short turns.
+captured in one CUDA graph and timed with events, every row and peer in the same state of the GPU
+(settle_launches); on a CPU it is perf_counter around each call, the peers of a case taking short
+turns.
 
 Rows carry the keys of the case, `peer` (who ran it), `us` (and `us_min`, the fastest sample, which
 other load on the machine disturbs least), `gbs` or `tflops`, the fraction of this machine's
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import shlex
@@ -28,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
+import fastinfer
 from fastinfer import _lib
 from fastinfer.bench.provenance import commit, device_name, told
 
@@ -63,8 +66,26 @@ def programmatic(make: Callable[[], Call]) -> Callable[[], Call]:
     return made
 
 
+def settle_launches() -> None:
+    """Takes back what the rows in front have left behind: one programmatic launch.
+
+    A process that has made more than a few graphs gets into a state, by any ordinary launch, in
+    which each kernel of every graph takes 0.2 to 0.35 us longer; a programmatic launch ends it, and
+    replays keep what they find (docs/kernels/kv_cache.md). Without this a row would depend on how
+    many were measured before it. On a GPU before sm_90 the launch is an ordinary one.
+    """
+    with _lib.programmatic_launch():
+        fastinfer.silu_and_mul(*_small_work(torch.cuda.current_device()))
+
+
+@functools.cache
+def _small_work(device: int) -> tuple[torch.Tensor]:
+    return (torch.zeros(1, 16, dtype=torch.bfloat16, device=f"cuda:{device}"),)
+
+
 def replay_us(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of one replay."""
+    """Microseconds of one replay (settled first)."""
+    settle_launches()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     graph.replay()
@@ -285,8 +306,8 @@ class Bench:
 
     def _matmul_ceiling(self) -> float:
         """TFLOP/s of a large matmul by torch, on random data. In front of the first row that counts
-        operations and not before: it heats a GPU so that a launch takes 0.1 to 0.3 us longer for
-        seconds (docs/kernels/kv_cache.md).
+        operations and not before: at its power limit a GPU lowers its clock, an H200 from 1.98 to
+        1.1 GHz, and takes a fifth of a second to raise it again.
         """
         size = 8192 if self.device == "cuda" else 1024
         a = randn(size, size, dtype=self.dtype, device=self.device)

@@ -1,4 +1,4 @@
-"""The outputs shown in docs/guide.md and docs/guide.zh.md, written from bench/results.
+"""The outputs shown in pages of docs/ (the guides above all), written from bench/results.
 
     <!-- shown: h200/ablate kv_cache flash -->    rows of bench/results/h200/ablate.json (none: all)
     ```text
@@ -7,8 +7,9 @@
     <!-- end -->
     <!-- shown: engines/h200/chat -->             bench/engines/h200/chat.json, of `fastinfer bench`
     <!-- shown: h200/speculative ngram_k4 -->     rows whose case begins so, of bench_speculative.py
+    <!-- shown: h200/e2e bars -->                 rows of any file that have a bar, beside it
 
-`bench/report.py` fills them, so that a new run of the command renews the guide; a test holds that
+`bench/report.py` fills them, so that a new run of the command renews the page; a test holds that
 the pages show what the files say.
 """
 
@@ -18,6 +19,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
@@ -36,6 +38,8 @@ def fill(page: str, results: Path) -> str:
         keys = match[3].split()
         if path.parts[-3] == "engines":
             told = load_test(path)
+        elif keys == ["bars"]:
+            told = bars(path)
         else:
             told = speculation(path, keys) if path.stem == "speculative" else block(path, keys)
         return f"{match[1]}{told}\n{match[4]}"
@@ -67,6 +71,43 @@ def load_test(path: Path) -> str:
     )
 
 
+# figure -> how it is told, with what it is a quotient of
+_FIGURES = {
+    "speedup": ("{speedup:.2f}x ({off_us:,.1f} / {on_us:,.1f} us per token)", "{:g}x", True),
+    "overhead": (
+        "{overhead:.1%} ({tpot_ms:.2f} ms per token, the engine alone {offline_tpot_ms:.2f})",
+        "{:.0%}",
+        False,
+    ),
+    "ttft": ("{ratio:.3f}x ({ttft_ms:.1f} / {ttft_ms_no_reuse:.1f} ms)", "{:g}x", False),
+    "ratio": ("{ratio:.3f}x ({on_us:,.0f} / {off_us:,.0f} us)", "{:g}x", False),
+}
+
+
+def bars(path: Path) -> str:
+    """The rows that something was asked of, as a table."""
+    document = json.loads(path.read_text())
+    rows = [row for row in document["rows"] if "bar" in row]
+    if not rows:
+        raise ValueError(f"{path} has no rows with a bar")
+    lines = ["| | measured | wanted | better still |", "|---|---|---|---|"]
+    for row in rows:
+        kind = "ttft" if "ttft_ms_no_reuse" in row else next(k for k in _FIGURES if k in row)
+        told, asked, more = _FIGURES[kind]
+        at = "at least" if more else "at most"
+        wanted = [f"{at} {asked.format(row[name])}" for name in ("bar", "stretch")]
+        lines.append("| " + " | ".join([row["case"], told.format(**row), *wanted]) + " |")
+    return "\n".join([*lines, "", _source(path, document, rows)])
+
+
+def _source(path: Path, document: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    commits = ", ".join(sorted({row.get("commit", document["commit"]) for row in rows}))
+    return (
+        f"`bench/results/{path.parent.name}/{path.name}`: {document['device']}, "
+        f"{document['date']}, commit {commits}."
+    )
+
+
 def speculation(path: Path, keys: list[str]) -> str:
     """Times per token without and with drafts."""
     document = json.loads(path.read_text())
@@ -81,17 +122,8 @@ def speculation(path: Path, keys: list[str]) -> str:
         cells.append(f"{row['acceptance']:.0%}")
         cells.append(f"{row['accepted_length']:.2f}" if row.get("accepted_length") else "")
         lines.append(f"{row['case']:<28}" + "".join(f"{cell:>18}" for cell in cells))
-    commits = ", ".join(sorted({row.get("commit", document["commit"]) for row in rows}))
     lines = [line.rstrip() for line in lines]
-    return "\n".join(
-        [
-            *lines,
-            "```",
-            "",
-            f"`bench/results/{path.parent.name}/{path.name}`: {document['device']}, "
-            f"{document['date']}, commit {commits}.",
-        ]
-    )
+    return "\n".join([*lines, "```", "", _source(path, document, rows)])
 
 
 def block(path: Path, keys: list[str]) -> str:

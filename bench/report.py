@@ -359,9 +359,11 @@ def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(readme_results.fill(readme.read_text(), results))
     print(f"wrote {readme}: its results")
-    for guide in sorted(page.parent.glob("guide*.md")):
-        guide.write_text(guide_blocks.fill(guide.read_text(), results))
-        print(f"wrote {guide}: its outputs")
+    for shown in sorted(page.parent.glob("*.md")):
+        text = shown.read_text()
+        if guide_blocks.BLOCK.search(text):
+            shown.write_text(guide_blocks.fill(text, results))
+            print(f"wrote {shown}: its outputs")
 
 
 if __name__ == "__main__":

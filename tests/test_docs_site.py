@@ -80,13 +80,21 @@ def test_every_operator_has_a_page() -> None:
     assert functions == set(ops_pages.operators())
 
 
-@pytest.mark.parametrize("page", ["docs/guide.md", "docs/guide.zh.md"])
-def test_outputs_of_the_guide_are_those_of_the_files(page: str) -> None:
+SHOWN = {
+    "docs/guide.md": 12,
+    "docs/guide.zh.md": 12,
+    "docs/speculative.md": 2,
+    "docs/serving.md": 1,
+}
+
+
+@pytest.mark.parametrize("page", SHOWN)
+def test_outputs_on_pages_are_those_of_the_files(page: str) -> None:
     """`make report` writes them."""
     text = (ROOT / page).read_text(encoding="utf-8")
     assert guide_blocks.fill(text, ROOT / "bench/results") == text
     shown = guide_blocks.BLOCK.findall(text)
-    assert len(shown) >= 12
+    assert len(shown) >= SHOWN[page]
     for _, file, _, _ in shown:
         assert guide_blocks.path_of(file, ROOT / "bench/results").is_file(), file
 
@@ -217,6 +225,29 @@ def test_outputs_are_written_from_a_file(tmp_path: Path) -> None:
     assert "`bench/results/x/ablate.json`: Some GPU, 2026-01-02, commit abc" in filled
     assert filled.endswith("b\n<!-- shown: y/z -->\nc\n<!-- end -->")
     assert guide_blocks.fill(filled, tmp_path) == filled
+    asked = {
+        "case": "pair",
+        "off_us": 90.0,
+        "on_us": 45.0,
+        "speedup": 2.0,
+        "bar": 1.5,
+        "stretch": 3,
+    }
+    check = {
+        "case": "check",
+        "off_us": 100.0,
+        "on_us": 110.0,
+        "ratio": 1.1,
+        "bar": 1.2,
+        "stretch": 1,
+    }
+    document["rows"] = [asked, {**asked, "case": "other", "bar": 1}, check, {"case": "free"}]
+    del document["rows"][1]["bar"]
+    (tmp_path / "x/asked.json").write_text(json.dumps(document))
+    filled = guide_blocks.fill("<!-- shown: x/asked bars -->\nold\n<!-- end -->", tmp_path)
+    assert "| pair | 2.00x (90.0 / 45.0 us per token) | at least 1.5x | at least 3x |" in filled
+    assert "| check | 1.100x (110 / 100 us) | at most 1.2x | at most 1x |" in filled
+    assert "other" not in filled
     (tmp_path.parent / "engines/x").mkdir(parents=True, exist_ok=True)
     test = {"date": "20260102-101112", "device": "Some GPU", "commit": "abc", "command": "bench it"}
     rates = ("request_throughput", "output_throughput", "median_ttft_ms", "p99_ttft_ms")

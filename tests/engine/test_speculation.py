@@ -187,6 +187,25 @@ def test_streams_and_cancellation() -> None:
         assert_idle(llm)
 
 
+def test_guesses_on_paper_are_those_of_steps_with_drafts() -> None:
+    """While nothing is drafted, acceptance is learned all the same, and no token changes."""
+    for wrong in (0.0, 1.0):
+        settings = {"speculative": "ngram", "num_speculative_tokens": 3, "async_scheduling": True}
+        with toy_llm(max_num_seqs=16, num_blocks=400, **settings) as llm:
+            speculator = llm.core.speculator
+            speculator.drafter, pace = Guesser(1, wrong), speculator.pace
+            assert pace.on_paper
+            pace._decide = lambda running: 0
+            prompts = [[i] for i in range(1, 13)]
+            got = tokens_of(llm.generate(prompts, greedy(100)))
+            assert got == [toy_greedy(prompt, 100) for prompt in prompts]
+            assert llm.stats().num_draft_tokens == 0
+            learned = [pace._learned, pace._usual.rate, pace._usual.found]
+            assert learned[0] > 12 and 0.4 < learned[2] < 0.98
+            assert learned[1] > 0.7 if wrong == 0.0 else learned[1] < 0.65
+            assert_idle(llm)
+
+
 def test_a_drafter_that_fails_ends_the_requests_and_nothing_else() -> None:
     class Broken:
         uses_blocks = False

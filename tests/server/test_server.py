@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
 import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
-from server_helpers import Running, serving, wait_until_idle
+from server_helpers import MODEL, Running, serving, wait_until_idle
 
+from fastinfer.server import protocol
 from fastinfer.server.exposition import Histogram
 from fastinfer.server.limits import LimitRate
 
@@ -71,6 +73,78 @@ def test_large_bodies_are_refused_with_and_without_their_length(server: Running)
     answer = httpx.post(server.url + "/v1/completions", content=pieces(), timeout=60)
     assert answer.status_code == 413 and "20000 bytes" in answer.json()["error"]["message"]
     assert post(server, SHORT).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server: Running):
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 90\r\n\r\n{"
+        )
+        connection.settimeout(20)
+        assert b" 408 " in connection.recv(4096).split(b"\r\n")[0]
+    assert post(server, SHORT).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"stop": "x" * 1001}, "stop"),
+        ({"stop": ["a", "x" * 1001]}, "stop"),
+        ({"stop_token_ids": [1] * 1001}, "stop_token_ids"),
+        ({"prompt": ["a"] * 100, "n": 6}, "n"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"top_k": "9" * 9000}, "top_k"),
+        ({"x" * 9000: 1}, "x" * 80),
+    ],
+)
+def test_no_request_asks_for_too_much_and_no_error_repeats_it(
+    server: Running, more: dict, param: str
+):
+    answer = post(server, {**SHORT, **more})
+    assert answer.status_code == 400 and len(answer.content) < 1500
+    assert answer.json()["error"]["param"] == param
+
+
+FIELDS = sorted(protocol._COMPLETION | protocol._CHAT | protocol._IGNORED | {"no_such_field"})
+VALUES = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        129,
+        2**31,
+        2**63,
+        2**64,
+        2**100,
+        -(2**70),
+        0.5,
+        1e-300,
+        1e308,
+    ),
+    *(float("nan"), float("inf"), -float("inf"), "", "x", "tiny", "\ud800", "\0", "a" * 3000),
+    *([], [0], [1, 2], [-1], [2**70], ["a"], ["a"] * 20, [[1, 2], [3]], [[]], [None], [True]),
+    *({}, {"a": 1}, {"type": "text"}, {"include_usage": True}, {"messages": 1}, {"limits": 2}),
+    *([{"role": "user", "content": text}] for text in ("hi", None, 5, [{"type": "text"}])),
+]
+
+
+def test_whatever_a_body_holds_is_served_or_refused(server: Running):
+    rng = random.Random(0)
+    codes = set()
+    for i in range(400):
+        path = ("/v1/completions", "/v1/chat/completions")[i % 2]
+        body: dict[str, object] = {"max_tokens": 3}
+        body.update(({"prompt": "hi"}, {"messages": [{"role": "user", "content": "hi"}]})[i % 2])
+        body.update((rng.choice(FIELDS), rng.choice(VALUES)) for _ in range(rng.randint(1, 3)))
+        answer = post(server, body, path)
+        codes.add(answer.status_code)
+        assert answer.status_code in (200, 400, 404), (body, answer.text)
+        assert "server_error" not in answer.text, (body, answer.text)
+    assert codes >= {200, 400}
 
 
 @pytest.mark.parametrize("value", [1.5, "1", True, 10**9, [1]])
@@ -163,13 +237,17 @@ def test_rate_limit():
     with serving(requests_per_minute=3) as server:
         codes = [post(server, SHORT).status_code for _ in range(5)]
         assert codes == [200, 200, 200, 429, 429]
+        # nobody asked for a key: another one every time is still the same client
+        headers = {"authorization": "Bearer another"}
+        answer = httpx.post(server.url + "/v1/completions", json=SHORT, headers=headers)
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 0
         assert httpx.get(server.url + "/health").status_code == 200
         wait_until_idle(server.llm)
 
 
 def test_rate_limit_fills_up_with_time():
     now = [0.0]
-    limit = LimitRate(None, 6, clock=lambda: now[0])  # type: ignore[arg-type]
+    limit = LimitRate(None, 6, by_key=True, clock=lambda: now[0])  # type: ignore[arg-type]
     assert [limit._take("a") for _ in range(6)] == [0.0] * 6
     assert limit._take("a") == pytest.approx(10.0)
     assert limit._take("b") == 0.0
@@ -213,6 +291,27 @@ def test_a_failed_step_is_said_without_details():
         answer = post(server, SHORT)
         assert answer.status_code == 500 and "secret" not in answer.text
         assert post(server, SHORT).status_code == 200
+        wait_until_idle(server.llm)
+
+
+def test_an_engine_that_has_stopped_is_said():
+    with serving() as server:
+        server.llm.close()
+        answer = post(server, SHORT)
+        assert answer.status_code == 503 and "stopped" in answer.json()["error"]["message"]
+        assert httpx.get(server.url + "/health").status_code == 503
+
+
+def test_speculation_is_counted():
+    engine = {"speculative": str(MODEL.parent / "draft"), "adaptive_speculation": False}
+    with serving(engine=engine) as server:
+        post(server, {**SHORT, "max_tokens": 30, "ignore_eos": True})
+        drafts, accepted = (
+            metric(server, "draft_tokens_total"),
+            metric(server, "accepted_tokens_total"),
+        )
+        assert drafts > accepted > 0
+        assert 1 + accepted / metric(server, "draft_checks_total") > 1.5  # tokens per check
         wait_until_idle(server.llm)
 
 

@@ -71,6 +71,7 @@ def test_memory_and_blocks_stay_flat():
     # Few tokens per step: torch's matrix products keep code for every number of rows they have
     # seen, so memory is flat only once all of them have been.
     engine = {"max_num_seqs": 32, "num_blocks": 256, "max_num_batched_tokens": 64}
+    engine["speculative"] = "ngram"
     with serving(engine=engine, max_requests=4 * CLIENTS) as server:
         seconds = MINUTES * 60 / 10
         sizes, total = [], 0

@@ -14,6 +14,8 @@
 namespace fastinfer::cuda {
 namespace {
 
+constexpr int kUnroll = 1, kChunk = kCopyThreads * kUnroll;
+
 struct RepeatParams {
   Region region;
   const char* src;
@@ -24,7 +26,7 @@ struct RepeatParams {
 __global__ void __launch_bounds__(kCopyThreads)
     repeat_kernel(const __grid_constant__ RepeatParams p) {
   grid_wait();
-  copy_chunk(p.region, p.src, p.dst, blockIdx.x, p.n_rep, p.rep_stride);
+  copy_chunk<kUnroll>(p.region, p.src, p.dst, blockIdx.x, p.n_rep, p.rep_stride);
 }
 
 struct CopyParams {
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(kCopyThreads)
   if (static_cast<uint64_t>(src) >= blocks || static_cast<uint64_t>(dst) >= blocks || src == dst)
     return;
   char* cache = p.caches[blockIdx.y];
-  copy_chunk(p.region, cache + src * p.block_stride, cache + dst * p.block_stride, chunk);
+  copy_chunk<kUnroll>(p.region, cache + src * p.block_stride, cache + dst * p.block_stride, chunk);
 }
 
 }  // namespace
@@ -64,7 +66,7 @@ int launch_repeat(const CopyShape& whole, const void* src, void* dst, int64_t n_
     char* b = static_cast<char*>(dst) + to;
     const int64_t bits = bits_of(a) | bits_of(b) | (n_rep > 1 ? rep_stride : 0);
     const RepeatParams p{region_of(shape, bits), a, b, n_rep, rep_stride};
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.region.units, kCopyChunk)));
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.region.units, kChunk)));
     return launch(repeat_kernel, grid, kCopyThreads, 0, stream, p);
   });
 }
@@ -82,7 +84,7 @@ int launch_copy_blocks(const CopyShape& whole, int64_t block_stride, int64_t num
       p.dtype = mapping.dtype;
       p.pair_stride = mapping.pair_stride, p.side_stride = mapping.side_stride;
       p.num_blocks = num_blocks, p.block_stride = block_stride;
-      const int64_t chunks = ceil_div(p.region.units, kCopyChunk);
+      const int64_t chunks = ceil_div(p.region.units, kChunk);
       p.chunks = Divisor(chunks);
       const int64_t step = kMaxItems / chunks;  // pairs of one launch: practically all
       for (int64_t first = 0; first < mapping.pairs; first += step) {

@@ -73,6 +73,15 @@ __device__ __forceinline__ Slot split_slot(int64_t slot, int64_t block_size) {
   }
   return {slot / block_size, slot % block_size};
 }
+// The same where most blocks are of a power of two: 1 << block_shift, or -1 for other sizes. The
+// division stands apart, so that it costs the others no registers.
+static __device__ __noinline__ Slot divide_slot(int64_t slot, int32_t block_size) {
+  return split_slot(slot, block_size);
+}
+__device__ __forceinline__ Slot split_slot(int64_t slot, int32_t block_size, int block_shift) {
+  if (block_shift < 0) return divide_slot(slot, block_size);
+  return {slot >> block_shift, slot & (block_size - 1)};
+}
 
 // Largest |x| as bits, which order as the magnitudes do; inf and NaN come out as 0x7F800000 and
 // above.

@@ -1,6 +1,7 @@
 // A region: runs of contiguous bytes under up to four outer dimensions (CopyShape), moved in units
-// as wide as every address and size allows. A dense block is one run. A CTA moves a chunk of
-// kCopyThreads * kCopyUnroll units at a time.
+// as wide as every address and size allows. A dense block is one run. A CTA moves a chunk at a
+// time, kUnroll units per thread: over a link as many as are under way at once, within the memory
+// of a GPU one (docs/kernels/kv_cache.md).
 #pragma once
 
 #include "../common/launch.cuh"
@@ -9,7 +10,7 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kCopyThreads = 256, kCopyUnroll = 4, kCopyChunk = kCopyThreads * kCopyUnroll;
+constexpr int kCopyThreads = 256;
 
 // Units of a region (fewer than 2^31) -> byte offsets on both sides.
 struct Offsets {
@@ -36,16 +37,16 @@ struct Region {
   }
 };
 
-// Units [first, first + count) of a region, count <= kCopyChunk, to n_rep places rep_stride apart.
-// kDense: one run.
-template <class Unit, bool kDense>
+// Units [first, first + count) of a region, count <= kCopyThreads * kUnroll, to n_rep places
+// rep_stride apart. kDense: one run.
+template <class Unit, bool kDense, int kUnroll>
 __device__ __forceinline__ void copy_units(const Region& r, const char* src, char* dst,
                                            int64_t first, uint32_t count, int64_t n_rep,
                                            int64_t rep_stride) {
-  Unit value[kCopyUnroll];
-  int64_t to[kCopyUnroll];
+  Unit value[kUnroll];
+  int64_t to[kUnroll];
 #pragma unroll
-  for (int u = 0; u < kCopyUnroll; ++u) {
+  for (int u = 0; u < kUnroll; ++u) {
     const uint32_t i = u * kCopyThreads + threadIdx.x;
     if (i < count) {
       Offsets o;
@@ -60,26 +61,28 @@ __device__ __forceinline__ void copy_units(const Region& r, const char* src, cha
   }
   for (int64_t rep = 0; rep < n_rep; ++rep, dst += rep_stride) {
 #pragma unroll
-    for (int u = 0; u < kCopyUnroll; ++u)
+    for (int u = 0; u < kUnroll; ++u)
       if (u * kCopyThreads + threadIdx.x < count) *reinterpret_cast<Unit*>(dst + to[u]) = value[u];
   }
 }
 
+template <int kUnroll>
 __device__ __forceinline__ void copy_chunk(const Region& r, const char* src, char* dst,
                                            int64_t chunk, int64_t n_rep = 1,
                                            int64_t rep_stride = 0) {
-  const uint32_t first = chunk * kCopyChunk, left = r.units - first;
-  const uint32_t count = left < kCopyChunk ? left : kCopyChunk;
+  constexpr uint32_t kChunk = kCopyThreads * kUnroll;
+  const uint32_t first = chunk * kChunk, left = r.units - first;
+  const uint32_t count = left < kChunk ? left : kChunk;
   if (r.unit == 16 && r.dims == 0) {
-    copy_units<uint4, true>(r, src, dst, first, count, n_rep, rep_stride);
+    copy_units<uint4, true, kUnroll>(r, src, dst, first, count, n_rep, rep_stride);
   } else if (r.unit == 16) {
-    copy_units<uint4, false>(r, src, dst, first, count, n_rep, rep_stride);
+    copy_units<uint4, false, kUnroll>(r, src, dst, first, count, n_rep, rep_stride);
   } else if (r.unit == 4) {
-    copy_units<uint32_t, false>(r, src, dst, first, count, n_rep, rep_stride);
+    copy_units<uint32_t, false, kUnroll>(r, src, dst, first, count, n_rep, rep_stride);
   } else if (r.unit == 2) {
-    copy_units<uint16_t, false>(r, src, dst, first, count, n_rep, rep_stride);
+    copy_units<uint16_t, false, kUnroll>(r, src, dst, first, count, n_rep, rep_stride);
   } else {
-    copy_units<uint8_t, false>(r, src, dst, first, count, n_rep, rep_stride);
+    copy_units<uint8_t, false, kUnroll>(r, src, dst, first, count, n_rep, rep_stride);
   }
 }
 

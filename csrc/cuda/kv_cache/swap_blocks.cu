@@ -18,6 +18,7 @@ namespace {
 constexpr int kSwapCaches = 64, kFewPairs = 320;
 // Parameters beyond 4 KB. A launch that has to wait for the link at its end costs it some 15 us.
 constexpr int kManyPairs = CUDART_VERSION >= 12010 ? 2048 : kFewPairs;
+constexpr int kUnroll = 4, kChunk = kCopyThreads * kUnroll;
 constexpr unsigned kLinkCtas = 64, kDirectCtas = 32;  // 16 KiB in flight each
 
 struct SwapPart {
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kCopyThreads)
     pair += part.first_pair;
     const char* src = p.src[cache] + p.ids[pair][0] * p.src_block;
     char* dst = p.dst[cache] + p.ids[pair][1] * p.dst_block;
-    if (src != dst) copy_chunk(p.region, src, dst, chunk);
+    if (src != dst) copy_chunk<kUnroll>(p.region, src, dst, chunk);
   }
 }
 
@@ -90,7 +91,7 @@ int launch_parts(const CopyShape& shape, int64_t src_block, int64_t dst_block,
   }
   p.region = region_of(shape, bits);
   p.src_block = src_block, p.dst_block = dst_block;
-  const int64_t chunks = ceil_div(p.region.units, kCopyChunk);
+  const int64_t chunks = ceil_div(p.region.units, kChunk);
   p.chunks = Divisor(chunks);
   unsigned grid = 0;
   for (int n = 0; n < 2; ++n) {
@@ -134,7 +135,7 @@ int launch_swap_blocks(const CopyShape& whole, int64_t src_block, int64_t dst_bl
       for (int64_t i = 0; i < some; ++i) a[i] = src[c + i] + from, b[i] = dst[c + i] + to;
       int64_t bytes = shape.run_bytes;
       for (int d = 0; d < shape.dims; ++d) bytes *= shape.size[d];
-      const int64_t chunks = ceil_div(bytes, kCopyChunk);  // of a block, if units are bytes
+      const int64_t chunks = ceil_div(bytes, kChunk);  // of a block, if units are bytes
       const int64_t room = at_most(kManyPairs, kMaxItems / (chunks * some));
       const int64_t step = room > 1 ? room : 1;
       for (int64_t first = 0; first < pairs; first += step) {

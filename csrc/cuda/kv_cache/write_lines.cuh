@@ -6,8 +6,9 @@
 // whole lines of 128 bytes and a thread has one head (two of 64 elements). All loads go first and
 // stay there (load_once); what depends on slot and scale is worked out while the data are under
 // way. With a static scale codes of fp8 are stored as they come, and a NaN is looked for in the
-// codes afterwards: nothing else has that code. A copy without any conversion takes 0.3 us less
-// of 13.5 (docs/kernels/kv_cache.md).
+// codes afterwards: nothing else has that code. Dynamic scales of a block meet in shared memory, as
+// memory takes them in whole sectors only: eight heads of a token. How many blocks an SM holds is
+// measured (docs/kernels/kv_cache.md).
 #pragma once
 
 #include "../common/launch.cuh"
@@ -18,7 +19,8 @@ namespace fastinfer::cuda {
 
 constexpr int kLinePacks = 2, kLineLanes = 8, kLineThreads = 256;
 constexpr int kPackElements = 8, kPartElements = kLineLanes * kPackElements;
-constexpr int kGroupElements = kLinePacks * kPartElements;
+constexpr int kGroupElements = kLinePacks * kPartElements, kGroupLog2 = 7;
+static_assert(1 << kGroupLog2 == kGroupElements);
 
 struct LinesParams {  // strides in bytes, of scales in elements; [0] K, [1] V
   const char* tokens[2];
@@ -30,6 +32,11 @@ struct LinesParams {  // strides in bytes, of scales in elements; [0] K, [1] V
   int32_t groups_log2, dim_log2, block_shift;
   bool wide_slots, fp8, soft;
 };
+
+__device__ __forceinline__ int64_t slot_of(const LinesParams& p, uint32_t t) {
+  return p.wide_slots ? static_cast<const int64_t*>(p.slots)[t]
+                      : static_cast<const int32_t*>(p.slots)[t];
+}
 
 // Read once, past L1. The compiler moves a plain load down to its first use, behind the branch that
 // waits for slot and scale; this one stays where it is.
@@ -53,9 +60,31 @@ __device__ __noinline__ void rare_pack(const char* from, char* to, float scale, 
   }
 }
 
+// Scales of the block's heads, by its first threads.
+template <int kHeads>
+__device__ __forceinline__ void store_scales(const LinesParams& p, const float (&scale)[kHeads]) {
+  constexpr uint32_t kGroups = kLineThreads / kLineLanes;
+  __shared__ float of_head[kGroups * kHeads];
+  const uint32_t group = threadIdx.x / kLineLanes;
+  if (threadIdx.x % kLineLanes == 0)
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) of_head[group * kHeads + h] = scale[h];
+  __syncthreads();
+  const uint32_t wide = p.dim_log2 == 8;  // two groups have one head
+  if (threadIdx.x >= kGroups * kHeads >> wide) return;
+  const uint32_t head = blockIdx.x * (kGroups * kHeads >> wide) + threadIdx.x;
+  const int32_t heads_log2 = p.groups_log2 + kGroupLog2 - p.dim_log2;
+  const uint32_t t = head >> heads_log2;
+  if (t >= p.num_tokens) return;
+  const int64_t slot = slot_of(p, t);
+  if (slot >= 0)
+    p.scale[blockIdx.y][slot * p.scale_slot + (head & ((1u << heads_log2) - 1)) * p.scale_head] =
+        of_head[threadIdx.x << wide];
+}
+
 // kHeads: of a thread; 2 for heads of 64 elements.
 template <class T, int kHeads, bool kDynamic>
-__global__ void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads, kDynamic ? 8 : 6)
     write_lines_kernel(const __grid_constant__ LinesParams p) {
   const uint32_t side = blockIdx.y;
   const uint32_t group = (blockIdx.x * kLineThreads + threadIdx.x) / kLineLanes;
@@ -64,19 +93,19 @@ __global__ void __launch_bounds__(kLineThreads)
   const uint32_t lane = threadIdx.x % kLineLanes;
   const uint32_t at = (group & ((1u << p.groups_log2) - 1)) * kGroupElements + lane * kPackElements;
   const char* from = p.tokens[side] + static_cast<uint64_t>(t) * p.token_stride + at * sizeof(T);
-  float* const scales = p.scale[side] + (at >> p.dim_log2) * p.scale_head;
   grid_wait();
-  int64_t slot = p.wide_slots ? static_cast<const int64_t*>(p.slots)[t]
-                              : static_cast<const int32_t*>(p.slots)[t];
+  int64_t slot = slot_of(p, t);
   HalfWords<4> row[kLinePacks];
 #pragma unroll
   for (int k = 0; k < kLinePacks; ++k)
     reinterpret_cast<uint4&>(row[k]) = load_once(from + k * kPartElements * sizeof(T));
   float scale[kHeads];
-  if constexpr (!kDynamic)
+  if constexpr (!kDynamic) {
+    const float* const scales = p.scale[side] + (at >> p.dim_log2) * p.scale_head;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h)  // the same few for all blocks: through L1
       asm volatile("ld.global.f32 %0, [%1];" : "=f"(scale[h]) : "l"(scales + h * p.scale_head));
+  }
   if (item >= p.num_tokens) slot = -1;
   const uint32_t position = static_cast<uint32_t>(slot) & ((1u << p.block_shift) - 1);
   char* to = p.cache[side] + (slot >> p.block_shift) * p.block_stride +
@@ -87,16 +116,19 @@ __global__ void __launch_bounds__(kLineThreads)
     uint32_t top[kLinePacks];
 #pragma unroll
     for (int k = 0; k < kLinePacks; ++k) top[k] = top_bits<T>(row[k]);
-    if constexpr (kHeads == 1) top[0] = max(top[0], top[1]);
+    if constexpr (kHeads == 1) {
+      top[0] = max(top[0], top[1]);
+      if (p.dim_log2 == 8) top[0] = max(top[0], __shfl_xor_sync(kAllLanes, top[0], kLineLanes));
+    }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      for (int other = p.dim_log2 == 8 ? kLineLanes : kLineLanes / 2; other > 0; other /= 2)
+#pragma unroll
+      for (int other = kLineLanes / 2; other > 0; other /= 2)
         top[h] = max(top[h], __shfl_xor_sync(kAllLanes, top[h], other));
       scale[h] = dynamic_scale(top[h], p.fp8);
       quick = quick & (top[h] <= 0x7F800000u);
-      if (slot >= 0 && (at & ((1u << p.dim_log2) - 1)) == 0 && (h == 0 || lane == 0))
-        scales[slot * p.scale_slot + h * p.scale_head] = scale[h];
     }
+    store_scales<kHeads>(p, scale);
   } else if (!p.fp8) {
 #pragma unroll
     for (int k = 0; k < kLinePacks; ++k) quick = quick & (nan_bits<T>(row[k]) <= 0x7F800000u);
@@ -108,24 +140,30 @@ __global__ void __launch_bounds__(kLineThreads)
     quick = quick & divide[h].quick;
   }
   uint32_t seen = 0;  // bit 7 of a byte that was the code of a NaN
-  const auto write = [&](auto fp8) {
-#pragma unroll
-    for (int k = 0; k < kLinePacks; ++k) {
-      const HalfQuotient& d = divide[kHeads == 1 ? 0 : k];
-      const uint32_t a =
-          four_half_codes<T>(row[k].word[0], row[k].word[1], d, decltype(fp8)::value);
-      const uint32_t b =
-          four_half_codes<T>(row[k].word[2], row[k].word[3], d, decltype(fp8)::value);
-      if (!kDynamic && decltype(fp8)::value)
-        seen |= ((a & 0x7F7F7F7Fu) + 0x01010101u) | ((b & 0x7F7F7F7Fu) + 0x01010101u);
-      *reinterpret_cast<uint2*>(to + k * kPartElements) = make_uint2(a, b);
-    }
+  const auto write = [&](auto fp8, int k) {
+    const HalfQuotient& d = divide[kHeads == 1 ? 0 : k];
+    const uint32_t a = four_half_codes<T>(row[k].word[0], row[k].word[1], d, decltype(fp8)::value);
+    const uint32_t b = four_half_codes<T>(row[k].word[2], row[k].word[3], d, decltype(fp8)::value);
+    if (!kDynamic && decltype(fp8)::value)
+      seen |= ((a & 0x7F7F7F7Fu) + 0x01010101u) | ((b & 0x7F7F7F7Fu) + 0x01010101u);
+    *reinterpret_cast<uint2*>(to + k * kPartElements) = make_uint2(a, b);
   };
   if (quick) {
-    if (p.fp8) {
-      write(std::true_type());
+    if constexpr (kDynamic) {  // a branch per pack: the first one is stored before the second
+#pragma unroll
+      for (int k = 0; k < kLinePacks; ++k) {
+        if (p.fp8) {
+          write(std::true_type(), k);
+        } else {
+          write(std::false_type(), k);
+        }
+      }
+    } else if (p.fp8) {
+#pragma unroll
+      for (int k = 0; k < kLinePacks; ++k) write(std::true_type(), k);
     } else {
-      write(std::false_type());
+#pragma unroll
+      for (int k = 0; k < kLinePacks; ++k) write(std::false_type(), k);
     }
     if ((seen & 0x80808080u) == 0) return;
   }

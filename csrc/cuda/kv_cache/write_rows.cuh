@@ -30,10 +30,6 @@ struct RowsParams {
 };
 using RowPacks = HalfWords<4 * kRowPacks>;
 
-static __device__ __noinline__ Slot divide_slot(int64_t slot, int32_t block_size) {
-  return split_slot(slot, block_size);
-}
-
 // threadIdx.x is a lane of a head of a token, threadIdx.y and blockIdx.x are tokens.
 template <class T>
 __global__ void __launch_bounds__(kMostRowThreads)
@@ -69,9 +65,7 @@ __global__ void __launch_bounds__(kMostRowThreads)
     scale = dynamic_scale(top, p.fp8);
     if (lane == 0) s.scale[slot * p.scale_slot + head * p.scale_head] = scale;
   }
-  const Slot at = p.block_shift >= 0
-                      ? Slot{slot >> p.block_shift, slot & ((1 << p.block_shift) - 1)}
-                      : divide_slot(slot, p.block_size);
+  const Slot at = split_slot(slot, p.block_size, p.block_shift);
   char* to =
       s.cache + at.block * s.block_stride +
       (static_cast<uint32_t>(at.position) * p.position_stride + head * p.head_stride + lane * 8);

@@ -91,14 +91,6 @@ __device__ __forceinline__ void load_table(float (&c)[kSize], const void* table,
   }
 }
 
-static __device__ __noinline__ Slot divide_slot(int64_t slot, int32_t block_size) {
-  return split_slot(slot, block_size);
-}
-__device__ __forceinline__ Slot place_of(const DenseRotaryCache& a, int64_t slot) {
-  if (a.block_shift < 0) return divide_slot(slot, a.block_size);
-  return {slot >> a.block_shift, slot & (a.block_size - 1)};
-}
-
 // Where head `head` of k (which == 1) or v (which == 2) goes; null where it does not.
 struct Target {
   char* row = nullptr;
@@ -108,7 +100,7 @@ template <class E, bool kCodes, class A>
 __device__ __forceinline__ Target target_of(const A& a, int which, int64_t slot, int head,
                                             int dim) {
   if (slot < 0 || (which != 1 && which != 2)) return {};
-  const Slot where = place_of(a, slot);
+  const Slot where = split_slot(slot, a.block_size, a.block_shift);
   const int64_t at = where.block * a.block_stride +
                      where.position * static_cast<int64_t>(a.cache_position) + head * dim;
   return {(which == 1 ? a.key_cache : a.value_cache) + at * (kCodes ? 1 : sizeof(E)),

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kFewThreads)
     }
   }
   if (slot < 0 || !live || !cache) return;
-  const Slot where = place_of(a, slot);
+  const Slot where = split_slot(slot, a.block_size, a.block_shift);
   const int64_t at = where.block * a.block_stride +
                      where.position * static_cast<int64_t>(a.cache_position) + head * dim;
   if (!a.codes) {

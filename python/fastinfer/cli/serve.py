@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -58,7 +59,8 @@ def add_parser(commands: Any) -> None:
         type=float,
         default=60,
         metavar="S",
-        help="seconds a client may leave a full connection unread (default: 60)",
+        help="seconds a client may leave a full connection unread, and take to send a body "
+        "(default: 60)",
     )
     group.add_argument("--access-log", action="store_true", help="a line per request")
     add_engine_options(parser)
@@ -99,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         access_log=args.access_log,
         timeout_graceful_shutdown=10,
         server_header=False,
+        http="h11",  # also where httptools is installed: only this one limits the headers
         h11_max_incomplete_event_size=64 << 10,
     )
     try:
@@ -119,5 +122,5 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"serve: --max-requests must be at least 1, got {args.max_requests}")
     for name in ("max_body_mb", "request_timeout", "stall_timeout"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"serve: --{name.replace('_', '-')} must be > 0, got {value}")

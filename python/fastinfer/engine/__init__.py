@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .async_llm import AsyncLLM, AsyncStream, EngineBusy
+    from .async_llm import AsyncLLM, AsyncStream, EngineBusy, EngineStopped
     from .config import EngineConfig, SamplingParams
     from .llm import LLM, TextStream
     from .metrics import EngineStats, RequestMetrics, summarize
@@ -22,6 +22,7 @@ _HOME = {
     "AsyncLLM": "async_llm",
     "AsyncStream": "async_llm",
     "EngineBusy": "async_llm",
+    "EngineStopped": "async_llm",
     "LLM": "llm",
     "TextStream": "llm",
     "EngineStats": "metrics",
@@ -40,6 +41,7 @@ __all__ = [
     "EngineBusy",
     "EngineConfig",
     "EngineStats",
+    "EngineStopped",
     "Logprob",
     "RequestMetrics",
     "RequestOutput",

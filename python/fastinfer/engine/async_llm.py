@@ -35,6 +35,10 @@ class EngineBusy(RuntimeError):
     """As many requests as allowed are in the engine; try again later."""
 
 
+class EngineStopped(RuntimeError):
+    """The engine has been closed, or one of its processes has ended."""
+
+
 class AsyncLLM:
     """`LLM` for asyncio programs: streams, cancellation, timeouts.
 
@@ -123,7 +127,8 @@ class AsyncLLM:
         Raises:
             ValueError: The prompt could never run.
             EngineBusy: `max_requests` are in the engine.
-            RuntimeError: The engine is closed. While iterating: the step of this request failed.
+            EngineStopped: It is closed, or one of its processes has ended.
+            RuntimeError: While iterating: the step of this request failed.
             TimeoutError: While iterating: the time is up; the request has ended.
         """
         parsed = self.parse(prompt, sampling_params)
@@ -153,7 +158,7 @@ class AsyncLLM:
         """Queue what `parse` returned; `whole` makes a stream of one, complete output."""
         if not self.alive:
             why = self._core.runner.failure or "AsyncLLM: this object is closed"
-            raise RuntimeError(f"{why}; create a new one")
+            raise EngineStopped(f"{why}; create a new one")
         with self._count:
             if self.max_requests is not None and self._open >= self.max_requests:
                 raise EngineBusy(

@@ -252,8 +252,8 @@ class EngineConfig:
     speculative: str | None = None
     num_speculative_tokens: int = 4
     adaptive_speculation: bool = True
-    prompt_lookup_min: int = 2
-    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 1
+    prompt_lookup_max: int = 8
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     pipeline_stages: list[int] | None = None

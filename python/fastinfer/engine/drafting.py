@@ -31,12 +31,16 @@ from .step_plan import SchedulePlan
 if TYPE_CHECKING:
     from .bursts import Bursts
 
+PAPER_STEPS, PAPER_TOKENS = 8, 2048  # steps between guesses on paper; one more per so many tokens
+PAPER_MOST = 8  # guesses that wait for the tokens they are compared with
+
 
 class Drafter(Protocol):
     """Guesses tokens. What it returns is checked: it may be wrong, too long or nonsense.
 
     Attributes:
-        uses_blocks: Whether it writes keys and values of the drafts into the request's blocks.
+        uses_blocks: Whether it writes keys and values of the drafts into the request's blocks. One
+            that does not works on the host: what it guesses costs no step.
     """
 
     uses_blocks: bool
@@ -91,7 +95,12 @@ class Speculator:
         self.max_drafts = config.num_speculative_tokens
         self.budget = config.max_num_batched_tokens
         self.vocab_size = vocab_size
-        self.pace = Pace(self.max_drafts) if config.adaptive_speculation else None
+        self.pace: Pace | None = None
+        if config.adaptive_speculation:
+            self.pace = Pace(self.max_drafts, on_paper=not drafter.uses_blocks)
+        # (request, tokens it had, what was guessed to follow)
+        self._paper: list[tuple[Request, int, list[int]]] = []
+        self._until_paper = self._turn = 0
         self.num_draft_tokens = 0  # checked so far
         self.num_accepted_tokens = 0
         self.num_verifications = 0  # requests times steps
@@ -201,11 +210,17 @@ class Speculator:
             self._learn_burst(plan, plan.burst, seconds, checks)
             return
         asked, self._asked = self._asked, []
-        for chunk, yielded in zip(plan.chunks, tokens, strict=True):
-            if chunk.num_drafts and isinstance(yielded, list):
-                self._record(chunk.request, chunk.num_drafts, len(yielded) - 1)
-        longest = max(chunk.count for chunk in plan.chunks)
-        decodes = all(chunk.count == 1 + chunk.num_drafts for chunk in plan.chunks)
+        longest, decodes = 1, True
+        if len(plan.chunks) == plan.num_tokens:  # every chunk is one token
+            if self.pace is not None and self.pace.rests:
+                self._guess_on_paper(plan, self.pace)
+                return
+        else:
+            for chunk, yielded in zip(plan.chunks, tokens, strict=True):
+                if chunk.num_drafts and isinstance(yielded, list):
+                    self._record(chunk.request, chunk.num_drafts, len(yielded) - 1)
+            longest = max(chunk.count for chunk in plan.chunks)
+            decodes = all(chunk.count == 1 + chunk.num_drafts for chunk in plan.chunks)
         if seconds > 0 and decodes:
             self._seconds[(len(plan.chunks) - 1).bit_length()] = seconds
         if self.pace is None:
@@ -215,6 +230,37 @@ class Speculator:
         for request in asked:
             if not request.draft_tokens:
                 self.pace.learn(request, 0, 0)
+        if not asked and decodes:
+            self._guess_on_paper(plan, self.pace)
+
+    def _guess_on_paper(self, plan: SchedulePlan, pace: Pace) -> None:
+        """Now and then guess for one of the requests of a plain step, and learn of earlier guesses
+        whose tokens are known by now."""
+        self._until_paper -= 1
+        if self._until_paper > 0 or not pace.on_paper or len(plan.chunks) > self.max_rows:
+            return
+        waiting = []
+        for request, at, guess in self._paper:
+            got = request.tokens[at : at + len(guess)]
+            if len(got) == len(guess):
+                pairs = zip(got, guess, strict=True)
+                wrong = (i for i, (token, guessed) in enumerate(pairs) if token != guessed)
+                pace.learn(request, len(guess), next(wrong, len(guess)))
+            elif not request.finished:
+                waiting.append((request, at, guess))
+        self._paper = waiting
+        self._turn += 1
+        request = plan.chunks[self._turn % len(plan.chunks)].request
+        self._until_paper = len(request.tokens) // PAPER_TOKENS
+        self._until_paper += PAPER_STEPS if pace.knows else 1
+        if request.finished or len(waiting) >= PAPER_MOST:
+            return
+        (guess,) = self.drafter.propose([(request, self.max_drafts)])
+        guess = self._valid(guess[: self.max_drafts])
+        if guess:
+            waiting.append((request, len(request.tokens), guess))
+        else:
+            pace.learn(request, 0, 0)
 
     def _learn_burst(
         self,

@@ -10,6 +10,10 @@ drafter, more tokens in the step, waiting for its results. Both are measured whi
 from result to result, for each power of two of requests. k = argmax E(k) / T(k), and 0 turns
 speculation off until it is tried again, after more steps each time.
 
+Guesses that cost nothing (n-grams) are also made while it is off, on paper: for a request now and
+then, to be compared with the tokens that it gets. Steps with drafts are then tried only if they
+could pay were they as short as plain ones; and with many requests not even once before.
+
 Nothing here changes a token: see drafting.py.
 """
 
@@ -24,8 +28,14 @@ from .static_step import query_lengths
 SAMPLES = 3  # of a time before it counts; the one before these is thrown away (first use)
 HOLD = 8  # steps between decisions
 FIRST_WAIT, LONGEST_WAIT = 32, 1024  # plain steps before drafts are tried again
+DEAR_WAIT = 8192  # the same at most, where a trial takes long
+SHARE = 0.02  # of the time between two trials that one may cost
+STAY = 0.05  # what another number of drafts has to gain: a change interrupts the steps
+FEW = 3  # power of two of requests up to which a trial costs little
+ENOUGH = 24  # guesses on paper before there may be a trial with more
+MARGIN = 0.1  # that a step with drafts has to gain if it were as short as a plain one
 RECHECK = 512  # steps with drafts before plain ones are measured again
-_FRESH = 0.1  # weight of a new observation
+_FRESH, _SLOW = 0.1, 0.01  # weight of a new observation: of this request, of all
 HOPE = 0.7  # acceptance before anything is known
 
 
@@ -35,6 +45,14 @@ class Acceptance:
 
     rate: float
     found: float = 1.0
+
+    def tokens(self, k: int) -> float:
+        """That a step with k drafts yields."""
+        return 1 + self.found * sum(self.rate**i for i in range(1, k + 1))
+
+
+def _both(acceptance: Acceptance) -> tuple[float, float]:
+    return acceptance.rate, acceptance.found
 
 
 class _Time:
@@ -65,13 +83,15 @@ class Pace:
 
     Args:
         max_drafts: Most drafts of a request.
+        on_paper: `learn` is also told about guesses that nobody checks.
     """
 
-    def __init__(self, max_drafts: int) -> None:
-        self.max_drafts = max_drafts
+    def __init__(self, max_drafts: int, *, on_paper: bool = False) -> None:
+        self.max_drafts, self.on_paper = max_drafts, on_paper
         self._lengths = query_lengths(max_drafts)
         self._times: dict[tuple[int, int], _Time] = {}  # (bucket, tokens per row; 1: plain)
-        self._usual = HOPE  # acceptance of requests so far
+        self._usual = Acceptance(HOPE)  # of requests so far
+        self._learned = self._looked_at = 0  # guesses, and tokens of them
         self._bucket = 0
         self._drafts = 0
         self._hold = 0
@@ -92,7 +112,6 @@ class Pace:
             self._hold -= 1
             return self._drafts
         self._drafts = self._decide(running)
-        self._hold = HOLD if self._drafts else 0
         return self._drafts
 
     def _decide(self, running: Sequence[Request]) -> int:
@@ -100,47 +119,88 @@ class Pace:
         if plain is None or not plain.known:
             return 0
         measured = [q for q in self._lengths if self._known(q)]
+        few = self._bucket <= FEW
+        self._hold = HOLD - 1
         if not measured and not self._known(0):
-            return self.max_drafts
+            return self._trial(few, self.max_drafts) if self._hopeful(running, few) else 0
         if self._drafts:
             self._since_plain += HOLD
             if self._since_plain >= RECHECK:
-                self._since_plain = 0
+                self._since_plain = self._hold = 0
                 return 0
         # (nothing was found in all the steps so far: there is nothing to measure, nor to gain)
         best = self._best(running, plain.seconds, measured) if measured else 0
         if best:
             self._wait = 0
             return best
+        if not self._hopeful(running, few):
+            return 0
         if not self._wait:
             self._wait, self._waited = FIRST_WAIT, 0
-        self._waited += 1
-        if self._waited < self._wait:
+        self._waited += HOLD
+        if self._waited < max(self._wait, self._worth(running, plain.seconds, measured)):
             return 0
         self._waited, self._wait = 0, min(2 * self._wait, LONGEST_WAIT)
+        return self._trial(few, self._lengths[0] - 1)
+
+    def _trial(self, few: bool, drafts: int) -> int:
+        if few:
+            return drafts
+        self._hold = SAMPLES + 1  # one is not used, one is not known when the next begins
         return self._lengths[0] - 1
+
+    @property
+    def rests(self) -> bool:
+        """Whether plain steps go on for a while, so that their times need not be told."""
+        return self._drafts == 0 and 0 < self._hold < HOLD - 1
+
+    @property
+    def knows(self) -> bool:
+        """Whether enough guesses have been seen to say how good they are."""
+        return self._learned >= ENOUGH
 
     def _known(self, length: int) -> bool:
         time = self._times.get((self._bucket, length))
         return time is not None and time.known
 
-    def _best(self, running: Sequence[Request], plain: float, measured: Sequence[int]) -> int:
+    def _acceptance(self, running: Sequence[Request]) -> Acceptance:
+        """Of all of them."""
         known = [r.acceptance for r in running if r.acceptance is not None]
-        rate = sum(a.rate for a in known) / len(known) if known else self._usual
-        found = sum(a.found for a in known) / len(known) if known else 1.0
+        if not known:
+            return self._usual
+        rate, found = (sum(each) / len(known) for each in zip(*map(_both, known), strict=True))
+        return Acceptance(rate, found)
+
+    def _hopeful(self, running: Sequence[Request], few: bool) -> bool:
+        """Whether a trial may show anything; guesses that were only made on trial do not say."""
+        if not self.on_paper or (few and not self.knows):
+            return True
+        # of many requests few have been guessed for
+        now = self._acceptance(running) if few else self._usual
+        return self.knows and now.tokens(self.max_drafts) > 1 + MARGIN
+
+    def _worth(self, running: Sequence[Request], plain: float, measured: Sequence[int]) -> float:
+        """Plain steps after which a trial costs no more than its share."""
+        if not measured:
+            return 0
+        k = self._lengths[0] - 1
+        lost = self._cost(k, plain, measured) / plain - self._acceptance(running).tokens(k)
+        return min(HOLD * lost / SHARE, DEAR_WAIT)
+
+    def _best(self, running: Sequence[Request], plain: float, measured: Sequence[int]) -> int:
+        now = self._acceptance(running)
+        found = now.found
         idle = self._times.get((self._bucket, 0))  # drafts were wanted and there were none
         without = max(idle.seconds, plain) if idle is not None and idle.known else plain
         flat = self._flat
-        best, most, expected, power = 0, 1.0 / plain, 1.0, 1.0
+        speeds = [1 / plain]  # by number of drafts
         for k in range(1, self.max_drafts + 1):
-            power *= rate
-            expected += power
             cost = self._cost(k, plain, measured)
             step = cost if flat else found * cost + (1 - found) * without
-            speed = (1 + found * (expected - 1)) / step
-            if speed > most:
-                best, most = k, speed
-        return best
+            speeds.append(now.tokens(k) / step)
+        best = speeds.index(max(speeds))
+        stays = best and self._drafts and speeds[best] < (1 + STAY) * speeds[self._drafts]
+        return self._drafts if stays else best
 
     def _cost(self, k: int, plain: float, measured: Sequence[int]) -> float:
         """Seconds of a step with k drafts: measured, or on the line between neighbours."""
@@ -179,11 +239,20 @@ class Pace:
         """What became of a request's drafts; with 0 proposed the drafter had none."""
         known = request.acceptance
         if known is None:
-            known = request.acceptance = Acceptance(self._usual)
+            known = request.acceptance = Acceptance(*_both(self._usual))
+        self._learned += 1
         known.found += _FRESH * ((proposed > 0) - known.found)
+        usual = self._usual
+        usual.found += _slow(self._learned) * ((proposed > 0) - usual.found)
         for outcome in _outcomes(proposed, accepted):
+            self._looked_at += 1
             known.rate += _FRESH * (outcome - known.rate)
-            self._usual += 0.01 * (outcome - self._usual)
+            usual.rate += _slow(self._looked_at) * (outcome - usual.rate)
+
+
+def _slow(count: int) -> float:
+    """Weight of an observation of all: at first as much as what was hoped and seen before."""
+    return max(_SLOW, 1 / (1 + count))
 
 
 def _outcomes(proposed: int, accepted: int) -> Iterable[int]:

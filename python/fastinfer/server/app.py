@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from .._version import __version__
-from ..engine.async_llm import AsyncLLM, AsyncStream, EngineBusy
+from ..engine.async_llm import AsyncLLM, AsyncStream, EngineBusy, EngineStopped
 from ..engine.outputs import RequestOutput
 from .exposition import CONTENT_TYPE, Exposition
 from .limits import LimitBody, LimitRate, Receive, RequireKey, Scope, Send
@@ -42,7 +42,7 @@ class ServerSettings:
         max_body_bytes: Of a request.
         max_prompts: In one request for completions.
         request_timeout: Seconds until an answer must be complete; None is no limit.
-        stall_timeout: Seconds a reader may leave a full connection unread.
+        stall_timeout: Seconds a reader may leave a full connection unread, and a body may take.
     """
 
     model_name: str
@@ -67,8 +67,9 @@ def create_app(llm: AsyncLLM, settings: ServerSettings) -> Starlette:
     if settings.api_keys:
         middleware.append(Middleware(RequireKey, settings.api_keys))
     if settings.requests_per_minute:
-        middleware.append(Middleware(LimitRate, settings.requests_per_minute))
-    middleware.append(Middleware(LimitBody, settings.max_body_bytes))
+        by_key = bool(settings.api_keys)
+        middleware.append(Middleware(LimitRate, settings.requests_per_minute, by_key=by_key))
+    middleware.append(Middleware(LimitBody, settings.max_body_bytes, settings.stall_timeout))
     return Starlette(
         routes=[
             Route("/health", service.health),
@@ -166,6 +167,9 @@ class _Service:
                 503,
                 headers={"retry-after": "1"},
             )
+        except EngineStopped as error:
+            _log.error("a request was refused: %s", error)
+            return JSONResponse(error_json("the engine has stopped", kind="server_error"), 503)
         reply = Reply(
             self.settings.model_name,
             chat=ask.chat,
@@ -352,15 +356,20 @@ class EventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await _unless_disconnected(receive, self._write(send))
-        except OSError:  # the connection broke while it was written to
+        except (OSError, _Stalled):  # the connection broke while it was written to, or stands still
             pass
         finally:
             for stream in self._streams:
                 stream.close()
 
     async def _write(self, send: Send) -> bool:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        loop, task, stalled = asyncio.get_running_loop(), asyncio.current_task(), False
         assert task is not None
+
+        def stall() -> None:
+            nonlocal stalled
+            stalled = task.cancel()
+
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
@@ -368,13 +377,21 @@ class EventStream:
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for data in self._events:
-            stall = loop.call_later(self._stall_timeout, task.cancel)
+            timer = loop.call_later(self._stall_timeout, stall)
             try:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+            except asyncio.CancelledError:
+                if stalled:
+                    raise _Stalled from None
+                raise
             finally:
-                stall.cancel()
+                timer.cancel()
         await send({"type": "http.response.body", "body": b""})
         return True
+
+
+class _Stalled(Exception):
+    """A full connection has not been read for too long."""
 
 
 class _Count:

@@ -77,6 +77,11 @@ class Exposition:
             ("preemptions_total", "Preempted requests.", stats.num_preemptions),
             ("prefix_query_tokens_total", "Prompt tokens looked up.", stats.prefix_query_tokens),
             ("prefix_hit_tokens_total", "Prompt tokens found cached.", stats.prefix_hit_tokens),
+            ("swapped_total", "Preempted requests that were moved.", stats.num_swapped),
+            # acceptance is accepted / draft, a check yields 1 + accepted / checks tokens
+            ("draft_tokens_total", "Drafted tokens that were checked.", stats.num_draft_tokens),
+            ("accepted_tokens_total", "Drafted tokens that stand.", stats.num_accepted_tokens),
+            ("draft_checks_total", "Checks of a request's drafts.", stats.num_verifications),
             ("prompt_tokens_total", "Prompt tokens of ended completions.", self.prompt_tokens),
             ("generation_tokens_total", "Output tokens of ended completions.", self.output_tokens),
         )

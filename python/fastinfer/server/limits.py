@@ -5,6 +5,7 @@ Plain ASGI middleware, so that a refused request costs no parsing.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -61,23 +62,37 @@ class RequireKey:
 
 
 class LimitRate:
-    """429 for a client (by key, else by address) with more requests per minute than allowed.
+    """429 for a client with more requests per minute than allowed.
 
     A bucket of `per_minute` requests that fills up evenly.
+
+    Args:
+        app: What is behind it.
+        per_minute: Requests.
+        by_key: Clients are told apart by their key, which has been checked; else by their address:
+            a key that nobody asked for can be another one every time.
+        clock: Seconds.
     """
 
     def __init__(
-        self, app: App, per_minute: int, clock: Callable[[], float] = time.monotonic
+        self,
+        app: App,
+        per_minute: int,
+        *,
+        by_key: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.app = app
         self._per_minute = per_minute
+        self._by_key = by_key
         self._clock = clock
         self._buckets: OrderedDict[Any, tuple[float, float]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        wait = self._take(_bearer(scope) or (scope.get("client") or ("",))[0])
+        address = (scope.get("client") or ("",))[0]
+        wait = self._take(_bearer(scope) if self._by_key else address)
         if wait <= 0:
             return await self.app(scope, receive, send)
         error = error_json(
@@ -100,11 +115,14 @@ class LimitRate:
 
 
 class LimitBody:
-    """413 for a body of more bytes, by its header or while it comes."""
+    """413 for a body of more bytes, by its header or while it comes; 408 for one that takes longer
+    than so many seconds.
+    """
 
-    def __init__(self, app: App, max_bytes: int) -> None:
+    def __init__(self, app: App, max_bytes: int, seconds: float) -> None:
         self.app = app
         self._max_bytes = max_bytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,11 +130,19 @@ class LimitBody:
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_bytes:
             return await self._refuse(send)
-        got, started = 0, False
+        got, started, whole = 0, False, False
+        deadline = time.monotonic() + self._seconds
 
         async def counted() -> Any:
-            nonlocal got
-            message = await receive()
+            nonlocal got, whole
+            if whole:  # whoever asks now waits for the client to leave
+                return await receive()
+            left = max(deadline - time.monotonic(), 0)
+            try:
+                message = await asyncio.wait_for(receive(), left)
+            except asyncio.TimeoutError:
+                raise _TooSlow from None
+            whole = not message.get("more_body", False)
             got += len(message.get("body", b""))
             if got > self._max_bytes:
                 raise _TooLarge
@@ -132,6 +158,11 @@ class LimitBody:
         except _TooLarge:
             if not started:
                 await self._refuse(send)
+        except _TooSlow:
+            if not started:
+                said = f"the body must be sent within {self._seconds:g} seconds"
+                error = error_json(said, kind="invalid_request_error")
+                await refuse(send, 408, error, connection="close")
         return None
 
     async def _refuse(self, send: Send) -> None:
@@ -142,6 +173,10 @@ class LimitBody:
 
 
 class _TooLarge(Exception):
+    pass
+
+
+class _TooSlow(Exception):
     pass
 
 

@@ -65,7 +65,9 @@ _CHAT = _SHARED | {
 }
 _BOOLEANS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 MAX_N = 128
-MAX_STOPS = 16
+MAX_CHOICES = 512  # prompts times n
+MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # strings, characters
+MAX_STOP_IDS = 1000
 MAX_PRIORITY = 1_000_000
 
 
@@ -115,6 +117,12 @@ def read_completion(body: Any, *, models: tuple[str, ...], max_prompts: int) -> 
     if ask.echo and logprobs is not None:
         raise BadRequest("echo cannot be combined with logprobs: prompts have none here", "echo")
     ask.params = _sampling(given, given.get("max_tokens", 16), logprobs)
+    if len(ask.prompts) * ask.params.n > MAX_CHOICES:
+        raise BadRequest(
+            f"n times the number of prompts must be at most {MAX_CHOICES}, got "
+            f"{len(ask.prompts) * ask.params.n}",
+            "n",
+        )
     return ask
 
 
@@ -224,6 +232,15 @@ def _sampling(
         raise BadRequest(f"stop must hold at most {MAX_STOPS} strings, got {len(stop)}", "stop")
     if not isinstance(stop, (str, list, type(None))):
         raise BadRequest(f"stop must be a string or a list of them, got {stop!r:.80}", "stop")
+    each_stop = [stop] if isinstance(stop, str) else stop or ()
+    if any(isinstance(each, str) and len(each) > MAX_STOP_LENGTH for each in each_stop):
+        raise BadRequest(f"stop must hold strings of at most {MAX_STOP_LENGTH} characters", "stop")
+    ids = given.get("stop_token_ids")
+    if isinstance(ids, list) and len(ids) > MAX_STOP_IDS:
+        raise BadRequest(
+            f"stop_token_ids must hold at most {MAX_STOP_IDS} ids, got {len(ids)}",
+            "stop_token_ids",
+        )
     passed = {name: given[name] for name in _PASSED if name in given}
     try:
         return SamplingParams(**passed, stop=stop or None, max_tokens=max_tokens, logprobs=logprobs)

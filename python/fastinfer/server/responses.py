@@ -11,6 +11,7 @@ from typing import Any
 from ..engine.outputs import CompletionOutput, Logprob, RequestOutput
 
 Json = dict[str, Any]
+_LONGEST_ERROR = 500  # characters
 _FLOOR = -9999.0  # what the API shows for a token that could not have been drawn: JSON has no -inf
 
 
@@ -187,5 +188,8 @@ def _finite(value: float) -> float:
 
 
 def error_json(message: str, *, kind: str, param: str | None = None, code: Any = None) -> Json:
-    """The API's error object."""
+    """The API's error object; what it says of the request is cut off somewhere."""
+    if len(message) > _LONGEST_ERROR:
+        message = message[:_LONGEST_ERROR] + " ..."
+    param = param and param[:80]
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
