@@ -100,7 +100,7 @@ constexpr WideChoice choose_wide(const WideCost (&costs)[kCount], int bits, int6
   for (const WideCost& t : costs) {
     if (t.tokens < 64 && m > t.tokens) continue;                    // those are for a single pass
     if (half_steps && t.tokens != 64 && t.tokens != 256) continue;  // others take one group a step
-    if (!bf16 && t.blocks == 1 && t.groups == 3) continue;          // bf16 only
+    if (!bf16 && bits == 4 && t.groups == 3 && t.tokens > 16) continue;  // bf16 only
     const int tile_blocks = t.blocks * t.groups - t.less;
     const int64_t tiles = div_up(n, 64 * tile_blocks) * div_up(m, t.tokens), rest = tiles % sms;
     // After many rounds the last one hardly counts.
@@ -201,5 +201,8 @@ static_assert(is_wide(choose_wide(4, false, 128, 28672, 4096, 132), 64, 2, 4, 1)
 
 static_assert(choose_wide(4, true, 64, 4096, 4096, 132, false, false).groups == 2 &&
                   choose_wide(4, true, 128, 10240, 8192, 132, false, false).groups == 2,
-              "fp16: no tiles of three warpgroups of one block");
+              "fp16: tiles of three warpgroups up to 16 tokens only");
+static_assert(choose_wide(4, false, 17, 45000, 520, 132).groups == 3 &&
+                  choose_wide(4, false, 17, 45000, 520, 132, false, false).groups == 2,
+              "the same");
 }  // namespace fastinfer

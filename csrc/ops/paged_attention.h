@@ -41,6 +41,9 @@ struct RowBlocks {
 RowBlocks choose_row_blocks(int64_t rows, int64_t pairs, int64_t capacity, bool plain_pairs,
                             bool several, bool batch_invariant);
 
+// A large CTA per SM?
+bool choose_large(int64_t batch, int64_t heads, int64_t capacity);
+
 // Lists among which (key head, row block) pairs are dealt, each served by ctas / lanes CTAs.
 int64_t choose_lanes(int64_t pairs, int64_t ctas);
 

@@ -35,7 +35,7 @@ RowBlocks choose_row_blocks(int64_t rows, int64_t pairs, int64_t capacity, bool 
 // are left over.
 int64_t choose_lanes(int64_t pairs, int64_t ctas) {
   for (int64_t lanes = std::min(pairs, ctas); lanes > 1; --lanes)
-    if (pairs % lanes == 0 && ctas / lanes * lanes * 100 >= ctas * 96) return lanes;
+    if (pairs % lanes == 0 && ctas / lanes * lanes * 100 >= ctas * 98) return lanes;
   return 1;
 }
 
@@ -54,10 +54,18 @@ Clusters choose_clusters(int64_t batch, int64_t heads, int64_t row_blocks, int64
   if (!eight_bit && capacity <= 6144 && items * 32 <= slots) return {2, 8, 0, kAlways};
   // Two row blocks read the same keys, which neighbours do at the same time, clusters or not.
   const bool many = items >= 24 || row_blocks == 2;
-  if (many && pairs % 2 == 0 && choose_lanes(pairs, slots) == pairs &&
-      items * 2 <= slots / pairs * pairs)
+  const int64_t used = slots / pairs * pairs;
+  if (many && pairs % 2 == 0 && items * 2 <= used && used * 100 >= slots * 96)
     return {2, 1, 1, eight_bit ? 4 : 8};
   return {1, 1, 0, 0};
+}
+
+// One CTA of 8 warps per SM instead of two of 4, for pairs of warps: half as many pieces of 17 to
+// 32 rows are put together. Pays where that leaves few of an item, or gives every SM much to do.
+bool choose_large(int64_t batch, int64_t heads, int64_t capacity) {
+  const int64_t items = batch * heads;
+  return capacity >= 2048 &&
+         (items >= 32 || items * std::min<int64_t>(capacity, 1 << 20) >= 131072);
 }
 
 #ifdef FASTINFER_WITH_CUDA
@@ -282,7 +290,10 @@ void run_cuda(const attention::Call& call, const Tensors& t, int64_t capacity,
         op, cuda::launch_append(append_params(call, t, own_q ? own_q->mutable_data_ptr() : nullptr),
                                 device.stream()));
   if (t.q.numel() == 0) return;
-  const int slots = cuda::device_facts().sms * (s.head_dim > 128 ? 1 : 2);
+  p.large = p.row_tiles == 2 && p.kv_dtype == DType::bf16 && p.dim > 64 && p.dim <= 128 &&
+            cuda::device_facts().shared_bytes >= cuda::large_shared_bytes() && is_plain(p) &&
+            choose_large(p.batch, p.heads_kv, capacity);
+  const int slots = cuda::device_facts().sms * (s.head_dim > 128 || p.large ? 1 : 2);
   const int64_t pairs = int64_t{p.heads_kv} * p.row_blocks;
   p.lanes = static_cast<int32_t>(choose_lanes(pairs, slots));
 #ifdef FASTINFER_HAVE_SM90A  // code of compute_80 that a driver compiled knows no clusters

@@ -200,7 +200,8 @@ CASES += [
         (17, 64, 320, 32, "float"),
     )
 ]
-# Without a ring: K cut across a cluster, warps that share rows, zero points; scales of both widths.
+# Without a ring: K cut across a cluster, warps that share rows, zero points; scales of both widths;
+# x in bytes for one or two tokens.
 CASES += [
     Case(
         f"int4_linear-{str(dtype)[6:]}-{m}x{n}x{k}-g{group}-{zeros}-{str(scale)[6:]}",
@@ -211,6 +212,9 @@ CASES += [
         (8, 40, 16640, 128, "int", torch.float32),
         (5, 4300, 264, -1, "none", torch.bfloat16),
         (8, 2100, 1024, 256, "int", torch.float16),
+        (2, 40, 16300, 128, "int", torch.float32),
+        (1, 4300, 264, -1, "none", torch.bfloat16),
+        (2, 2100, 1024, 256, "int", torch.float16),
     )
 ]
 CASES += [

@@ -185,6 +185,7 @@ CASES = [
         Case(f"decode_pairs_d{dim}", decode(PAIRS, dtype=dtype, heads=(32, 1), dim=dim))
         for dtype, dim in ((torch.bfloat16, 128), (F16, 64), (F16, 256))
     ),
+    Case("decode_large_ctas", decode(PAIRS * 4, heads=(32, 1))),
     # Keys of 8-bit caches in boxes of 16; pages of 8 keys: row by row.
     Case("decode_boxes_int8_token", decode(PAIRS, cache=INT8, scales="token", dim=112, block=32)),
     Case("decode_boxes_dense", decode(LENGTHS, cache=E4M3, scales="scalar", dim=96, block=None)),

@@ -123,32 +123,25 @@ CLUSTERS = (
     ([5000], 8, 4), ([9000], 2, 4), ([1300, 900, 0], 8, 2), ([1500], 1, 32),
     ([300, 20], 4, 4), ([129, 0, 65, 1030], 8, 4), ([700, 130, 0, 1], 2, 16),
     ([513] * 8, 8, 4), ([2048, 1, 0, 63, 64, 65, 1024, 100], 8, 2), ([90] * 16, 8, 4),
-    ([5, 900] * 16, 4, 1), ([4000, 10, 10], 8, 4),
+    ([5, 900] * 16, 4, 1), ([4000, 10, 10], 8, 4), ([7000], 8, 4),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("code", [None, FP8, torch.int8], ids=str)
-@pytest.mark.parametrize("lengths,heads_kv,group", CLUSTERS, ids=str)
-def test_clusters(lengths, heads_kv, group, code):
-    """Few items: their pieces meet in the shared memory of a cluster. With a plan, in a graph, with
-    programmatic launch and with a table that is somewhat wider the same bits.
+def check_bits(case: Case) -> None:
+    """Right, and with a plan, in a graph, with programmatic launch, with a table that is somewhat
+    wider: the same bits.
     """
-    rng = random.Random(repr((lengths, code)))
-    case = Case(
-        lengths, heads=heads_kv * group, heads_kv=heads_kv, dim=rng.choice((64, 80, 128)),
-        block_size=rng.choice((None, 16, 64)), dtype=rng.choice(HALF), cache_dtype=code,
-        scales=rng.choice(("head", "token")) if code else "none", device="cuda",
-    )  # fmt: skip
-    expected = case.verify().cuda()
+    causal = {"causal": case.q.shape[1] > 1}
+    expected = case.verify(**causal).cuda()
     args, kwargs, _, _ = case.copy()
     args = [None if t is None else t.cuda() for t in args]
-    kwargs = {n: None if t is None else t.cuda() for n, t in kwargs.items()}
-    heads, dim = args[0].shape[2:]
-    plan = plan_decode(kwargs["cache_seqlens"], heads, heads_kv, dim)
+    kwargs = {n: None if t is None else t.cuda() for n, t in kwargs.items()} | causal
+    (len_q, heads, dim), heads_kv = args[0].shape[1:], args[1].shape[2]
+    plan = plan_decode(kwargs["cache_seqlens"], heads, heads_kv, dim, q_len=len_q)
     assert torch.equal(flash_attn_with_kvcache(*args, **kwargs, plan=plan), expected)
     if kwargs["block_table"] is not None:
         table, block = kwargs["block_table"], args[1].shape[1]
-        most = next(n for n in (2048, 6144, 32768) if table.shape[1] * block <= n) // block
+        most = next(n for n in (2048, 6144, 8192, 1 << 17) if table.shape[1] * block <= n) // block
         table = torch.nn.functional.pad(table, (0, most - table.shape[1]), value=-1)
         wide = kwargs | {"block_table": table}
         assert torch.equal(flash_attn_with_kvcache(*args, **wide), expected)
@@ -163,6 +156,55 @@ def test_clusters(lengths, heads_kv, group, code):
         graph.replay()
         assert torch.equal(out, expected)
     assert not workspace[: 64 << 10].any()
+
+
+@pytest.mark.parametrize("code", [None, FP8, torch.int8], ids=str)
+@pytest.mark.parametrize("lengths,heads_kv,group", CLUSTERS, ids=str)
+def test_clusters(lengths, heads_kv, group, code):
+    """Few items: their pieces meet in the shared memory of a cluster."""
+    rng = random.Random(repr((lengths, code)))
+    check_bits(Case(
+        lengths, heads=heads_kv * group, heads_kv=heads_kv, dim=rng.choice((64, 80, 128)),
+        block_size=rng.choice((None, 16, 64)), dtype=rng.choice(HALF), cache_dtype=code,
+        scales=rng.choice(("head", "token")) if code else "none", device="cuda",
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "lengths,capacity",
+    [([2500, 64, 0, 700] * 9, None), ([9000, 300, 64], 70000), ([2100, 1, 2048] * 11, None)],
+    ids=str,
+)
+def test_large_ctas(lengths, capacity):
+    """17 to 32 rows and much to do: CTAs of eight warps."""
+    rng = random.Random(repr(lengths))
+    check_bits(Case(
+        lengths, capacity=capacity, heads=rng.choice((17, 24, 32)), heads_kv=1,
+        dim=rng.choice((72, 128)), block_size=16, dtype=torch.bfloat16, device="cuda",
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("len_q", [1, 5])
+@pytest.mark.parametrize(
+    "lengths", [[528] * 4, [528] * 16, [130, 700, 64, 900, 0], [2100] * 8, [1000] * 3], ids=str
+)
+def test_shares_that_begin_with_an_item(lengths, len_q):
+    check_bits(Case(lengths, len_q=len_q, heads=32, heads_kv=8, dim=128, block_size=16,
+                    dtype=torch.bfloat16, device="cuda"))  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [None, FP8], ids=str)
+@pytest.mark.parametrize("block", [8, 16, 48, 100, 256])
+def test_tables_that_do_not_fit_into_shared_memory(block, code):
+    """32 columns at a time, where blocks are not short."""
+    rng = random.Random(repr((block, code)))
+    case = Case(
+        [9000, 40, 0, 2500, 16400], len_q=rng.choice((1, 3)), heads=8, heads_kv=4, dim=128,
+        block_size=block, dtype=torch.bfloat16, cache_dtype=code,
+        scales=rng.choice(("head", "token")) if code else "none", device="cuda",
+    )  # fmt: skip
+    case.verify()
+    case.verify(window_size=(rng.randrange(2000, 5000), 0))
 
 
 @pytest.mark.parametrize("lengths", [[70000, 70, 0, 500], [4000, 30] * 20], ids=len)

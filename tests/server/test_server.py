@@ -88,9 +88,9 @@ def test_a_body_that_does_not_come_is_not_waited_for(server: Running):
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"stop": "x" * 1001}, "stop"),
-        ({"stop": ["a", "x" * 1001]}, "stop"),
-        ({"stop_token_ids": [1] * 1001}, "stop_token_ids"),
+        ({"stop": "x" * 1025}, "stop"),
+        ({"stop": ["a", "x" * 1025]}, "stop"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids"),
         ({"prompt": ["a"] * 100, "n": 6}, "n"),
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"top_k": "9" * 9000}, "top_k"),
@@ -247,7 +247,7 @@ def test_rate_limit():
 
 def test_rate_limit_fills_up_with_time():
     now = [0.0]
-    limit = LimitRate(None, 6, by_key=True, clock=lambda: now[0])  # type: ignore[arg-type]
+    limit = LimitRate(None, 6, by_key=False, clock=lambda: now[0])  # type: ignore[arg-type]
     assert [limit._take("a") for _ in range(6)] == [0.0] * 6
     assert limit._take("a") == pytest.approx(10.0)
     assert limit._take("b") == 0.0

@@ -43,10 +43,6 @@ def ask(server: Running, body: dict, **headers: str) -> httpx.Response:
         {**CHAT, "messages": [{"role": "\ud800", "content": "x"}]},
         {**CHAT, "chat_template_kwargs": {"self": 1}},
         {**CHAT, "chat_template_kwargs": {"tokenizer": 1}},
-        {**PROMPT, "stop": "ab" * 513},
-        {**PROMPT, "stop": ["a", "b" * 1025]},
-        {**PROMPT, "stop_token_ids": [1] * 1025},
-        {**PROMPT, "prompt": ["a"] * 11, "n": 100},
     ],
 )
 def test_what_cannot_be_served_is_the_fault_of_the_request(server: Running, body: dict):
@@ -56,15 +52,8 @@ def test_what_cannot_be_served_is_the_fault_of_the_request(server: Running, body
 
 
 def test_as_many_stops_as_allowed(server: Running):
-    body = {**PROMPT, "stop": ["x" * 1000] * 16, "stop_token_ids": [1] * 1000, "n": 8}
+    body = {**PROMPT, "stop": ["x" * 1024] * 16, "stop_token_ids": [1] * 1024, "n": 8}
     assert len(ask(server, body).json()["choices"]) == 8
-
-
-def test_rate_limit_goes_by_address_where_nobody_checks_keys():
-    with serving(requests_per_minute=2) as server:
-        codes = [ask(server, PROMPT, authorization=f"Bearer {i}").status_code for i in range(3)]
-        assert codes == [200, 200, 429]
-        wait_until_idle(server.llm)
 
 
 def test_rate_limit_goes_by_key_where_they_are_checked():

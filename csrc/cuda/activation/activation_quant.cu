@@ -151,18 +151,6 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   if (kCluster) cluster_wait();
 }
 
-// Compiled for sm_90 or newer, not translated from older PTX: only then does the code know
-// clusters.
-template <class E>
-bool clusters_work() {
-  static const bool yes = [] {
-    cudaFuncAttributes a;
-    return cudaFuncGetAttributes(&a, gated_few_kernel<E, true>) == cudaSuccess &&
-           a.ptxVersion >= 90;
-  }();
-  return yes;
-}
-
 // CTAs that share a row, 0: a row is too long for this form.
 constexpr int few_ctas(int64_t rows, int64_t packs, int sms, bool clusters) {
   constexpr int64_t kLeast = 128, kAlone = 512;  // packs of a CTA in a cluster, and of one alone
@@ -208,10 +196,8 @@ int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* strea
     const bool few = rows <= 2 * device_facts().sms;
     if constexpr (sizeof(E) == 2) {
       if (few && a.packs && a.code_packs && g.shape.ndim == 1 && !p.zeros) {
-        const DeviceFacts& facts = device_facts();
-        const bool clusters =
-            facts.compute_capability >= 90 && !force_portable() && clusters_work<E>();
-        const int ctas = few_ctas(rows, packs, facts.sms, clusters);
+        const int ctas =
+            few_ctas(rows, packs, device_facts().sms, clusters_work<gated_few_kernel<E, true>>());
         if (ctas > 0) return launch_few<E>(p, rows, packs, ctas, stream);
       }
     }

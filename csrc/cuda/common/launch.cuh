@@ -73,6 +73,17 @@ int launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes
   return launch_clusters(kernel, 1, grid, block, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
+// Compiled for sm_90 or newer, not translated from older PTX: only then does the code of kKernel
+// know clusters. On this GPU, and not switched off.
+template <auto kKernel>
+bool clusters_work() {
+  static const bool known = [] {
+    cudaFuncAttributes a;
+    return cudaFuncGetAttributes(&a, kKernel) == cudaSuccess && a.ptxVersion >= 90;
+  }();
+  return known && device_facts().compute_capability >= 90 && !force_portable();
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace fastinfer::cuda

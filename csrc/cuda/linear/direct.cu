@@ -1,5 +1,6 @@
-// Launch of the direct kernel. Instances: bf16 and fp16.
+// Launch of the direct kernels. Instances: x in bytes; bf16 and fp16.
 #include "direct.cuh"
+#include "direct_bytes.cuh"
 #include "skinny_launch.cuh"
 
 namespace fastinfer::cuda {
@@ -7,12 +8,16 @@ namespace {
 
 using DirectKernel = void (*)(SkinnyParams);
 
+bool in_bytes(const PackedLinear& p) { return p.m <= kByteTokens && p.k <= kByteColumns; }
+
 DirectKernel kernel_of(const PackedLinear& p) {
-  return p.dtype == DType::bf16 ? direct_kernel<true, kDirectStrips>
-                                : direct_kernel<false, kDirectStrips>;
+  return in_bytes(p)              ? byte_kernel<kDirectStrips>
+         : p.dtype == DType::bf16 ? direct_kernel<true, kDirectStrips>
+                                  : direct_kernel<false, kDirectStrips>;
 }
 
-// Clusters of 1, 2, 4, 8 CTAs that run at the same time, one CTA per multiprocessor.
+// Clusters of 1, 2, 4, 8 CTAs that run at the same time, one CTA per multiprocessor: the same for
+// all instances.
 void most_teams(int (&most)[4], DirectKernel kernel) {
   static int known[64][4];
   int device = 0;
@@ -30,7 +35,7 @@ DirectSplit split_of(const PackedLinear& p) {
   most_teams(most, kernel_of(p));
   const int room =
       device_facts().shared_bytes < kMaxShared ? device_facts().shared_bytes : kMaxShared;
-  return choose_direct_split(p.n, p.k, static_cast<int>(p.m), room, most);
+  return choose_direct_split(p.n, p.k, static_cast<int>(p.m), room, most, in_bytes(p));
 }
 
 }  // namespace
@@ -54,6 +59,8 @@ int direct_linear(const PackedLinear& q, void* stream) {
   p.row_shift = split.row_shift, p.teams = split.teams, p.x_pitch = split.x_pitch;
   const int strips = (p.n + 15) / 16;
   p.deal.full = strips / p.teams, p.deal.rest = strips % p.teams;
+  p.slice = ((p.k + 127) / 128 + p.ranks - 1) >> p.rank_shift;  // pairs, at most
+  p.x_half = q.dtype == DType::f16;
   p.weights_first = programmatic_launch();
   const DirectKernel kernel = kernel_of(q);
   const int error = allow_shared(reinterpret_cast<const void*>(kernel), split.bytes);

@@ -32,16 +32,8 @@ namespace {
 
 constexpr int kThreads = 32 * kGemvWarps;
 
-struct Params {
-  const void* x;
-  int64_t x_stride;
-  const void* w;
-  int64_t w_stride;
-  void* out;
-  int64_t out_stride;
-  const void* bias;
-  int m, n, k, steps;
-  bool x_packs, weights_first;
+struct Params : GemvParams {
+  bool x_packs;
 };
 
 // Adds kCount sums (a power of two, at most 32) of every lane across the warp: v[0] of lane l is
@@ -254,14 +246,8 @@ int gemv_dense(const DenseLinear& p, void* stream) {
   const auto groups = static_cast<unsigned>(ceil_div(p.m, kind.tokens));
   const int64_t each = most / groups > 0 ? most / groups : 1;
   const dim3 ctas(static_cast<unsigned>(strips < each ? strips : each), groups);
-  Params s{};
-  s.x = p.x, s.x_stride = p.x_stride;
-  s.w = p.w, s.w_stride = p.w_stride;
-  s.out = p.out, s.out_stride = p.out_stride, s.bias = p.bias;
-  s.m = static_cast<int>(p.m), s.n = static_cast<int>(p.n), s.k = static_cast<int>(p.k);
-  s.steps = static_cast<int>(gemv_steps(p.k));
-  s.x_packs = packs_fit(p.x, p.k, 2, {p.x_stride});
-  s.weights_first = programmatic_launch();
+  const Params s{gemv_params(p, gemv_steps(p.k), programmatic_launch()),
+                 packs_fit(p.x, p.k, 2, {p.x_stride})};
   return p.dtype == DType::bf16 ? run<__nv_bfloat16>(s, at, ctas, stream)
                                 : run<__half>(s, at, ctas, stream);
 }

@@ -78,6 +78,33 @@ static_assert(gemv_rows(8, 6144, 132, 0, 5).begin == 5280);
 static_assert(gemv_rows(8, 61, 132, 7, 0).begin == 56 && gemv_rows(8, 61, 132, 7, 0).end == 61);
 static_assert(gemv_rows(8, 61, 132, 8, 0).end <= gemv_rows(8, 61, 132, 8, 0).begin, "no row");
 
+// What both kernels of rows (gemv.cu, gemv_mma.cu) are told.
+struct GemvParams {
+  const void* x;
+  int64_t x_stride;
+  const void* w;
+  int64_t w_stride;
+  void* out;
+  int64_t out_stride;
+  const void* bias;
+  int m, n, k, steps;
+  bool weights_first;
+};
+inline GemvParams gemv_params(const DenseLinear& p, int64_t steps, bool weights_first) {
+  return {p.x,
+          p.x_stride,
+          p.w,
+          p.w_stride,
+          p.out,
+          p.out_stride,
+          p.bias,
+          static_cast<int>(p.m),
+          static_cast<int>(p.n),
+          static_cast<int>(p.k),
+          static_cast<int>(steps),
+          weights_first};
+}
+
 bool gemv_dense_fits(const DenseLinear& p);
 int gemv_dense(const DenseLinear& p, void* stream);
 

@@ -28,17 +28,8 @@ namespace {
 constexpr int kThreads = 32 * kGemvWarps;
 constexpr int kRows = kGemvMmaRows, kWarpBytes = kGemvMmaStage / kGemvWarps;
 
-struct Params {
-  const void* x;
-  int64_t x_stride;
-  const void* w;
-  int64_t w_stride;
-  void* out;
-  int64_t out_stride;
-  const void* bias;
-  int m, n, k, steps, stages;
-  int x_pitch, ring, sums;
-  bool weights_first;
+struct Params : GemvParams {
+  int stages, x_pitch, ring, sums;
 };
 
 // What a lane copies: of a step, pack lane % 16 of rows lane / 16 + 0, 2, 4, 6.
@@ -198,14 +189,8 @@ int gemv_mma_dense(const DenseLinear& p, void* stream) {
   const int most = facts.sms - (programmatic_launch() && facts.sms > 1 ? 1 : 0);
   const GemvMmaShared at = gemv_mma_shared(p.m, p.k, facts.shared_bytes);
   const int64_t strips = ceil_div(p.n, kRows);
-  Params s{};
-  s.x = p.x, s.x_stride = p.x_stride;
-  s.w = p.w, s.w_stride = p.w_stride;
-  s.out = p.out, s.out_stride = p.out_stride, s.bias = p.bias;
-  s.m = static_cast<int>(p.m), s.n = static_cast<int>(p.n), s.k = static_cast<int>(p.k);
-  s.steps = static_cast<int>(ceil_div(p.k, kGemvMmaColumns));
-  s.stages = at.stages, s.x_pitch = at.x_pitch, s.ring = at.ring, s.sums = at.sums;
-  s.weights_first = programmatic_launch();
+  const Params s{gemv_params(p, ceil_div(p.k, kGemvMmaColumns), programmatic_launch()), at.stages,
+                 at.x_pitch, at.ring, at.sums};
   const dim3 ctas(static_cast<unsigned>(strips < most ? strips : most));
   return p.dtype == DType::bf16
              ? launch(gemv_mma_kernel<__nv_bfloat16>, ctas, dim3(kThreads), at.bytes, stream, s)

@@ -62,6 +62,7 @@ struct SkinnyParams {
   int row_shift;                 // warps split a tile in 1 << row_shift parts of rows
   bool clustered;                // a team is a cluster; else partial sums go through `partial`
   bool x_packs, weights_first;
+  bool x_half;      // x, out and bias are fp16, else bf16 (where the kernel is for both)
   bool pair;        // one scale for two neighbouring column blocks
   int group_units;  // group size in units: 64 columns, or 8 in the generic kernel
   uint32_t group_magic;

@@ -10,7 +10,7 @@
 //   split      where tiles are few: the CTAs of a cluster share the K of one tile, leave their sums
 //              in shared memory and each finishes a part of the channels.
 // Tiles go in bands of kBand rows, so that those under way at one time share X and W.
-#include "../common/launch_cluster.cuh"
+#include "../common/launch.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/tma_cluster.cuh"
 #include "../ptx/wgmma_s8.cuh"
@@ -379,7 +379,7 @@ int launch_width(const cpu::Int8Params& p, const W8a8Choice& choice, void* strea
   if (error != cudaSuccess) return error;
   const int ctas = a.pair * a.split, clusters = device_facts().sms / ctas;
   const int32_t used = a.split > 1 || a.units < clusters ? a.units : clusters;
-  return launch_clusters(ctas, w8a8_kernel<kWidth>, static_cast<unsigned>(used * ctas), kThreads,
+  return launch_clusters(w8a8_kernel<kWidth>, ctas, static_cast<unsigned>(used * ctas), kThreads,
                          T::kSharedBytes, stream, a);
 }
 

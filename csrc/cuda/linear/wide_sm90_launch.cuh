@@ -51,34 +51,15 @@ int launch_wide(const PackedLinear& p, int tile_blocks, int split, void* stream)
       p.groups > 1 && p.group_columns == 32,
       reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (p.m == 1 || p.out_stride % 8 == 0),
   };
-  const cudaError_t status =
-      cudaFuncSetAttribute(wide_kernel<T, Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(Tile::kSharedBytes));
-  if (status != cudaSuccess) return status;
   // Tiles [first, end): in rounds, or one per cluster of `ranks` CTAs.
   const auto start = [&](int64_t first, int64_t end, int ranks) -> int {
     const int64_t count = end - first, ctas = ranks > 1 ? count * ranks : count < sms ? count : sms;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(ctas));
-    config.blockDim = dim3(Tile::kThreads);
-    config.dynamicSmemBytes = Tile::kSharedBytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    cudaLaunchAttribute attributes[2];
-    config.attrs = attributes;
-    if (ranks > 1) {
-      attributes[0].id = cudaLaunchAttributeClusterDimension;
-      attributes[0].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-      config.numAttrs = 1;
-    }
-    if (programmatic_launch()) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
     params.first_tile = static_cast<int32_t>(first);
     params.end_tile = static_cast<int32_t>(end);
     params.split = ranks > 1;
-    return cudaLaunchKernelEx(&config, wide_kernel<T, Tile>, params, x_map, w_map,
-                              static_cast<int32_t>(p.k));
+    return launch_clusters(wide_kernel<T, Tile>, ranks, static_cast<unsigned>(ctas), Tile::kThreads,
+                           Tile::kSharedBytes, stream, params, x_map, w_map,
+                           static_cast<int32_t>(p.k));
   };
   const int64_t whole = split > 1 ? tiles / sms * sms : tiles;
   if (whole > 0) error = start(0, whole, 1);
@@ -86,9 +67,9 @@ int launch_wide(const PackedLinear& p, int tile_blocks, int split, void* stream)
   return error;
 }
 
-// The instance for a shape; linear_choice.h knows which exist. Tiles of three warpgroups of one
-// block are for bf16 only. 8-bit codes have no kHalf instances: their way to bf16 is not through
-// one subtraction.
+// The instance for a shape; linear_choice.h knows which exist. 4 bit: tiles of three warpgroups for
+// more than 16 tokens are for bf16 only. 8-bit codes have no kHalf instances: their way to bf16 is
+// not through one subtraction.
 template <class T, int kBits>
 int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
   const auto is = [&](int tokens, int blocks, int groups) {
@@ -97,6 +78,8 @@ int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
   const auto launch = [&](auto tile) {
     return launch_wide<T, decltype(tile)>(p, s.tile_blocks, s.split, stream);
   };
+  if constexpr (kBits == 8 || !std::is_same_v<T, __half>)
+    if (is(32, 2, 3)) return launch(WideTile<kBits, 32, 2, 3, false>());
   if constexpr (kBits == 4) {
     if (is(16, 2, 3)) return launch(WideTile<4, 16, 2, 3, false>());
     if (is(16, 2, 4)) return launch(WideTile<4, 16, 2, 4, false>());
@@ -113,7 +96,6 @@ int launch_shape(const PackedLinear& p, WideShape s, void* stream) {
     if (is(128, 1, 2)) return launch(WideTile<8, 128, 1, 2, false>());
   }
   if (is(32, 2, 2)) return launch(WideTile<kBits, 32, 2, 2, false>());
-  if (is(32, 2, 3)) return launch(WideTile<kBits, 32, 2, 3, false>());
   if (is(64, 2, 2)) return launch(WideTile<kBits, 64, 2, 2, false>());
   if (is(256, 1, 2)) return launch(WideTile<kBits, 256, 1, 2, false>());
   return cudaErrorInvalidConfiguration;

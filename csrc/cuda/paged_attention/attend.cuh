@@ -91,11 +91,11 @@ struct Attend {
     constexpr int kWords = D / 64, kRows = 4;  // pairs of columns of a lane, rows at a time
     const int block = item.row_block * p.row_tiles * 16;
 #pragma unroll 1
-    for (int first = threadIdx.x / 32; first < item.rows; first += kRows * kDecodeWarps) {
+    for (int first = threadIdx.x / 32; first < item.rows; first += kRows * P::kWarps) {
       uint32_t x[kRows][kWords];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int row = first + i * kDecodeWarps, r = block + row;
+        const int row = first + i * P::kWarps, r = block + row;
         const int token = p.q_len == 1 ? 0 : r / p.group;
         const int head = item.head * p.group + r - token * p.group;
         const uint16_t* from = static_cast<const uint16_t*>(p.q) + item.b * p.q_batch +
@@ -110,7 +110,7 @@ struct Attend {
       }
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int row = first + i * kDecodeWarps;
+        const int row = first + i * P::kWarps;
         if (row >= item.rows) break;
         if constexpr (k8)
           if (p.q_dtype == DType::bf16) halve(x[i], unit + row);

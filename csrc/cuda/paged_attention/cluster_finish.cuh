@@ -52,7 +52,7 @@ struct ClusterFinish {
               column = (rank() * vec + (lane & (vec - 1))) * 4;
     const bool leads = lane < vec && column < p.dim;
 #pragma unroll 1
-    for (int row = warp; row < finish.item.rows; row += kDecodeWarps) {
+    for (int row = warp; row < finish.item.rows; row += P::kWarps) {
       float top, sum;
       const float4 o = add_cluster(row, column, vec, top, sum);
       if (!leads) continue;
@@ -73,7 +73,7 @@ struct ClusterFinish {
       if (finish.arrive(counter, slot.parts)) {
         if (leads)
 #pragma unroll 1
-          for (int row = warp; row < finish.item.rows; row += kDecodeWarps) add_parts(row, column);
+          for (int row = warp; row < finish.item.rows; row += P::kWarps) add_parts(row, column);
         if (threadIdx.x == 0) *counter = 0;
       }
     }
@@ -86,17 +86,17 @@ struct ClusterFinish {
     const int lane = threadIdx.x % 32, from = lane >> (kLog - p.cluster_shift) & (size() - 1);
     const float2* const pairs = finish.states() + row;
     const char* const x = finish.shared + (row * L::kMergePitch + column) * 4;
-    uint64_t ml[kDecodeWarps];
-    uint4 v[kDecodeWarps];
+    uint64_t ml[P::kWarps];
+    uint4 v[P::kWarps];
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) {
+    for (int w = 0; w < P::kWarps; ++w) {
       ml[w] = cluster_load(reinterpret_cast<const uint64_t*>(pairs + w * 16), from);
       v[w] = cluster_load(reinterpret_cast<const uint4*>(x + w * L::kSlice), from);
     }
-    float m[kDecodeWarps];
+    float m[P::kWarps];
     top = kMinusInf;
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) {
+    for (int w = 0; w < P::kWarps; ++w) {
       m[w] = __uint_as_float(static_cast<uint32_t>(ml[w]));
       top = fmaxf(top, m[w]);
     }
@@ -106,7 +106,7 @@ struct ClusterFinish {
     float4 o = make_float4(0, 0, 0, 0);
     sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) {
+    for (int w = 0; w < P::kWarps; ++w) {
       const float weight = exp2_approx(m[w] - origin);
       sum += weight * __uint_as_float(static_cast<uint32_t>(ml[w] >> 32));
       o.x += weight * __uint_as_float(v[w].x), o.y += weight * __uint_as_float(v[w].y);

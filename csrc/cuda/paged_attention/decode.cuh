@@ -53,14 +53,14 @@ __device__ __forceinline__ Item make_item(const P& p, const Slot& slot, const Wa
 // writing them writes them, too.
 template <class L, class P>
 __device__ __forceinline__ bool start_loads(const P& p, uint32_t shared) {
-  const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * kDecodeThreads + threadIdx.x;
+  const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * P::kThreads + threadIdx.x;
   if (thread * 128 < p.q_bytes)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.q) + thread * 128));
   if (!p.table) return false;
   if (p.entries <= L::kTableEntries) {
     const int packs = p.entries / 4, rest = p.entries % 4;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < packs; i += kDecodeThreads)
+    for (int i = threadIdx.x; i < packs; i += P::kThreads)
       cp_async_16(shared + L::kTable + i * 16, p.table + i * 4, true);
     if (threadIdx.x < rest) {
       const int i = packs * 4 + threadIdx.x;
@@ -90,7 +90,7 @@ __device__ __forceinline__ void clear_values(uint32_t slice, int first) {
 }
 
 template <class F, int D, bool kSoft, class L, class P>
-__global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
+__global__ void __launch_bounds__(P::kThreads, L::kCtasPerSm)
     decode_kernel(const __grid_constant__ P p) {
   using A = Attend<F, D, kSoft, L>;
   extern __shared__ __align__(1024) char shared[];
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
       ptx::tma_prefetch(&p.k_map);
       ptx::tma_prefetch(&p.v_map);
 #pragma unroll
-      for (int s = 0; s < L::kStages; ++s) ptx::mbarrier_init(full + s * kDecodeWarps + warp, 1);
+      for (int s = 0; s < L::kStages; ++s) ptx::mbarrier_init(full + s * P::kWarps + warp, 1);
       ptx::mbarrier_init_fence();
     }
     __syncwarp();
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
 #pragma unroll 1
       for (int base = from * kPlanTile; base < end; base += L::kStepTokens) {
         if (!L::kBoxes || p.scale_per_token_k) cp_async_wait<L::kStages - 2>();
-        if constexpr (L::kBoxes) ptx::mbarrier_wait(full + stage * kDecodeWarps + warp, phase);
+        if constexpr (L::kBoxes) ptx::mbarrier_wait(full + stage * P::kWarps + warp, phase);
         if (p.row_tiles == 1)
           __syncwarp();
         else
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
 #pragma unroll 1
         for (int s = 0; s < p.row_tiles; s += joint) {
           const int owner = team * p.row_tiles + s, first = base + owner * L::kTokens;
-          const uint32_t slice = ring + (stage * kDecodeWarps + owner) * L::kSlice;
+          const uint32_t slice = ring + (stage * P::kWarps + owner) * L::kSlice;
           if (first >= min(end, item.last) || first + joint * L::kTokens <= item.first) continue;
           if constexpr (L::kBoxes)
             if (first + L::kTokens > item.last) clear_values<L>(slice, item.last - first);
@@ -215,10 +215,13 @@ __global__ void __launch_bounds__(kDecodeThreads, L::kCtasPerSm)
   } while (walk.next(p, slot));
 }
 
-// Which plain kernels there are beside that for blocks of 16 rows: for pairs of warps, and for
-// scales per token. The compiler leaves most of the code out, and code has to be fetched, too.
+// Which plain kernels there are beside that for blocks of 16 rows: for pairs of warps, in CTAs of 4
+// or 8, and for scales per token. The compiler leaves most of the code out, and code has to be
+// fetched, too.
 template <class F, int D>
 constexpr bool kPairs = F::kBytes == 2 && D <= 128;
+template <class F, int D>
+constexpr bool kLarge = F::kBf16 && D == 128;
 template <class F, int D>
 constexpr bool kPerToken = F::kBytes == 1 && D <= 128;
 
@@ -228,7 +231,7 @@ int launch_decode_kernel(const P& p, int ctas, void* stream) {
   if (p.cluster_shift > 0 && p.most_share == kAlways)
     grid = dim3(1 << p.cluster_shift, p.batch * p.lanes << p.parts_shift);
   return launch_clusters(decode_kernel<F, D, kSoft, L, P>, 1 << p.cluster_shift, grid,
-                         dim3(kDecodeThreads), L::kTotal, stream, p);
+                         dim3(P::kThreads), L::kTotal, stream, p);
 }
 
 template <class F, int D, bool kSoft>
@@ -244,6 +247,10 @@ int launch_decode_instance(const DecodeParams& p, int ctas, void* stream) {
     if constexpr (kPerToken<F, D>)
       if (plain && p.row_tiles == 1)
         return launch_decode_kernel<F, D, kSoft, L>(PlainParams<1, true>{p}, ctas, stream);
+    if constexpr (kLarge<F, D>)
+      if (plain && p.row_tiles == 2 && p.large)
+        return launch_decode_kernel<F, D, kSoft, Layout<F, D, false, 32, false, 8>>(
+            PlainParams<2, false, 8>{p}, ctas, stream);
     if constexpr (kPairs<F, D>)
       if (plain && p.row_tiles == 2)
         return launch_decode_kernel<F, D, kSoft, Layout<F, D, false, 32>>(PlainParams<2>{p}, ctas,

@@ -21,14 +21,14 @@ struct Finish {
   using Sum = typename S::Sum;
   static constexpr int kColumns = A::kColumns;  // D
   static constexpr int kRowThreads = kColumns / 4;
-  static constexpr int kRowStep = kDecodeThreads / kRowThreads;
+  static constexpr int kRowStep = P::kThreads / kRowThreads;
   static constexpr int kDealt = 192;  // (piece, row) pairs that one CTA merges about as fast
   static constexpr int kPolls = 32;   // of some 0.4 us
   static constexpr int kNoChunk = 1 << 16;
   static constexpr int kWidth = S::kWidth, kRows = S::kRows, kAhead = S::kAhead;
   static constexpr int kMostStaged = kColumns == 64 ? 144 : 288;  // maxima and sums of a row
-  static constexpr int kPairs = kDecodeThreads / kWidth * kMostStaged * 8;
-  static constexpr int kStep = kDecodeThreads * 16;
+  static constexpr int kPairs = P::kThreads / kWidth * kMostStaged * 8;
+  static constexpr int kStep = P::kThreads * 16;
   static_assert(kPairs + kStep <= L::kStage);
   // So few pieces a thread weighs by itself, which needs no shuffles:
   // they fit into one stage, so that all that merge an item do.
@@ -42,7 +42,7 @@ struct Finish {
     return reinterpret_cast<float2*>(shared + L::kStates);
   }
   __device__ __forceinline__ int* flag() const {
-    return reinterpret_cast<int*>(shared + L::kInts) + 6;
+    return reinterpret_cast<int*>(shared + L::kInts) + P::kWarps + 2;
   }
   __device__ __forceinline__ int block_rows() const { return min(p.rows, 16 * p.row_tiles); }
 
@@ -137,7 +137,7 @@ struct Finish {
   }
 
   __device__ __forceinline__ void add_warps(const Pieces& c) const {
-    const int column = threadIdx.x % kRowThreads * 4, count = kDecodeWarps >> p.row_shift;
+    const int column = threadIdx.x % kRowThreads * 4, count = P::kWarps >> p.row_shift;
     const uint32_t pair_step = 16 * 8 << p.row_shift, x_step = L::kSlice << p.row_shift;
     const int index = c.index(c.ordinal);
     if (column >= p.dim) return;

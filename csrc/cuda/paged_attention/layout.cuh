@@ -33,21 +33,22 @@ constexpr int kSmallShared = 99 * 1024;
 
 // kRows: queries that come with the first keys of their item, 16 or 32. kInBoxes: rows of 128 bytes
 // in the order in which TMA boxes of 16 keys leave them (128-byte swizzle: 16-byte segment c of row
-// r is at c ^ r % 8), an mbarrier per slice.
-template <class F, int D, bool kSmall = false, int kRows = 16, bool kInBoxes = false>
+// r is at c ^ r % 8), an mbarrier per slice. kWarps: of a CTA.
+template <class F, int D, bool kSmall = false, int kRows = 16, bool kInBoxes = false,
+          int kWarps = 4>
 struct Layout {
   static constexpr bool kBoxes = kInBoxes;
   static_assert(!kBoxes || D * F::kBytes == 128, "a row of a box");
   static_assert(D == 64 || D == 128 || D == 256, "instances; other head dims run in the next one");
   static constexpr int kTokens = 32 / F::kBytes;
-  static constexpr int kStepTokens = kDecodeWarps * kTokens;  // of a CTA
+  static constexpr int kStepTokens = kWarps * kTokens;  // of a CTA
   static constexpr int kPitch = D * F::kBytes + (kBoxes ? 0 : 16);
   static constexpr int kV = kTokens * kPitch;
   static constexpr int kScales = 2 * kV;
   static constexpr int kSlice =
       kBoxes ? kScales + 1024 : kScales + (F::kBytes == 1 ? kTokens * 8 : 0);
   static constexpr int kStages = D == 64 ? (kSmall ? 4 : 5) : D == 128 ? (kSmall ? 2 : 3) : 2;
-  static constexpr int kStage = kDecodeWarps * kSlice;
+  static constexpr int kStage = kWarps * kSlice;
   static constexpr int kMergePitch = D + (F::kBytes == 1 ? 16 : 8);  // floats; no bank conflicts
   static_assert(16 * kMergePitch * 4 <= kSlice, "the merge buffer must fit into a slice");
 
@@ -60,16 +61,16 @@ struct Layout {
   static constexpr int kFetchTiles = kRows / 16;
   static constexpr int kFetched = kQuery + kQueryBytes;
   static constexpr int kStates =
-      kFetched + (kFetches ? kRows * kQueryPitch : 0);        // float2 [warp][16]
-  static constexpr int kInts = kStates + kDecodeWarps * 128;  // int [8]
-  static constexpr int kFull = kInts + 32;                    // mbarrier [stage][warp]
-  static constexpr int kTable = kFull + (kBoxes ? kStages * kDecodeWarps * 8 : 0);  // a small one
+      kFetched + (kFetches ? kRows * kQueryPitch : 0);   // float2 [warp][16]
+  static constexpr int kInts = kStates + kWarps * 128;   // int [kWarps + 4]
+  static constexpr int kFull = kInts + 16 + kWarps * 4;  // mbarrier [stage][warp]
+  static constexpr int kTable = kFull + (kBoxes ? kStages * kWarps * 8 : 0);  // a small one
   static constexpr int kTableEntries = F::kBytes == 1 && D == 128 && !kBoxes ? 256
                                        : kRows == 32 && D == 128             ? 448
                                                                              : 1024;
   static constexpr int kTotal = kTable + kTableEntries * 4;
   static_assert(!kSmall || kTotal <= kSmallShared, "the small layout must fit small GPUs");
-  static constexpr int kCtasPerSm = D == 256 ? 1 : 2;
+  static constexpr int kCtasPerSm = D == 256 || kWarps == 8 ? 1 : 2;
   static_assert(kCtasPerSm * (kTotal + 1024) <= 228 * 1024, "shared memory of sm_90");
 };
 

@@ -16,6 +16,7 @@ int launch_merge_states(const cpu::MergeStatesParams& p, void* stream);
 
 // Shared memory that a CTA of the decode kernel needs at least, for the instance of this head dim.
 int decode_shared_bytes(bool eight_bit, int dim);
+int large_shared_bytes();  // of the instance of 8 warps
 
 // One per cache type, each in a file of its own. `ctas`: at most this many. soft: e4m3 decoded as
 // sm_80 must.

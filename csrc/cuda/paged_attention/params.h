@@ -9,8 +9,8 @@
 // 64 visible keys). CTA (lane, g) works on cost [g * share, (g + 1) * share) of its lane's list,
 // share = ceil(total / CTAs per lane): neighbouring CTAs read neighbouring heads of the same keys
 // at the same time. An item cut by such borders is summed up from partial results once the last
-// of them is there (finish.cuh). Batch-invariant: an item consists of pieces of 1024 keys
-// at absolute positions, a piece belongs to the CTA of its first tile.
+// of them is there (finish.cuh). Short shares end with their item (work.cuh). Batch-invariant: an
+// item is in pieces of 1024 keys at absolute positions, each belongs to the CTA of its first tile.
 //
 // Clusters (sm_90). Few items have clusters of CTAs to themselves: 1 << parts_shift of them at
 // most, fewer where the sequence is short, each CTA with an equal part of the keys
@@ -25,6 +25,7 @@ namespace fastinfer::cuda {
 
 constexpr int kPlanTile = 64;        // keys per unit of cost
 constexpr int kInvariantTiles = 16;  // tiles of a fixed piece
+constexpr int kShortShare = 12;      // tiles, up to which a share is of one item (work.cuh)
 constexpr int kLongShare = 32;       // tiles, from which on ends of items count (work.cuh)
 constexpr int kPartShift = 2;        // log2 of the tiles per CTA before an item has more clusters
 constexpr int kAlways = INT32_MAX;   // most_share of a launch that is nothing but clusters
@@ -62,6 +63,7 @@ struct DecodeParams {
   bool out_packs;    // out may be written 8 bytes at a time
   bool scale_per_token_k, scale_per_token_v;
   bool invariant;
+  bool large;         // one CTA of 8 warps per SM, where there is such a kernel
   int32_t* counters;  // zero before and after every launch
   int32_t* claims;    // as many
   float* partial;     // [piece][block rows][D]
@@ -87,11 +89,13 @@ struct DecodeParams {
   int64_t pages, page_rows;  // shape of the caches
   static constexpr bool kPlain = false, kClusters = false;
   static constexpr int kRowsAtOnce = 1;  // that a thread merges
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
 };
 
 // What most calls have in common, known when the kernel is compiled; see is_plain().
-template <int kRowTiles, bool kScalePerToken = false>
+template <int kRowTiles, bool kScalePerToken = false, int kNumWarps = 4>
 struct PlainParams : DecodeParams {
+  static constexpr int kWarps = kNumWarps, kThreads = 32 * kWarps;
   static constexpr const int32_t* cache_rows = nullptr;
   static constexpr const int32_t* leftpad = nullptr;
   static constexpr const float* alibi = nullptr;

@@ -42,8 +42,8 @@ __device__ __forceinline__ Pieces cut_item(const P& p, const Slot& slot, const W
     c.count = 1;
     const int behind = walk.position + walk.cost - slot.extra;  // the last tile
     if (walk.position >= slot.begin && behind <= slot.end) return c;
-    const int first = walk.position / slot.share;
-    c.count = (behind - 1) / slot.share - first + 1;
+    const int first = slot.origin + walk.position / slot.share;
+    c.count = slot.origin + (behind - 1) / slot.share - first + 1;
     c.ordinal = static_cast<int>(blockIdx.y) - first;
     counter = c.base = first * p.lanes + slot.lane;
     c.step = p.lanes;

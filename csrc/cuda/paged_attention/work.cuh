@@ -11,9 +11,6 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kDecodeThreads = 128;
-constexpr int kDecodeWarps = kDecodeThreads / 32;
-
 template <class P>
 __device__ __forceinline__ int sequence_length(const P& p, int b) {
   return (p.lengths ? __ldg(p.lengths + b * p.lengths_stride) : p.capacity) + p.append;
@@ -34,6 +31,7 @@ struct Slot {
   int share, lane;
   int b, first_cost;  // sequence at `begin`, cost of those before it
   int extra;          // cost of an item on top of its tiles
+  int origin;         // CTA of the lane that has cost 0
   int parts, part;    // of clusters, this one; 0: not in clusters
   bool works;         // anything to do?
 };
@@ -55,6 +53,40 @@ __device__ __forceinline__ void set_share(const P& p, int total, Slot& s) {
   if (s.share == 1 && total > 16 * items) s.share = total > 24 * items ? 3 : 2;
   s.begin = blockIdx.y * s.share;
   s.end = min(s.begin + s.share, total);
+}
+
+__device__ __forceinline__ int running_sum(int x, int lane) {
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, x, i);
+    if (lane >= i) x += other;
+  }
+  return x;
+}
+
+// A share with the end of one item and the beginning of another makes the second wait for the merge
+// of the first. Where shares are short, and CTAs are left over or shares need to be but little
+// longer, every CTA has a part of one item. `own`: cost of sequence threadIdx.x % 32.
+template <class P>
+__device__ __forceinline__ bool align_shares(const P& p, int own, Slot& s) {
+  const bool may = p.batch > 1 && p.lane_items == 1 && s.share > 1 && s.share <= kShortShare;
+  if (__builtin_expect(!may || p.invariant, 1)) return false;
+  const int b = threadIdx.x % 32, most = s.share + s.share / 4 + 1, slot = blockIdx.y;
+#pragma unroll 1
+  for (int share = s.share; share <= most; ++share) {
+    const int parts = (own + share - 1) / static_cast<unsigned>(share);
+    if (__reduce_add_sync(kAllLanes, parts) > static_cast<int>(gridDim.y)) continue;
+    const int sum = running_sum(parts, b);
+    const unsigned behind = __ballot_sync(kAllLanes, sum > slot);
+    s.b = max(__ffs(behind) - 1, 0);
+    s.origin = __shfl_sync(kAllLanes, sum - parts, s.b);
+    s.share = share;
+    s.begin = (slot - s.origin) * share;
+    s.end = min(s.begin + share, __shfl_sync(kAllLanes, own, s.b));
+    s.works = behind != 0;
+    return true;
+  }
+  return false;
 }
 
 // Sets out for the lengths before anything else: of sequence threadIdx.x % 32 where find_slot()
@@ -96,7 +128,7 @@ __device__ __forceinline__ bool find_cluster(const P& p, int own, int total, Slo
   return true;
 }
 
-// Every thread calls. `scratch`: 8 ints of shared memory.
+// Every thread calls. `scratch`: P::kWarps + 2 ints of shared memory.
 template <class P>
 __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) {
   const int items = p.lane_items, tid = threadIdx.x;
@@ -105,14 +137,7 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
     const int b = tid % 32;
     int own = 0;
     if (b < p.batch) own = p.plan ? length : sequence_cost(length, p.q_len, p.window_left);
-    int sum = own;
-    if (p.batch > 1) {
-#pragma unroll
-      for (int lane = 1; lane < 32; lane *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, sum, lane);
-        if (b >= lane) sum += other;
-      }
-    }
+    int sum = p.batch > 1 ? running_sum(own, b) : own;
     const int total = __shfl_sync(kAllLanes, sum, p.batch - 1) * items;
     const int first = __shfl_sync(kAllLanes, own, 0);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -122,6 +147,7 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
     s.extra = extra_cost(p, total, __any_sync(kAllLanes, b < p.batch && own != first));
     own += s.extra, sum += s.extra * (b + 1);
     set_share(p, total + s.extra * p.batch * items, s);
+    if (s.extra == 0 && align_shares(p, own, s)) return s;
     // The first sequence that ends behind `begin`.
     const unsigned behind = __ballot_sync(kAllLanes, b < p.batch && sum * items > s.begin);
     s.b = max(__ffs(behind) - 1, 0);
@@ -135,20 +161,20 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
     if (extra_cost(p, total, true) > 0) {
       bool differ = false;
 #pragma unroll 1
-      for (int b = tid; b < p.batch; b += kDecodeThreads) differ = differ || sums[b] != b * first;
+      for (int b = tid; b < p.batch; b += P::kThreads) differ = differ || sums[b] != b * first;
       s.extra = extra_cost(p, total, __syncthreads_or(differ) || sums[p.batch] != p.batch * first);
     }
     set_share(p, total + s.extra * p.batch * items, s);
 #pragma unroll 1
-    for (int b = tid; b < p.batch; b += kDecodeThreads) {
+    for (int b = tid; b < p.batch; b += P::kThreads) {
       const int before = sums[b] + s.extra * b, after = sums[b + 1] + s.extra * (b + 1);
       if (before * items <= s.begin && s.begin < after * items) {
-        scratch[4] = b;
-        scratch[5] = before;
+        scratch[P::kWarps] = b;
+        scratch[P::kWarps + 1] = before;
       }
     }
   } else {
-    const int each = (p.batch + kDecodeThreads - 1) / kDecodeThreads;
+    const int each = (p.batch + P::kThreads - 1) / P::kThreads;
     const int from = min(tid * each, p.batch), to = min(from + each, p.batch);
     const int first = sequence_cost(sequence_length(p, 0), p.q_len, p.window_left);
     int own = 0;
@@ -159,17 +185,12 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
       own += cost;
       differ = differ || cost != first;
     }
-    int sum = own;
-#pragma unroll
-    for (int lane = 1; lane < 32; lane *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, sum, lane);
-      if (tid % 32 >= lane) sum += other;
-    }
+    const int sum = running_sum(own, tid % 32);
     if (tid % 32 == 31) scratch[tid / 32] = sum;
     differ = __syncthreads_or(differ);
     int total = 0, before = sum - own;
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) {
+    for (int w = 0; w < P::kWarps; ++w) {
       if (w < tid / 32) before += scratch[w];
       total += scratch[w];
     }
@@ -184,25 +205,25 @@ __device__ __forceinline__ Slot find_slot(const P& p, int length, int* scratch) 
         if (s.begin < (before + cost) * items) break;
         before += cost;
       }
-      scratch[4] = b;
-      scratch[5] = before;
+      scratch[P::kWarps] = b;
+      scratch[P::kWarps + 1] = before;
     }
   }
   __syncthreads();
   s.works = s.begin < s.end;
   if (s.works) {
-    s.b = scratch[4];
-    s.first_cost = scratch[5];
+    s.b = scratch[P::kWarps];
+    s.first_cost = scratch[P::kWarps + 1];
   }
   return s;
 }
 
 // One item of a slot and the tiles [tile, end) of it that the slot does.
 struct Walk {
-  int b, item;   // item of the lane
-  int position;  // cost before this item
-  int cost, len, low,
-      row;  // keys of the sequence, first one that is visible to some row, cache row
+  int b, item;         // item of the lane
+  int position;        // cost before this item
+  int cost, len, low;  // low: first key that is visible to some row
+  int row;             // of the cache
   int tile, end;
 
   template <class P>

@@ -134,22 +134,11 @@ __global__ void __launch_bounds__(256)
   for (int j = i + 1; j < task.positions; ++j) ids[j] = -1;
 }
 
-// Compiled for sm_90 or newer, not translated from older PTX: only then does the code know
-// clusters.
-template <class T>
-bool clusters_work() {
-  static const bool yes = [] {
-    cudaFuncAttributes a;
-    return cudaFuncGetAttributes(&a, sampling_kernel<T>) == cudaSuccess && a.ptxVersion >= 90;
-  }();
-  return yes;
-}
-
 template <class T>
 int launch_rows(const Task& task, int64_t rows, void* stream) {
-  const DeviceFacts& facts = device_facts();
-  const bool clusters = facts.compute_capability >= 90 && !force_portable() && clusters_work<T>();
-  const int ctas = clusters ? sampling_ctas_per_row(rows, task.vocab, facts.sms) : 1;
+  const int ctas = clusters_work<sampling_kernel<T>>()
+                       ? sampling_ctas_per_row(rows, task.vocab, device_facts().sms)
+                       : 1;
   return launch_clusters(sampling_kernel<T>, ctas, static_cast<unsigned>(rows * ctas), kThreads, 0,
                          stream, task);
 }

@@ -147,7 +147,7 @@ class ModelDrafter:
             for scale in (layer.k_scale, layer.v_scale):
                 if scale is not None:
                     scale.zero_()
-        self._workspace = make_workspace(model.config.head_dim, device)
+        self._workspace = make_workspace(model.config, device, several=True)
         self._caching = config.enable_prefix_caching
         self._extend_hashes = load_host().extend_block_hashes
         self._content: dict[int, bytes] = {}  # block -> hash of what the draft model has in it

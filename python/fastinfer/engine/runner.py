@@ -31,25 +31,11 @@ from .metrics import RequestMetrics
 from .request import Request
 from .sampler import DrawnTokens, sample_tokens
 from .stage_cost import choose_part
+from .static_step import make_workspace
 from .step_plan import ScheduledChunk, SchedulePlan
 from .swap import HostCache, SwapSpace
 from .team import Stage, Team
 from .verify_graphs import VerifyGraphs
-
-# What the decode kernel needs for up to 32 queries per key head of up to 128 channels.
-WORKSPACE_BYTES, WORKSPACE_GROUP, WORKSPACE_HEAD_DIM = 16 << 20, 32, 128
-
-
-def make_workspace(config: Any, device: torch.device) -> Tensor | None:
-    """Scratch that every decode call of the engine's stream shares; None where it is not used.
-
-    Without one a call on CUDA allocates and clears its own, a launch more per layer.
-    """
-    if device.type != "cuda" or config.head_dim > WORKSPACE_HEAD_DIM:
-        return None
-    if config.num_heads > WORKSPACE_GROUP * config.num_kv_heads:
-        return None
-    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 class ModelRunner:

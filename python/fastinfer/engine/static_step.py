@@ -8,6 +8,7 @@ results the host waits for before it prepares the next: one buffer on each side 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from .. import _lib
 
 _ALIGN = 16  # bytes; every column starts at a multiple
-# Of the decode kernel for any number of queries: 64 rows of 128 channels for two CTAs per SM.
-_WORKSPACE_BYTES, _WORKSPACE_HEAD_DIM = 32 << 20, 128
+# What the decode kernel needs for two CTAs per SM: 32 rows of up to 128 channels, one query of up
+# to 32 heads per key head, or 64 for several queries.
+_WORKSPACE_BYTES, _WORKSPACE_GROUP, _WORKSPACE_HEAD_DIM = 16 << 20, 32, 128
 
 
 class StaticBuffer:
@@ -87,9 +89,21 @@ class Capturer:
         return graph.replay
 
 
-def make_workspace(head_dim: int, device: torch.device) -> Tensor | None:
-    """Scratch of the decode kernel for several tokens per sequence; None where it is not used."""
-    if device.type != "cuda" or head_dim > _WORKSPACE_HEAD_DIM:
+def make_workspace(config: Any, device: torch.device, *, several: bool = False) -> Tensor | None:
+    """Scratch that every decode call of a stream shares; None where it is not used.
+
+    Without one a call on CUDA allocates and clears its own, a launch more per layer.
+
+    Args:
+        config: Of the model.
+        device: Where it runs.
+        several: Calls have several tokens per sequence.
+    """
+    if device.type != "cuda" or config.head_dim > _WORKSPACE_HEAD_DIM:
+        return None
+    if several:
+        return torch.zeros(2 * _WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    if config.num_heads > _WORKSPACE_GROUP * config.num_kv_heads:
         return None
     return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 

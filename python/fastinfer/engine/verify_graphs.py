@@ -91,7 +91,7 @@ class VerifyGraphs:
         self._rows = row_buckets(min(max_rows, MAX_ROWS))
         self._lengths = query_lengths(max_drafts)
         self._capturer = Capturer(device)
-        self.workspace = make_workspace(model.config.head_dim, device)
+        self.workspace = make_workspace(model.config, device, several=True)
         self._buckets: dict[tuple[int, int], _Bucket] = {}
 
     @property

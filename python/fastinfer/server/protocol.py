@@ -75,8 +75,8 @@ _RESERVED = {  # arguments of the renderer that are no variables of the template
 _BOOLEANS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 MAX_N = 128
 MAX_CHOICES = 512  # prompts times n
-MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # strings, characters
-MAX_STOP_IDS = 1000
+MAX_STOPS, MAX_STOP_LENGTH = 16, 1024  # strings, characters
+MAX_STOP_IDS = 1024
 MAX_PRIORITY = 1_000_000
 
 
@@ -126,12 +126,9 @@ def read_completion(body: Any, *, models: tuple[str, ...], max_prompts: int) -> 
     if ask.echo and logprobs is not None:
         raise BadRequest("echo cannot be combined with logprobs: prompts have none here", "echo")
     ask.params = _sampling(given, given.get("max_tokens", 16), logprobs)
-    if len(ask.prompts) * ask.params.n > MAX_CHOICES:
-        raise BadRequest(
-            f"n times the number of prompts must be at most {MAX_CHOICES}, got "
-            f"{len(ask.prompts) * ask.params.n}",
-            "n",
-        )
+    choices = len(ask.prompts) * ask.params.n
+    if choices > MAX_CHOICES:
+        raise BadRequest(f"n times the prompts must be at most {MAX_CHOICES}, got {choices}", "n")
     return ask
 
 
@@ -241,11 +238,14 @@ def _sampling(
         raise BadRequest(f"stop must hold at most {MAX_STOPS} strings, got {len(stop)}", "stop")
     if not isinstance(stop, (str, list, type(None))):
         raise BadRequest(f"stop must be a string or a list of them, got {stop!r:.80}", "stop")
-    each_stop = [stop] if isinstance(stop, str) else stop or ()
-    if any(isinstance(each, str) and len(each) > MAX_STOP_LENGTH for each in each_stop):
-        raise BadRequest(f"stop must hold strings of at most {MAX_STOP_LENGTH} characters", "stop")
+    stops = stop if isinstance(stop, list) else [stop or ""]
+    longest = max((len(each) for each in stops if isinstance(each, str)), default=0)
+    if longest > MAX_STOP_LENGTH:
+        raise BadRequest(
+            f"stop must hold strings of at most {MAX_STOP_LENGTH} characters, got {longest}", "stop"
+        )
     ids = given.get("stop_token_ids")
-    if isinstance(ids, list) and len(ids) > MAX_STOP_IDS:
+    if isinstance(ids, (list, str, Mapping)) and len(ids) > MAX_STOP_IDS:
         raise BadRequest(
             f"stop_token_ids must hold at most {MAX_STOP_IDS} ids, got {len(ids)}",
             "stop_token_ids",

@@ -193,12 +193,12 @@ def _finite(value: float) -> float:
 
 
 def error_json(message: str, *, kind: str, param: str | None = None, code: Any = None) -> Json:
-    """The API's error object; what it says of the request is cut off somewhere, and half of a
-    surrogate pair, which JSON can hold, is shown escaped.
+    """The API's error object. What it says of the request is cut off somewhere; half a surrogate
+    pair, which JSON can hold, is shown escaped.
     """
     if len(message) > _LONGEST_ERROR:
         message = message[:_LONGEST_ERROR] + " ..."
-    message, param = _encodable(message), param and _encodable(param[:80])
+    message, param = _encodable(message), None if param is None else _encodable(param[:80])
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
