@@ -83,7 +83,7 @@ def e2e(key: str, form: str, case: str, weights: str) -> Pick:
 
 
 def link(kib: int, peer: str = "fastinfer one_shot") -> Pick:
-    return gpu("parallel", "us", "{:.1f}", op="all_reduce_norm", kib=kib, peer=peer)
+    return gpu("parallel", "us", "{:.1f}", op="all_reduce_norm", gpus=2, kib=kib, peer=peer)
 
 
 NCCL = "nccl, fused_add_rms_norm"
