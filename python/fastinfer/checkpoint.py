@@ -158,7 +158,7 @@ def _rest_of_series(files: list[Path]) -> list[Path]:
     series = []
     for file in files:
         match = re.fullmatch(r"(.+-)(\d+)(-of-)(\d+)", file.stem)
-        if match:
+        if match and len(match[4]) <= 5:  # more is no number of files
             head, number, middle, count = match.groups()
             series += [
                 file.with_name(f"{head}{i:0{len(number)}d}{middle}{count}.safetensors")

@@ -301,6 +301,11 @@ def test_bin_weights_give_a_conversion_command_that_works(
     assert same(load(folder), tiny("llama").model)
 
 
+def test_a_name_that_announces_no_number_of_files(folder: Path, tiny: GetTiny) -> None:
+    (folder / "model.safetensors").rename(folder / "x-1-of-99999999999.safetensors")
+    assert same(load(folder), tiny("llama").model)
+
+
 def test_wrong_arguments(folder: Path) -> None:
     refuses(folder, "load_format", "'dummy'", "'pt'", load_format="pt")
     refuses(folder, "dtype", "bfloat16", "'int8'", dtype="int8")

@@ -210,6 +210,8 @@ def test_quant_edge_rows(device: str) -> None:
     assert torch.equal(q[3:], alone[0])
     q, scale, zeros = silu_and_mul_quant(torch.empty(0, 8, device=device))
     assert q.shape == (0, 4) and scale.shape == (0,) and zeros is None
+    q, scale, _ = silu_and_mul_quant(torch.empty(3, 0, device=device))
+    assert q.shape == (3, 0) and scale.tolist() == [1.0] * 3
 
 
 def test_opcheck() -> None:

@@ -195,14 +195,14 @@ int silu_and_mul_quant(const cpu::GatedQuantParams& p, int64_t rows, void* strea
     // Few rows: as many threads as there is work for. Many: several blocks per multiprocessor.
     const bool few = rows <= 2 * device_facts().sms;
     if constexpr (sizeof(E) == 2) {
-      if (few && a.packs && a.code_packs && g.shape.ndim == 1 && !p.zeros) {
+      if (few && packs > 0 && a.packs && a.code_packs && g.shape.ndim == 1 && !p.zeros) {
         const int ctas =
             few_ctas(rows, packs, device_facts().sms, clusters_work<gated_few_kernel<E, true>>());
         if (ctas > 0) return launch_few<E>(p, rows, packs, ctas, stream);
       }
     }
     const int limit_threads = few ? kMaxRowThreads : 512;
-    const int64_t want = ceil_div(packs, few ? 1 : kUnroll);
+    const int64_t want = packs > 0 ? ceil_div(packs, few ? 1 : kUnroll) : 1;
     const int threads =
         static_cast<int>(want < limit_threads ? ceil_div(want, 32) * 32 : limit_threads);
     return launch(gated_quant_kernel<E>, static_cast<unsigned>(rows), threads,
