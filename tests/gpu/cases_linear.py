@@ -212,7 +212,7 @@ CASES += [
         (8, 40, 16640, 128, "int", torch.float32),
         (5, 4300, 264, -1, "none", torch.bfloat16),
         (8, 2100, 1024, 256, "int", torch.float16),
-        (2, 40, 16300, 128, "int", torch.float32),
+        (2, 40, 16256, 128, "int", torch.float32),
         (1, 4300, 264, -1, "none", torch.bfloat16),
         (2, 2100, 1024, 256, "int", torch.float16),
     )

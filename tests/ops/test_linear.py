@@ -158,6 +158,9 @@ def test_cuda_large_layers_of_few_tokens_exactly(dtype: torch.dtype) -> None:
         for shape in ((8, 4096), (28673, 4096), (28673,))
     )
     expected = (linear_reference(x.double(), w.double(), None) + bias.double()).to(dtype)
+    few = w[:10241]  # alone five tokens and more of it are not left to cuBLAS
+    for m in (5, 6, 8):
+        assert torch.equal(linear(x[:m], few, bias[:10241]), expected[:m, :10241]), m
     for m in range(1, 9):
         # alone cuBLAS serves three tokens and more of such a layer, and rounds before the bias
         for programmatic in (False, True) if m <= 2 else (True,):

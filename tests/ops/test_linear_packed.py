@@ -307,6 +307,29 @@ def test_nan_in_padding_or_in_another_row_does_not_spread(
     assert torch.equal(y[rest], expected[rest])
 
 
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_one_or_two_tokens_of_any_values(device: str, group_size: int, m: int) -> None:
+    """On Hopper x is fixed point there (direct_bytes.cuh)."""
+    n, k = 200, 1024
+    case = make(4, n, k, group_size, "int", seed=19, device=device)
+    for dtype in dtypes(device):
+        eye = torch.eye(k, dtype=dtype, device=device)
+        for i in range(0, k - m, 37):
+            assert torch.equal(case(eye[i : i + m]), case.dense.t()[i : i + m].to(dtype)), i
+        assert not case(torch.zeros(m, k, dtype=dtype, device=device)).any()
+        x = randn(m, k, seed=4, dtype=dtype, device=device)
+        x[:, ::3] *= 1e-4
+        x[:, 5::128] = 1e3
+        assert_linear_error(case(x), x.double() @ case.dense.double().t(), m)
+        alone = case(x)
+        for value in (float("nan"), float("inf"), float("-inf")):
+            bad = x.clone()
+            bad[-1, 77] = value
+            y = case(bad)
+            assert not y[-1].isfinite().any() and torch.equal(y[:-1], alone[:-1])
+
+
 @pytest.mark.parametrize("device", devices("int4_linear"))
 def test_leading_dimensions_strides_bias_and_out(device: str) -> None:
     case = make(4, 24, 40, 8, seed=13, device=device)

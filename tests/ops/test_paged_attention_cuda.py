@@ -188,7 +188,8 @@ def test_large_ctas(lengths, capacity):
 @pytest.mark.parametrize(
     "lengths", [[528] * 4, [528] * 16, [130, 700, 64, 900, 0], [2100] * 8, [1000] * 3], ids=str
 )
-def test_shares_that_begin_with_an_item(lengths, len_q):
+def test_short_shares_end_with_their_item(lengths, len_q):
+    """So that no CTA ends one item and begins another."""
     check_bits(Case(lengths, len_q=len_q, heads=32, heads_kv=8, dim=128, block_size=16,
                     dtype=torch.bfloat16, device="cuda"))  # fmt: skip
 

@@ -1,7 +1,7 @@
 // A region: runs of contiguous bytes under up to four outer dimensions (CopyShape), moved in units
 // as wide as every address and size allows. A dense block is one run. A CTA moves a chunk at a
-// time, kUnroll units per thread: over a link as many as are under way at once, within the memory
-// of a GPU one (docs/kernels/kv_cache.md).
+// time, kUnroll units per thread: several over a link, which needs bytes under way, one within the
+// memory of a GPU (measured: docs/kernels/kv_cache.md).
 #pragma once
 
 #include "../common/launch.cuh"

@@ -1,6 +1,6 @@
 // Y[M, N] = X[M, K] W[N, K]^T + bias, 4-bit W, up to 8 tokens: codes go from memory straight to the
 // registers that are fragments of W (skinny.cuh has the arithmetic and why W is operand A). One or
-// two tokens: direct_bytes.cuh.
+// two tokens of up to kByteColumns columns: direct_bytes.cuh.
 //
 // A team of `ranks` CTAs (a cluster; mostly one CTA) owns a run of strips of 16 rows, a rank a part
 // of K. x of that part lies in shared memory. The warps of a CTA form 1 << row_shift groups, each
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 1)
     static_cast<E*>(p.out)[token * p.out_stride + row] = from_float<E>(v);
   };
 
-  const DirectShared at = direct_shared(p.m, p.x_pitch, p.row_shift, kStrips, 0);
+  const DirectShared at = direct_shared(p.m, p.x_pitch, p.row_shift, 0);
   const DirectSums sums{p, share, reinterpret_cast<float*>(shared + at.partial),
                         reinterpret_cast<float*>(shared + at.sums)};
   bool loaded = both;

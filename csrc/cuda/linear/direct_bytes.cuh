@@ -1,11 +1,11 @@
-// The direct kernel (direct.cuh) for one or two tokens, with x in bytes: a 4-bit code needs no
-// conversion then.
+// The direct kernel (direct.cuh) for one or two tokens of up to kByteColumns columns, with x in
+// bytes: a 4-bit code needs no conversion then.
 //
 // x of one token and 128 columns becomes fixed point, X = round(x 2^(28 - e)) with 2^e <= max |x| <
-// 2^(e + 1): exact for what is not smaller than 2^(e - 20), else off by at most 2^(e - 29), which
-// an fp32 sum rounds away. X is four bytes with signs. mma.m16n8k32 multiplies bytes: the low
-// nibbles of a packed word are four columns of row g8, and the word as it is, in bytes, is 16 times
-// row g8 + 8 plus row g8. So 8 codes cost one AND, and sums are exact integers:
+// 2^(e + 1): exact for what is not smaller than 2^(e - 21) (fp16: 2^(e - 18)), else off by at most
+// 2^(e - 29), which an fp32 sum rounds away. X is four bytes with signs. mma.m16n8k32 multiplies
+// bytes: the low nibbles of a packed word are four columns of row g8, and the word as it is, in
+// bytes, is 16 times row g8 + 8 plus row g8. So 8 codes cost one AND, and sums are exact integers:
 //   low = sum q X, all = low + 16 sum q' X, y += s 2^(e - 28) (sum q X - z sum X), q' likewise.
 //
 // A byte of a token is a column of B, four to a token. Lane t of four has columns 2t, 2t + 1 of the

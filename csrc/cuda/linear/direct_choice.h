@@ -6,20 +6,21 @@
 namespace fastinfer::cuda {
 
 constexpr int kDirectWarps = 16, kDirectStrips = 2;  // strips of a warp and round
+constexpr int kDirectPitch = 20;  // floats of a token's 16 sums: no bank is met twice
 
 struct DirectShared {
   int factors, partial, sums, bytes;  // offsets; x is at 0
 };
-// strips_kDirectStrips: in a round. strips: most of a team, where ranks exchange sums.
+// x in 16 bits. strips: most of a team, where ranks exchange sums.
 #ifdef __CUDACC__
 __host__ __device__
 #endif
     constexpr DirectShared
-    direct_shared(int m, int x_pitch, int row_shift, int strips_kDirectStrips, int strips) {
+    direct_shared(int m, int x_pitch, int row_shift, int strips) {
   DirectShared s{};
-  const int group = strips_kDirectStrips << row_shift, buffers = 2 * (group < 2 ? 2 : group);
+  const int buffers = 2 * (kDirectStrips << row_shift);
   s.partial = (m * x_pitch * 2 + 127) / 128 * 128;
-  s.sums = s.partial + buffers * (kDirectWarps >> row_shift) * m * 20 * 4;
+  s.sums = s.partial + buffers * (kDirectWarps >> row_shift) * m * kDirectPitch * 4;
   s.bytes = s.sums + strips * m * 64;
   return s;
 }
@@ -35,7 +36,7 @@ __host__ __device__
   const int buffers = 2 * (kDirectStrips << row_shift);
   s.factors = m * pairs * 512;
   s.partial = s.factors + pairs * 32;
-  s.sums = s.partial + buffers * (kDirectWarps >> row_shift) * m * 20 * 4;
+  s.sums = s.partial + buffers * (kDirectWarps >> row_shift) * m * kDirectPitch * 4;
   s.bytes = s.sums + strips * m * 64;
   return s;
 }
@@ -64,11 +65,10 @@ constexpr DirectSplit choose_direct_split(int64_t n, int64_t k, int m, int room,
       const int exchanged = i > 0 ? static_cast<int>(deal) : 0;
       const int pitch = static_cast<int>(in_bytes ? slice * 512 : slice * 128 + 8);
       const DirectShared at = in_bytes ? byte_shared(m, static_cast<int>(slice), r, exchanged)
-                                       : direct_shared(m, pitch, r, kDirectStrips, exchanged);
+                                       : direct_shared(m, pitch, r, exchanged);
       if (at.bytes > room) continue;
       // Bytes that the slowest warp has its multiprocessor wait for; x comes from the second-level
-      // cache, at half the price, or is made into bytes; ends of rounds and the
-      // exchange of sums.
+      // cache, at half the price, or is made into bytes; ends of rounds and the exchange of sums.
       const int64_t parts = kDirectWarps >> r, group = kDirectStrips << r,
                     rounds = (deal + group - 1) / group;
       const int64_t busy =

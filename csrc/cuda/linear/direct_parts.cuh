@@ -8,8 +8,6 @@
 
 namespace fastinfer::cuda {
 
-constexpr int kDirectPitch = 20;  // floats of a token's 16 sums: no bank is met twice
-
 __device__ __forceinline__ uint4 load_codes(const void* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

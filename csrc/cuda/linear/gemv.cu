@@ -13,8 +13,8 @@
 // by K.
 //
 // Five tokens, and more in groups along y, are for tiny layers: their weights come out of the
-// second-level cache, and what counts is how soon a kernel begins and ends. Other layers take
-// gemv_mma.cu, as do most calls of three or four tokens.
+// second-level cache, and what counts is how soon a kernel begins and ends. What gemv_mma.cu and
+// cuBLAS take: linear_dense_choice.h.
 //
 // Under programmatic launch a CTA starts where one of the kernel in front has ended, and fills its
 // ring while others still run. Weights are read before grid_wait(): they are older than the launch

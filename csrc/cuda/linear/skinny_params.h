@@ -57,7 +57,7 @@ struct SkinnyParams {
   const void* bias;
   int m, n, k;
   int steps, tiles;              // blocks of 64 columns, of 64 rows
-  int slice;                     // column blocks per rank, even
+  int slice;                     // column blocks per rank, even; of direct kernels pairs of them
   int ranks, rank_shift, teams;  // CTAs that share a tile, a power of two; teams take turns
   int row_shift;                 // warps split a tile in 1 << row_shift parts of rows
   bool clustered;                // a team is a cluster; else partial sums go through `partial`

@@ -5,11 +5,11 @@
 // Grid: one CTA per slot (params.h); where few keys fit the table, one cluster per part of an item
 // (cluster_finish.cuh).
 //
-// A CTA of 4 warps works on one item at a time. row_tiles = 1, 2 or 4 warps form a team, one warp
-// per 16 rows; the 4 / row_tiles teams take different keys of a step of 4 slices and are merged at
-// the end of a piece. Each warp loads one slice of every step (stream.cuh), reads all slices of its
-// team (attend.cuh) and takes part in the merge (finish.cuh). No barrier of the CTA inside the
-// loop.
+// A CTA of 4 warps (8: choose_large) works on one item at a time. row_tiles = 1, 2 or 4 warps form
+// a team, one warp per 16 rows; the teams take different keys of a step of as many slices as there
+// are warps and are merged at the end of a piece. Each warp loads one slice of every step
+// (stream.cuh), reads all slices of its team (attend.cuh) and takes part in the merge (finish.cuh).
+// No barrier of the CTA inside the loop.
 #pragma once
 
 #include <climits>

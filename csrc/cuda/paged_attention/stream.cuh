@@ -23,7 +23,7 @@ struct Stream {
   bool near;        // the table is there
   // Else, where 32 pages hold a step, this lane has the entries of columns `column` + lane and + 32
   // of the sequence, so that no step waits for its pages. Not with two stages (D = 256), where it
-  // was 3 % slower.
+  // was 1.5 % slower.
   bool lined;
   int column, line, next_line;
   Walk walk;
