@@ -33,6 +33,7 @@ from fastinfer.engine import AsyncLLM
 from fastinfer.engine.config import EngineConfig
 from fastinfer.engine.runner import ModelRunner
 from fastinfer.server.app import ServerSettings, create_app
+from fastinfer.server.http import http_config
 
 STREAMS = 32
 OVERHEAD = {"bar": 0.08, "stretch": 0.03}  # asked of `overhead`
@@ -84,7 +85,7 @@ def server_row(llm: LLM, prompt: int, new: int, iters: int) -> dict[str, Any]:
     app = create_app(engine, ServerSettings(model_name="bench"))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = uvicorn.Server(http_config(app, log_level="warning", access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

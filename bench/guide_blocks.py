@@ -7,7 +7,7 @@
     <!-- end -->
     <!-- shown: engines/h200/chat -->             bench/engines/h200/chat.json, of `fastinfer bench`
     <!-- shown: h200/speculative ngram_k4 -->     rows whose case begins so, of bench_speculative.py
-    <!-- shown: h200/e2e bars -->                 rows of any file that have a bar, beside it
+    <!-- shown: h200/e2e bars server chat -->     rows with a bar whose case begins so (none: all)
 
 `bench/report.py` fills them, so that a new run of the command renews the page; a test holds that
 the pages show what the files say.
@@ -38,8 +38,8 @@ def fill(page: str, results: Path) -> str:
         keys = match[3].split()
         if path.parts[-3] == "engines":
             told = load_test(path)
-        elif keys == ["bars"]:
-            told = bars(path)
+        elif keys[:1] == ["bars"]:
+            told = bars(path, keys[1:])
         else:
             told = speculation(path, keys) if path.stem == "speculative" else block(path, keys)
         return f"{match[1]}{told}\n{match[4]}"
@@ -84,10 +84,11 @@ _FIGURES = {
 }
 
 
-def bars(path: Path) -> str:
+def bars(path: Path, cases: list[str]) -> str:
     """The rows that something was asked of, as a table."""
     document = json.loads(path.read_text())
-    rows = [row for row in document["rows"] if "bar" in row]
+    begins = tuple(cases) or ("",)
+    rows = [r for r in document["rows"] if "bar" in r and r["case"].startswith(begins)]
     if not rows:
         raise ValueError(f"{path} has no rows with a bar")
     lines = ["| | measured | wanted | better still |", "|---|---|---|---|"]

@@ -221,6 +221,14 @@ void check_apart(const char* op, const char* out_arg, const Tensor& out,
              ", which is read while ", out_arg, " is written; pass another tensor or none");
 }
 
+void check_apart_or_same(const char* op, const char* out_arg, const Tensor& out, const char* arg,
+                         const Tensor& input) {
+  bool same = out.const_data_ptr() == input.const_data_ptr();
+  for (int64_t d = 0; d < out.dim(); ++d)
+    same = same && (out.size(d) == 1 || out.stride(d) == input.stride(d));
+  if (!same) check_apart(op, out_arg, out, {{arg, &input}});
+}
+
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim) {
   check_given(op, arg, t);
   FI_CHECK(t.dim() == dim, op, ": ", arg, " must have ", dim, " dimensions, got ", describe(t));

@@ -62,6 +62,9 @@ void check_written(const char* op, const char* arg, const Tensor& t);
 // rows of one stride (column slices of one buffer are apart), by address range otherwise.
 void check_apart(const char* op, const char* out_arg, const Tensor& out,
                  std::initializer_list<std::pair<const char*, const Tensor*>> inputs);
+// The same, but `out` may be the input itself: its rows are read before they are written.
+void check_apart_or_same(const char* op, const char* out_arg, const Tensor& out, const char* arg,
+                         const Tensor& input);
 void check_dim(const char* op, const char* arg, const Tensor& t, int64_t dim);
 void check_dtype(const char* op, const char* arg, const Tensor& t,
                  std::initializer_list<DType> allowed);

@@ -137,6 +137,9 @@ void gather_cache(const Tensor& key_cache, const Tensor& value_cache, const Tens
   check_same_dtype(op, "value_out", value_out, "key_out", key_out);
   check_written(op, "key_out", key_out);
   check_written(op, "value_out", value_out);
+  check_apart(op, "key_out", key_out, {{"key_cache", &key_cache}, {"value_cache", &value_cache}});
+  check_apart(op, "value_out", value_out,
+              {{"key_cache", &key_cache}, {"value_cache", &value_cache}});
   CacheGatherParams p{};
   p.key = side(key_out, key_cache, check_scale(op, "k_scale", k_scale, key_cache));
   p.value = side(value_out, value_cache, check_scale(op, "v_scale", v_scale, value_cache));

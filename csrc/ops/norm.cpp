@@ -44,10 +44,7 @@ RmsNormParams params(const char* op, const Tensor& x, const Tensor& weight, doub
   }
   if (out) {
     check_like_x(op, "out", *out, x);
-    // x itself is fine: a row is read before it is written.
-    bool in_place = out->const_data_ptr() == x.const_data_ptr();
-    for (int64_t d = 0; d < x.dim(); ++d) in_place = in_place && out->stride(d) == x.stride(d);
-    if (!in_place) check_apart(op, "out", *out, {{"x", &x}});
+    check_apart_or_same(op, "out", *out, "x", x);
   }
   Rows rows[3] = {};
   RmsNormParams p{};

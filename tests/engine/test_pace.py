@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from scheduler_harness import make_request, make_scheduler
@@ -118,6 +119,14 @@ def test_nothing_found_is_not_paid_for() -> None:
             world.pace.learn(world.running[0], 0, 0)
         world.pace.observe(1, 1, wants, 1.3 if wants else 1.0)
     assert sum(world.log[-500:]) < 100
+
+
+def test_a_number_slower_than_plain_is_not_kept_for_being_near_the_best() -> None:
+    pace = Pace(4)
+    pace._drafts, tokens = 4, {1: 1.61, 2: 1.98, 3: 2.2, 4: 2.39}
+    pace._acceptance = lambda running: SimpleNamespace(found=1.0, tokens=tokens.__getitem__)
+    pace._cost = lambda k, plain, measured: 1.97 if k <= 2 else 2.46
+    assert pace._best([], 1.0, []) == 2  # 1.005 of plain; 4 drafts 0.972
 
 
 @pytest.mark.parametrize("drafts", range(1, 17))

@@ -67,3 +67,9 @@ def test_outputs_that_repeat_memory_or_overlap_an_input() -> None:
     ends = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="gather_cache: value_out is written"):
         fi.gather_cache(cache, cache, ints, ends, 3, out=(torch.empty(3, 2, 32), repeated))
+    with pytest.raises(RuntimeError, match="gather_cache: key_out must not share memory"):
+        fi.gather_cache(cache, cache, ints, ends, 3, out=(cache[0, :3], torch.empty(3, 2, 32)))
+    row = torch.randn(2, 64)[:1, :32]  # in place, whatever the distance to a row that is not there
+    want = fi.rms_norm(row.clone(), row[0].clone())
+    same = row.as_strided((1, 32), (32, 1))
+    assert torch.equal(fi.rms_norm(row, row[0].clone(), out=same), want)

@@ -15,6 +15,7 @@ import uvicorn
 
 from fastinfer.engine import LLM, AsyncLLM
 from fastinfer.server.app import ServerSettings, create_app
+from fastinfer.server.http import http_config
 
 MODEL = Path(__file__).resolve().parents[2] / "examples/tiny/model"
 
@@ -36,14 +37,23 @@ def make_llm(**options: Any) -> LLM:
 
 @contextmanager
 def serving(
-    *, engine: dict[str, Any] | None = None, max_requests: int | None = None, **settings: Any
+    *,
+    engine: dict[str, Any] | None = None,
+    max_requests: int | None = None,
+    http: str | None = None,
+    **settings: Any,
 ) -> Iterator[Running]:
-    """Start, yield, stop; the engine must be empty at the end."""
+    """Start, yield, stop; the engine must be empty at the end. `http`: uvicorn's parser."""
     llm = AsyncLLM(make_llm(**(engine or {})), max_requests=max_requests)
     app = create_app(llm, ServerSettings(**{"model_name": "tiny", **settings}))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+        config = http_config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=5,
+            **({"http": http} if http else {}),
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

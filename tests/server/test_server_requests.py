@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +87,33 @@ def test_log_probabilities_hold_the_bytes_of_a_part_of_a_character():
     content = reply.whole([output], [""])["choices"][0]["logprobs"]["content"]
     assert [each["bytes"] for each in content] == [[0xF0, 0x9F], [0x78]]
     assert content[0]["top_logprobs"][0]["bytes"] == [0xF0, 0x9F]
+
+
+def test_nobody_passes_for_another_address():
+    with serving(requests_per_minute=2) as server:
+        codes = [
+            httpx.post(
+                server.url + "/v1/completions",
+                json=PROMPT,
+                headers={"x-forwarded-for": f"10.0.0.{i}"},
+                timeout=60,
+            ).status_code
+            for i in range(3)
+        ]
+        assert codes == [200, 200, 429]
+        wait_until_idle(server.llm)
+
+
+@pytest.mark.parametrize("http", [None, "h11"])
+def test_headers_are_limited(http: str | None):
+    with serving(http=http) as server:
+        for size, wanted in ((70_000, b"400"), (30_000, b"200")):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx: ")
+                with contextlib.suppress(OSError):  # refused before the end
+                    for _ in range(size // 5000):
+                        connection.sendall(b"a" * 5000)
+                        time.sleep(0.01)
+                    connection.sendall(b"\r\n\r\n")
+                assert connection.recv(4096).split(b" ")[1] == wanted
+        wait_until_idle(server.llm)

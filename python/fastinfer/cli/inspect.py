@@ -97,6 +97,7 @@ def _describe_config(folder: Path, report: dict[str, Any]) -> ModelConfig:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = raw.get("architectures") or [raw.get("model_type")]
+        names = [names] if isinstance(names, str) else names
         report["family"] = ", ".join(str(name) for name in names)
     except (OSError, ValueError, TypeError, AttributeError):
         pass  # load_config says what is wrong

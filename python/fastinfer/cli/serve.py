@@ -62,6 +62,12 @@ def add_parser(commands: Any) -> None:
         help="seconds a client may leave a full connection unread, and take to send a body "
         "(default: 60)",
     )
+    group.add_argument(
+        "--forwarded-allow-ips",
+        default="",
+        metavar="A,B",
+        help="addresses of proxies whose X-Forwarded-For is believed (default: nobody's)",
+    )
     group.add_argument("--access-log", action="store_true", help="a line per request")
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -73,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn
 
         from ..server.app import ServerSettings, create_app
+        from ..server.http import http_config
     except ImportError as error:
         raise ValueError(
             f"serve: {error.name} must be installed; pip install 'fastinfer[serve]'"
@@ -93,16 +100,13 @@ def run(args: argparse.Namespace) -> int:
     if args.host not in _LOOPBACK and not keys:
         print(f"fastinfer serve: {args.host} is open to others and no key is set", file=sys.stderr)
     llm = AsyncLLM(make_llm(args), max_requests=args.max_requests)
-    config = uvicorn.Config(
+    config = http_config(
         create_app(llm, settings),
+        trusted_proxies=args.forwarded_allow_ips,
         host=args.host,
         port=args.port,
         log_level="info",
         access_log=args.access_log,
-        timeout_graceful_shutdown=10,
-        server_header=False,
-        http="h11",  # also where httptools is installed: only this one limits the headers
-        h11_max_incomplete_event_size=64 << 10,
     )
     try:
         uvicorn.Server(config).run()
@@ -123,4 +127,6 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("max_body_mb", "request_timeout", "stall_timeout"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"serve: --{name.replace('_', '-')} must be > 0, got {value}")
+            raise ValueError(
+                f"serve: --{name.replace('_', '-')} must be > 0 and finite, got {value}"
+            )

@@ -335,7 +335,7 @@ def tokens_that_stand(
             tokens.append([])
             continue
         first, accepted, drafts = next(rows), 0, chunk.request.draft_tokens
-        count = min(chunk.num_drafts, len(drafts))  # none are left of a request that was aborted
+        count = min(chunk.num_drafts, len(drafts))  # none of an aborted, preempted request
         while accepted < count and drawn[first + accepted] == drafts[accepted]:
             accepted += 1
         tokens.append(drawn[first : first + accepted + 1])

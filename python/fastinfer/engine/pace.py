@@ -199,8 +199,9 @@ class Pace:
             step = cost if flat else found * cost + (1 - found) * without
             speeds.append(now.tokens(k) / step)
         best = speeds.index(max(speeds))
-        stays = best and self._drafts and speeds[best] < (1 + STAY) * speeds[self._drafts]
-        return self._drafts if stays else best
+        now_at = speeds[self._drafts]
+        stays = best and self._drafts and speeds[best] < (1 + STAY) * now_at
+        return self._drafts if stays and now_at > speeds[0] else best
 
     def _cost(self, k: int, plain: float, measured: Sequence[int]) -> float:
         """Seconds of a step with k drafts: measured, or on the line between neighbours."""

@@ -256,7 +256,7 @@ def _count(raw: Mapping[str, Any], key: str, default: int | None = None, *, leas
     number = isinstance(value, int) and not isinstance(value, bool)
     if not number or not least <= value < 2**31:
         raise ValueError(
-            f"load_config: {key} must be an integer of at least {least}, got {value!r}; "
+            f"load_config: {key} must be an integer in [{least}, 2**31), got {value!r}; "
             "fix config.json"
         )
     return value

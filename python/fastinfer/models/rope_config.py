@@ -149,6 +149,6 @@ def positive(value: Any, key: str) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value < 1e300:  # JSON as Python reads it has NaN and Infinity
         raise ValueError(
-            f"load_config: {key} must be a number above 0, got {value!r}; fix config.json"
+            f"load_config: {key} must be a finite number above 0, got {value!r}; fix config.json"
         )
     return float(value)

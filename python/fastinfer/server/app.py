@@ -170,7 +170,12 @@ class _Service:
             )
         except EngineStopped as error:
             _log.error("a request was refused: %s", error)
-            return JSONResponse(error_json("the engine has stopped", kind="server_error"), 503)
+            return JSONResponse(
+                error_json(
+                    "the engine has stopped; the server must be started again", kind="server_error"
+                ),
+                503,
+            )
         tokenizer = self.llm.llm.tokenizer
         reply = Reply(
             self.settings.model_name,
