@@ -10,41 +10,28 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
+from bundled import NEEDS_GPU, TINY, story_prompts
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.engine import graphs
 from fastinfer.engine.config import EngineConfig
 from fastinfer.engine.runner import ModelRunner
 from fastinfer.models import device_read
-from fastinfer.text import load_tokenizer
-from helpers import devices
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        any("cuda" not in devices(op) for op in ("flash_attn_kvcache", "sample")),
-        reason="there is no GPU",
-    ),
-]
-
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+pytestmark = NEEDS_GPU
 MODEL = TINY / "model"
 NEW = 24
 # A token may be less likely than the likeliest by this much (natural logarithm), in fp32 on the
 # CPU: the error of the 16-bit model, of the 8-bit cache.
 GAPS = {"float16": 0.05, "bfloat16": 0.3, "int8": 0.2, "fp8": 0.6}
-STORIES = TINY.joinpath("heldout.txt").read_text(encoding="utf-8").split("<|begin|>")[1:]
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = load_tokenizer(MODEL)
-    lengths = (1, 3, 17, 66, 33, 5, 100, 16, 48, 2, 29, 31)
-    return [tokenizer.encode(s)[:n] for s, n in zip(STORIES, lengths, strict=False)]
+    return story_prompts((1, 3, 17, 66, 33, 5, 100, 16, 48, 2, 29, 31))
 
 
 class Oracle:

@@ -12,26 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from bundled import NEEDS_GPU, TINY, story_prompts
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.text import load_tokenizer
-from helpers import devices
 
 pytest.importorskip("uvicorn", reason="the server needs fastinfer[serve]")
 pytest.importorskip("starlette", reason="the server needs fastinfer[serve]")
 sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 from server_helpers import Running, serving, wait_until_idle
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        any("cuda" not in devices(op) for op in ("flash_attn_kvcache", "sample")),
-        reason="there is no GPU",
-    ),
-]
-
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
-STORIES = TINY.joinpath("heldout.txt").read_text(encoding="utf-8").split("<|begin|>")[1:]
+pytestmark = NEEDS_GPU
 LENGTHS = (3, 17, 66, 33, 100, 48)
 NEW = 48
 # to the last bit only so: see test_speculation_cuda.py
@@ -41,9 +32,8 @@ KINDS = {"greedy": {"temperature": 0}, "sampled": {"temperature": 0.8, "top_p": 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = load_tokenizer(TINY / "model")
-    ids = [tokenizer.encode(s)[:n] for s, n in zip(STORIES, LENGTHS, strict=False)]
-    return [*ids, tokenizer.encode("Count from one to twenty.")]
+    counting = load_tokenizer(TINY / "model").encode("Count from one to twenty.")
+    return [*story_prompts(LENGTHS), counting]
 
 
 @pytest.fixture(scope="module")

@@ -11,33 +11,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from bundled import NEEDS_GPU, TINY, story_prompts
 
 from fastinfer import LLM, SamplingParams
 from fastinfer.engine import EngineStats
 from fastinfer.engine.swap import SwapSpace
 from fastinfer.quant import QuantizeOptions, quantize_checkpoint
 from fastinfer.text import load_tokenizer
-from helpers import devices
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        any("cuda" not in devices(op) for op in ("flash_attn_kvcache", "sample")),
-        reason="there is no GPU",
-    ),
-]
-
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
-STORIES = TINY.joinpath("heldout.txt").read_text(encoding="utf-8").split("<|begin|>")[1:]
+pytestmark = NEEDS_GPU
 DRAFTERS = {"ngram": "ngram", "draft": str(TINY / "draft")}
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = load_tokenizer(TINY / "model")
-    lengths = (1, 3, 17, 66, 33, 5, 100, 16, 48)
-    ids = [tokenizer.encode(s)[:n] for s, n in zip(STORIES, lengths, strict=False)]
-    return [*ids, tokenizer.encode("Count from one to twenty.")]
+    counting = load_tokenizer(TINY / "model").encode("Count from one to twenty.")
+    return [*story_prompts((1, 3, 17, 66, 33, 5, 100, 16, 48)), counting]
 
 
 PARAMS = {
@@ -82,9 +71,28 @@ SWAPPED = {"num_blocks": 18, "swap_space": 1 << 26}
 
 
 def check(got: object, expected: object, stats: EngineStats, settings: dict) -> None:
+    """`expected`, and what the settings ask for did happen."""
     assert got == expected
     assert (stats.num_preemptions > 0) == ("num_blocks" in settings)
     assert (stats.num_swapped > 0) == ("swap_space" in settings)
+
+
+def check_drafts(
+    prompts: list, expected: dict, drafter: str, settings: dict, model: Path = TINY / "model"
+) -> None:
+    """The same with drafts."""
+    got, stats = tokens_of(
+        prompts,
+        list(expected),
+        model,
+        batch_invariant=True,
+        speculative=DRAFTERS[drafter],
+        adaptive_speculation=False,
+        **settings,
+    )
+    check(got, expected, stats, settings)
+    assert stats.num_accepted_tokens > 0
+    assert "num_blocks" in settings or stats.prefix_hit_tokens > 0
 
 
 @pytest.mark.usefixtures("always_swap")
@@ -97,17 +105,7 @@ def check(got: object, expected: object, stats: EngineStats, settings: dict) -> 
 def test_tokens_to_the_last_bit(
     prompts: list, expected: dict, drafter: str, settings: dict
 ) -> None:
-    got, stats = tokens_of(
-        prompts,
-        list(PARAMS),
-        batch_invariant=True,
-        speculative=DRAFTERS[drafter],
-        adaptive_speculation=False,
-        **settings,
-    )
-    check(got, expected, stats, settings)
-    assert stats.num_accepted_tokens > 0
-    assert "num_blocks" in settings or stats.prefix_hit_tokens > 0
+    check_drafts(prompts, expected, drafter, settings)
 
 
 FORMATS = {
@@ -143,18 +141,7 @@ def test_quantized_weights_to_the_last_bit(
     prompts: list, quantized: Callable, weights: str, drafter: str, settings: dict
 ) -> None:
     folder, expected = quantized(weights)
-    got, stats = tokens_of(
-        prompts,
-        ["greedy"],
-        folder,
-        batch_invariant=True,
-        speculative=DRAFTERS[drafter],
-        adaptive_speculation=False,
-        **settings,
-    )
-    check(got, expected, stats, settings)
-    assert stats.num_accepted_tokens > 0
-    assert "num_blocks" in settings or stats.prefix_hit_tokens > 0
+    check_drafts(prompts, expected, drafter, settings, folder)
 
 
 @pytest.mark.parametrize("weights", ["16 bits", *FORMATS])

@@ -63,8 +63,6 @@ int direct_linear(const PackedLinear& q, void* stream) {
   p.x_half = q.dtype == DType::f16;
   p.weights_first = programmatic_launch();
   const DirectKernel kernel = kernel_of(q);
-  const int error = allow_shared(reinterpret_cast<const void*>(kernel), split.bytes);
-  if (error) return error;
   return launch_clusters(kernel, p.ranks, dim3(static_cast<unsigned>(p.teams << p.rank_shift)),
                          dim3(32 * kDirectWarps), split.bytes, stream, p);
 }

@@ -11,35 +11,34 @@ constexpr int kDirectPitch = 20;  // floats of a token's 16 sums: no bank is met
 struct DirectShared {
   int factors, partial, sums, bytes;  // offsets; x is at 0
 };
-// x in 16 bits. strips: most of a team, where ranks exchange sums.
 #ifdef __CUDACC__
-__host__ __device__
+#define FI_BOTH_SIDES __host__ __device__
+#else
+#define FI_BOTH_SIDES
 #endif
-    constexpr DirectShared
-    direct_shared(int m, int x_pitch, int row_shift, int strips) {
-  DirectShared s{};
+// What lies behind x: sums of a round's strips in two sets of buffers, and of `strips` strips, most
+// of a team, where ranks exchange sums.
+FI_BOTH_SIDES constexpr DirectShared with_sums(DirectShared s, int m, int row_shift, int strips) {
   const int buffers = 2 * (kDirectStrips << row_shift);
-  s.partial = (m * x_pitch * 2 + 127) / 128 * 128;
   s.sums = s.partial + buffers * (kDirectWarps >> row_shift) * m * kDirectPitch * 4;
   s.bytes = s.sums + strips * m * 64;
   return s;
 }
-
-// The same for x in bytes: four a column, and factors of two tokens and 128 columns.
-constexpr int kByteTokens = 2, kByteColumns = 16384;  // at most: making the bytes takes time
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-    constexpr DirectShared
-    byte_shared(int m, int pairs, int row_shift, int strips) {
+// x in 16 bits.
+FI_BOTH_SIDES constexpr DirectShared direct_shared(int m, int x_pitch, int row_shift, int strips) {
   DirectShared s{};
-  const int buffers = 2 * (kDirectStrips << row_shift);
+  s.partial = (m * x_pitch * 2 + 127) / 128 * 128;
+  return with_sums(s, m, row_shift, strips);
+}
+// x in bytes: four a column, and factors of two tokens and 128 columns.
+constexpr int kByteTokens = 2, kByteColumns = 16384;  // at most: making the bytes takes time
+FI_BOTH_SIDES constexpr DirectShared byte_shared(int m, int pairs, int row_shift, int strips) {
+  DirectShared s{};
   s.factors = m * pairs * 512;
   s.partial = s.factors + pairs * 32;
-  s.sums = s.partial + buffers * (kDirectWarps >> row_shift) * m * kDirectPitch * 4;
-  s.bytes = s.sums + strips * m * 64;
-  return s;
+  return with_sums(s, m, row_shift, strips);
 }
+#undef FI_BOTH_SIDES
 
 // Teams of 1 << rank_shift CTAs that share K; 1 << row_shift groups of warps that share the rows of
 // a round.

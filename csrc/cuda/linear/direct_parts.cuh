@@ -160,12 +160,10 @@ struct DirectSums {
   const DirectShare& share;
   float *const partial, *const sums;
 
-  // Of two sets of buffers one is written while the other is read; of single strips two are added
-  // up at a time.
-  __device__ __forceinline__ int batch() const { return max(share.group, 2); }
+  // Of two sets of buffers one is written while the other is read.
   // Where this warp's sums of strip `strip` (counted in the team) belong.
   __device__ __forceinline__ float* mine(int strip) const {
-    const int buffer = strip & (2 * batch() - 1);
+    const int buffer = strip & (2 * share.group - 1);
     return partial + (buffer * share.column_parts + share.column_part) * p.m * kDirectPitch;
   }
   template <class Store>
@@ -173,15 +171,14 @@ struct DirectSums {
     constexpr int kThreads = 32 * kDirectWarps;
     const int begin = share.begin, end = share.end, group = share.group;
     const int last = min(done + group, end - begin);
-    if (group == 1 && last % 2 == 1 && begin + last < end) return;
     named_barrier(1, kThreads);
     const int warp_floats = p.m * kDirectPitch;
-    const int start = (last - 1) & ~(batch() - 1), outputs = (last - start) * p.m * 16;
+    const int start = (last - 1) & ~(group - 1), outputs = (last - start) * p.m * 16;
     // By warps that change.
     for (int e = (threadIdx.x + start * 80) & (kThreads - 1); e < outputs; e += kThreads) {
       int which = start, token = e >> 4;
       while (token >= p.m) token -= p.m, ++which;
-      const float* from = partial + (which & (2 * batch() - 1)) * share.column_parts * warp_floats +
+      const float* from = partial + (which & (2 * group - 1)) * share.column_parts * warp_floats +
                           token * kDirectPitch + e % 16;
       float v = from[0];
 #pragma unroll 4
